@@ -1,0 +1,222 @@
+"""The configuration: the fields of the official config.json, checked against each other."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from uniflow.atomic import replacing
+
+GLOBAL_BLOCK_HEADS = 16  # the release's global blocks have 16 heads whatever the width
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 32 px in patches of 4: trains to recognisable pictures in minutes on two CPU cores
+    "tiny": {
+        "image_size": 32,
+        "patch_size": 4,
+        "hidden_size": 128,
+        "vit_hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "latent_ch": 16,
+        "global_blocks_depth": 1,
+        "num_decoder_layers": 4,
+    },
+    "small": {
+        "image_size": 224,
+        "hidden_size": 640,
+        "vit_hidden_size": 640,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 10,
+        "global_blocks_depth": 3,
+        "num_decoder_layers": 6,
+    },
+    "base": {},
+}
+
+
+@dataclass
+class UniFlowConfig:
+    """The fields of the official config.json, same names; the defaults are the official release (preset "base").
+
+    `llm_hidden_size`, `use_cfg` and `use_disp_loss` are carried along for the official code and change nothing here.
+    Keys of a config.json that are no fields (auto_map, transformers_version, ...) are kept in `extra` and written back.
+
+    Raises:
+        ValueError: for values that contradict each other or that the model does not have, naming the field.
+
+    Warns:
+        UserWarning: if the flow head is narrower than a patch: it then cannot take the noise away in one step.
+    """
+
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    norm_type: str = "layer_norm"
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_factor: float = 1.0
+    initializer_range: float = 0.02
+    use_flash_attn: bool = True
+    vit_hidden_size: int = 1024
+    llm_hidden_size: int = 1536
+    use_chal_proj: bool = True
+    latent_ch: int = 64
+    use_global_blocks: bool = True
+    global_blocks_depth: int = 6
+    decoder_type: str = "mlp"
+    num_decoder_layers: int = 12
+    num_sampling_steps: int | str = "1"
+    use_cfg: bool = False
+    use_disp_loss: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_fit()
+        row = self.num_channels * self.patch_size**2
+        if self.vit_hidden_size < row:
+            warnings.warn(
+                f"vit_hidden_size: a flow head of width {self.vit_hidden_size} is narrower than its patch "
+                f"({self.num_channels}*{self.patch_size}*{self.patch_size} = {row}) and cannot take the noise away in one "
+                "step, whatever the training; use a wider head, a smaller patch, or more sampling steps",
+                stacklevel=3,
+            )
+
+    def _check_numbers(self) -> None:
+        positive = ["image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        positive += ["num_attention_heads", "vit_hidden_size", "latent_ch", "num_decoder_layers"]
+        for name in (*positive, "global_blocks_depth"):
+            value, least = getattr(self, name), 1 if name in positive else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name in ("dropout", "attention_dropout", "drop_path_rate"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
+        if not isinstance(self.layer_norm_eps, (int, float)) or self.layer_norm_eps <= 0:
+            raise ValueError(f"layer_norm_eps: expected a positive number, got {self.layer_norm_eps!r}")
+        if not str(self.num_sampling_steps).isdecimal() or int(self.num_sampling_steps) < 1:
+            raise ValueError(f"num_sampling_steps: expected an integer of at least 1, got {self.num_sampling_steps!r}")
+
+    def _check_fit(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size: expected a multiple of patch_size ({self.patch_size}), got {self.image_size}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
+        if self.vit_hidden_size != self.hidden_size:
+            raise ValueError(f"vit_hidden_size: expected hidden_size ({self.hidden_size}), got {self.vit_hidden_size}")
+        if self.vit_hidden_size % GLOBAL_BLOCK_HEADS:
+            raise ValueError(
+                f"vit_hidden_size: expected a multiple of {GLOBAL_BLOCK_HEADS} (the heads of a global block), got {self.vit_hidden_size}"
+            )
+        choices = {
+            "norm_type": ("layer_norm", "rms_norm"),
+            "hidden_act": ("gelu", "gelu_pytorch_tanh", "relu", "silu"),
+            "decoder_type": ("mlp",),
+            "use_chal_proj": (True,),  # without it the release has no condition to decode from
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if not self.use_global_blocks and self.global_blocks_depth:
+            raise ValueError(f"use_global_blocks: is false, but global_blocks_depth is {self.global_blocks_depth}")
+
+    @property
+    def sampling_steps(self) -> int:
+        """`num_sampling_steps` as a number (the official config.json holds a string)."""
+        return int(self.num_sampling_steps)
+
+    @property
+    def tokens(self) -> int:
+        """Number of patches of an image of the trained size."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> UniFlowConfig:
+        """The configuration "tiny", "small" or "base" (the official release), with some fields changed.
+
+        Raises:
+            ValueError: for a name that is no preset, naming those there are.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UniFlowConfig:
+        """From the contents of a config.json (or of one whose `vision_config` is a UniFlow).
+
+        Raises:
+            ValueError: if it is for another model type, or does not say what the model looks like: nothing is guessed.
+        """
+        values = values.get("vision_config", values)
+        if values.get("model_type", "uniflow") != "uniflow":
+            raise ValueError(f"model_type: expected 'uniflow', got {values['model_type']!r}")
+        missing = [name for name in _ARCHITECTURE if name not in values]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        known = {f.name for f in fields(cls)} - {"extra"}
+        own = {name: value for name, value in values.items() if name in known}
+        return cls(**own, extra={name: value for name, value in values.items() if name not in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json that the official code reads."""
+        values = asdict(self)
+        extra = values.pop("extra")
+        return {"architectures": ["UniFlowVisionModel"], "model_type": "uniflow", **values, **extra}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> UniFlowConfig:
+        """Read `folder`/config.json.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is no JSON object or describes no UniFlow.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder`/config.json; the folder is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with replacing(Path(folder) / "config.json") as path:
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+# a config.json must say these; a guess would build another model than the checkpoint's
+_ARCHITECTURE = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "qkv_bias",
+    "qk_normalization",
+    "norm_type",
+    "vit_hidden_size",
+    "latent_ch",
+    "global_blocks_depth",
+    "num_decoder_layers",
+)

@@ -1,0 +1,63 @@
+"""The decoder's parts: the channel projections around the latent, and the flow decoder over patches."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uniflow.config import UniFlowConfig
+from uniflow.flow import Interval, euler, guide, guides_at
+from uniflow_kernels import FlowHead
+
+
+def channel_projection(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Linear, GELU, Linear under the release's names: c_fc, gelu, c_proj."""
+    layers = [("c_fc", nn.Linear(inputs, hidden)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(hidden, outputs))]
+    return nn.Sequential(OrderedDict(layers))
+
+
+def sincos_position_embedding(width: int, side: int) -> Tensor:
+    """[1, side*side, width]: sines and cosines of the column in the first half, of the row in the second."""
+    frequencies = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4))
+    rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    angles = [np.outer(position.ravel(), frequencies) for position in (columns, rows)]
+    embedding = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(embedding).float().unsqueeze(0)
+
+
+class FlowDecoder(nn.Module):
+    """The patch-wise pixel flow decoder. Source: `FlowDecoder` of the official release."""
+
+    time_scale = 1000.0  # the network is trained on 1000 t
+
+    def __init__(self, config: UniFlowConfig) -> None:
+        super().__init__()
+        row = config.num_channels * config.patch_size**2
+        width = config.vit_hidden_size
+        self.net = FlowHead(row, width, row, width, config.num_decoder_layers)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """x [B, N, C*P*P], t broadcastable to [B, N], condition [B, N, D] -> [B, N, C*P*P]."""
+        net = self.net
+        return net.from_embedding(x, net.time_embed(self.time_scale * t) + net.cond_embed(condition))
+
+    def sample(
+        self, noise: Tensor, condition: Tensor, steps: int, schedule: str, cfg: float, cfg_interval: Interval | None
+    ) -> Tensor:
+        """Carry noise [B, N, C*P*P] to pixels under the condition [B, N, D]; see `UniFlow.decode`."""
+        net = self.net
+        c = net.cond_embed(condition)
+        # all tokens share the null condition, so its modulations are one row
+        null = net.cond_embed(condition.new_zeros(1, condition.shape[-1])) if cfg != 1.0 else None
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            time = net.time_embed(torch.full((1,), t, device=x.device) * self.time_scale)
+            v = net.from_embedding(x, time + c)
+            if null is not None and guides_at(t, cfg_interval):
+                v = guide(v, net.from_embedding(x, time + null), cfg)
+            return v
+
+        return euler(velocity, noise, steps, schedule)

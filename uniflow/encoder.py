@@ -1,0 +1,92 @@
+"""The encoder: patch embeddings and a stack of transformer layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uniflow.config import UniFlowConfig
+from uniflow.transformer import TransformerLayer
+
+
+def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A position embedding of a square grid, [1, G*G, D], for another grid [1, h*w, D]: bicubic, in float32.
+
+    Its own grid is returned unchanged to the bit. Source: `_get_pos_embed` of the official release.
+    """
+    side = round(embedding.shape[1] ** 0.5)
+    if grid == (side, side):
+        return embedding
+    planes = embedding.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    planes = F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
+    return planes.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+class Embeddings(nn.Module):
+    """Patch, class and position embeddings. Source: `UniFlowVisionEmbeddings` of the official release."""
+
+    def __init__(self, config: UniFlowConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.tokens, width))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, 1 + (H/P)*(W/P), D], the class token first."""
+        patches = self.patch_embedding(images)
+        position = self.position_embedding
+        spatial = resize_position_embedding(position[:, 1:], (patches.shape[2], patches.shape[3]))
+        class_token = (self.class_embedding + position[:, :1]).expand(len(images), -1, -1)
+        patches = patches.flatten(2).transpose(1, 2) + spatial
+        return torch.cat([class_token.to(patches.dtype), patches], dim=1)
+
+
+class Encoder(nn.Module):
+    """The transformer layers. Source: `UniFlowVisionEncoder` of the official release.
+
+    `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
+    """
+
+    def __init__(self, config: UniFlowConfig) -> None:
+        super().__init__()
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList(
+            TransformerLayer(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                norm_type=config.norm_type,
+                eps=config.layer_norm_eps,
+                act=config.hidden_act,
+                qkv_bias=config.qkv_bias,
+                qk_normalization=config.qk_normalization,
+                layer_scale=config.initializer_factor,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
+                drop_path=rate,
+                allow_flash_attn=config.use_flash_attn,
+            )
+            for rate in rates
+        )
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
+        states = [x]
+        for layer in self.layers:
+            states.append(self._run(layer, states[-1]))
+        return states
+
+    def last(self, x: Tensor) -> Tensor:
+        """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
+        for layer in self.layers:
+            x = self._run(layer, x)
+        return x
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, use_reentrant=False)
+        return layer(x)

@@ -1,0 +1,239 @@
+"""UniFlow: encoder, latent, condition, flow decoder; parameter names and numbers of the official release."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from uniflow.checkpoint import assign_state, read_state, write_state
+from uniflow.config import GLOBAL_BLOCK_HEADS, UniFlowConfig
+from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
+from uniflow.encoder import Embeddings, Encoder, resize_position_embedding
+from uniflow.flow import Interval
+from uniflow.transformer import TransformerLayer
+from uniflow_kernels import unpatchify
+from uniflow_kernels.ops.patches import patch_grid
+
+
+class UniFlow(nn.Module):
+    """The tokenizer: images to latents and back.
+
+    Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; where a height and
+    width differ from the trained size, the three position embeddings are interpolated.
+
+    Args:
+        config: see `UniFlowConfig`.
+
+    Source: `UniFlowVisionModel` of the official release, same state_dict.
+    """
+
+    def __init__(self, config: UniFlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.vit_hidden_size
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.chal_proj = channel_projection(width, width, config.latent_ch)
+        self.chal_unproj = channel_projection(config.latent_ch, width, width)
+        self.global_block_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
+        self.global_blocks = nn.ModuleList(
+            TransformerLayer(width, GLOBAL_BLOCK_HEADS, 4 * width, allow_flash_attn=config.use_flash_attn)
+            for _ in range(config.global_blocks_depth)
+        )
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
+        self.flow_head = FlowDecoder(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal products, sin-cos positions for the decoder; the flow head starts at v = 0 (as in MAR)."""
+        std = self.config.initializer_range
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("flow_head."):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.embeddings.class_embedding, std=std)
+        nn.init.trunc_normal_(self.embeddings.position_embedding, std=std)
+        if self.decoder_pos_embed.is_meta:
+            return
+        positions = sincos_position_embedding(self.config.vit_hidden_size, self.config.image_size // self.config.patch_size)
+        with torch.no_grad():
+            self.global_block_pos_embed.copy_(positions)
+            self.decoder_pos_embed.copy_(positions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; inputs are brought to it."""
+        return self.decoder_pos_embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.decoder_pos_embed.device
+
+    def hidden_states(self, images: Tensor) -> list[Tensor]:
+        """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first."""
+        return self.encoder(self.embeddings(self._checked_images(images)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images to latents.
+
+        Args:
+            images: [B, C, H, W], normalised, float; brought to the model's dtype.
+
+        Returns:
+            [B, N, latent_ch] with N = (H/P)*(W/P) tokens in raster order.
+
+        Raises:
+            TypeError: if the images are integers.
+            ValueError: if the shape is not [B, C, H, W] or the patch does not divide height and width.
+        """
+        return self.latents(self.encoder.last(self.embeddings(self._checked_images(images))))
+
+    def latents(self, last_hidden_state: Tensor) -> Tensor:
+        """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
+        return self.chal_proj(last_hidden_state[:, 1:])
+
+    def condition(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Latents to what the flow head is conditioned on.
+
+        Args:
+            latents: [B, N, latent_ch].
+            size: (H, W) of the image in pixels; without it the image is square.
+
+        Returns:
+            [B, N, D].
+
+        Raises:
+            ValueError: if the shape does not fit the model or `size`.
+        """
+        if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
+            raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
+        grid = patch_grid(latents.shape[1], self.config.patch_size, size)
+        x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
+        for block in self.global_blocks:
+            if self.encoder.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x + resize_position_embedding(self.decoder_pos_embed, grid)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The flow head's velocity at x and t.
+
+        Args:
+            x: [B, N, C*P*P], on the way from noise to pixels.
+            t: [B], [B, N] or a scalar, in [0, 1]; 0 is noise.
+            condition: [B, N, D], from `condition`.
+
+        Returns:
+            [B, N, C*P*P], an estimate of image - noise.
+
+        Raises:
+            ValueError: if the shapes do not fit together.
+        """
+        self._check_rows("x", x, condition)
+        if t.shape not in ((), x.shape[:1], x.shape[:2]):
+            raise ValueError(f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}")
+        t = t.unsqueeze(-1) if t.ndim == 1 else t
+        return self.flow_head.velocity(x.to(self.dtype), t, condition)
+
+    def decode(
+        self,
+        latents: Tensor,
+        steps: int | None = None,
+        schedule: str = "linear",
+        cfg: float = 1.0,
+        cfg_interval: Interval | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Latents to images, by Euler steps from noise.
+
+        Args:
+            latents: [B, N, latent_ch].
+            steps: number of steps; the config's `num_sampling_steps` if not given.
+            schedule: "linear" or "pow_p", see `uniflow.flow.schedule_steps`.
+            cfg: guidance scale; 1 is none (and costs none).
+            cfg_interval: the sigmas at which to guide, see `uniflow.flow.guides_at`.
+            noise: [B, N, C*P*P] to start from; drawn in float32 if not given.
+            generator: to draw it with, on any device.
+            size: (H, W) of the images in pixels; without it they are square.
+
+        Returns:
+            [B, C, H, W], normalised as the encoder's images are; differentiable, so use torch.inference_mode() if no
+            gradient is wanted.
+
+        Raises:
+            ValueError: if a shape does not fit, or for an unknown schedule.
+        """
+        condition = self.condition(latents, size)
+        row = self.config.num_channels * self.config.patch_size**2
+        if noise is None:
+            drawn_on = generator.device if generator is not None else self.device
+            noise = torch.randn(*latents.shape[:2], row, device=drawn_on, generator=generator)
+        self._check_rows("noise", noise, condition)
+        steps = self.config.sampling_steps if steps is None else steps
+        noise = noise.to(self.device, self.dtype)
+        rows = self.flow_head.sample(noise, condition, steps, schedule, cfg, cfg_interval)
+        return unpatchify(rows, self.config.patch_size, size)
+
+    def forward(self, images: Tensor, **sampling: Any) -> Tensor:
+        """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""
+        return self.decode(self.encode(images), size=(images.shape[-2], images.shape[-1]), **sampling)
+
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Recompute every layer and flow block in the backward pass instead of keeping its activations."""
+        self.encoder.gradient_checkpointing = enable
+        self.flow_head.net.grad_checkpointing = enable
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> UniFlow:
+        """Read a checkpoint folder in the official format, in evaluation mode.
+
+        Args:
+            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
+            device: where the parameters go.
+            dtype: of the parameters; that of the file if not given.
+
+        Raises:
+            FileNotFoundError: if there is no config.json or no weights.
+            CheckpointError: if keys are missing, unexpected or of another shape (all are named), or a file is damaged.
+            ValueError: if the config describes no UniFlow.
+
+        Nothing pickled is executed: pytorch_model.bin is read with weights_only.
+        """
+        config = UniFlowConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        assign_state(model, read_state(folder), str(folder))
+        return model.to(device, dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there."""
+        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        write_state(self, folder)
+        self.config.save_pretrained(folder)
+
+    def _checked_images(self, images: Tensor) -> Tensor:
+        config = self.config
+        if images.ndim != 4 or images.shape[1] != config.num_channels:
+            raise ValueError(f"images: expected shape [B, {config.num_channels}, H, W], got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected normalised floats (see uniflow.normalize), got {images.dtype}")
+        height, width = images.shape[-2:]
+        if height == 0 or width == 0 or height % config.patch_size or width % config.patch_size:
+            raise ValueError(f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}")
+        return images.to(self.dtype)
+
+    def _check_rows(self, name: str, rows: Tensor, condition: Tensor) -> None:
+        expected = (*condition.shape[:2], self.config.num_channels * self.config.patch_size**2)
+        if tuple(rows.shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, one row of pixels a token, got {tuple(rows.shape)}")

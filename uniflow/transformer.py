@@ -1,0 +1,150 @@
+"""The transformer layer of the encoder and of the global blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniflow_kernels.ops.attention import attention
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class RMSNorm(nn.Module):
+    """weight * (x / rms(x)), the quotient in float32 and rounded to x's dtype before the product.
+
+    Not nn.RMSNorm, which rounds after the product. Source: `UniFlowRMSNorm` of the official release.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole branch for a sample with probability `rate` (Huang et al. 2016)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...], the kept samples scaled by 1/(1 - rate)."""
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * (kept / (1 - self.rate))
+
+
+class Attention(nn.Module):
+    """Multi-head attention; query/key normalisation, where there is one, is over the whole width, all heads together."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qkv_bias: bool,
+        qk_norm_eps: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        allow_flash_attn: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(width, eps=qk_norm_eps)
+            self.k_norm = RMSNorm(width, eps=qk_norm_eps)
+        self.qk_normalization = qk_norm_eps is not None
+        self.attention_dropout = attention_dropout
+        self.allow_flash_attn = allow_flash_attn
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.qk_normalization:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.proj_drop(self.proj(attention(q, k, v, dropout, self.allow_flash_attn).flatten(2)))
+
+
+class MLP(nn.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(self, width: int, hidden: int, act: str) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and MLP, each on a residual branch with optional LayerScale (ls1, ls2) and DropPath.
+
+    Source: `UniFlowVisionEncoderLayer` of the official release; with `layer_scale=None` timm's `Block`, which the
+    release uses as its global block.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        norm_type: str = "layer_norm",
+        eps: float = 1e-5,
+        act: str = "gelu",
+        qkv_bias: bool = True,
+        qk_normalization: bool = False,
+        layer_scale: float | None = None,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        allow_flash_attn: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm1 = NORMS[norm_type](width, eps=eps)
+        self.attn = Attention(
+            width, heads, qkv_bias, eps if qk_normalization else None, dropout, attention_dropout, allow_flash_attn
+        )
+        self.norm2 = NORMS[norm_type](width, eps=eps)
+        self.mlp = MLP(width, mlp_width, act)
+        self.ls1 = self.ls2 = None
+        if layer_scale is not None:
+            self.ls1 = nn.Parameter(torch.full((width,), layer_scale))
+            self.ls2 = nn.Parameter(torch.full((width,), layer_scale))
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        x = _add_branch(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1)
+        return _add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+
+
+def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, drop_path: DropPath) -> Tensor:
+    branch = drop_path(branch)
+    return x + branch if scale is None else torch.addcmul(x, branch, scale)

@@ -1,0 +1,85 @@
+"""What is installed here, what each op would run on, and why not something faster."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+from uniflow_kernels.ops.attention import why_not_flash_attn
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """What one op would run on here: `runs` names the implementation, `why` says why not something faster."""
+
+    op: str
+    runs: str
+    why: str
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """The machine and its software, and one line an op; `str()` prints both."""
+
+    environment: dict[str, str]
+    ops: list[OpReport]
+
+    def __str__(self) -> str:
+        lines = [f"{name:12} {value}" for name, value in self.environment.items()]
+        lines += [f"{op.op:24} {op.runs:40} {op.why}" for op in self.ops]
+        return "\n".join(lines)
+
+
+def doctor() -> DoctorReport:
+    """Look at this machine. Needs neither a GPU nor Triton, and starts no work on a GPU.
+
+    Returns:
+        The report; `print(doctor())` shows it.
+    """
+    cuda = torch.cuda.is_available()
+    environment = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "Triton": _installed("triton"),
+        "CUDA": torch.version.cuda or "torch is built without CUDA",
+        "nvcc": _nvcc(),
+        "GPU": _gpus() if cuda else "none",
+        "flash-attn": _installed("flash-attn"),
+    }
+    plain = "plain PyTorch"
+    no_kernel = "no fused kernel exists yet"
+    names = ("flow_head", "patchify", "unpatchify", "interpolate", "velocity_loss", "layerwise_distillation")
+    ops = [OpReport(name, plain, no_kernel) for name in names]
+    return DoctorReport(environment, [*ops, _attention(cuda)])
+
+
+def _attention(cuda: bool) -> OpReport:
+    reason = why_not_flash_attn(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 64)
+    if reason is None:
+        return OpReport("attention", "flash-attn in float16 and bfloat16", "scaled_dot_product_attention in float32")
+    return OpReport("attention", "scaled_dot_product_attention", reason)
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        return "not on the PATH"
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")
+    return next((line.split("release ")[1].split(",")[0] for line in lines if "release " in line), "unknown version")
+
+
+def _gpus() -> str:
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return ", ".join(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)" for gpu in found)

@@ -1,0 +1,1 @@
+"""Drop-in modules on the ops."""

@@ -1,0 +1,46 @@
+"""Bidirectional attention: PyTorch's scaled_dot_product_attention, or the flash-attn package where it can serve."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
+_FLASH_ATTN_MAX_HEAD_DIM = 256
+
+
+def why_not_flash_attn(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the flash-attn package cannot serve such an input; None where it can."""
+    if not _FLASH_ATTN_INSTALLED:
+        return "the flash-attn package is not installed"
+    if device.type != "cuda":
+        return f"flash-attn runs on CUDA, not on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, not {dtype}"
+    if head_dim > _FLASH_ATTN_MAX_HEAD_DIM or head_dim % 8:
+        return f"flash-attn takes head sizes that are multiples of 8 up to {_FLASH_ATTN_MAX_HEAD_DIM}, not {head_dim}"
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, allow_flash_attn: bool = True) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for every head, without a mask.
+
+    Args:
+        q, k, v: [B, S, H, D]; any strides with a contiguous last dimension.
+        dropout: probability of dropping an attention weight; 0 outside training.
+        allow_flash_attn: False keeps to PyTorch's own kernels.
+
+    Returns:
+        [B, S, H, D].
+
+    Source: Vaswani et al. 2017.
+    """
+    if allow_flash_attn and why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None:
+        from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+        return flash_attn_func(q, k, v, dropout_p=dropout)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
