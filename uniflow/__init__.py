@@ -1,9 +1,29 @@
 """UniFlow: a visual tokenizer that both understands and generates."""
 
-from uniflow.checkpoint import CheckpointError
-from uniflow.config import UniFlowConfig
-from uniflow.images import denormalize, normalize
-from uniflow.model import UniFlow
-from uniflow.objective import UniFlowObjective
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uniflow.checkpoint import CheckpointError
+    from uniflow.config import UniFlowConfig
+    from uniflow.model import UniFlow
+    from uniflow.normalization import denormalize, normalize
+    from uniflow.objective import UniFlowObjective
 
 __all__ = ["CheckpointError", "UniFlow", "UniFlowConfig", "UniFlowObjective", "denormalize", "normalize"]
+
+# where each name lives; loaded on first use, so that `uniflow --help` need not wait for torch
+_MODULES = {
+    "CheckpointError": "checkpoint",
+    "UniFlow": "model",
+    "UniFlowConfig": "config",
+    "UniFlowObjective": "objective",
+    "denormalize": "normalization",
+    "normalize": "normalization",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"uniflow.{_MODULES[name]}"), name)

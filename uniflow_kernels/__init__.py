@@ -1,11 +1,15 @@
 """Fused operations and drop-in modules of UniFlow, a visual tokenizer that both understands and generates."""
 
-from uniflow_kernels.doctor import doctor
-from uniflow_kernels.modules.flow_head import FlowHead
-from uniflow_kernels.ops.attention import attention
-from uniflow_kernels.ops.distillation import layerwise_distillation
-from uniflow_kernels.ops.patches import patchify, unpatchify
-from uniflow_kernels.ops.velocity import interpolate, velocity_loss
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uniflow_kernels.diagnosis import doctor
+    from uniflow_kernels.modules.flow_head import FlowHead
+    from uniflow_kernels.ops.attention import attention
+    from uniflow_kernels.ops.distillation import layerwise_distillation
+    from uniflow_kernels.ops.patches import patchify, unpatchify
+    from uniflow_kernels.ops.velocity import interpolate, velocity_loss
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -18,3 +22,21 @@ __all__ = [
     "unpatchify",
     "velocity_loss",
 ]
+
+# where each name lives; loaded on first use, so that importing the package costs nothing
+_MODULES = {
+    "FlowHead": "modules.flow_head",
+    "attention": "ops.attention",
+    "doctor": "diagnosis",
+    "interpolate": "ops.velocity",
+    "layerwise_distillation": "ops.distillation",
+    "patchify": "ops.patches",
+    "unpatchify": "ops.patches",
+    "velocity_loss": "ops.velocity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"uniflow_kernels.{_MODULES[name]}"), name)

@@ -1,10 +1,9 @@
-"""Pictures and tensors: reading, fitting to a size as the release does, ImageNet normalisation, writing."""
+"""ImageNet normalisation, as in the release's preprocessor_config.json."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,8 @@ def normalize(images: Tensor) -> Tensor:
     Returns:
         Same shape; float32 for uint8, else the dtype of `images`.
 
-    Source: the release's preprocessor_config.json.
+    Raises:
+        ValueError: for another shape or dtype.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255
@@ -30,13 +30,25 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """The inverse of `normalize`: [..., 3, H, W] to pixels in [0, 1] (not clamped)."""
+    """The inverse of `normalize`: float [..., 3, H, W] to pixels in [0, 1], not clamped."""
     mean, std = _statistics(images)
     return images * std + mean
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Normalised images [..., 3, H, W] to uint8 pixels, clamped and rounded."""
+    return (denormalize(images.float()).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     if images.ndim < 3 or images.shape[-3] != 3 or not images.is_floating_point():
         raise ValueError(f"images: expected float or uint8 of shape [..., 3, H, W], got {images.dtype} {tuple(images.shape)}")
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+    return _constants(images.device, images.dtype)
+
+
+@lru_cache
+def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # made once a device: a copy to the GPU for each batch would wait for it; usable by autograd whoever comes first
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
