@@ -20,11 +20,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "vit_hidden_size": 128,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "initializer_range": 0.08,  # about 1/sqrt(width); 0.02 suits 1024
         "latent_ch": 16,
         "global_blocks_depth": 1,
-        "num_decoder_layers": 4,
+        "num_decoder_layers": 3,
     },
     "small": {
         "image_size": 224,
