@@ -6,6 +6,7 @@ Schedules, the Euler sampler, classifier-free guidance, and how t is drawn in tr
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def schedule_steps(steps: int, schedule: str = "linear") -> tuple[tuple[float, f
         raise ValueError(f"steps: expected at least 1, got {steps}")
     power = 1.0 if schedule == "linear" else _power(schedule)
     levels = [((steps - i) / steps) ** (1 / power) for i in range(steps + 1)]
-    return tuple((1 - level, level - following) for level, following in zip(levels, levels[1:], strict=False))
+    return tuple((1 - level, level - following) for level, following in pairwise(levels))
 
 
 def _power(schedule: str) -> float:
@@ -40,7 +41,9 @@ def _power(schedule: str) -> float:
     except ValueError:
         prefix, power = "", 0.0
     if prefix != "pow" or not 0 < power < float("inf"):
-        raise ValueError(f"schedule: expected 'linear' or 'pow_' and a positive number (as in 'pow_0.25'), got {schedule!r}")
+        raise ValueError(
+            f"schedule: expected 'linear' or 'pow_' and a positive number (as in 'pow_0.25'), got {schedule!r}"
+        )
     return power
 
 
@@ -81,7 +84,9 @@ def guides_at(t: float, cfg_interval: Interval | None) -> bool:
         return True
     low, high = cfg_interval
     if not 0 <= low <= high:
-        raise ValueError(f"cfg_interval: expected (lowest, highest) sigma with 0 <= lowest <= highest, got {cfg_interval}")
+        raise ValueError(
+            f"cfg_interval: expected (lowest, highest) sigma with 0 <= lowest <= highest, got {cfg_interval}"
+        )
     highest_level = high / (1 + high) if high != float("inf") else 1.0  # an infinite sigma is pure noise
     return low / (1 + low) <= 1 - t <= highest_level
 

@@ -91,7 +91,9 @@ def _meaning(model: UniFlow) -> dict[str, object]:
 
 def _check_model(path: Path, metadata: dict[str, str], model: UniFlow) -> None:
     theirs, ours = json.loads(metadata["config"]), _meaning(model)
-    differing = [f"{name} {theirs.get(name)!r} not {value!r}" for name, value in ours.items() if theirs.get(name) != value]
+    differing = [
+        f"{name} {theirs.get(name)!r} not {value!r}" for name, value in ours.items() if theirs.get(name) != value
+    ]
     if differing:
         raise LatentsError(f"{path} was written by another model: {', '.join(differing)}")
     if metadata["fingerprint"] != fingerprint(model):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_euler_converges_with_order_one():
     # dx/dt = x from x(0) = 1 ends at e
     start = torch.ones((), dtype=torch.float64)
     errors = [abs(euler(lambda x, t: x, start, n).item() - math.e) for n in (50, 100, 200)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.9 < coarse / fine < 2.1
 
 

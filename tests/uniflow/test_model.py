@@ -149,7 +149,11 @@ def test_no_pictures(tiny):
     [
         (lambda m: m.encode(torch.zeros(3, 16, 16)), ValueError, r"images: expected shape \[B, 3, H, W\]"),
         (lambda m: m.encode(torch.zeros(1, 1, 16, 16)), ValueError, r"images: expected shape \[B, 3, H, W\]"),
-        (lambda m: m.encode(torch.zeros(1, 3, 16, 18)), ValueError, r"images: .* multiples of the patch \(4\), got 16x18"),
+        (
+            lambda m: m.encode(torch.zeros(1, 3, 16, 18)),
+            ValueError,
+            r"images: .* multiples of the patch \(4\), got 16x18",
+        ),
         (lambda m: m.encode(torch.zeros(1, 3, 0, 16)), ValueError, "images: .* got 0x16"),
         (lambda m: m.encode(torch.zeros(1, 3, 16, 16).byte()), TypeError, "images: expected normalised floats"),
         (lambda m: m.decode(torch.zeros(1, 16, 9)), ValueError, r"latents: expected shape \[B, N, 8\]"),
@@ -161,7 +165,11 @@ def test_no_pictures(tiny):
             ValueError,
             "t: expected a scalar",
         ),
-        (lambda m: m.velocity(torch.zeros(1, 15, 48), torch.zeros(1), torch.zeros(1, 16, 64)), ValueError, "x: expected"),
+        (
+            lambda m: m.velocity(torch.zeros(1, 15, 48), torch.zeros(1), torch.zeros(1, 16, 64)),
+            ValueError,
+            "x: expected",
+        ),
     ],
 )
 def test_wrong_input_names_the_argument(tiny, call, error, message):

@@ -15,8 +15,8 @@ def formula(student, teacher, beta, detach):
     """The paper's sums, written out in float64."""
     alphas = []
     for s, t in zip(student, teacher, strict=True):
-        s, t = s.double(), t.double()
-        alphas.append(1 - ((s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))).mean())
+        cosine = (s.double() * t.double()).sum(-1) / (s.double().norm(dim=-1) * t.double().norm(dim=-1))
+        alphas.append(1 - cosine.mean())
     deep = [(layer / len(alphas)) * torch.exp(beta * alpha) for layer, alpha in enumerate(alphas, start=1)]
     weights = torch.stack(deep) / sum(deep)
     weights = weights.detach() if detach else weights

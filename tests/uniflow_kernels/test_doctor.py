@@ -28,7 +28,7 @@ def test_works_without_nvcc_and_triton(monkeypatch):
 
 
 def test_the_function_is_not_shadowed_by_a_module():
-    import uniflow_kernels.diagnosis  # noqa: F401
+    import uniflow_kernels.diagnosis
 
     assert callable(uniflow_kernels.doctor)
     assert callable(uniflow_kernels.doctor)

@@ -69,7 +69,9 @@ def train(
     """Train a UniFlow on a folder of pictures and write a checkpoint folder."""
     from uniflow.cli.train import train
 
-    train(folder, out, preset, checkpoint, steps, batch_size, learning_rate, distill_weight, workers, seed, device, force)
+    train(
+        folder, out, preset, checkpoint, steps, batch_size, learning_rate, distill_weight, workers, seed, device, force
+    )
 
 
 @app.command()

@@ -12,7 +12,12 @@ class TrainingBar:
     """A bar with the share of the budget spent, loss, images/s and time left; a context manager."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("training"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.fields[state]}"))
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[state]}"),
+        )
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("training", total=1.0, state="")
 
@@ -26,7 +31,9 @@ class TrainingBar:
     def report(self, now: TrainingProgress) -> None:
         """Show where the run is."""
         minutes, seconds = divmod(round(now.seconds_left), 60)
-        state = f"step {now.step}  loss {now.loss:.3f}  {now.images_per_second:.0f} images/s  {minutes}:{seconds:02} left"
+        state = (
+            f"step {now.step}  loss {now.loss:.3f}  {now.images_per_second:.0f} images/s  {minutes}:{seconds:02} left"
+        )
         self._progress.update(self._task, completed=now.spent, state=state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ TRAINED_ON = {
 HELD_OUT = {"skimage/data": ("chelsea.png",), "sklearn/datasets/images": ("flower.jpg",)}
 LARGEST_SIDE = 512  # pixels; larger pictures would only cost time to crop
 STEPS = (1, 4)  # of the sampler, compared side by side
-BATCH = 16
+BATCH = 8
 CROPS_SCORED = 64  # of each set, at the trained size
 SHOWN_SIZE = 96  # pixels, three times the trained size: more of a picture to look at
 
@@ -67,12 +68,12 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
 
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out / "checkpoint")
+    scores = {"held_out": _scores(model, held_out, seed), "trained_on": _scores(model, trained_on, seed)}
     metrics = {
         "train_seconds": seconds,
         "train_steps": len(losses),
         "last_loss": sum(losses[-100:]) / len(losses[-100:]),
-        "held_out": _scores(model, held_out, seed),
-        "trained_on": _scores(model, trained_on, seed),
+        **scores,
         "device": str(chosen),
         "torch": torch.__version__,
     }
@@ -81,12 +82,12 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     shown = [_reconstruct(model, name, picture, seed) for name, picture in (held_out | trained_on).items()]
     _draw_reconstructions(shown, set(held_out), out / "reconstruction.png")
     _draw_loss(losses, out / "loss.png")
-    for name in ("held_out", "trained_on"):
-        print(f"{name.replace('_', ' ')}: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics[name].items()))
+    for kind, values in scores.items():
+        print(f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
     print(f"written to {out}: reconstruction.png, loss.png, metrics.json, checkpoint/")
 
 
-def _load(names: dict[str, tuple[str, ...]]) -> dict[str, Image.Image]:
+def _load(names: Mapping[str, tuple[str, ...]]) -> dict[str, Image.Image]:
     pictures = {}
     for folder, files in names.items():
         package, *below = folder.split("/")

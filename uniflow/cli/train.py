@@ -8,7 +8,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from uniflow.cli.bars import TrainingBar
-from uniflow.cli.inputs import InputError, check_outputs, choose_device, explained, load_model, picture_files, read_picture
+from uniflow.cli.inputs import (
+    InputError,
+    check_outputs,
+    choose_device,
+    explained,
+    load_model,
+    picture_files,
+    read_picture,
+)
 from uniflow.config import UniFlowConfig
 from uniflow.data import RandomCrops
 from uniflow.model import UniFlow
