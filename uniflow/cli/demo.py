@@ -35,6 +35,7 @@ LARGEST_SIDE = 512  # pixels; larger pictures would only cost time to crop
 STEPS = (1, 4)  # of the sampler, compared side by side
 BATCH = 8
 CROPS_SCORED = 64  # of each set, at the trained size
+SHOWN_TRAINED = 3  # of the pictures trained on, below the held-out ones
 SHOWN_SIZE = 96  # pixels, three times the trained size: more of a picture to look at
 
 
@@ -79,7 +80,8 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     }
     with replacing(out / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
-    shown = [_reconstruct(model, name, picture, seed) for name, picture in (held_out | trained_on).items()]
+    to_show = held_out | dict(list(trained_on.items())[:SHOWN_TRAINED])
+    shown = [_reconstruct(model, name, picture, seed) for name, picture in to_show.items()]
     _draw_reconstructions(shown, set(held_out), out / "reconstruction.png")
     _draw_loss(losses, out / "loss.png")
     for kind, values in scores.items():
