@@ -133,10 +133,10 @@ def _draw_reconstructions(shown: list[Reconstruction], held_out: set[str], path:
     grid = figure.subplots(len(shown), 1 + len(STEPS), squeeze=False)
     for row, item in zip(grid, shown, strict=True):
         kind = "held out" if item.name in held_out else "trained on"
-        row[0].imshow(item.original.permute(1, 2, 0).numpy())
+        row[0].imshow(item.original.permute(1, 2, 0).numpy(), interpolation="nearest")
         row[0].set_xlabel(f"{item.name} ({kind})")
         for axes, (steps, result) in zip(row[1:], item.by_steps.items(), strict=True):
-            axes.imshow(result.permute(1, 2, 0).numpy())
+            axes.imshow(result.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_xlabel(f"{psnr(result[None], item.original[None]).item():.1f} dB")
             grid[0][1 + STEPS.index(steps)].set_title(f"{steps} step{'s' if steps > 1 else ''}")
         for axes in row:
