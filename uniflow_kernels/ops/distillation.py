@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.scaling import scaled
 
 EPS = 1e-8  # the least norm, as in F.cosine_similarity
@@ -193,6 +196,23 @@ _LIBRARY.define(
 )
 
 
+def _choose(student: list[Tensor], teacher: list[Tensor]) -> Any:
+    """The module whose kernels serve such layers, or None for plain PyTorch."""
+    sides = (*student, *teacher)
+    layout = None
+    if any(side.stride(-1) != 1 and side.shape[-1] > 1 for side in sides):
+        layout = "the elements of a token are not neighbours in memory"
+    elif any(side.dtype != student[0].dtype for side in sides):
+        layout = "the layers differ in dtype"
+    triton = triton_kernels.why_not(*sides) or layout
+    if triton is None and student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
+        triton = f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
+    chosen = choose("layerwise_distillation", {"triton": triton, "cuda": cuda_kernels.why_not(*sides) or layout})
+    if chosen == "triton":
+        return importlib.import_module("uniflow_kernels.triton_kernels.distillation")
+    return cuda_kernels if chosen == "cuda" else None
+
+
 @torch.library.impl(_LIBRARY, "cosine_distances", "CompositeExplicitAutograd")
 def _cosine_distances(
     student: list[Tensor], teacher: list[Tensor], skip_tokens: int, with_gradient: bool
@@ -200,6 +220,10 @@ def _cosine_distances(
     batch, length, _ = student[0].shape
     gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
     distances = torch.empty(len(student), batch, length - skip_tokens, device=student[0].device)
+    kernels = _choose(student, teacher)
+    if kernels is not None:
+        kernels.cosine_distances(student, teacher, skip_tokens, gradients, distances)
+        return _mean(distances), gradients
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
         plain_cosine_distance(s, t, skip_tokens, distances[layer], gradients[layer] if with_gradient else None)
     return _mean(distances), gradients

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.choice import choose
+
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """`gradient` times `factor`; in place, unless the graph is kept for another backward pass or being compiled.
@@ -30,10 +33,20 @@ _LIBRARY.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
 
 @torch.library.impl(_LIBRARY, "scale_", "CompositeExplicitAutograd")
 def _scale(gradient: Tensor, factor: Tensor) -> None:
-    # on a CPU the number is there to look at; on a GPU looking at it would wait for the device
-    if gradient.device.type == "cpu" and factor.numel() == 1 and factor.item() == 1:
+    if factor.numel() > 1 or not gradient.is_contiguous():
+        gradient.mul_(factor)
         return
-    gradient.mul_(factor)
+    # on a GPU looking at the number would wait for the device: the kernels look at it there
+    triton, cuda = (kernels.why_not(gradient) for kernels in (triton_kernels, cuda_kernels))
+    chosen = choose("scale_", {"triton": triton, "cuda": cuda})
+    if chosen == "triton":
+        from uniflow_kernels.triton_kernels.distillation import scale
+
+        scale(gradient, factor)
+    elif chosen == "cuda":
+        cuda_kernels.scale(gradient, factor)
+    elif gradient.device.type != "cpu" or factor.item() != 1:
+        gradient.mul_(factor)
 
 
 @torch.library.register_fake("uniflow_kernels::scale_", lib=_LIBRARY)

@@ -7,12 +7,15 @@ gradient in the same pass, so that nothing of the size of the prediction is stor
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.noise import check_seed, seeded_noise
 from uniflow_kernels.ops.patches import patchify, unpatchify
 from uniflow_kernels.ops.scaling import scaled
@@ -336,9 +339,33 @@ _LIBRARY.define(
 )
 
 
+def _choose(op: str, images: Tensor, patch_size: int, columns: int, rows: tuple[Tensor | None, ...]) -> Any:
+    """The module whose kernels serve such an input, or None for plain PyTorch."""
+    # of images in uint8 only the device counts
+    pixels = images.new_empty(0, dtype=torch.float32) if images.dtype == torch.uint8 else images
+    apart = next((x for x in rows if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1), None)
+    layout = None if apart is None else "the elements of a row are not neighbours in memory"
+    triton = triton_kernels.why_not(pixels, *rows) or layout
+    cuda = cuda_kernels.why_not(pixels, *rows) or layout
+    cuda = cuda or cuda_kernels.why_not_patch(images.shape[1], patch_size, columns)
+    chosen = choose(op, {"triton": triton, "cuda": cuda})
+    if chosen == "triton":
+        return importlib.import_module("uniflow_kernels.triton_kernels.velocity")
+    return cuda_kernels if chosen == "cuda" else None
+
+
 @torch.library.impl(_LIBRARY, "interpolate", "CompositeExplicitAutograd")
-def _interpolate(images: Tensor, t: Tensor, noise: Tensor | None, *options: Any) -> Tensor:
-    return plain_interpolate(images, t, noise, *options)
+def _interpolate(
+    images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int, offset: int,
+    patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    x_t = _interpolate_fake(images, t, noise, mean, std, seed, offset, patch_size, repeats, columns, dtype)
+    kernels = _choose("interpolate", images, patch_size, columns, (x_t, noise))
+    if kernels is None:
+        return plain_interpolate(images, t, noise, mean, std, seed, offset, patch_size, repeats, columns, dtype)
+    affine = pixel_scale_and_shift(images, mean, std)
+    kernels.interpolate(images, t, noise, affine, seed, offset, patch_size, repeats, columns, x_t)
+    return x_t
 
 
 @torch.library.register_fake("uniflow_kernels::interpolate", lib=_LIBRARY)
@@ -389,9 +416,19 @@ def _velocity_loss(
     mean: Any, std: Any, seed: int, offset: int, patch_size: int, repeats: int, reduction: str, with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     coefficients = _coefficients(velocity, images, patch_size, weights, mask, reduction)
-    losses, gradient = plain_velocity_loss(
-        velocity, images, noise, coefficients, mean, std, seed, offset, patch_size, repeats, with_gradient
-    )
+    kernels = _choose("velocity_loss", images, patch_size, velocity.shape[-1], (velocity, noise))
+    if kernels is None:
+        losses, gradient = plain_velocity_loss(
+            velocity, images, noise, coefficients, mean, std, seed, offset, patch_size, repeats, with_gradient
+        )
+    else:
+        losses = velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
+        gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
+        affine = pixel_scale_and_shift(images, mean, std)
+        kernels.velocity_loss(
+            velocity, images, noise, coefficients, affine, seed, offset, patch_size, repeats,
+            gradient if with_gradient else None, losses,
+        )  # fmt: skip
     return losses if reduction == "none" else losses.sum(), gradient
 
 
