@@ -45,14 +45,14 @@ __device__ void load_tile(const Source& source, const Tile& tile, bool wide, flo
 }
 
 template <class T>
-__device__ void load_noise(const T* from, int valid, bool wide, float x0[4]) {
+__device__ __forceinline__ void load_noise(const T* from, int valid, bool wide, float x0[4]) {
   if (wide) return load<T, 4>(from, x0);
 #pragma unroll
   for (int k = 0; k < 4; ++k) x0[k] = k < valid ? to_float(from[k]) : 0.0f;
 }
 
 // x0 of columns 4*quad .. 4*quad + 3 of a row.
-__device__ void noise_at(const Source& source, int64_t row, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
+__device__ __forceinline__ void noise_at(const Source& source, int64_t row, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
   if (source.noise.data == nullptr) return normals(row * source.tiling.quads + quad, source.seed, x0);
   const int64_t place = image * source.noise.image_stride + token * source.noise.token_stride + 4 * quad;
   const int valid = source.tiling.length - 4 * quad;

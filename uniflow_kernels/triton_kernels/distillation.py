@@ -14,12 +14,12 @@ _ELEMENTS = 4096  # of a program's tile
 
 
 @triton.jit
-def _address(tensors, layer, LAYERS: tl.constexpr):
-    """The address of one of a tuple of pointers."""
-    address = tensors[0].to(tl.int64)
+def _of_layer(tensors, layer, LAYERS: tl.constexpr):
+    """One of a tuple of pointers."""
+    pointer = tensors[0]
     for other in tl.static_range(1, LAYERS):
-        address = tl.where(layer == other, tensors[other].to(tl.int64), address)
-    return tl.multiple_of(address, 16)
+        pointer = tl.where(layer == other, tensors[other], pointer)
+    return pointer
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def cosine_kernel(
 ):  # fmt: skip
     width *= UNIT
     layer = tl.program_id(1)
-    student = _address(students, layer, LAYERS).to(students[0].dtype)
-    teacher = _address(teachers, layer, LAYERS).to(teachers[0].dtype)
+    student = _of_layer(students, layer, LAYERS)
+    teacher = _of_layer(teachers, layer, LAYERS)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
     image = tokens // length
     token = tokens - image * length
@@ -54,7 +54,7 @@ def cosine_kernel(
     place = layer.to(tl.int64) * (tokens_in_all // length * counted) + image * counted + token - skip
     tl.store(distances + place, 1.0 - cosine, counts)
     if GRADIENT:
-        gradient = _address(gradients, layer, LAYERS).to(gradients[0].dtype)
+        gradient = _of_layer(gradients, layer, LAYERS)
         along = tl.where(s_norm > 1e-8, cosine / s_least / s_least, 0.0)
         across = -1.0 / s_least / t_least
         value = along[:, None] * s + across[:, None] * t

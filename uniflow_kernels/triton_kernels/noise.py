@@ -29,7 +29,7 @@ def philox(number, key0, key1, offset0, offset1):
 
 @triton.jit
 def radius(x):
-    """sqrt(-2 ln u) with u = (x + 1/2) / 2^32; u = m * 2^e, and ln m by a polynomial that is exact in relative terms."""
+    """sqrt(-2 ln u), u = (x + 1/2) / 2^32 = m * 2^e; ln m by a polynomial that is exact in relative terms."""
     u = x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = (shifted >> 23).to(tl.float32)

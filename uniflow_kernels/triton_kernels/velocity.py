@@ -1,8 +1,8 @@
 """x_t and the velocity loss: a program takes neighbouring tokens and goes over the columns of their rows.
 
-The columns of a block are split into (channel, row, column) once for all its tokens; four of them share a counter of the
-noise, and are four neighbours in memory. Row lengths and strides of rows come in units of UNIT elements: multiplied by a
-constant, they tell the compiler how wide an access may be.
+The columns of a block are split into (channel, row, column) once for all its tokens; four of them share a counter of
+the noise, and are four neighbours in memory. Row lengths and strides of rows come in units of UNIT elements: multiplied
+by a constant, they tell the compiler how wide an access may be.
 """
 
 from typing import Any
@@ -57,7 +57,8 @@ def _noise(
         quads = (length + 3) // 4
         number = tokens[:, None] * quads + (start // 4 + tl.arange(0, QUADS))[None, :]  # [G, C/4]
         return normals(number, key0, key1, offset0, offset1)
-    return tl.load(noise + base[:, None] + columns[None, :], inside, other=0).to(tl.float32)
+    else:
+        return tl.load(noise + base[:, None] + columns[None, :], inside, other=0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1"])
