@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 Form = Callable[..., Any]  # the inputs of a problem to a tensor, or a tuple of tensors
 
 
@@ -54,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Size:
-    """Arguments of a case's `build`. A quick run takes only the `quick` sizes, and compiles only at the `compile` ones."""
+    """Arguments of a case's `build`. A quick run takes only `quick` sizes, and compiles only at `compile` ones."""
 
     values: dict[str, int | str]
     quick: bool
@@ -140,7 +141,7 @@ def _named(inputs: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _named(item, f"{name} {index}")
 
 
-def randomised(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def randomised(module: Module, dtype: torch.dtype) -> Module:
     """`module` in `dtype` with no parameter left at zero, so that no branch of it is dead.
 
     Matrices keep the variance of their input; vectors stay near where their module begins (0 or 1).

@@ -67,7 +67,8 @@ def _evaluate(
     values = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
     if leaves and cotangents is None:
         cotangents = cotangents_like(outputs)
-    if leaves and all(out.requires_grad for out in outputs):
+    fits = [out.shape for out in outputs] == [c.shape for c in cotangents or ()]
+    if leaves and fits and all(out.requires_grad for out in outputs):
         gradients = torch.autograd.grad(outputs, leaves.values(), cotangents, materialize_grads=True)
         values.update({f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)})
     return values, cotangents or []

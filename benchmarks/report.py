@@ -25,11 +25,11 @@ INTRODUCTION = """# Benchmarks
 Written by `python -m benchmarks report` from the files in benchmarks/results; how they are made is in benchmarks/.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
-PyTorch in the same dtype. What fails is marked wrong and never timed. Times are medians with quartiles, in ms; all forms
-ran in turn in one process. A ratio is the other form's time over ours: above 1, ours is faster. On a GPU the time is that
-of CUDA graph replays on inputs that are not in the cache; on a CPU it is wall time. "Plain" is eager PyTorch as the
-official release writes it, on the same parameters. The floor is the larger of the bytes that must move over the machine's
-copy rate and the FLOPs that must be done over its rate on a large product, both measured in the same run.
+PyTorch in the same dtype. What fails is marked wrong and never timed. Times are medians with quartiles, in ms; all
+forms ran in turn in one process. A ratio is the other form's time over ours: above 1, ours is faster. On a GPU the time
+is that of CUDA graph replays on inputs that are not in the cache; on a CPU it is wall time. "Plain" is eager PyTorch as
+the official release writes it, on the same parameters. The floor is the larger of the bytes that must move over the
+machine's copy rate and the FLOPs that must be done over its rate on a large product, both measured in the same run.
 """
 
 
@@ -230,7 +230,7 @@ def _bars(plt: Any, entries: list[Entry], values: dict[str, list[float | None]],
     axes.set_yticks(range(len(entries)), [f"{entry['case']}, {_whole(entry)}" for entry in entries])
     axes.invert_yaxis()
     axes.set_xlabel(axis)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(values), frameon=False)
     return figure
 
 
@@ -258,6 +258,7 @@ def _curves(results: dict[str, Any], plt: Any, read: Callable[[dict[str, Any], s
     figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained")
     for axes in grid.flat[len(series) :]:
         axes.set_visible(False)
+    shown_forms: dict[str, Any] = {}
     for axes, (case, entries) in zip(grid.flat, series.items(), strict=False):
         name = _whole(entries[0])
         for label, shown in LABELS.items():
@@ -266,7 +267,14 @@ def _curves(results: dict[str, Any], plt: Any, read: Callable[[dict[str, Any], s
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=shown, color=COLOURS[label])
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=axis, title=f"{case}, {name}")
-    grid.flat[0].legend(frameon=False)
+        axes.set_xticks(
+            [entry["tokens"] for entry in entries], [str(entry["tokens"]) for entry in entries], minor=False
+        )
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        shown_forms |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(shown_forms.values(), shown_forms, loc="outside lower center", ncols=len(shown_forms), frameon=False)
     return figure
 
 
