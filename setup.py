@@ -1,4 +1,4 @@
-"""Everything is said in pyproject.toml. The CUDA part will be built from here, without importing torch; there is none yet."""
+"""Everything is said in pyproject.toml. A CUDA part, when there is one, is built from here without importing torch."""
 
 from setuptools import setup
 

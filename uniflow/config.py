@@ -20,11 +20,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 128,
         "vit_hidden_size": 128,
         "intermediate_size": 512,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "initializer_range": 0.08,  # about 1/sqrt(width); 0.02 suits 1024
         "latent_ch": 16,
         "global_blocks_depth": 1,
-        "num_decoder_layers": 4,
+        "num_decoder_layers": 3,
     },
     "small": {
         "image_size": 224,
@@ -92,8 +93,8 @@ class UniFlowConfig:
         if self.vit_hidden_size < row:
             warnings.warn(
                 f"vit_hidden_size: a flow head of width {self.vit_hidden_size} is narrower than its patch "
-                f"({self.num_channels}*{self.patch_size}*{self.patch_size} = {row}) and cannot take the noise away in one "
-                "step, whatever the training; use a wider head, a smaller patch, or more sampling steps",
+                f"({self.num_channels}*{self.patch_size}*{self.patch_size} = {row}) and cannot take the noise away in "
+                "one step, whatever the training; use a wider head, a smaller patch, or more sampling steps",
                 stacklevel=3,
             )
 
@@ -115,14 +116,19 @@ class UniFlowConfig:
 
     def _check_fit(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: expected a multiple of patch_size ({self.patch_size}), got {self.image_size}")
+            raise ValueError(
+                f"image_size: expected a multiple of patch_size ({self.patch_size}), got {self.image_size}"
+            )
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}"
+            )
         if self.vit_hidden_size != self.hidden_size:
             raise ValueError(f"vit_hidden_size: expected hidden_size ({self.hidden_size}), got {self.vit_hidden_size}")
         if self.vit_hidden_size % GLOBAL_BLOCK_HEADS:
             raise ValueError(
-                f"vit_hidden_size: expected a multiple of {GLOBAL_BLOCK_HEADS} (the heads of a global block), got {self.vit_hidden_size}"
+                f"vit_hidden_size: expected a multiple of {GLOBAL_BLOCK_HEADS}, the heads of a global block, "
+                f"got {self.vit_hidden_size}"
             )
         choices = {
             "norm_type": ("layer_norm", "rms_norm"),
@@ -132,7 +138,9 @@ class UniFlowConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
         if not self.use_global_blocks and self.global_blocks_depth:
             raise ValueError(f"use_global_blocks: is false, but global_blocks_depth is {self.global_blocks_depth}")
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -43,7 +42,7 @@ class RandomCrops(IterableDataset[Tensor]):
         worker = get_worker_info()
         rng = np.random.default_rng((self.seed, worker.id if worker else 0))
         while True:
-            picture = self.pictures[rng.integers(len(self.pictures))]
+            picture = self.pictures[int(rng.integers(len(self.pictures)))]
             yield self._crop(open_picture(picture) if isinstance(picture, Path) else picture, rng)
 
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:

@@ -6,7 +6,7 @@ Schedules, the Euler sampler, classifier-free guidance, and how t is drawn in tr
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch import Tensor
 Interval = tuple[float, float]
 
 
-@lru_cache
 def schedule_steps(steps: int, schedule: str = "linear") -> tuple[tuple[float, float], ...]:
-    """The times and step sizes (t_i, dt_i) of a sampler, computed in float32 as the release does.
+    """The times and step sizes (t_i, dt_i) of a sampler.
 
     "linear" has equal steps. "pow_p" has noise levels s_i = ((N-i)/N)^(1/p), i = 0..N, with t_i = 1 - s_i and
     dt_i = s_i - s_{i+1}: below p = 1 the first steps are the longest.
@@ -30,13 +29,9 @@ def schedule_steps(steps: int, schedule: str = "linear") -> tuple[tuple[float, f
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    countdown = torch.arange(steps, -1, -1, device="cpu", dtype=torch.float32)
-    if schedule == "linear":
-        levels = countdown / steps
-    else:
-        power = _power(schedule)
-        levels = countdown ** (1 / power) / steps ** (1 / power)
-    return tuple(zip((1 - levels[:-1]).tolist(), (levels[:-1] - levels[1:]).tolist(), strict=True))
+    power = 1.0 if schedule == "linear" else _power(schedule)
+    levels = [((steps - i) / steps) ** (1 / power) for i in range(steps + 1)]
+    return tuple((1 - level, level - following) for level, following in pairwise(levels))
 
 
 def _power(schedule: str) -> float:
@@ -46,7 +41,9 @@ def _power(schedule: str) -> float:
     except ValueError:
         prefix, power = "", 0.0
     if prefix != "pow" or not 0 < power < float("inf"):
-        raise ValueError(f"schedule: expected 'linear' or 'pow_' and a positive number (as in 'pow_0.25'), got {schedule!r}")
+        raise ValueError(
+            f"schedule: expected 'linear' or 'pow_' and a positive number (as in 'pow_0.25'), got {schedule!r}"
+        )
     return power
 
 
@@ -87,10 +84,11 @@ def guides_at(t: float, cfg_interval: Interval | None) -> bool:
         return True
     low, high = cfg_interval
     if not 0 <= low <= high:
-        raise ValueError(f"cfg_interval: expected (lowest, highest) sigma with 0 <= lowest <= highest, got {cfg_interval}")
-    # an infinite sigma is pure noise
-    high_level = high / (1 + high) if high != float("inf") else 1.0
-    return low / (1 + low) <= 1 - t <= high_level
+        raise ValueError(
+            f"cfg_interval: expected (lowest, highest) sigma with 0 <= lowest <= highest, got {cfg_interval}"
+        )
+    highest_level = high / (1 + high) if high != float("inf") else 1.0  # an infinite sigma is pure noise
+    return low / (1 + low) <= 1 - t <= highest_level
 
 
 def _lognormal(shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None) -> Tensor:

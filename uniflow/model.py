@@ -22,8 +22,8 @@ from uniflow_kernels.ops.patches import patch_grid
 class UniFlow(nn.Module):
     """The tokenizer: images to latents and back.
 
-    Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; where a height and
-    width differ from the trained size, the three position embeddings are interpolated.
+    Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; at another
+    size than the trained one, the three position embeddings are interpolated.
 
     Args:
         config: see `UniFlowConfig`.
@@ -60,7 +60,9 @@ class UniFlow(nn.Module):
         nn.init.trunc_normal_(self.embeddings.position_embedding, std=std)
         if self.decoder_pos_embed.is_meta:
             return
-        positions = sincos_position_embedding(self.config.vit_hidden_size, self.config.image_size // self.config.patch_size)
+        positions = sincos_position_embedding(
+            self.config.vit_hidden_size, self.config.image_size // self.config.patch_size
+        )
         with torch.no_grad():
             self.global_block_pos_embed.copy_(positions)
             self.decoder_pos_embed.copy_(positions)
@@ -138,7 +140,9 @@ class UniFlow(nn.Module):
         """
         self._check_rows("x", x, condition)
         if t.shape not in ((), x.shape[:1], x.shape[:2]):
-            raise ValueError(f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}")
+            raise ValueError(
+                f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}"
+            )
         t = t.unsqueeze(-1) if t.ndim == 1 else t
         return self.flow_head.velocity(x.to(self.dtype), t, condition)
 
@@ -230,7 +234,9 @@ class UniFlow(nn.Module):
             raise TypeError(f"images: expected normalised floats (see uniflow.normalize), got {images.dtype}")
         height, width = images.shape[-2:]
         if height == 0 or width == 0 or height % config.patch_size or width % config.patch_size:
-            raise ValueError(f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}")
+            raise ValueError(
+                f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
+            )
         return images.to(self.dtype)
 
     def _check_rows(self, name: str, rows: Tensor, condition: Tensor) -> None:

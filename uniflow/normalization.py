@@ -42,7 +42,9 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     if images.ndim < 3 or images.shape[-3] != 3 or not images.is_floating_point():
-        raise ValueError(f"images: expected float or uint8 of shape [..., 3, H, W], got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(
+            f"images: expected float or uint8 of shape [..., 3, H, W], got {images.dtype} {tuple(images.shape)}"
+        )
     return _constants(images.device, images.dtype)
 
 

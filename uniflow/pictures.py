@@ -28,12 +28,13 @@ def open_picture(path: Path) -> Image.Image:
         PictureError: if it is no picture, damaged or truncated, or of floating-point values.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)  # reads the pixels too
             if picture.mode.startswith("I"):
                 # Pillow would clip 16-bit values at 255
-                return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+                return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert(
+                    "RGB"
+                )
             if picture.mode == "F":
                 raise PictureError(f"{path}: pictures of floating-point values are not supported")
             return picture.convert("RGB")

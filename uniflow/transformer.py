@@ -38,7 +38,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_n
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the whole branch for a sample with probability `rate` (Huang et al. 2016)."""
+    """Stochastic depth (Huang et al. 2016): in training, drops a sample's whole branch with probability `rate`."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; query/key normalisation, where there is one, is over the whole width, all heads together."""
+    """Multi-head attention; query/key normalisation, where there is one, is over the whole width at once."""
 
     def __init__(
         self,

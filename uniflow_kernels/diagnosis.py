@@ -52,7 +52,7 @@ def doctor() -> DoctorReport:
         "flash-attn": _installed("flash-attn"),
     }
     plain = "plain PyTorch"
-    no_kernel = "no fused kernel exists yet"
+    no_kernel = "no fused kernel yet"
     names = ("flow_head", "patchify", "unpatchify", "interpolate", "velocity_loss", "layerwise_distillation")
     ops = [OpReport(name, plain, no_kernel) for name in names]
     return DoctorReport(environment, [*ops, _attention(cuda)])

@@ -27,12 +27,17 @@ class TimestepEmbedding(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the MLP's weights; the sinusoids are rounded to it."""
+        return next(self.mlp.parameters()).dtype
+
     def forward(self, t: Tensor) -> Tensor:
         """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W]."""
         half = self.frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(self.max_period) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
 
 
 class FlowBlock(nn.Module):
@@ -108,16 +113,16 @@ class FlowHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for the products, std 0.02 for the time MLP, zero for modulations and output: the head starts at v = 0."""
-        for module in self.modules():
+        """As in MAR: Xavier for products, std 0.02 for the time MLP, zero for modulations and output, so that v = 0."""
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                if "adaLN_modulation" in name or name == "final_layer.linear":
+                    nn.init.zeros_(module.weight)
+                elif name.startswith("time_embed"):
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        modulations = [block.adaLN_modulation[1] for block in self.res_blocks]
-        for layer in (*modulations, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor | float, c: Tensor) -> Tensor:
         """Velocity at x and t under the condition c.

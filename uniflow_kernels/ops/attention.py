@@ -39,7 +39,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, allow_flash
     Source: Vaswani et al. 2017.
     """
     if allow_flash_attn and why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None:
-        from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+        from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, dropout_p=dropout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

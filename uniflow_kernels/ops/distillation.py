@@ -35,11 +35,15 @@ def layerwise_distillation(
     Source: the UniFlow paper, layer-wise adaptive self-distillation.
     """
     if len(student) == 0 or len(student) != len(teacher):
-        raise ValueError(f"student, teacher: expected as many layers in both, at least one, got {len(student)} and {len(teacher)}")
+        raise ValueError(
+            f"student, teacher: expected as many layers in both, at least one, got {len(student)} and {len(teacher)}"
+        )
     distances = []
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True), start=1):
         if s.shape != t.shape:
-            raise ValueError(f"teacher: layer {layer} has shape {tuple(t.shape)}, expected the student's {tuple(s.shape)}")
+            raise ValueError(
+                f"teacher: layer {layer} has shape {tuple(t.shape)}, expected the student's {tuple(s.shape)}"
+            )
         distances.append(1 - F.cosine_similarity(s.float(), t.detach().float(), dim=-1, eps=1e-8).mean())
     alpha = torch.stack(distances)
     depth = torch.arange(1, len(distances) + 1, device=alpha.device, dtype=alpha.dtype) / len(distances)

@@ -27,7 +27,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got shape {tuple(images.shape)}")
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
-        raise ValueError(f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}")
+        raise ValueError(
+            f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
+        )
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 

@@ -28,7 +28,9 @@ def interpolate(images: Tensor, t: Tensor, patch_size: int, noise: Tensor) -> Te
     patches = patchify(images, patch_size)
     _check_rows("noise", noise, patches)
     if t.shape not in (patches.shape[:1], patches.shape[:2]):
-        raise ValueError(f"t: expected shape {tuple(patches.shape[:1])} or {tuple(patches.shape[:2])}, got {tuple(t.shape)}")
+        raise ValueError(
+            f"t: expected shape {tuple(patches.shape[:1])} or {tuple(patches.shape[:2])}, got {tuple(t.shape)}"
+        )
     t = t.float().reshape(*t.shape, *(1,) * (3 - t.ndim))
     return torch.lerp(noise.float(), patches.float(), t).to(images.dtype)
 

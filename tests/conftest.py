@@ -1,0 +1,103 @@
+"""What several tests share: the golden checkpoint, tiny models, and the rule by which precision is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from uniflow import UniFlow, UniFlowConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # the golden model is narrower than its patch, on purpose small
+    config.addinivalue_line("filterwarnings", "ignore:vit_hidden_size. a flow head of width 64:UserWarning")
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "expected.safetensors")
+
+
+@pytest.fixture
+def golden_model() -> UniFlow:
+    return UniFlow.from_pretrained(GOLDEN)
+
+
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter random values, so that no zero-initialised branch hides an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim > 1 else 0.5)
+            is_norm = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.2 * values if is_norm else values / max(1, parameter.shape[-1] ** 0.5 / 4))
+    return module
+
+
+@pytest.fixture
+def tiny() -> Callable[..., UniFlow]:
+    """Make a random model of two layers and 16 tokens (patch 4, 16 px); keyword arguments change its config."""
+
+    def make(**changes: object) -> UniFlow:
+        fields = {
+            "image_size": 16,
+            "patch_size": 4,
+            "hidden_size": 64,
+            "vit_hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "latent_ch": 8,
+            "global_blocks_depth": 1,
+            "num_decoder_layers": 2,
+            **changes,
+        }
+        model = UniFlow(UniFlowConfig.preset("base", **fields))
+        randomize(model)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def within_twice() -> Callable[..., None]:
+    """The 2x rule: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus a floor."""
+
+    def check(ours: Tensor, plain: Tensor, exact: Tensor, floor: float = 1e-6) -> None:
+        assert exact.dtype == torch.float64
+        assert ours.shape == exact.shape
+        scale = exact.abs().max().clamp(min=1e-30)
+        error = (ours.double() - exact).abs().max() / scale
+        allowed = 2 * (plain.double() - exact).abs().max() / scale + floor
+        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+    return check
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Three smooth pictures of different sizes and kinds."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name, size, seed in (("a.png", (40, 30), 0), ("b.jpg", (33, 50), 1), ("more/c.webp", (36, 36), 2)):
+        smooth_picture(size, seed).save(folder / name)
+    return folder
+
+
+def smooth_picture(size: tuple[int, int], seed: int) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)

@@ -1,0 +1,122 @@
+"""The model on a GPU: the golden numbers, half precision, compilation, CUDA graphs, and no waiting for the device."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def noise(golden):
+    return golden["in.noise"].view(2, 16, 588).cuda()
+
+
+def relative_error(actual, expected):
+    return ((actual.cpu().double() - expected.double()).abs().max() / expected.abs().max()).item()
+
+
+def test_golden_numbers(golden_model, golden, noise):
+    model = golden_model.cuda()
+    with torch.inference_mode():
+        images = golden["in.pixel_values"].cuda()
+        for i, state in enumerate(model.hidden_states(images)):
+            assert relative_error(state, golden[f"out.hidden_states.{i}"]) < 1e-5
+        latents = model.encode(images)
+        assert relative_error(latents, golden["out.latent"]) < 1e-5
+        assert relative_error(model.condition(latents), golden["out.condition"]) < 1e-5
+        for name, options in {
+            "linear_1": {"steps": 1},
+            "linear_4": {"steps": 4},
+            "pow_0.25_4": {"steps": 4, "schedule": "pow_0.25"},
+            "linear_4_cfg_2": {"steps": 4, "cfg": 2.0},
+        }.items():
+            image = model.decode(latents, noise=noise, **options)
+            assert relative_error(image, golden[f"out.image.{name}"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_on_a_cpu(golden_model, golden, noise, dtype):
+    """The 2x rule against float64, with the CPU's result in the same dtype as plain PyTorch."""
+    images = golden["in.pixel_values"]
+    with torch.inference_mode():
+        exact = golden_model.double()(images.double(), noise=noise.cpu().double())
+        plain = golden_model.to(dtype)(images, noise=noise.cpu())
+        ours = golden_model.cuda()(images.cuda(), noise=noise)
+    assert relative_error(ours, exact) <= 2 * relative_error(plain, exact) + 1e-3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiles_whole(golden_model, golden, noise, mode):
+    model = golden_model.cuda()
+    images = golden["in.pixel_values"].cuda()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    with torch.inference_mode():
+        for _ in range(3):  # CUDA graphs are recorded in the second call and replayed in the third
+            assert relative_error(compiled(images, noise=noise, steps=4), golden["out.image.linear_4"]) < 1e-4
+
+
+def test_decode_in_a_cuda_graph(golden_model, golden, noise):
+    model, latents = golden_model.cuda(), golden["out.latent"].cuda()
+
+    def decode():
+        return model.decode(latents, steps=4, cfg=2.0, noise=noise)
+
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            decode()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            image = decode()
+        image.zero_()
+        graph.replay()
+    assert relative_error(image, golden["out.image.linear_4_cfg_2"]) < 1e-5
+
+
+def test_neither_encode_nor_decode_waits_for_the_device(golden_model, golden, noise):
+    model, images = golden_model.cuda(), golden["in.pixel_values"].cuda()
+    with torch.inference_mode():
+        model(images, noise=noise, steps=2, cfg=2.0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(images, noise=noise, steps=2, cfg=2.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_step(golden_model, golden):
+    from uniflow import UniFlowObjective
+
+    objective = UniFlowObjective(golden_model.cuda()).train()
+    optimizer = torch.optim.AdamW(objective.student.parameters(), lr=1e-4, fused=True)
+    images = golden["in.pixel_values"].cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        losses = objective(images)
+    losses.total.backward()
+    optimizer.step()
+    assert torch.isfinite(losses.total)
+    assert all(torch.isfinite(p).all() for p in objective.student.parameters())
+
+
+def test_flash_attn_where_it_is_installed():
+    pytest.importorskip("flash_attn")
+    from uniflow_kernels import attention
+
+    q, k, v = torch.randn(3, 2, 65, 4, 64, device="cuda").unbind(0)
+    exact = attention(q.double(), k.double(), v.double(), allow_flash_attn=False)
+    plain = attention(q.half(), k.half(), v.half(), allow_flash_attn=False)
+    ours = attention(q.half(), k.half(), v.half())
+    assert relative_error(ours, exact.cpu()) <= 2 * relative_error(plain, exact.cpu()) + 1e-5

@@ -1,0 +1,59 @@
+"""The official base preset, whole."""
+
+import pytest
+import torch
+
+from uniflow import UniFlow, UniFlowConfig
+
+
+def expected_keys():
+    keys = {"global_block_pos_embed", "decoder_pos_embed"}
+    keys |= {f"embeddings.{n}" for n in ("class_embedding", "position_embedding")}
+    keys |= {f"embeddings.patch_embedding.{n}" for n in ("weight", "bias")}
+    layer = [
+        f"{m}.{n}"
+        for m in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        for n in ("weight", "bias")
+    ]
+    keys |= {f"encoder.layers.{i}.{n}" for i in range(24) for n in (*layer, "ls1", "ls2")}
+    keys |= {f"global_blocks.{i}.{n}" for i in range(6) for n in layer}
+    keys |= {
+        f"{p}.{c}.{n}" for p in ("chal_proj", "chal_unproj") for c in ("c_fc", "c_proj") for n in ("weight", "bias")
+    }
+    head = ["time_embed.mlp.0", "time_embed.mlp.2", "cond_embed", "input_proj"]
+    head += [f"res_blocks.{i}.{m}" for i in range(12) for m in ("in_ln", "mlp.0", "mlp.2", "adaLN_modulation.1")]
+    head += ["final_layer.linear", "final_layer.adaLN_modulation.1"]
+    return keys | {f"flow_head.net.{m}.{n}" for m in head for n in ("weight", "bias")}
+
+
+def test_keys_and_counts():
+    with torch.device("meta"):
+        model = UniFlow(UniFlowConfig.preset("base"))
+    state = model.state_dict()
+    assert len(state) == 530
+    assert state.keys() == expected_keys()
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
+    assert sum(p.numel() for p in model.parameters()) == 452_586_124
+    assert count["encoder"] == 24 * (12 * 1024**2 + 15 * 1024)
+    assert state["embeddings.position_embedding"].shape == (1, 1025, 1024)
+    assert state["chal_proj.c_proj.weight"].shape == (64, 1024)
+    assert state["flow_head.net.final_layer.linear.weight"].shape == (588, 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_whole(dtype):
+    torch.manual_seed(0)
+    model = UniFlow(UniFlowConfig.preset("base")).to(dtype)
+    with torch.no_grad():  # a new head's modulations and output are zero
+        for name, parameter in model.flow_head.net.named_parameters():
+            if name.endswith("weight") and ("adaLN_modulation" in name or "final_layer" in name):
+                parameter.normal_(std=0.02)
+    with torch.inference_mode():
+        latents = model.encode(torch.randn(1, 3, 448, 448))
+        image = model.decode(latents, steps=1)
+    assert latents.shape == (1, 1024, 64)
+    assert image.shape == (1, 3, 448, 448)
+    assert latents.dtype == image.dtype == dtype
+    assert torch.isfinite(image).all()
+    assert image.float().std() > 0.1

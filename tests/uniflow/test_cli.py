@@ -1,0 +1,383 @@
+"""The command as a person uses it: results, errors as one line with status 2, interrupts, a full disk."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import GOLDEN, smooth_picture
+from uniflow import UniFlow
+from uniflow.cli import run
+from uniflow.pictures import center_crop, open_picture
+
+CHECKPOINT = ["--checkpoint", str(GOLDEN)]
+
+
+def ok(capsys, *arguments):
+    status = run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    return captured.out
+
+
+def fails(capsys, *arguments):
+    """Status 2 and one line on stderr, which is returned."""
+    status = run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("uniflow: ")
+    return lines[0]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+# what it does
+
+
+def test_reconstruct_files_and_folders(capsys, picture_folder, tmp_path):
+    out = tmp_path / "out"
+    printed = ok(capsys, "reconstruct", picture_folder, picture_folder / "a.png", *CHECKPOINT, "--out", out)
+    assert files(out) == ["a-2.png", "a.png", "b.png", "more/c.png"]
+    assert all(Image.open(out / name).size == (56, 56) for name in files(out))
+    assert "mean" in printed
+    assert "images/s" in printed
+
+    # the numbers printed are those of the pictures written
+    original = np.asarray(center_crop(open_picture(picture_folder / "a.png"), 56), float)
+    mse = np.square((np.asarray(Image.open(out / "a.png"), float) - original) / 255).mean()
+    assert f"{-10 * np.log10(mse):.2f}" in next(line for line in printed.splitlines() if "a.png" in line)
+
+
+def test_keep_size_rounds_to_the_patch(capsys, picture_folder, tmp_path):
+    ok(capsys, "reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out", "--keep-size")
+    sizes = {name: Image.open(tmp_path / "out" / name).size for name in files(tmp_path / "out")}
+    assert sizes == {"a.png": (42, 28), "b.png": (28, 56), "more/c.png": (42, 42)}
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep-size"]])
+@pytest.mark.parametrize(
+    "sampling", [[], ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2]]
+)
+def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path, keep, sampling):
+    same = [*CHECKPOINT, "--batch-size", 2]
+    ok(capsys, "reconstruct", picture_folder, *same, *keep, *sampling, "--seed", 5, "--out", tmp_path / "one")
+    latents = tmp_path / "latents.safetensors"
+    ok(capsys, "encode", picture_folder, *same, *keep, "--out", latents)
+    ok(capsys, "decode", latents, *same, *sampling, "--seed", 5, "--out", tmp_path / "two")
+    assert files(tmp_path / "one") == ["a.png", "b.png", "more/c.png"]
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    ok(capsys, "decode", latents, *same, *sampling, "--seed", 6, "--out", tmp_path / "three")
+    assert contents(tmp_path / "two") != contents(tmp_path / "three")
+
+
+def test_the_seeds_noise_does_not_depend_on_the_batches(capsys, picture_folder, tmp_path):
+    for size in (1, 3):
+        ok(capsys, "reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / str(size), "--batch-size", size)
+    for name in files(tmp_path / "1"):
+        one, three = (np.asarray(Image.open(tmp_path / str(size) / name), int) for size in (1, 3))
+        assert np.abs(one - three).max() <= 1  # the order of sums may round differently
+
+
+def test_steps_and_dtype_reach_the_model(capsys, picture_folder, tmp_path):
+    one = [picture_folder / "a.png", *CHECKPOINT]
+    for name, options in {"1": [], "4": ["--steps", 4], "bf16": ["--dtype", "bfloat16"]}.items():
+        ok(capsys, "reconstruct", *one, *options, "--out", tmp_path / name)
+    assert len({(tmp_path / name / "a.png").read_bytes() for name in ("1", "4", "bf16")}) == 3
+
+
+def test_force_overwrites(capsys, picture_folder, tmp_path):
+    arguments = ["reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out"]
+    ok(capsys, *arguments)
+    before = contents(tmp_path / "out")
+    assert "exists; --force overwrites it" in fails(capsys, *arguments, "--seed", 1)
+    assert contents(tmp_path / "out") == before
+    ok(capsys, *arguments, "--seed", 1, "--force")
+    assert contents(tmp_path / "out") != before
+
+
+def test_evaluate(capsys, picture_folder):
+    printed = ok(capsys, "evaluate", picture_folder, *CHECKPOINT)
+    assert "rFID was not computed: it needs torch-fidelity" in printed
+    assert " 3 " in printed
+    assert "no such file" in fails(capsys, "evaluate", picture_folder, *CHECKPOINT, "--fid-weights", "none.pth")
+
+
+def test_evaluate_is_the_mean_of_reconstruct(capsys, picture_folder, tmp_path):
+    table = ok(capsys, "reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out")
+    db = next(line for line in table.splitlines() if "mean" in line).split("│")[3].strip()
+    assert db in ok(capsys, "evaluate", picture_folder, *CHECKPOINT)
+
+
+def test_train_writes_a_checkpoint(capsys, picture_folder, tmp_path):
+    out = tmp_path / "model"
+    ok(capsys, "train", picture_folder, "--out", out, "--steps", 3, "--batch-size", 2)
+    assert files(out) == ["config.json", "model.safetensors"]
+    model = UniFlow.from_pretrained(out)
+    assert model.config.hidden_size == 128
+    # the flow head starts at zero and has learned something
+    assert model.flow_head.net.final_layer.linear.weight.abs().max() > 0
+    ok(
+        capsys,
+        "train",
+        picture_folder,
+        "--out",
+        tmp_path / "more",
+        "--checkpoint",
+        out,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+    )
+    assert "exists; --force" in fails(capsys, "train", picture_folder, "--out", out, "--steps", 1)
+
+
+def test_train_is_reproducible(capsys, picture_folder, tmp_path):
+    for name in ("one", "two"):
+        ok(capsys, "train", picture_folder, "--out", tmp_path / name, "--steps", 2, "--batch-size", 2, "--seed", 3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_doctor(capsys):
+    printed = ok(capsys, "doctor")
+    assert torch.__version__ in printed
+    assert "layerwise_distillation" in printed
+
+
+@pytest.mark.slow
+def test_demo_in_seconds(capsys, tmp_path):
+    ok(capsys, "demo", "--out", tmp_path / "demo", "--seconds", 8)
+    out = tmp_path / "demo"
+    assert files(out) == [
+        "checkpoint/config.json",
+        "checkpoint/model.safetensors",
+        "loss.png",
+        "metrics.json",
+        "reconstruction.png",
+    ]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["held_out"]["psnr_1_step"] > 10
+    assert {"psnr_4_step", "ssim_1_step"} <= metrics["trained_on"].keys()
+    assert all(min(Image.open(out / name).size) > 200 for name in ("loss.png", "reconstruction.png"))
+    UniFlow.from_pretrained(out / "checkpoint")
+    assert "exists; --force" in fails(capsys, "demo", "--out", out)
+
+
+# bad input: one line, status 2, and nothing written
+
+
+@pytest.fixture
+def pictures(picture_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("hello")
+    data = (picture_folder / "b.jpg").read_bytes()
+    (tmp_path / "truncated.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "file").write_text("")
+    shutil.copytree(GOLDEN, tmp_path / "other")
+    state = load_file(GOLDEN / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in state.items() if "chal" not in name}, tmp_path / "other/model.safetensors"
+    )
+    shutil.copytree(GOLDEN, tmp_path / "garbled")
+    (tmp_path / "garbled" / "config.json").write_text("{")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{p}/none.png", *CHECKPOINT], "no such file or folder: {p}/none.png"),
+        (["{p}/text.png", *CHECKPOINT], "text.png is not a picture"),
+        (["{p}/pictures", "{p}/truncated.jpg", *CHECKPOINT], "truncated.jpg is damaged"),
+        (["{p}/empty", *CHECKPOINT], "no pictures in {p}/empty"),
+        (["{p}/pictures", "--checkpoint", "{p}/none"], "no such checkpoint folder: {p}/none"),
+        (["{p}/pictures", "--checkpoint", "{p}/empty"], "config.json"),
+        (["{p}/pictures", "--checkpoint", "{p}/garbled"], "config.json is not JSON"),
+        (
+            ["{p}/pictures", "--checkpoint", "{p}/other"],
+            "does not hold this model; keys missing (8): chal_proj.c_fc.weight",
+        ),
+        (["{p}/pictures", *CHECKPOINT, "--steps", "0"], "Invalid value for '--steps'"),
+        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear' or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--cfg-interval", "2", "1"], "cfg_interval: expected"),
+        (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
+        (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
+        (["{p}/pictures", *CHECKPOINT, "--bogus"], "No such option"),
+        (["{p}/pictures"], "Missing option"),
+    ],
+)
+def test_bad_input_to_reconstruct(capsys, pictures, arguments, message):
+    out = pictures / "out"
+    arguments = [argument.format(p=pictures) for argument in arguments]
+    assert message.format(p=pictures) in fails(capsys, "reconstruct", *arguments, "--out", out)
+    assert not out.exists()
+
+
+def test_bad_outputs(capsys, pictures):
+    for out in (pictures / "file", pictures / "file" / "below"):
+        assert "is a file, expected a folder" in fails(
+            capsys, "reconstruct", pictures / "pictures", *CHECKPOINT, "--out", out
+        )
+    assert "is a folder, expected a file" in fails(
+        capsys, "encode", pictures / "pictures", *CHECKPOINT, "--out", pictures / "empty"
+    )
+    assert files(pictures / "empty") == []
+
+
+def test_bad_latents(capsys, pictures, tmp_path):
+    latents, out = tmp_path / "latents.safetensors", tmp_path / "out"
+    assert "no such file" in fails(capsys, "decode", latents, *CHECKPOINT, "--out", out)
+    ok(capsys, "encode", pictures / "pictures", *CHECKPOINT, "--out", latents)
+    assert "exists; --force" in fails(capsys, "encode", pictures / "pictures", *CHECKPOINT, "--out", latents)
+
+    model = UniFlow.from_pretrained(GOLDEN)
+    with torch.no_grad():
+        model.chal_proj.c_proj.bias.add_(1)
+    model.save_pretrained(tmp_path / "trained")
+    wrong = fails(capsys, "decode", latents, "--checkpoint", tmp_path / "trained", "--out", out)
+    assert "same shape with other weights" in wrong
+    assert "holds no UniFlow latents" in fails(
+        capsys, "decode", GOLDEN / "model.safetensors", *CHECKPOINT, "--out", out
+    )
+    latents.write_bytes(latents.read_bytes()[:-20])
+    assert "is damaged" in fails(capsys, "decode", latents, *CHECKPOINT, "--out", out)
+    assert not out.exists()
+
+
+def test_bad_training_input(capsys, pictures):
+    out = pictures / "model"
+    assert "no such folder" in fails(capsys, "train", pictures / "none", "--out", out)
+    assert "no pictures in" in fails(capsys, "train", pictures / "empty", "--out", out)
+    assert "expected one of tiny, small, base, got 'huge'" in fails(
+        capsys, "train", pictures / "pictures", "--out", out, "--preset", "huge"
+    )
+    (pictures / "pictures" / "bad.png").write_text("x")
+    assert "bad.png is not a picture" in fails(capsys, "train", pictures / "pictures", "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capsys, pictures):
+    assert "cuda is not available here" in fails(
+        capsys, "reconstruct", pictures / "pictures", *CHECKPOINT, "--out", pictures / "out", "--device", "cuda"
+    )
+
+
+def test_help_of_every_command(capsys):
+    for command in ("demo", "train", "reconstruct", "encode", "decode", "evaluate", "doctor"):
+        assert "--help" in ok(capsys, command, "--help")
+
+
+def test_missing_extras_are_named(capsys, monkeypatch):
+    for module in ("uniflow.cli.app", "typer"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    class NoTyper:
+        def find_spec(self, name, path=None, target=None):
+            if name == "typer":
+                raise ModuleNotFoundError("No module named 'typer'", name="typer")
+
+    monkeypatch.setattr(sys, "meta_path", [NoTyper(), *sys.meta_path])
+    assert "the command needs typer: pip install 'uniflow-kernels[cli]'" in fails(capsys, "doctor")
+
+
+# as processes: a full disk, an interrupt
+
+COMMAND = [sys.executable, "-m", "uniflow"]
+
+
+def limit_file_size():
+    # writing past the limit fails as it would on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["encode", "train", "reconstruct"])
+def test_a_full_disk_leaves_nothing(tmp_path, command):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (448, 448, 3), dtype=np.uint8)
+        (Image.fromarray(noise) if command == "reconstruct" else smooth_picture((60, 60), i)).save(
+            pictures / f"{i}.png"
+        )
+        if command == "reconstruct":
+            break
+    arguments = {
+        "encode": ["encode", pictures, *CHECKPOINT, "--out", out / "latents.safetensors"],
+        "train": ["train", pictures, "--out", out, "--steps", "1", "--batch-size", "1"],
+        "reconstruct": ["reconstruct", pictures, *CHECKPOINT, "--keep-size", "--out", out],
+    }[command]
+    done = subprocess.run(
+        [*COMMAND, *arguments], preexec_fn=limit_file_size, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("uniflow: ")
+    assert not out.exists() or files(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1.5, 12.0])  # while modules are imported; while it trains
+def test_an_interrupt_ends_with_130_and_leaves_nothing(picture_folder, tmp_path, after):
+    out = tmp_path / "model"
+    arguments = ["train", picture_folder, "--out", out, "--steps", "100000", "--batch-size", "2"]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert not out.exists()
+
+
+def test_importing_takes_no_time_and_needs_no_triton():
+    program = """
+import sys, time
+sys.modules["triton"] = None
+start = time.perf_counter()
+import uniflow, uniflow_kernels
+print(time.perf_counter() - start, "torch" in sys.modules)
+uniflow.UniFlow, uniflow_kernels.FlowHead
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, imported_torch = done.stdout.split()
+    assert float(seconds) < 3
+    assert imported_torch == "False"
+
+
+def test_no_temporary_file_survives_a_failing_block(tmp_path):
+    from uniflow.atomic import replacing
+
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def interrupted():
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == ["x.txt"]
+    assert path.read_text() == "old"

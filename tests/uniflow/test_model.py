@@ -1,0 +1,274 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from uniflow import UniFlow, UniFlowConfig
+from uniflow.encoder import resize_position_embedding
+
+
+def images(*size, batch=2, seed=0):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+# any size
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (8, 24), (32, 20), (4, 4)])
+def test_any_size_that_the_patch_divides(tiny, size):
+    model = tiny()
+    tokens = size[0] * size[1] // 16
+    latents = model.encode(images(*size))
+    assert latents.shape == (2, tokens, 8)
+    assert [tuple(state.shape) for state in model.hidden_states(images(*size))] == [(2, 1 + tokens, 64)] * 3
+    assert model.condition(latents, size).shape == (2, tokens, 64)
+    assert model.decode(latents, size=size, steps=2).shape == (2, 3, *size)
+    assert model(images(*size)).shape == (2, 3, *size)
+
+
+def test_a_square_needs_no_size_and_others_do(tiny):
+    model = tiny()
+    latents = model.encode(images(24, 24))
+    assert torch.equal(model.condition(latents), model.condition(latents, (24, 24)))
+    with pytest.raises(ValueError, match="size: 12 tokens form no square"):
+        model.decode(model.encode(images(8, 24)))
+    with pytest.raises(ValueError, match="size: 8x16 has 8 patches of 4, got 12 tokens"):
+        model.decode(model.encode(images(8, 24)), size=(8, 16))
+
+
+def test_height_and_width_are_not_confused(tiny):
+    """With positions interpolated for 2x6, a picture's transposed grid would give other numbers."""
+    model = tiny()
+    latents = model.encode(images(8, 24))
+    assert not torch.allclose(model.condition(latents, (8, 24)), model.condition(latents, (24, 8)), atol=1e-3)
+
+
+def test_positions_at_the_trained_size_are_unchanged_to_the_bit():
+    embedding = torch.randn(1, 16, 8).to(torch.bfloat16)
+    assert resize_position_embedding(embedding, (4, 4)) is embedding
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (8, 8), (3, 7)])
+def test_positions_are_interpolated_bicubically(grid):
+    embedding = torch.randn(1, 16, 8)
+    expected = F.interpolate(embedding.view(1, 4, 4, 8).permute(0, 3, 1, 2), size=grid, mode="bicubic")
+    assert torch.allclose(resize_position_embedding(embedding, grid), expected.flatten(2).transpose(1, 2))
+    assert resize_position_embedding(embedding.half(), grid).dtype == torch.float16
+
+
+def test_all_three_position_embeddings_are_used_and_interpolated(tiny):
+    model = tiny()
+    names = ("embeddings.position_embedding", "global_block_pos_embed", "decoder_pos_embed")
+    parameters = dict(model.named_parameters())
+    for size in ((16, 16), (8, 24)):
+        model.zero_grad()
+        model(images(*size)).square().sum().backward()
+        for name in names:
+            assert parameters[name].grad.abs().sum() > 0, (name, size)
+
+
+# sampling
+
+
+def test_sampling_is_reproducible(tiny):
+    model = tiny()
+    latents = model.encode(images(16, 16))
+    one, two = (model.decode(latents, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    other = model.decode(latents, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    noise = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(model.decode(latents, noise=noise), one)
+
+
+def plain_decode(model, latents, noise, steps, cfg=1.0, guided_steps=None):
+    """The release's sampler: a time for every row, a null condition for every row, two full passes."""
+    condition = model.condition(latents).flatten(0, 1)
+    net, x = model.flow_head.net, noise.flatten(0, 1)
+    for i in range(steps):
+        t = torch.full((len(x),), 1000 * i / steps)
+        v = net(x, t, condition)
+        if cfg != 1.0 and (guided_steps is None or i in guided_steps):
+            null = net(x, t, torch.zeros_like(condition))
+            v = null + cfg * (v - null)
+        x = x + v / steps
+    x = x.view(len(latents), 4, 4, 3, 4, 4)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), 3, 16, 16)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 0.0, 1.5, 4.0])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_decode_equals_the_plain_sampler(tiny, cfg, steps):
+    model = tiny()
+    latents, noise = model.encode(images(16, 16)), torch.randn(2, 16, 48)
+    expected = plain_decode(model, latents, noise, steps, cfg)
+    assert torch.allclose(model.decode(latents, steps=steps, cfg=cfg, noise=noise), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_interval(tiny):
+    model = tiny()
+    latents, noise = model.encode(images(16, 16)), torch.randn(2, 16, 48)
+    # noise levels of 4 steps: 1, .75, .5, .25; sigma 1 to 3 is noise level .5 to .75
+    guided = model.decode(latents, steps=4, cfg=3.0, cfg_interval=(1.0, 3.0), noise=noise)
+    assert torch.allclose(guided, plain_decode(model, latents, noise, 4, 3.0, {1, 2}), rtol=1e-4, atol=1e-4)
+    assert torch.equal(
+        model.decode(latents, steps=4, cfg=3.0, cfg_interval=(0.0, math.inf), noise=noise),
+        model.decode(latents, steps=4, cfg=3.0, noise=noise),
+    )
+    never = model.decode(latents, steps=4, cfg=3.0, cfg_interval=(0.0, 0.01), noise=noise)
+    assert torch.equal(never, model.decode(latents, steps=4, noise=noise))
+
+
+@pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.3, 0.3]), torch.full((2, 16), 0.3)])
+def test_velocity_takes_t_per_batch_image_or_token(tiny, t):
+    model = tiny()
+    condition, x = model.condition(model.encode(images(16, 16))), torch.randn(2, 16, 48)
+    expected = model.flow_head.net(x.flatten(0, 1), torch.full((32,), 300.0), condition.flatten(0, 1))
+    assert torch.allclose(model.velocity(x, t, condition).flatten(0, 1), expected, atol=1e-4)
+
+
+def test_runs_under_inference_mode_and_trains_afterwards(tiny):
+    model = tiny()
+    with torch.inference_mode():
+        out = model.decode(model.encode(images(16, 16)), cfg=2.0)
+    assert out.is_inference()
+    model(images(16, 16)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_pictures(tiny):
+    model = tiny()
+    assert model(images(16, 16, batch=0)).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode(torch.zeros(3, 16, 16)), ValueError, r"images: expected shape \[B, 3, H, W\]"),
+        (lambda m: m.encode(torch.zeros(1, 1, 16, 16)), ValueError, r"images: expected shape \[B, 3, H, W\]"),
+        (
+            lambda m: m.encode(torch.zeros(1, 3, 16, 18)),
+            ValueError,
+            r"images: .* multiples of the patch \(4\), got 16x18",
+        ),
+        (lambda m: m.encode(torch.zeros(1, 3, 0, 16)), ValueError, "images: .* got 0x16"),
+        (lambda m: m.encode(torch.zeros(1, 3, 16, 16).byte()), TypeError, "images: expected normalised floats"),
+        (lambda m: m.decode(torch.zeros(1, 16, 9)), ValueError, r"latents: expected shape \[B, N, 8\]"),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), noise=torch.zeros(16, 48)), ValueError, "noise: expected shape"),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), steps=0), ValueError, "steps: expected at least 1"),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), schedule="cosine"), ValueError, "schedule: "),
+        (
+            lambda m: m.velocity(torch.zeros(1, 16, 48), torch.zeros(2), torch.zeros(1, 16, 64)),
+            ValueError,
+            "t: expected a scalar",
+        ),
+        (
+            lambda m: m.velocity(torch.zeros(1, 15, 48), torch.zeros(1), torch.zeros(1, 16, 64)),
+            ValueError,
+            "x: expected",
+        ),
+    ],
+)
+def test_wrong_input_names_the_argument(tiny, call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call(tiny())
+
+
+# the ways people use modules
+
+
+def gradients(model, x):
+    torch.manual_seed(3)  # of DropPath and dropout
+    out = model(x, noise=torch.ones(2, 16, 48))
+    return [out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))]
+
+
+def test_gradient_checkpointing_changes_no_number(tiny):
+    model = tiny(drop_path_rate=0.3).train()
+    kept = gradients(model, images(16, 16))
+    model.gradient_checkpointing_enable()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        recomputed = gradients(model, images(16, 16))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+    model.gradient_checkpointing_enable(False)
+    assert not model.encoder.gradient_checkpointing
+    assert not model.flow_head.net.grad_checkpointing
+
+
+def test_drop_path_acts_in_training_only(tiny):
+    model = tiny(drop_path_rate=0.9)
+    rates = [layer.drop_path1.rate for layer in model.encoder.layers]
+    assert rates == [0.0, pytest.approx(0.9)]
+    x = images(16, 16)
+    assert torch.equal(model.eval().encode(x), model.eval().encode(x))
+    torch.manual_seed(0)
+    assert not torch.equal(model.train().encode(x), model.eval().encode(x))
+
+
+def test_copies_and_pickles(tiny):
+    model, x = tiny(), images(16, 16)
+    expected = model.encode(x)
+    assert torch.equal(copy.deepcopy(model).encode(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).encode(x), expected)
+
+
+@pytest.mark.parametrize("method", ["encode", "forward"])
+def test_compiles_whole(tiny, method):
+    model, x = tiny(), images(16, 16)
+    noise = torch.randn(2, 16, 48)
+    arguments = {"noise": noise, "steps": 2, "cfg": 2.0} if method == "forward" else {}
+    compiled = torch.compile(getattr(model, method), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x, **arguments), getattr(model, method)(x, **arguments), atol=1e-5)
+
+
+def test_autocast_in_bfloat16_is_close(tiny):
+    model, x = tiny(), images(16, 16)
+    noise = torch.randn(2, 16, 48)
+    exact = model.double()(x.double(), noise=noise.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x, noise=noise)
+    assert (out - exact).abs().max() / exact.abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_take_float32_images(tiny, dtype):
+    model = tiny().to(dtype)
+    latents = model.encode(images(16, 16))
+    assert latents.dtype == dtype
+    assert model.decode(latents.float()).dtype == dtype
+
+
+def test_flash_attn_can_be_turned_off(tiny):
+    model = tiny(use_flash_attn=False)
+    assert not model.encoder.layers[0].attn.allow_flash_attn
+    assert not model.global_blocks[0].attn.allow_flash_attn
+
+
+# the start of training
+
+
+def test_a_new_model_predicts_zero_velocity_and_has_sincos_positions():
+    model = UniFlow(UniFlowConfig.preset("tiny"))
+    noise = torch.randn(1, 64, 48)
+    out = model(images(32, 32, batch=1), noise=noise)
+    assert torch.equal(out, model.decode(torch.zeros(1, 64, 16), noise=noise))
+    position = model.decoder_pos_embed.view(8, 8, 128)
+    # the first half tells columns apart, the second rows
+    assert torch.allclose(position[0, :, :64], position[5, :, :64])
+    assert torch.allclose(position[:, 0, 64:], position[:, 5, 64:])
+    assert torch.allclose(position[3, 2, 0], torch.tensor(2.0).sin())
+    assert torch.allclose(position[3, 2, 64], torch.tensor(3.0).sin())
+
+
+def test_random_weights_follow_the_seed():
+    torch.manual_seed(5)
+    one = UniFlow(UniFlowConfig.preset("tiny"))
+    torch.manual_seed(5)
+    two = UniFlow(UniFlowConfig.preset("tiny"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert all(torch.isfinite(p).all() for p in one.parameters())

@@ -1,0 +1,124 @@
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import smooth_picture
+from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD, denormalize, normalize, to_uint8
+from uniflow.pictures import PictureError, center_crop, fit_to_patches, open_picture, save_picture, to_tensor
+
+
+def test_normalization_is_imagenets():
+    pixels = torch.rand(2, 3, 4, 5)
+    expected = torch.stack([(pixels[:, c] - IMAGENET_MEAN[c]) / IMAGENET_STD[c] for c in range(3)], dim=1)
+    assert torch.allclose(normalize(pixels), expected)
+    assert torch.allclose(denormalize(normalize(pixels)), pixels, atol=1e-6)
+    assert (IMAGENET_MEAN, IMAGENET_STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_uint8_round_trip_is_exact():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    assert normalize(pixels).dtype == torch.float32
+    assert torch.equal(to_uint8(normalize(pixels)), pixels)
+    assert torch.equal(to_uint8(torch.full((3, 1, 1), 99.0)), torch.full((3, 1, 1), 255, dtype=torch.uint8))
+    assert torch.equal(to_uint8(torch.full((3, 1, 1), -99.0)), torch.zeros(3, 1, 1, dtype=torch.uint8))
+
+
+def test_normalization_is_differentiable_after_inference_mode():
+    with torch.inference_mode():
+        normalize(torch.rand(3, 2, 2, dtype=torch.float64))
+    x = torch.rand(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    denormalize(normalize(x)).sum().backward()
+    assert torch.allclose(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("wrong", [torch.rand(1, 4, 4), torch.rand(3, 4), torch.zeros(3, 4, 4, dtype=torch.int32)])
+def test_normalization_refuses_other_shapes(wrong):
+    with pytest.raises(ValueError, match="images: expected"):
+        normalize(wrong)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")]
+)
+def test_every_kind_becomes_rgb(tmp_path, mode, suffix):
+    original = smooth_picture((20, 10), 0)
+    path = tmp_path / f"x.{suffix}"
+    original.convert(mode).save(path)
+    picture = open_picture(path)
+    assert picture.mode == "RGB"
+    assert picture.size == (20, 10)
+    if mode in ("RGBA", "CMYK"):
+        assert np.abs(np.asarray(picture, float) - np.asarray(original, float)).mean() < 12
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    read = np.asarray(open_picture(tmp_path / "x.png"))
+    assert np.array_equal(read, np.repeat((values / 257).round().astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    original = smooth_picture((20, 10), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    original.save(tmp_path / "x.png", exif=exif)
+    assert open_picture(tmp_path / "x.png").size == (10, 20)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])
+def test_truncated_files_are_refused(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(PictureError, match=r"x\.\w+ is (damaged|not a picture)"):
+        open_picture(path)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    path = tmp_path / "x.png"
+    for content in (b"", b"hello", struct.pack(">I", 0x89504E47), b"\x89PNG\r\n\x1a\n" + bytes(40)):
+        path.write_bytes(content)
+        with pytest.raises(PictureError):
+            open_picture(path)
+    with pytest.raises(FileNotFoundError):
+        open_picture(tmp_path / "none.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(PictureError, match="floating-point"):
+        open_picture(tmp_path / "x.tif")
+
+
+def release_center_crop(picture, size):
+    """The steps of the release's `center_crop_arr`, on arrays."""
+    while min(*picture.size) >= 2 * size:
+        picture = picture.resize(tuple(x // 2 for x in picture.size), resample=Image.Resampling.BOX)
+    scale = size / min(*picture.size)
+    picture = picture.resize(tuple(round(x * scale) for x in picture.size), resample=Image.Resampling.BICUBIC)
+    array = np.array(picture)
+    y, x = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[y : y + size, x : x + size]
+
+
+@pytest.mark.parametrize("extent", [(32, 32), (33, 50), (100, 31), (7, 9), (301, 130), (1, 1)])
+def test_center_crop_is_the_releases(extent):
+    picture = smooth_picture(extent, 1)
+    assert np.array_equal(np.asarray(center_crop(picture, 32)), release_center_crop(picture, 32))
+
+
+@pytest.mark.parametrize(("extent", "expected"), [((40, 30), (40, 32)), ((3, 1), (4, 4)), ((41, 43), (40, 44))])
+def test_fit_to_patches(extent, expected):
+    assert fit_to_patches(smooth_picture(extent, 0), 4).size == expected
+    picture = smooth_picture((40, 32), 0)
+    assert fit_to_patches(picture, 4) is picture
+
+
+def test_saving_is_exact_and_leaves_nothing_behind(tmp_path):
+    pixels = to_tensor(smooth_picture((20, 10), 0))
+    save_picture(pixels, tmp_path / "x.png")
+    assert torch.equal(to_tensor(open_picture(tmp_path / "x.png")), pixels)
+    with pytest.raises(ValueError, match="unknown file extension"):
+        save_picture(pixels, tmp_path / "x.nonsense")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]

@@ -1,0 +1,206 @@
+"""The flow head against its plain definition in float64: numbers, gradients, broadcasting, compilation."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from tests.conftest import randomize
+from uniflow_kernels import FlowHead
+
+
+def plain_head(p, x, t, c):
+    """The release's SimpleMLPAdaLN, row by row and nothing shared; p is a state_dict."""
+
+    def linear(name, x):
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    def norm(x, weight=1.0, bias=0.0):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+    angles = t.float()[:, None] * frequencies
+    features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(x.dtype)
+    y = linear("time_embed.mlp.2", F.silu(linear("time_embed.mlp.0", features))) + linear("cond_embed", c)
+    x = linear("input_proj", x)
+    for i in range(sum(name.endswith("in_ln.weight") for name in p)):
+        block = f"res_blocks.{i}"
+        shift, scale, gate = linear(f"{block}.adaLN_modulation.1", F.silu(y)).chunk(3, dim=-1)
+        h = norm(x, p[f"{block}.in_ln.weight"], p[f"{block}.in_ln.bias"]) * (1 + scale) + shift
+        x = x + gate * linear(f"{block}.mlp.2", F.silu(linear(f"{block}.mlp.0", h)))
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(y)).chunk(2, dim=-1)
+    return linear("final_layer.linear", norm(x) * (1 + scale) + shift)
+
+
+def make_head(width=64, rows=24, z=40, depth=3):
+    return randomize(FlowHead(rows, width, rows, z, depth))
+
+
+def make_inputs(m=37, rows=24, z=40, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(m, rows, generator=generator).to(dtype)
+    c = torch.randn(m, z, generator=generator).to(dtype)
+    return x, 1000 * torch.rand(m, generator=generator), c
+
+
+def state(head, dtype):
+    return {name: tensor.detach().to(dtype) for name, tensor in head.state_dict().items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 37, 256])
+def test_forward(within_twice, dtype, m):
+    head = make_head().to(dtype)
+    x, t, c = make_inputs(m, dtype=dtype)
+    exact = plain_head(state(head, torch.float64), x.double(), t, c.double())
+    plain = plain_head(state(head, dtype), x, t, c)
+    within_twice(head(x, t, c), plain, exact, floor=1e-6)
+
+
+def test_gradients(within_twice):
+    head = make_head()
+    inputs = make_inputs()
+
+    def gradients(function, parameters, dtype):
+        x, t, c = (tensor.to(dtype).requires_grad_() for tensor in inputs)
+        out = function(x, t, c)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        return torch.autograd.grad((out * weight).sum(), [x, c, *parameters])
+
+    ours = gradients(head, list(head.parameters()), torch.float32)
+    names = [name for name, _ in head.named_parameters()]
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        p = {name: tensor.requires_grad_() for name, tensor in state(head, dtype).items()}
+        results.append(gradients(lambda x, t, c, p=p: plain_head(p, x, t, c), [p[name] for name in names], dtype))
+    for mine, plain, exact in zip(ours, *results, strict=True):
+        within_twice(mine, plain, exact, floor=1e-5)
+
+
+@pytest.mark.parametrize("t", [250.0, torch.tensor(250.0), torch.tensor([250.0])])
+def test_one_t_for_all_rows(t):
+    head = make_head()
+    x, _, c = make_inputs()
+    assert torch.allclose(head(x, t, c), head(x, torch.full((37,), 250.0), c), atol=1e-5)
+
+
+def test_one_condition_for_all_rows():
+    head = make_head()
+    x, t, c = make_inputs()
+    one = c[:1]
+    assert torch.allclose(head(x, 3.0, one), head(x, 3.0, one.expand(37, -1)), atol=1e-5)
+    assert torch.allclose(head(x, t, one), head(x, t, one.expand(37, -1)), atol=1e-5)
+
+
+def count_products(head, *inputs):
+    """Multiplications with a weight: rows x weight elements, summed over all linear layers."""
+    counts = []
+    hooks = [
+        module.register_forward_hook(
+            lambda m, args, out: counts.append(args[0].numel() // args[0].shape[-1] * m.weight.numel())
+        )
+        for module in head.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    head(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+def test_what_is_the_same_for_all_rows_is_computed_once():
+    head = make_head(width=64, rows=24, z=40, depth=3)
+    x, t, c = make_inputs(100)
+    time, cond = 256 * 64 + 64 * 64, 40 * 64
+    modulations, rest = 3 * 3 * 64 * 64 + 2 * 64 * 64, 24 * 64 + 3 * 2 * 64 * 64 + 64 * 24
+    assert count_products(head, x, t, c) == 100 * (time + cond + modulations + rest)
+    assert count_products(head, x, 5.0, c) == time + 100 * (cond + modulations + rest)
+    assert count_products(head, x, 5.0, c[:1]) == time + cond + modulations + 100 * rest
+
+
+def test_no_rows():
+    head = make_head()
+    x, t, c = make_inputs(0)
+    assert head(x, t, c).shape == (0, 24)
+
+
+def test_strided_inputs():
+    head = make_head()
+    x, t, c = make_inputs(20)
+    expected = head(x, t, c)
+    wide = torch.zeros(20, 48)
+    wide[:, ::2] = x
+    assert torch.equal(head(wide[:, ::2], t, c), expected)
+    assert torch.allclose(head(x.T.contiguous().T, t, c.T.contiguous().T), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("x", (torch.zeros(5, 23), torch.zeros(5), torch.zeros(5, 40))),
+        ("x", (torch.zeros(1, 5, 24), torch.zeros(5), torch.zeros(5, 40))),
+        ("t", (torch.zeros(5, 24), torch.zeros(4), torch.zeros(5, 40))),
+        ("c", (torch.zeros(5, 24), torch.zeros(5), torch.zeros(4, 40))),
+        ("c", (torch.zeros(5, 24), torch.zeros(5), torch.zeros(5, 41))),
+    ],
+)
+def test_wrong_shapes_name_the_argument(name, inputs):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        make_head()(*inputs)
+
+
+def test_starts_at_zero_velocity():
+    head = FlowHead(24, 64, 24, 40, 2)
+    assert head(*make_inputs()).abs().max() == 0
+
+
+def test_gradient_checkpointing_changes_no_number():
+    head = make_head()
+    inputs = make_inputs()
+    results = []
+    for enabled in (False, True):
+        head.grad_checkpointing = enabled
+        out = head(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(head.parameters()))])
+    for kept, recomputed in zip(*results, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+def test_autocast_keeps_the_residual_in_half_precision(within_twice):
+    head = make_head()
+    x, t, c = make_inputs()
+    exact = plain_head(state(head, torch.float64), x.double(), t, c.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        out, plain = head(x, t, c), plain_head(state(head, torch.float32), x, t, c)
+    assert out.dtype == torch.bfloat16
+    within_twice(out, plain, exact)
+
+
+def test_compiles_whole_without_recompiling_for_another_number_of_rows():
+    head = make_head()
+    compiled = torch.compile(head, fullgraph=True, backend="eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for m in (37, 5, 64):
+            inputs = make_inputs(m)
+            assert torch.allclose(compiled(*inputs), head(*inputs), atol=1e-6)
+
+
+def test_copies_pickles_and_functional_calls():
+    head = make_head()
+    inputs = make_inputs()
+    expected = head(*inputs)
+    assert torch.equal(copy.deepcopy(head)(*inputs), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(head))(*inputs), expected)
+    assert torch.equal(functional_call(head, dict(head.named_parameters()), inputs), expected)
+
+
+def test_runs_are_equal_to_the_bit():
+    head = make_head()
+    inputs = make_inputs()
+    first = head(*inputs)
+    assert all(torch.equal(head(*inputs), first) for _ in range(20))

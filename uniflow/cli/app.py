@@ -1,0 +1,168 @@
+"""The commands and their options; what they do stands in the modules beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="UniFlow: a visual tokenizer that both understands and generates.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder in the official format.", show_default=False)]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
+KeepSize = Annotated[
+    bool, typer.Option("--keep-size", help="Keep each picture's size (to the nearest multiple of the patch).")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own if not given.")]
+Schedule = Annotated[str, typer.Option(help="linear, or pow_ and a number, as in pow_0.25.")]
+Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
+CfgInterval = Annotated[
+    tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+
+
+@app.command()
+def demo(
+    out: OutFolder = Path("out/demo"),
+    seconds: Annotated[float, typer.Option(min=1, help="Time to train for.")] = 170,
+    seed: Annotated[int, typer.Option(help="Of the weights, the crops and the noise.")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Train a tiny UniFlow on real pictures and reconstruct held-out ones."""
+    from uniflow.cli.demo import demo
+
+    demo(out, seconds, seed, device, force)
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.", show_default=False)],
+    preset: Annotated[str, typer.Option(help="Size of a model trained from scratch: tiny, small or base.")] = "tiny",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Start from this checkpoint instead; its encoder is the teacher.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    batch_size: BatchSize = 16,
+    learning_rate: Annotated[float, typer.Option(min=0, help="The highest; it warms up and falls as a cosine.")] = 1e-3,
+    distill_weight: Annotated[
+        float | None, typer.Option(min=0, help="Of the distillation loss; 1 with --checkpoint, 0 without.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the weights, the crops, the times and the noise.")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Train a UniFlow on a folder of pictures and write a checkpoint folder."""
+    from uniflow.cli.train import train
+
+    train(
+        folder, out, preset, checkpoint, steps, batch_size, learning_rate, distill_weight, workers, seed, device, force
+    )
+
+
+@app.command()
+def reconstruct(
+    pictures: Pictures,
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    steps: Steps = None,
+    schedule: Schedule = "linear",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    seed: Seed = 0,
+    keep_size: KeepSize = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Encode and decode pictures; print how close the results are."""
+    from uniflow.cli.tokenize import Sampling, reconstruct
+
+    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, dtype, device, force)
+
+
+@app.command()
+def encode(
+    pictures: Pictures,
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
+    keep_size: KeepSize = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Encode pictures into one file of latents."""
+    from uniflow.cli.tokenize import encode
+
+    encode(pictures, checkpoint, out, keep_size, batch_size, dtype, device, force)
+
+
+@app.command()
+def decode(
+    latents: Annotated[Path, typer.Argument(help="File that `uniflow encode` wrote.", show_default=False)],
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    steps: Steps = None,
+    schedule: Schedule = "linear",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Decode a file of latents into pictures."""
+    from uniflow.cli.tokenize import Sampling, decode
+
+    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    decode(latents, checkpoint, out, sampling, batch_size, dtype, device, force)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
+    checkpoint: Checkpoint,
+    steps: Steps = None,
+    schedule: Schedule = "linear",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    seed: Seed = 0,
+    fid_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.", show_default=False)
+    ] = None,
+    keep_size: KeepSize = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    from uniflow.cli.tokenize import Sampling, evaluate
+
+    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, dtype, device)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed here, what each op would run on, and why not something faster."""
+    from uniflow.cli.doctor import doctor
+
+    doctor()
