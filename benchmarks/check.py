@@ -69,7 +69,7 @@ def _evaluate(
         cotangents = cotangents_like(outputs)
     fits = [out.shape for out in outputs] == [c.shape for c in cotangents or ()]
     if leaves and fits and all(out.requires_grad for out in outputs):
-        gradients = torch.autograd.grad(outputs, leaves.values(), cotangents, materialize_grads=True)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, materialize_grads=True)
         values.update({f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)})
     return values, cotangents or []
 

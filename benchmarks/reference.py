@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniflow import UniFlow, UniFlowObjective
-from uniflow.objective import EncoderTeacher
 from uniflow.transformer import Attention
 from uniflow_kernels import FlowHead
 from uniflow_kernels.modules.flow_head import TimestepEmbedding
@@ -81,10 +81,14 @@ def flow_head(
     x = head.input_proj(x)
     y = _time_embedding(head.time_embed, t) + head.cond_embed(c)
     for block in head.res_blocks:
-        shift, scale, gate = block.adaLN_modulation(y).chunk(3, dim=-1)
-        x = x + gate * block.mlp(_modulate(norm(block.in_ln, x), shift, scale))
+        x = _flow_block(block, x, y, norm)
     shift, scale = head.final_layer.adaLN_modulation(y).chunk(2, dim=-1)
     return head.final_layer.linear(_modulate(head.final_layer.norm_final(x), shift, scale))
+
+
+def _flow_block(block: Any, x: Tensor, y: Tensor, norm: Callable[[nn.LayerNorm, Tensor], Tensor]) -> Tensor:
+    shift, scale, gate = block.adaLN_modulation(y).chunk(3, dim=-1)
+    return x + gate * block.mlp(_modulate(norm(block.in_ln, x), shift, scale))
 
 
 def _time_embedding(embedding: TimestepEmbedding, t: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def _time_embedding(embedding: TimestepEmbedding, t: Tensor) -> Tensor:
     steps = torch.arange(half, dtype=t.dtype, device=t.device) / half
     angles = t[:, None] * torch.exp(-math.log(embedding.max_period) * steps)[None]
     sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-    return embedding.mlp(sinusoids.to(embedding.mlp[0].weight.dtype))
+    return embedding.mlp(sinusoids.to(embedding.dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ def objective(objective: UniFlowObjective, images: Tensor, t: Tensor, noise: Ten
     return objective.flow_weight * flow + objective.distill_weight * distill
 
 
-def _hidden_states(model: UniFlow | EncoderTeacher, images: Tensor) -> list[Tensor]:
+def _hidden_states(model: Any, images: Tensor) -> list[Tensor]:
     embeddings = model.embeddings
     patches = embeddings.patch_embedding(images.to(embeddings.position_embedding.dtype))
     side = patches.shape[-1]
@@ -181,18 +185,25 @@ def _hidden_states(model: UniFlow | EncoderTeacher, images: Tensor) -> list[Tens
     class_token = embeddings.class_embedding.expand(len(images), -1, -1)
     states = [torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1) + position]
     for layer in model.encoder.layers:
-        x = states[-1]
-        x = x + _attend(layer.attn, layer.norm1(x), attention) * layer.ls1
-        states.append(x + layer.mlp(layer.norm2(x)) * layer.ls2)
+        states.append(_encoder_layer(layer, states[-1]))
     return states
+
+
+def _encoder_layer(layer: Any, x: Tensor) -> Tensor:
+    x = x + _attend(layer.attn, layer.norm1(x), attention) * layer.ls1
+    return x + layer.mlp(layer.norm2(x)) * layer.ls2
 
 
 def _condition(model: UniFlow, latents: Tensor) -> Tensor:
     x = model.chal_unproj(latents) + model.global_block_pos_embed.repeat(len(latents), 1, 1)
     for block in model.global_blocks:
-        x = x + _attend(block.attn, block.norm1(x), F.scaled_dot_product_attention)
-        x = x + block.mlp(block.norm2(x))
+        x = _global_block(block, x)
     return x + model.decoder_pos_embed.repeat(len(latents), 1, 1)
+
+
+def _global_block(block: Any, x: Tensor) -> Tensor:
+    x = x + _attend(block.attn, block.norm1(x), F.scaled_dot_product_attention)
+    return x + block.mlp(block.norm2(x))
 
 
 def _attend(layer: Attention, x: Tensor, attention: Callable[..., Tensor]) -> Tensor:

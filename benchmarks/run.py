@@ -14,7 +14,17 @@ import torch
 from benchmarks import results
 from benchmarks.case import Case, Form, Problem, Size
 from benchmarks.check import check
-from benchmarks.measure import GpuTimer, Trial, ceilings, interleave, launches, peak_bytes, rotation, saved_bytes
+from benchmarks.measure import (
+    GpuTimer,
+    Trial,
+    ceilings,
+    interleave,
+    launches,
+    peak_bytes,
+    rotation,
+    saved_bytes,
+    synchronize,
+)
 
 COMPILED = {"compile": "default", "compile max-autotune": "max-autotune-no-cudagraphs"}  # label -> torch.compile's mode
 
@@ -152,6 +162,7 @@ def _measure(case: Case, size: Size, plan: Plan) -> results.Entry:
         }
         return {**entry, "forms": forms | _time(problem, forms, plan, plan.modes(size))}
     except Exception as error:  # one size's failure must not end the run
+        synchronize()  # raises if the GPU's context is lost: nothing more can be measured by this process
         return {"status": "failed", "why": results.plainly(error), "forms": forms}
 
 

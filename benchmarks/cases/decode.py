@@ -22,8 +22,9 @@ def decode_work(model: UniFlow, noise: Tensor, steps: int, cfg: float) -> Work:
     flops += steps * linear_flops(1, head.time_embed)
     flops += steps * linear_flops(rows, head.input_proj, head.res_blocks, head.final_layer)
     if cfg != 1.0:
-        products = [block.mlp for block in head.res_blocks]
-        flops += steps * linear_flops(rows, *products, head.final_layer.linear)
+        modulations = [layer for name, layer in head.named_modules() if name.endswith("adaLN_modulation")]
+        flops += steps * linear_flops(rows, head.res_blocks, head.final_layer)
+        flops -= steps * linear_flops(rows - 1, *modulations)
     latents = torch.empty(rows, model.config.latent_ch, dtype=noise.dtype)
     parameters = (model.chal_unproj, model.global_block_pos_embed, model.global_blocks, model.decoder_pos_embed, head)
     return Work.of(flops, parameters, latents, noise, noise)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -53,13 +54,18 @@ def test_the_limits_end_within_nine_minutes():
     assert gpu.BUDGET < 9 * 60
 
 
-def test_a_process_that_dies_is_run_again_and_a_failure_is_not(session, tmp_path):
-    count = tmp_path / "count"
-    dies_once = f"import os, pathlib; p = pathlib.Path({str(count)!r}); n = len(p.read_text()) if p.exists() else 0; "
-    dies_once += "p.write_text('x' * (n + 1)); os.abort() if n == 0 else None"
-    assert gpu._benchmark(session, gpu.Step("dies", ["-c", dies_once], 30))
-    assert count.read_text() == "xx"
-    assert not gpu._benchmark(session, gpu.Step("fails", ["-c", "raise SystemExit(1)"], 30))
+def test_a_process_that_dies_is_run_again_and_a_failure_is_not(session, results_file):
+    path = results_file(runs=0)
+    # dies in the middle of a size the first time, and then ends it
+    program = "import json, os, pathlib, sys; p = pathlib.Path(sys.argv[1]); r = json.loads(p.read_text()); "
+    program += "r['runs'] += 1; r.pop('running', 0) or r.update(running=1); p.write_text(json.dumps(r)); "
+    program += "os.abort() if 'running' in r else sys.exit(int(sys.argv[2]))"
+    for status in (0, 1):
+        path.write_text(json.dumps(results.load(path) | {"runs": 0}))
+        assert gpu._benchmark(session, gpu.Step("dies", ["-c", program, str(path), str(status)], 30), path) == (
+            status == 0
+        )
+        assert results.load(path)["runs"] == 2
 
 
 def test_an_unknown_case_is_said_before_anything_runs(capsys):
