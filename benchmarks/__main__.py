@@ -12,8 +12,6 @@ try:
 except ModuleNotFoundError:
     sys.exit("benchmarks: this Python has no torch; name one that has it, as in `make gpu PYTHON=.venv/bin/python`")
 
-import torch
-
 from benchmarks import gpu, report, results
 from benchmarks.cases import UnknownCaseError, select
 from benchmarks.compare import compare
@@ -40,6 +38,8 @@ def _list(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     cases = select(options.cases)
+    if options.resume and options.out is None:
+        raise results.ResultsError("--resume goes on with a file: name it with --out")
     deadline = time.monotonic() + 60 * options.minutes
     plan = Plan(_device(), options.quick, not options.no_compile, not options.check, deadline)
     file = results.begin(plan.device, options.quick)

@@ -6,7 +6,7 @@ element, so that one wrong row among many is found; outputs and all gradients ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,34 +18,57 @@ from benchmarks.case import Form, Problem, in_float64, named_leaves
 
 @dataclass(frozen=True)
 class Finding:
-    """The largest error of one output or gradient, that of the plain form, and what is allowed."""
+    """The largest error of one output or gradient, that of the plain form, and what is allowed.
+
+    `error` is None where there is none to give: NaN, or a result missing or of another shape or dtype.
+    """
 
     tensor: str
-    error: float
+    error: float | None
     plain_error: float
     allowed: float
 
     @property
     def right(self) -> bool:
-        """Whether the error is allowed; NaN never is."""
-        return self.error <= self.allowed
+        """Whether the error is allowed."""
+        return self.error is not None and self.error <= self.allowed
+
+    @property
+    def badness(self) -> float:
+        """Error over what is allowed."""
+        if self.error is None:
+            return math.inf
+        return self.error / self.allowed if self.allowed else self.error
 
     def __str__(self) -> str:
-        return f"{self.tensor}: error {self.error:.2e}, plain {self.plain_error:.2e}, allowed {self.allowed:.2e}"
+        error = "NaN, missing, or of another shape or dtype" if self.error is None else f"error {self.error:.2e}"
+        return f"{self.tensor}: {error}, allowed {self.allowed:.2e}"
 
 
-def check(problem: Problem, forms: Mapping[str, Form]) -> dict[str, list[Finding]]:
-    """Findings per form, one an output and one a gradient."""
-    plain, cotangents = _evaluate(problem.plain, problem.inputs, None)
-    exact, _ = _evaluate(problem.plain, in_float64(problem.inputs), [c.double() for c in cotangents])
-    plain_errors = {name: _error(plain[name], exact[name]) for name in exact}
-    findings = {}
-    for label, form in forms.items():
-        result, _ = _evaluate(form, problem.inputs, cotangents)
-        findings[label] = [
-            _judge(name, result.get(name), plain[name], exact[name], plain_errors[name]) for name in exact
-        ]
-    return findings
+class Checker:
+    """Judges forms of one problem against its plain form, which is run once in its dtype and once in float64."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.inputs = problem.inputs
+        self.plain, self.cotangents = _evaluate(problem.plain, self.inputs, None)
+        exact_cotangents = [cotangent.double() for cotangent in self.cotangents]
+        self.exact, _ = _evaluate(problem.plain, in_float64(self.inputs), exact_cotangents)
+
+    def findings(self, form: Form) -> list[Finding]:
+        """One for every output and every gradient, the worst first."""
+        result, _ = _evaluate(form, self.inputs, self.cotangents)
+        found = [self._judge(name, result.get(name)) for name in self.exact]
+        return sorted(found, key=lambda finding: finding.badness, reverse=True)
+
+    def _judge(self, name: str, result: Tensor | None) -> Finding:
+        plain, exact = self.plain[name], self.exact[name]
+        plain_error = _error(plain, exact)
+        if plain_error is None:
+            raise ArithmeticError(f"{name}: the plain form gives NaN here, so nothing can be checked against it")
+        rounding = max(torch.finfo(plain.dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        allowed = 2 * plain_error + rounding * exact.abs().max().item()
+        fits = result is not None and result.shape == plain.shape and result.dtype == plain.dtype
+        return Finding(name, _error(result, exact) if fits and result is not None else None, plain_error, allowed)
 
 
 def as_tensors(outputs: Any) -> tuple[Tensor, ...]:
@@ -74,12 +97,6 @@ def _evaluate(
     return values, cotangents or []
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact).abs().max().item()
-
-
-def _judge(name: str, result: Tensor | None, plain: Tensor, exact: Tensor, plain_error: float) -> Finding:
-    rounding = max(torch.finfo(plain.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-    allowed = 2 * plain_error + rounding * exact.abs().max().item()
-    fits = result is not None and result.shape == plain.shape and result.dtype == plain.dtype
-    return Finding(name, _error(result, exact) if fits else float("nan"), plain_error, allowed)  # type: ignore[arg-type]
+def _error(result: Tensor, exact: Tensor) -> float | None:
+    error = (result.double() - exact).abs().max().item()
+    return None if math.isnan(error) else error

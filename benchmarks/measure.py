@@ -203,7 +203,7 @@ class GpuTimer:
     def __init__(self, trials: list[Trial], pool: Any) -> None:
         self.trials = trials
         self.outputs: list[tuple[Tensor, ...]] = []
-        self.why_no_graph: str | None = None
+        self.why_no_graph: Exception | None = None
         parts = [self._infer]
         if trials[0].leaves:
             parts += [self._forward, self._backward]
@@ -211,7 +211,7 @@ class GpuTimer:
         try:
             self.parts = [self._captured(part, pool) for part in parts]
         except Exception as error:  # whatever a form does that a graph cannot hold
-            self.why_no_graph = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.why_no_graph = error.with_traceback(None)  # the frames would hold tensors
             torch.cuda.synchronize()
             self.parts = parts
         self.outputs = []

@@ -250,6 +250,8 @@ def _draw_memory(results: dict[str, Any], plt: Any) -> Any:
 
 
 def _curves(results: dict[str, Any], plt: Any, read: Callable[[dict[str, Any], str], float | None], axis: str) -> Any:
+    from matplotlib.ticker import LogLocator
+
     series = _series(results)
     if not series:
         return None
@@ -271,8 +273,9 @@ def _curves(results: dict[str, Any], plt: Any, read: Callable[[dict[str, Any], s
             [entry["tokens"] for entry in entries], [str(entry["tokens"]) for entry in entries], minor=False
         )
         axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_yticks([], minor=True)
         shown_forms |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(shown_forms.values(), shown_forms, loc="outside lower center", ncols=len(shown_forms), frameon=False)
     return figure

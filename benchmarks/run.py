@@ -13,9 +13,10 @@ import torch
 
 from benchmarks import results
 from benchmarks.case import Case, Form, Problem, Size
-from benchmarks.check import check
+from benchmarks.check import Checker
 from benchmarks.measure import (
     GpuTimer,
+    Sample,
     Trial,
     ceilings,
     interleave,
@@ -53,6 +54,12 @@ class Plan:
             return {}
         return {"compile": COMPILED["compile"]} if self.quick else COMPILED
 
+    def done(self, entry: results.Entry, size: Size) -> bool:
+        """Whether nothing is to be added to what is known of a size."""
+        if entry["status"] == "checked":
+            return not self.time
+        return entry["status"] != "measured" or entry["forms"].keys() >= self.modes(size).keys()
+
     @property
     def seconds(self) -> float:
         """How long the forms of one size are timed."""
@@ -73,7 +80,7 @@ def run(cases: list[Case], plan: Plan, file: dict[str, Any], path: Path, say: Ca
         for size in case.sizes(plan.device, plan.quick):
             entry: results.Entry = {"case": case.name, "size": size.values}
             known = _find(file, entry)
-            if known is not None and known["forms"].keys() >= plan.modes(size).keys():
+            if known is not None and plan.done(known, size):
                 continue
             if time.monotonic() > plan.deadline:
                 say(f"{results.title(entry)}: left out, the time is up")
@@ -134,80 +141,77 @@ def _measure(case: Case, size: Size, plan: Plan) -> results.Entry:
         torch.compiler.reset()
     if plan.device == "cuda":
         torch.cuda.empty_cache()
-    forms: dict[str, Any] = {}
     try:
-        problem = case.check_problem(plan.device, size.values)
-        candidates, forms = _candidates(problem)
-        findings = check(problem, candidates)
-        wrong = {
-            label: found for label, all_found in findings.items() if (found := [f for f in all_found if not f.right])
-        }
-        entry: results.Entry = {
-            "status": "checked",
-            "check": {label: [asdict(f) for f in fs] for label, fs in findings.items()},
-        }
-        if "ours" in wrong:
-            return {**entry, "status": "wrong", "why": "; ".join(map(str, wrong["ours"][:3])), "forms": forms}
-        if not plan.time:
-            return {**entry, "forms": forms}
-        for label, found in wrong.items():
-            forms[label] = {"why": f"wrong: {found[0]}"}
-        del problem, candidates, findings
+        entry, candidates = _check(case.check_problem(plan.device, size.values))
+        if entry["status"] == "wrong" or not plan.time:
+            return entry
         problem = case.problem(plan.device, size.values)
-        entry |= {
+        work = {"forward": problem.forward} | ({"backward": problem.backward} if problem.backward else {})
+        return entry | {
             "status": "measured",
             "tokens": problem.tokens,
-            "work": {"forward": asdict(problem.forward)}
-            | ({"backward": asdict(problem.backward)} if problem.backward else {}),
+            "work": {name: asdict(part) for name, part in work.items()},
+            "forms": entry["forms"] | _time(problem, candidates, plan, plan.modes(size)),
         }
-        return {**entry, "forms": forms | _time(problem, forms, plan, plan.modes(size))}
     except Exception as error:  # one size's failure must not end the run
         synchronize()  # raises if the GPU's context is lost: nothing more can be measured by this process
-        return {"status": "failed", "why": results.plainly(error), "forms": forms}
+        return {"status": "failed", "why": results.plainly(error), "forms": {}}
 
 
-def _candidates(problem: Problem) -> tuple[dict[str, Form], dict[str, Any]]:
-    """What can run here: ours and the libraries' forms; and why others cannot."""
-    candidates, missing = {"ours": problem.ours}, {}
+def _check(problem: Problem) -> tuple[results.Entry, dict[str, Form]]:
+    """Check ours and the libraries' forms: what there is to say so far, and the forms that may be timed."""
+    checker = Checker(problem)
+    findings = {"ours": checker.findings(problem.ours)}
+    forms: dict[str, Form] = {"ours": problem.ours}
+    left_out: dict[str, Any] = {}
     for label, load in problem.libraries.items():
         try:
-            candidates[label] = load()
-        except ImportError as error:
-            missing[label] = {"why": results.plainly(error)}
-    return candidates, missing
+            form = load()
+            findings[label] = checker.findings(form)
+        except Exception as error:  # not installed, or not for this machine
+            left_out[label] = {"why": results.plainly(error)}
+            continue
+        if findings[label][0].right:
+            forms[label] = form
+        else:
+            left_out[label] = {"why": f"wrong: {findings[label][0]}"}
+    worst = {label: asdict(found[0]) for label, found in findings.items()}
+    entry: results.Entry = {"status": "checked", "check": worst, "forms": left_out}
+    wrong = [str(finding) for finding in findings["ours"] if not finding.right]
+    if wrong:
+        entry |= {"status": "wrong", "why": f"{len(wrong)} wrong, the worst {wrong[0]}"}
+    return entry, forms
 
 
-def _time(problem: Problem, left_out: dict[str, Any], plan: Plan, modes: dict[str, str]) -> dict[str, Any]:
-    candidates, _ = _candidates(problem)
-    forms: dict[str, Form] = {"ours": candidates.pop("ours"), "plain": problem.plain, **candidates}
+def _time(problem: Problem, candidates: dict[str, Form], plan: Plan, modes: dict[str, str]) -> dict[str, Any]:
+    forms = {**candidates, "plain": problem.plain}
     for label, mode in modes.items():
         # nn.Modules are arguments here, so their parameters stay the ones all forms share
         compile = partial(torch.compile, mode=mode, dynamic=False)
         forms[label] = problem.compiled(compile) if problem.compiled else compile(problem.plain)
     measured: dict[str, Any] = {}
-    samplers: dict[str, list[Callable[[], Any]]] = {}
+    samplers: dict[str, list[Callable[[], Sample]]] = {}
     pool = torch.cuda.graph_pool_handle() if plan.device == "cuda" else None
     for label, form in forms.items():
-        if label in left_out:
-            continue
         try:
             trial = Trial(form, problem.inputs)
-            measured[label] = _memory(trial)
-            samplers[label] = [trial.wall]
+            found = _memory(trial)
+            clocks: list[Callable[[], Sample]] = [trial.wall]
             if plan.device == "cuda":
                 timer = GpuTimer(rotation(form, problem.inputs, trial.wall()["forward", "wall_ms"]), pool)
-                samplers[label].append(timer)
+                clocks.append(timer)
                 if timer.why_no_graph:
-                    measured[label]["why no graph"] = timer.why_no_graph
+                    found["why no graph"] = results.plainly(timer.why_no_graph)
                     pool = torch.cuda.graph_pool_handle()  # a failed capture may have spoilt the other
         except Exception as error:  # a rival that does not run here is named; ours must
             if label == "ours":
                 raise
             measured[label] = {"why": results.plainly(error)}
-            samplers.pop(label, None)
+        else:
+            measured[label], samplers[label] = found, clocks
     for label, passes in interleave(samplers, plan.seconds).items():
-        for name, clocks in passes.items():
-            measured[label].setdefault(name, {}).update(clocks)
+        for name, times in passes.items():
+            measured[label].setdefault(name, {}).update(times)
     return measured
 
 

@@ -4,13 +4,13 @@ from torch import nn
 
 from benchmarks import reference
 from benchmarks.cases import CASES
-from benchmarks.check import check
+from benchmarks.check import Checker
 from uniflow_kernels import FlowHead
 
 
 def wrong_findings(case, form=None):
     problem = case.check_problem("cpu", case.cpu[0].values)
-    return [f for f in check(problem, {"form": form or problem.ours})["form"] if not f.right]
+    return [f for f in Checker(problem).findings(form or problem.ours) if not f.right]
 
 
 class WrongGradient(torch.autograd.Function):
@@ -65,9 +65,9 @@ def test_half_precision_is_held_to_the_plain_forms_error_in_half_precision(make_
     def coarser(layer, x):  # rounds to 4 bits on the way
         return layer(x.to(torch.float8_e4m3fn).to(torch.bfloat16))
 
-    findings = check(problem, {"same": problem.ours, "coarser": coarser})
-    assert all(f.right for f in findings["same"])
-    assert not findings["coarser"][0].right
+    checker = Checker(problem)
+    assert all(finding.right for finding in checker.findings(problem.ours))
+    assert not checker.findings(coarser)[0].right
 
 
 def test_the_reference_is_no_dead_branch():

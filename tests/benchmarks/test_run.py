@@ -51,6 +51,7 @@ def test_a_wrong_kernel_is_reported_and_never_timed(make_case, tmp_path, monkeyp
     first, _ = run_case(make_case(ours=wrong), tmp_path / "r.json")
     assert first["status"] == "wrong"
     assert fault in first["why"]
+    assert fault in first["check"]["ours"]["tensor"]
     assert "ours" not in first["forms"]
 
 
@@ -68,6 +69,15 @@ def test_a_library_that_is_missing_is_named(make_case, tmp_path):
 
     first, _ = run_case(make_case(libraries={"nowhere": load}), tmp_path / "r.json")
     assert "nowhere" in first["forms"]["nowhere"]["why"]
+
+
+def test_a_library_that_does_not_run_here_is_named(make_case, tmp_path):
+    def load():
+        return lambda layer, x: x.undefined
+
+    first, _ = run_case(make_case(libraries={"broken": load}), tmp_path / "r.json")
+    assert first["status"] == "measured"
+    assert "AttributeError" in first["forms"]["broken"]["why"]
 
 
 def test_a_form_that_raises_fails_alone_and_shows_no_path(make_case, tmp_path):
