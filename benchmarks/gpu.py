@@ -155,7 +155,7 @@ def _test(here: Session, missing: list[str], on_gpu: bool) -> bool:
         "--continue-on-collection-errors",
         *([] if on_gpu else ["--collect-only"]),
     ]
-    return here.run(Step("tests", command, 110, reserve=280)) in (0, 5)  # 5: there is none
+    return here.run(Step("tests", command, 150, reserve=280)) in (0, 5)  # 5: there is none
 
 
 def _measure(here: Session, cases: str, path: Path, on_gpu: bool) -> bool:

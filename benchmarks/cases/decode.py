@@ -67,7 +67,7 @@ CASES = (
         build,
         cuda=(*_base("bfloat16", quick=True), *_base("float32", quick=False)),
         cpu=(
-            at(preset="tiny", batch=1, steps=1, guidance=1, dtype="float32", quick=True),
+            at(preset="tiny", batch=1, steps=1, guidance=1, dtype="float32", quick=True, compile=True),
             at(preset="tiny", batch=1, steps=4, guidance=2, dtype="float32", quick=True),
             *_base("bfloat16", quick=False),
             *_base("float32", quick=False),

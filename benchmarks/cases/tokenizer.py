@@ -106,7 +106,7 @@ CASES = (
         ),
         cpu=(
             at(preset="tiny", batch=1, dtype="float32", quick=True),
-            at(preset="tiny", batch=8, dtype="float32", quick=True),
+            at(preset="tiny", batch=8, dtype="float32", quick=True, compile=True),
         ),
         check_at_most={"batch": 1},
     ),
