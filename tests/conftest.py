@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from uniflow import UniFlow, UniFlowConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+
+if not torch.cuda.is_available():
+    # before any kernel is defined: Triton then runs them on the CPU. tests/compile compiles in a process of its own
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

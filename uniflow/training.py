@@ -67,7 +67,7 @@ def train(
     """
     student = objective.student
     optimizer = torch.optim.AdamW(
-        student.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+        student.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
     objective.train()
     losses: list[Tensor] = []

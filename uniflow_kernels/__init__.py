@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uniflow_kernels.choice import backend
     from uniflow_kernels.diagnosis import doctor
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.ops.attention import attention
@@ -15,6 +16,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FlowHead",
     "attention",
+    "backend",
     "doctor",
     "interpolate",
     "layerwise_distillation",
@@ -27,6 +29,7 @@ __all__ = [
 _MODULES = {
     "FlowHead": "modules.flow_head",
     "attention": "ops.attention",
+    "backend": "choice",
     "doctor": "diagnosis",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",

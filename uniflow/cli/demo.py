@@ -35,6 +35,7 @@ LARGEST_SIDE = 512  # pixels; larger pictures would only cost time to crop
 STEPS = (1, 4)  # of the sampler, compared side by side
 BATCH = 8
 CROPS_SCORED = 64  # of each set, at the trained size
+SHOWN_TRAINED = 3  # of the pictures trained on, below the held-out ones
 SHOWN_SIZE = 96  # pixels, three times the trained size: more of a picture to look at
 
 
@@ -79,7 +80,8 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     }
     with replacing(out / "metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
-    shown = [_reconstruct(model, name, picture, seed) for name, picture in (held_out | trained_on).items()]
+    to_show = held_out | dict(list(trained_on.items())[:SHOWN_TRAINED])
+    shown = [_reconstruct(model, name, picture, seed) for name, picture in to_show.items()]
     _draw_reconstructions(shown, set(held_out), out / "reconstruction.png")
     _draw_loss(losses, out / "loss.png")
     for kind, values in scores.items():
@@ -131,10 +133,10 @@ def _draw_reconstructions(shown: list[Reconstruction], held_out: set[str], path:
     grid = figure.subplots(len(shown), 1 + len(STEPS), squeeze=False)
     for row, item in zip(grid, shown, strict=True):
         kind = "held out" if item.name in held_out else "trained on"
-        row[0].imshow(item.original.permute(1, 2, 0).numpy())
+        row[0].imshow(item.original.permute(1, 2, 0).numpy(), interpolation="nearest")
         row[0].set_xlabel(f"{item.name} ({kind})")
         for axes, (steps, result) in zip(row[1:], item.by_steps.items(), strict=True):
-            axes.imshow(result.permute(1, 2, 0).numpy())
+            axes.imshow(result.permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_xlabel(f"{psnr(result[None], item.original[None]).item():.1f} dB")
             grid[0][1 + STEPS.index(steps)].set_title(f"{steps} step{'s' if steps > 1 else ''}")
         for axes in row:

@@ -1,0 +1,133 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads out of ptxas and the SASS what became of them.
+
+Runs as a process of its own, since the tests' process defines all kernels for the interpreter:
+
+    python -m tests.compile.compiling REQUESTS.json RESULTS.json
+
+A request is a kernel ("package.module:name"), the Triton types of its arguments ("*bf16", "i32", "constexpr", ...), the
+values of the constexpr ones, num_warps, num_stages and the architecture (80, 90, 100). Pointers and i32 arguments are
+taken as multiples of 16.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel to compile for one architecture."""
+
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    arch: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came out.
+
+    `serialised` holds ptxas's C75xx warnings: the wgmma pipeline ran one product at a time; nothing else shows it.
+    `spills` counts local stores and loads in the SASS; `wide` counts global accesses by width.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    serialised: list[str]
+    spills: int
+    wgmma: dict[str, int] = field(default_factory=dict)
+    mma: int = 0
+    tma: int = 0
+    wide: dict[str, int] = field(default_factory=dict)
+    instructions: int = 0
+
+
+def compile_all(requests: list[Request]) -> list[Compiled]:
+    """Compile in a fresh process without the interpreter; an error in it is raised here with its output."""
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answered = Path(folder) / "requests.json", Path(folder) / "results.json"
+        asked.write_text(json.dumps([asdict(request) for request in requests]))
+        command = [sys.executable, "-m", "tests.compile.compiling", str(asked), str(answered)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        return [Compiled(**result) for result in json.loads(answered.read_text())]
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def compile_one(request: Request) -> Compiled:
+    """Compile in this process."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = request.kernel.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    signature = {argument: request.signature[argument] for argument in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, kind in enumerate(signature.values())
+        if kind == "i32" or kind.startswith("*")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=request.constexprs, attrs=aligned)
+    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        sass = _output(tools / "cuobjdump", "-sass", cubin)
+        target = f"sm_{request.arch}{'a' if request.arch >= 90 else ''}"
+        said = _output(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers is not None, usage
+    return Compiled(
+        registers=int(numbers[1]),
+        stack=int(numbers[2]),
+        shared=compiled.metadata.shared,
+        serialised=sorted(set(re.findall(r"C75\d\d", said))),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        wgmma=dict(Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", compiled.asm["ptx"]))),
+        mma=len(re.findall(r"\bHMMA\b", sass)),
+        tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
+        wide=dict(Counter(re.findall(r"\b((?:LDG|STG)\.E[.\w]*)", sass))),
+        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
+    )
+
+
+def _output(*command: object) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def main(asked: str, answered: str) -> None:
+    """Compile all requests of a file, two at a time."""
+    requests = [Request(**request) for request in json.loads(Path(asked).read_text())]
+    with ProcessPoolExecutor(2) as pool:
+        results = list(pool.map(compile_one, requests))
+    Path(answered).write_text(json.dumps([asdict(result) for result in results]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Which implementation an op runs on: plain PyTorch ("eager"), Triton, or the compiled CUDA part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+BACKENDS = ("auto", "eager", "triton", "cuda")
+
+_chosen: ContextVar[str | None] = ContextVar("uniflow_backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run ops on one backend inside the block: "auto", "eager", "triton" or "cuda".
+
+    "auto" takes the fastest that can serve the input; the environment variable UNIFLOW_BACKEND sets what holds outside
+    any block. A backend asked for by name that cannot serve an input raises; nothing else is taken instead.
+
+    Raises:
+        ValueError: for another name.
+    """
+    token = _chosen.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested() -> str:
+    """The backend asked for: by the innermost `backend` block, else by UNIFLOW_BACKEND, else "auto"."""
+    return _chosen.get() or _checked(os.environ.get("UNIFLOW_BACKEND", "auto"), "UNIFLOW_BACKEND")
+
+
+def choose(op: str, why_not: Mapping[str, str | None]) -> str:
+    """Which backend serves one call of an op.
+
+    Args:
+        op: its name, for the error.
+        why_not: for each kernel backend that the op has, the fastest first: why it cannot serve this input, None where
+            it can.
+
+    Returns:
+        One of the keys of `why_not`, or "eager".
+
+    Raises:
+        ValueError: if the backend asked for cannot serve, saying why.
+    """
+    wanted = requested()
+    if wanted == "auto":
+        return next((name for name, reason in why_not.items() if reason is None), "eager")
+    if wanted == "eager":
+        return wanted
+    reason = why_not.get(wanted, f"{op} has no such kernel")
+    if reason is not None:
+        raise ValueError(f"{op}: backend {wanted!r} cannot serve this input: {reason}")
+    return wanted
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
