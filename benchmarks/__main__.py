@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
         raise results.ResultsError("--resume goes on with a file: name it with --out")
     deadline = time.monotonic() + 60 * options.minutes
     plan = Plan(_device(), options.quick, not options.no_compile, not options.check, deadline)
-    file = results.begin(plan.device, options.quick)
+    file = results.begin(plan.device)
     path = options.out or results.default_path(file)
     if options.resume and path.exists():
         file = results.load(path)

@@ -103,7 +103,7 @@ def session(cases: str) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(os.environ.get("OUT") or (FOLDER if on_gpu else scratch)).resolve()
         out.mkdir(parents=True, exist_ok=True)
-        file = begin("cuda" if on_gpu else "cpu", quick=True)
+        file = begin("cuda" if on_gpu else "cpu")
         path = default_path(file, out)
         save(file, path)
         with path.with_suffix(".log").open("w", encoding="utf-8", buffering=1) as log:

@@ -16,8 +16,14 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 LABELS = {"ours": "ours", "plain": "plain PyTorch", "compile": "torch.compile", "compile max-autotune": "max-autotune"}
 COLOURS = {"ours": "#0b6e4f", "plain": "#9a9a9a", "compile": "#d17a00", "compile max-autotune": "#7b4fa3"}
 PASSES = ("forward", "backward", "both")
-COLUMNS = ["case", "size", "pass", "ours, ms", "plain", "torch.compile", "max-autotune", "others", "of the floor"]
-COLUMNS += ["peak MB: ours / plain", "saved MB: ours / plain", "launches: ours / plain"]
+COLUMNS = ["case", "size", "pass", "ours, ms", "plain / ours", "torch.compile / ours", "max-autotune / ours"]
+COLUMNS += [
+    "others / ours",
+    "of the floor",
+    "peak MB: ours / plain",
+    "saved MB: ours / plain",
+    "launches: ours / plain",
+]
 GROWS = ("tokens", "batch", "rows")  # sizes that are a number of tokens
 
 INTRODUCTION = """# Benchmarks
@@ -296,19 +302,19 @@ def _series(results: dict[str, Any]) -> dict[str, list[Entry]]:
 
 
 def _largest(results: dict[str, Any]) -> list[Entry]:
-    """Of every case the measured entry with the most work, where it was also compiled if any was."""
+    """Of every case the measured entry with the most tokens; of several, one that was also compiled."""
     best: dict[str, Entry] = {}
     for entry in results["entries"]:
         if entry["status"] != "measured":
             continue
         known = best.get(entry["case"])
-        if known is None or _rank(entry) > _rank(known):
+        if known is None or _rank(entry) >= _rank(known):
             best[entry["case"]] = entry
     return list(best.values())
 
 
-def _rank(entry: Entry) -> tuple[bool, int]:
-    return ratio(entry, "compile", "forward") is not None, entry["tokens"]
+def _rank(entry: Entry) -> tuple[int, bool]:
+    return entry["tokens"], ratio(entry, "compile", "forward") is not None
 
 
 def _whole(entry: Entry) -> str:

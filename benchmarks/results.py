@@ -27,7 +27,7 @@ class ResultsError(ValueError):
     """A results file that cannot be used; the message says why."""
 
 
-def begin(device: str, quick: bool) -> dict[str, Any]:
+def begin(device: str) -> dict[str, Any]:
     """A results file without entries, about this machine and now."""
     now = datetime.datetime.now(datetime.UTC)
     return {
@@ -36,7 +36,6 @@ def begin(device: str, quick: bool) -> dict[str, Any]:
         "environment": {**doctor().environment, **environment(), "driver": _driver() if device == "cuda" else "none"},
         "commit": _commit(),
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "quick": quick,
         "entries": [],
     }
 

@@ -52,7 +52,7 @@ CASES = (
             at(batch=32, image=448, quick=True, compile=True),
             at(batch=128, image=448),
         ),
-        cpu=(at(batch=1, image=112, quick=True), at(batch=4, image=224, quick=True, compile=True)),
+        cpu=(at(batch=1, image=224, quick=True), at(batch=4, image=224, quick=True, compile=True)),
     ),
     Case(
         "velocity_loss",
@@ -64,7 +64,7 @@ CASES = (
             at(batch=128, image=448, dtype="bfloat16"),
         ),
         cpu=(
-            at(batch=1, image=112, dtype="float32", quick=True),
+            at(batch=1, image=224, dtype="float32", quick=True),
             at(batch=4, image=224, dtype="float32", quick=True, compile=True),
         ),
         check_at_most={"batch": 32},

@@ -64,7 +64,6 @@ def results_file(tmp_path):
             "environment": {"torch": "2.13.0"},
             "commit": "0" * 12,
             "date": "2026-01-02T03:04:05Z",
-            "quick": True,
             "ceilings": {"copy": 1e10, "product": {"float32": 1e11}},
             "entries": entries,
             **changes,

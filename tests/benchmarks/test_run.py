@@ -15,7 +15,7 @@ def short(monkeypatch):
 
 
 def run_case(case, path, plan=QUICK, file=None):
-    file = file or results.begin("cpu", quick=True)
+    file = file or results.begin("cpu")
     run.run([case], plan, file, path, say=lambda line: None)
     return results.load(path)["entries"]
 
@@ -115,7 +115,7 @@ def test_an_interrupted_run_leaves_what_it_had(make_case, tmp_path):
 
 
 def test_nothing_is_begun_after_the_deadline(make_case, tmp_path):
-    file = results.begin("cpu", quick=True)
+    file = results.begin("cpu")
     run.run([make_case()], Plan("cpu", quick=True, deadline=0.0), file, tmp_path / "r.json", say=lambda line: None)
     assert file["entries"] == []
 
