@@ -121,9 +121,9 @@ def in_float64(inputs: Any) -> Any:
     )
 
 
-def tensors(inputs: Any, name: str = "input") -> Iterator[Tensor]:
+def tensors(inputs: Any) -> Iterator[Tensor]:
     """All tensors in `inputs`, parameters of modules too."""
-    return (tensor for _, tensor in _named(inputs, name))
+    return (tensor for _, tensor in _named(inputs, "input"))
 
 
 def named_leaves(inputs: Any) -> dict[str, Tensor]:
