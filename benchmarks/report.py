@@ -29,7 +29,7 @@ GROWS = ("tokens", "batch", "rows")  # sizes that are a number of tokens
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks report` from the newest file of every machine in benchmarks/results. To measure on
-yours: `python -m benchmarks run --quick`; on a GPU `make gpu` builds, tests, measures and reports in under nine minutes.
+yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds, tests, measures and reports in nine minutes.
 `python -m benchmarks list` names the questions, `compare OLD NEW` says what moved.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
