@@ -45,23 +45,32 @@ __device__ void load_tile(const Source& source, const Tile& tile, bool wide, flo
 }
 
 template <class T>
-__device__ __forceinline__ void load_noise(const T* from, int valid, bool wide, float x0[4]) {
-  if (wide) return load<T, 4>(from, x0);
+__device__ __forceinline__ void load_noise(const void* noise, int64_t place, int valid, bool wide, float x0[4]) {
+  const T* from = static_cast<const T*>(noise) + place;
+  if (wide) {
+    load<T, 4>(from, x0);
+  } else {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) x0[k] = k < valid ? to_float(from[k]) : 0.0f;
+    for (int k = 0; k < 4; ++k) x0[k] = k < valid ? to_float(from[k]) : 0.0f;
+  }
 }
 
-// x0 of columns 4*quad .. 4*quad + 3 of a row.
+// x0 of columns 4*quad .. 4*quad + 3 of a row; 0 beyond its end.
 __device__ __forceinline__ void noise_at(const Source& source, int64_t row, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
-  if (source.noise.data == nullptr) return normals(row * source.tiling.quads + quad, source.seed, x0);
-  const int64_t place = image * source.noise.image_stride + token * source.noise.token_stride + 4 * quad;
+  const Rows& noise = source.noise;
   const int valid = source.tiling.length - 4 * quad;
-  if (source.noise.type == kFloat32) {
-    load_noise(static_cast<const float*>(source.noise.data) + place, valid, wide, x0);
-  } else if (source.noise.type == kFloat16) {
-    load_noise(static_cast<const __half*>(source.noise.data) + place, valid, wide, x0);
+  const int64_t place = image * noise.image_stride + token * noise.token_stride + 4 * quad;
+  if (valid <= 0) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x0[k] = 0.0f;
+  } else if (noise.data == nullptr) {
+    normals(row * source.tiling.quads + quad, source.seed, x0);
+  } else if (noise.type == kFloat32) {
+    load_noise<float>(noise.data, place, valid, wide, x0);
+  } else if (noise.type == kFloat16) {
+    load_noise<__half>(noise.data, place, valid, wide, x0);
   } else {
-    load_noise(static_cast<const __nv_bfloat16*>(source.noise.data) + place, valid, wide, x0);
+    load_noise<__nv_bfloat16>(noise.data, place, valid, wide, x0);
   }
 }
 
@@ -92,8 +101,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
-        float x0[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (quad < tiling.quads) noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
+        float x0[4];
+        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
         const float time = t[t_per_token ? first + g : image];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -145,8 +154,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         const float coefficient = coefficients[coefficient_per_token ? first + g : 0];
-        float x0[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (quad < tiling.quads) noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
+        float x0[4];
+        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

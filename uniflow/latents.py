@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uniflow.atomic import replacing
 from uniflow.model import UniFlow
+from uniflow_kernels.ops.patches import patch_grid
 
 _FORMAT = "uniflow-latents-1"
 # fields that change what a sampler does by default or how training went, not what a latent means
@@ -70,9 +71,20 @@ def read_latents(path: Path, model: UniFlow) -> tuple[list[Tensor], list[Encoded
                 if Path(picture.name).is_absolute() or ".." in Path(picture.name).parts:
                     raise LatentsError(f"{path} names a picture outside the output folder: {picture.name}")
             latents = [file.get_tensor(f"latents.{i}") for i in range(len(pictures))]
+            for latent, picture in zip(latents, pictures, strict=True):
+                _check_size(path, latent, picture, model)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise LatentsError(f"{path} is damaged or holds no latents: {error}") from None
     return latents, pictures
+
+
+def _check_size(path: Path, latent: Tensor, picture: EncodedPicture, model: UniFlow) -> None:
+    try:
+        patch_grid(latent.shape[0], model.config.patch_size, (picture.height, picture.width))
+    except (ValueError, TypeError) as error:
+        raise LatentsError(f"{path} is damaged: {picture.name}: {error}") from None
+    if latent.ndim != 2 or latent.shape[1] != model.config.latent_ch or not latent.is_floating_point():
+        raise LatentsError(f"{path} is damaged: {picture.name} has latents {latent.dtype} {list(latent.shape)}")
 
 
 def fingerprint(model: UniFlow) -> str:

@@ -60,6 +60,23 @@ def test_names_outside_the_output_folder_are_refused(tiny, tmp_path, name):
         read_latents(tmp_path / "l", model)
 
 
+@pytest.mark.parametrize(
+    ("latent", "size"),
+    [
+        (torch.zeros(16, 8), (16, 20)),
+        (torch.zeros(16, 8), (15, 16)),
+        (torch.zeros(16, 8), (16, None)),
+        (torch.zeros(16, 9), (16, 16)),
+        (torch.zeros(16, 8, dtype=torch.int32), (16, 16)),
+    ],
+)
+def test_sizes_and_latents_that_do_not_fit_are_refused(tiny, tmp_path, latent, size):
+    model = tiny()
+    write_latents(tmp_path / "l", [latent], [EncodedPicture("x.png", *size)], model)
+    with pytest.raises(LatentsError, match=r"is damaged: x\.png"):
+        read_latents(tmp_path / "l", model)
+
+
 def test_golden_fingerprint_is_stable(golden_folder):
     one, two = (fingerprint(UniFlow.from_pretrained(golden_folder)) for _ in range(2))
     assert one == two

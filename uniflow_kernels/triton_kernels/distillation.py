@@ -29,6 +29,7 @@ def cosine_kernel(
     LARGEST: tl.constexpr, LAYERS: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Distances and gradients of TOKENS tokens of one layer a program; a row is in registers whole."""
     width *= UNIT
     layer = tl.program_id(1)
     student = _of_layer(students, layer, LAYERS)
@@ -110,6 +111,7 @@ def _launch(
 
 @triton.jit
 def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    """Multiply in place by a number that only the device knows."""
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

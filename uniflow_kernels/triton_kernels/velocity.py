@@ -69,6 +69,7 @@ def interpolate_kernel(
     PATCH: tl.constexpr, NORMALIZED: tl.constexpr, SEEDED: tl.constexpr, T_PER_TOKEN: tl.constexpr,
     UNIT: tl.constexpr, TOKENS: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
+    """x_t [k*B*N, columns] of TOKENS tokens a program."""
     length *= UNIT
     columns *= UNIT
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
@@ -107,6 +108,7 @@ def velocity_loss_kernel(
     PATCH: tl.constexpr, NORMALIZED: tl.constexpr, SEEDED: tl.constexpr, PER_TOKEN: tl.constexpr,
     GRADIENT: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
+    """Each token's loss, and its gradient [k*B*N, columns], of TOKENS tokens a program."""
     length *= UNIT
     columns *= UNIT
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
