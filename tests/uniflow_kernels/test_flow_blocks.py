@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import randomize
-from uniflow_kernels import FlowHead, fused_flow_blocks
-from uniflow_kernels.ops.flow_head import Affine, Block
+from uniflow_kernels import FlowHead, backend, fused_flow_blocks
+from uniflow_kernels.ops.flow_head import Affine, Block, _in_order
 
 OPTIONS = {
     "canonical": {},
@@ -195,3 +195,271 @@ def test_tensors_that_do_not_fit():
             fused_flow_blocks(*arguments)
     with pytest.raises(ValueError, match="an rms norm has no bias"):
         fused_flow_blocks(x, y, blocks, modulations, final, norm="rms")
+
+
+def against_definition(within_twice, head, rows, conditions, dtype=torch.float32, recompute="none", floor=2e-6):
+    """Kernels in `dtype` against the definition in the same dtype and in float64, forward and every gradient."""
+    width = head.model_channels
+    results = []
+    for name, precision in (("triton", dtype), ("eager", dtype), ("eager", torch.float64)):
+        # every form is given the numbers of `dtype`
+        x, y = (t.detach().to(precision).requires_grad_() for t in inputs(rows, conditions, width, dtype))
+        weights, every = tensors_of(head.to(dtype), precision)
+        with backend(name):
+            results.append(run(fused_flow_blocks, x, y, weights, every, **keywords(head), recompute=recompute))
+    for ours, plain, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        within_twice(ours, plain, exact, floor=floor)
+
+
+@options
+@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+def test_kernels(within_twice, options, recompute):
+    against_definition(within_twice, make_head(depth=2, **{"hidden": 40, **options}), (17,), (17,), recompute=recompute)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (17, 588), (129, 100), (1000, 65), (33, 768)])
+def test_kernels_at_odd_sizes(within_twice, rows, width):
+    against_definition(within_twice, make_head(width, depth=1), (rows,), (rows,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["canonical", "VibeVoice"])
+def test_kernels_in_half_precision(within_twice, dtype, name):
+    against_definition(within_twice, make_head(96, depth=2, **OPTIONS[name]), (70,), (70,), dtype, floor=1e-3)
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+@pytest.mark.parametrize("name", ["canonical", "SphereAR", "no final modulation"])
+@pytest.mark.parametrize(
+    ("rows", "conditions"),
+    [
+        ((37,), (1,)),  # one for all
+        ((3, 40), (3, 1)),  # one for rows that follow each other
+        ((5, 6), (5, 1)),  # the same, few enough to be written row by row
+        ((4, 9), (9,)),  # one for every ninth row
+        ((2, 3, 20), (3, 1)),  # both
+        ((2, 3, 4), (2, 1, 4)),  # no such pattern: expanded
+        ((2, 9), (2, 9)),
+    ],
+)
+def test_shared_conditions(within_twice, rows, conditions, name, recompute):
+    head = make_head(24, depth=2, **{**OPTIONS[name], **({"hidden": 20} if "hidden" in OPTIONS[name] else {})})
+    against_definition(within_twice, head, rows, conditions, recompute=recompute)
+
+
+def test_strided_inputs_and_expanded_gradients():
+    head = make_head(depth=2)
+    weights, every = tensors_of(head)
+    x, y = inputs((20,), (20,))
+
+    def gradients(x, y):
+        out = fused_flow_blocks(x, y, *weights)
+        (reduced,) = torch.autograd.grad(out.sum(), x, retain_graph=True)  # an expanded gradient, of stride 0
+        return [out, reduced, *torch.autograd.grad(out.t().contiguous().t(), [x, y, *every], torch.ones_like(out))]
+
+    def strided(t):
+        return t.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_()
+
+    def transposed(t):
+        return t.detach().t().contiguous().t().requires_grad_()
+
+    with backend("triton"):
+        expected = gradients(x, y)
+        for change in (strided, transposed):
+            for ours, theirs in zip(gradients(change(x), change(y)), expected, strict=True):
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("conditions", [0, 1])
+def test_no_rows(conditions):
+    head = make_head(depth=2)
+    weights, every = tensors_of(head)
+    x, y = inputs((0,), (conditions,))
+    with backend("triton"):
+        out = fused_flow_blocks(x, y, *weights)
+        gradients = torch.autograd.grad(out.sum(), [x, y, *every])
+    assert out.shape == (0, 64)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_every_output_is_written():
+    """Memory that nobody wrote is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        head = make_head(40, depth=2)
+        for rows, conditions, recompute in (((33,), (33,), "none"), ((2, 17), (2, 1), "gate"), ((5,), (5,), "block")):
+            weights, every = tensors_of(head)
+            with backend("triton"):
+                results = run(fused_flow_blocks, *inputs(rows, conditions, 40), weights, every, recompute=recompute)
+            assert all(torch.isfinite(result).all() for result in results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_runs_are_equal_to_the_bit():
+    head = make_head(40, depth=2)
+    weights, every = tensors_of(head)
+    with backend("triton"):
+        first = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every)
+        for recompute in ("none", "gate", "block"):
+            again = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, recompute=recompute)
+            # products of gate and of shift and scale, apart or together, may round differently
+            exact = recompute != "gate"
+            for one, other in zip(first, again, strict=True):
+                assert torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_and_frozen_weights():
+    head = make_head(depth=3)
+    weights, every = tensors_of(head)
+    x, y = inputs()
+    with backend("triton"):
+        out, dx, dy, *_ = run(fused_flow_blocks, x, y, weights, every)
+        with torch.inference_mode():
+            before = x.clone()
+            assert torch.equal(fused_flow_blocks(x, y, *weights), out)
+            assert torch.equal(x, before)
+        for tensor in every:
+            tensor.requires_grad_(False)
+        frozen = run(fused_flow_blocks, x, y, weights, [])
+    assert torch.equal(frozen[1], dx)
+    assert torch.equal(frozen[2], dy)
+
+
+def module_results(head, x, t, c, function=None):
+    """The output and the gradients of all parameters; `function` is the head in another form."""
+    out = (function or head)(x, t, c)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), list(head.parameters()))]
+
+
+@options
+def test_module(within_twice, options):
+    head = make_head(depth=2, **{**options, **({"modulation_groups": 1} if "modulation_groups" in options else {})})
+    data = torch.randn(21, 24), 1000 * torch.rand(21), torch.randn(21, 40)
+    plain = module_results(head, *data)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    head.float()
+    for recompute in ("none", "gate", "block"):
+        head.recompute = recompute
+        with backend("triton"):
+            ours = module_results(head, *data)
+        for results in zip(ours, plain, exact, strict=True):
+            within_twice(*results, floor=2e-6)
+
+
+def test_autocast(within_twice):
+    head = make_head(depth=2)
+    data = torch.randn(21, 24), 1000 * torch.rand(21), torch.randn(21, 40)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    head.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module_results(head, *data)
+        with backend("triton"):
+            ours = module_results(head, *data)
+    assert ours[0].dtype == torch.bfloat16
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=1e-3)
+
+
+def test_gradient_checkpointing_and_functional_call():
+    head = make_head(depth=2)
+    data = torch.randn(21, 24), torch.rand(21), torch.randn(21, 40)
+    with backend("triton"):
+        expected = module_results(head, *data)
+        head.grad_checkpointing = True
+        assert all(map(torch.equal, module_results(head, *data), expected))
+        head.grad_checkpointing = False
+        again = torch.utils.checkpoint.checkpoint(head, *data, use_reentrant=False)
+        gradients = torch.autograd.grad(again.square().sum(), list(head.parameters()))
+        assert all(map(torch.equal, [again, *gradients], expected))
+        changed = {name: 2 * parameter.detach() for name, parameter in head.named_parameters()}
+        out = torch.func.functional_call(head, changed, data)
+        head.load_state_dict(changed)
+        assert torch.equal(head(*data), out)
+        assert not torch.equal(out, expected[0])
+
+
+def test_parameters_that_change_in_place_are_seen():
+    head = make_head(depth=2)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with backend("triton"):
+        head(*data).square().sum().backward()
+        optimizer.step()
+        ours = head(*data)
+    assert torch.allclose(ours, head(*data), atol=1e-4)
+
+
+def test_submodules_that_are_more_than_their_tensors():
+    """Hooks and replaced layers must act: the plain form calls them, and a backend asked for by name says why not."""
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+
+    def hook(head):
+        head.res_blocks[1].mlp[0].register_forward_hook(lambda module, args, out: out + 1)
+
+    def replace(head):
+        head.res_blocks[0].mlp[1] = torch.nn.GELU()
+
+    def wrap(head):
+        block = head.res_blocks[0]
+        block.forward = lambda *args: type(block).forward(block, *args) + 1
+
+    for change in (hook, replace, wrap):
+        head = make_head(depth=2)
+        before = head(*data)
+        change(head)
+        assert not torch.allclose(head(*data), before)
+        with backend("triton"), pytest.raises(ValueError, match="a submodule was replaced, wrapped or given a hook"):
+            head(*data)
+
+
+def test_what_the_kernels_cannot_serve_is_said():
+    (blocks, modulations, final), _ = tensors_of(make_head(depth=2))
+    x, y = inputs()
+    with backend("triton"):
+        with pytest.raises(ValueError, match=r"flow_head: .*float32, bfloat16 and float16, not torch\.float64"):
+            fused_flow_blocks(x.double(), y.double(), blocks, modulations, final)
+        with pytest.raises(ValueError, match="x, y and the weights of the products are not of one dtype"):
+            fused_flow_blocks(x.half(), y.half(), blocks, modulations, final)
+        with pytest.raises(ValueError, match=r"no rules for the transforms of torch\.func"):
+            torch.func.jvp(lambda x: fused_flow_blocks(x, y, blocks, modulations, final), (x,), (x,))
+    with backend("cuda"), pytest.raises(ValueError, match="flow_head has no such kernel"):
+        fused_flow_blocks(x, y, blocks, modulations, final)
+    # what nobody asked for by name is served by the plain form
+    out, _ = torch.func.jvp(lambda x: fused_flow_blocks(x, y, blocks, modulations, final), (x,), (x,))
+    assert torch.equal(out, fused_flow_blocks(x, y, blocks, modulations, final))
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute, shared):
+    head = make_head(32, depth=2, recompute=recompute)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def results(function, m):
+        generator = torch.Generator().manual_seed(0)
+        shapes = (m, 24), (m,), (1 if shared else m, 40)
+        return module_results(head, *(torch.randn(shape, generator=generator) for shape in shapes), function)
+
+    with torch._dynamo.config.patch(error_on_recompile=True), backend("triton"):
+        for m in (37, 5, 64):
+            for ours, theirs in zip(results(compiled, m), results(head, m), strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "all", "no gate", "inputs"])
+@pytest.mark.parametrize("options", [OPTIONS["canonical"], OPTIONS["SphereAR"]])
+def test_registered_ops(options, keep):
+    head = make_head(16, depth=2, **{**options, **({"modulation_groups": 1} if options else {})})
+    (blocks, modulations, final), _ = tensors_of(head)
+    weights = [t for pair in _in_order(blocks, modulations, final) for t in pair]
+    weights = [None if t is None else t.detach() for t in weights]
+    x, y = (t.detach() for t in inputs((6,), (3,), 16))
+    how = (2, 2, *head.form, keep)
+    ops = torch.ops.uniflow_kernels
+    torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
+    if keep != "nothing":
+        _, kept = ops.flow_blocks(x, y, weights, *how)
+        torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))

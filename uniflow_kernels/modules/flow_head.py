@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow_kernels.ops.flow_head import RECOMPUTE, Form, check_choice, final_norm, flow_block, swiglu
+from uniflow_kernels.ops.flow_head import (
+    RECOMPUTE,
+    Affine,
+    Block,
+    Form,
+    check_choice,
+    final_norm,
+    flow_block,
+    fused_flow_blocks,
+    served_by,
+    swiglu,
+)
 
 
 class TimestepEmbedding(nn.Module):
@@ -62,6 +73,10 @@ def _norm(form: Form, width: int, affine: bool) -> nn.Module:
     return kind(width, eps=form.eps, elementwise_affine=affine)
 
 
+def _affine(layer: nn.Module) -> Affine:
+    return Affine(cast(Tensor, layer.weight), cast("Tensor | None", getattr(layer, "bias", None)))
+
+
 class FlowBlock(nn.Module):
     """x + gate * MLP(norm(x) * (1 + scale) + shift), with shift, scale, gate = Linear(activated condition).
 
@@ -87,7 +102,7 @@ class FlowBlock(nn.Module):
         self.form = form
         hidden = width if hidden is None else hidden
         self.in_ln = _norm(form, width, affine=True)
-        self.mlp: nn.Module
+        self.mlp: nn.Sequential | SwiGLU
         if form.mlp == "silu":
             self.mlp = nn.Sequential(nn.Linear(width, hidden, bias), nn.SiLU(), nn.Linear(hidden, width, bias))
         else:
@@ -98,6 +113,11 @@ class FlowBlock(nn.Module):
     def modulation(self, a: Tensor) -> Tensor:
         """a = SiLU(y) [..., W] -> [..., 3W], for a block that has modulations of its own."""
         return self.adaLN_modulation[1](a)
+
+    def tensors(self) -> Block:
+        """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
+        up, down = (self.mlp.w12, self.mlp.w3) if isinstance(self.mlp, SwiGLU) else (self.mlp[0], self.mlp[2])
+        return Block(_affine(self.in_ln), _affine(up), _affine(down))
 
     def forward(self, x: Tensor, a: Tensor, modulation: Tensor | None = None) -> Tensor:
         """x [..., W] -> [..., W].
@@ -259,7 +279,29 @@ class FlowHead(nn.Module):
         Returns:
             [..., out_channels].
         """
-        return self._plain(self.input_proj(x), F.silu(y))
+        x = self.input_proj(x)
+        if not self._fused(x):
+            return self._plain(x, F.silu(y))
+        blocks, last = self._blocks(), self.final_layer.adaLN_modulation
+        x = fused_flow_blocks(
+            x,
+            y,
+            [block.tensors() for block in blocks],
+            [_affine(block.adaLN_modulation[1]) for block in blocks[:: self.blocks_per_group]],
+            None if last is None else _affine(last[1]),
+            **self.form._asdict(),
+            recompute="block" if self.grad_checkpointing else self.recompute,
+        )
+        return self.final_layer.linear(x)
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the blocks run as one op; not where their submodules are more than their tensors."""
+        width = self.model_channels
+        if not self.res_blocks or served_by(x.device, x.dtype, width) == "eager":
+            return False
+        own = all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules())
+        why_not = None if own else "a submodule was replaced, wrapped or given a hook"
+        return served_by(x.device, x.dtype, width, why_not) != "eager"
 
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
@@ -273,3 +315,22 @@ class FlowHead(nn.Module):
                 modulation = block.modulation(a)
             x = checkpoint(block, x, a, modulation, use_reentrant=False) if again else block(x, a, modulation)
         return self.final_layer(x, a)
+
+
+_PARTS = (
+    FlowBlock,
+    FinalLayer,
+    SwiGLU,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.ModuleList,
+    nn.RMSNorm,
+    nn.Sequential,
+    nn.SiLU,
+)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling it does nothing but its own class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in _PARTS and not any(hooks) and "forward" not in vars(module)

@@ -1,0 +1,1 @@
+"""Triton kernels, imported where they are launched: the package needs neither Triton nor a GPU."""
