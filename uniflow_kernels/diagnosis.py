@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from uniflow_kernels.ops.attention import why_not_flash_attn
+from uniflow_kernels.ops.flow_head import RUNS_FUSED, RUNS_PLAIN, UNMEASURED, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ def doctor() -> DoctorReport:
     }
     plain = "plain PyTorch"
     no_kernel = "no fused kernel yet"
-    names = ("flow_head", "patchify", "unpatchify", "interpolate", "velocity_loss", "layerwise_distillation")
+    names = ("patchify", "unpatchify", "interpolate", "velocity_loss", "layerwise_distillation")
     ops = [OpReport(name, plain, no_kernel) for name in names]
-    return DoctorReport(environment, [*ops, _attention(cuda)])
+    return DoctorReport(environment, [_flow_head(cuda), *ops, _attention(cuda)])
+
+
+def _flow_head(cuda: bool) -> OpReport:
+    reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024)
+    return OpReport("flow_head", RUNS_PLAIN, reason) if reason else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
 
 
 def _attention(cuda: bool) -> OpReport:

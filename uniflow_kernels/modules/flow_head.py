@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
+    RUNS_FUSED,
+    RUNS_PLAIN,
+    UNMEASURED,
     Affine,
     Block,
     Form,
@@ -25,6 +28,7 @@ from uniflow_kernels.ops.flow_head import (
     fused_flow_blocks,
     served_by,
     swiglu,
+    why_not_triton,
 )
 
 
@@ -294,14 +298,24 @@ class FlowHead(nn.Module):
         )
         return self.final_layer.linear(x)
 
+    def explain(self) -> str:
+        """What the blocks run on with tensors of its parameters' device and dtype, and why."""
+        weight = self.input_proj.weight
+        reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
+        return f"flow_head: {RUNS_PLAIN}: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+
     def _fused(self, x: Tensor) -> bool:
-        """Whether the blocks run as one op; not where their submodules are more than their tensors."""
-        width = self.model_channels
-        if not self.res_blocks or served_by(x.device, x.dtype, width) == "eager":
+        """Whether the blocks run as one op."""
+        if served_by(x.device, x.dtype, self.model_channels) == "eager":
             return False
-        own = all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules())
-        why_not = None if own else "a submodule was replaced, wrapped or given a hook"
-        return served_by(x.device, x.dtype, width, why_not) != "eager"
+        return served_by(x.device, x.dtype, self.model_channels, self._why_not_fused()) != "eager"
+
+    def _why_not_fused(self) -> str | None:
+        if not self.res_blocks:
+            return "there are no blocks"
+        if all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules()):
+            return None
+        return "a submodule was replaced, wrapped or given a hook"
 
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))

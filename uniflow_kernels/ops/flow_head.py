@@ -29,6 +29,10 @@ MLPS = ("silu", "swiglu")
 MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
 RECOMPUTE = ("none", "gate", "block")
 
+RUNS_PLAIN = "plain PyTorch"
+RUNS_FUSED = "Triton row kernels, cuBLAS products"
+UNMEASURED = "unmeasured on this GPU"
+
 
 class Affine(NamedTuple):
     """A weight with the bias that may go with it: of a linear layer [out, in] and [out], of a norm [W] and [W]."""
@@ -196,11 +200,11 @@ def fused_flow_blocks(
         blocks = [Block(block.norm, _cast(block.up, dtype), _cast(block.down, dtype)) for block in blocks]
         modulations = [_cast(modulation, dtype) for modulation in modulations]
         final_modulation = None if final_modulation is None else _cast(final_modulation, dtype)
-    weights = [tensor for affine in _in_order(blocks, modulations, final_modulation) for tensor in affine]
-    backend = served_by(x.device, x.dtype, x.shape[-1], _why_not_tensors(x, a, blocks, weights))
-    if backend == "eager" or x.numel() == 0:
+    why_not = _why_not_tensors(x, a, blocks, modulations, final_modulation)
+    if served_by(x.device, x.dtype, x.shape[-1], why_not) == "eager" or x.numel() == 0:
         return flow_blocks(x, a, blocks, modulations, final_modulation, form)
     rows, conditions, repeat = _flatten(x, a)
+    weights = [tensor for affine in _in_order(blocks, modulations, final_modulation) for tensor in affine]
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, *weights))
     if trained:
         out = _FlowBlocks.apply(rows, conditions, (len(blocks), repeat, *form, _KEEP[recompute]), *weights)
@@ -250,12 +254,15 @@ def served_by(device: torch.device, dtype: torch.dtype, width: int, why_not: str
 served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _why_not_tensors(x: Tensor, a: Tensor, blocks: Sequence[Block], weights: Sequence[Tensor | None]) -> str | None:
-    norms = {id(tensor) for block in blocks for tensor in block.norm}
-    products = [a, *(tensor for tensor in weights if tensor is not None and id(tensor) not in norms)]
-    if any(tensor.dtype != x.dtype for tensor in products):
+def _why_not_tensors(
+    x: Tensor, a: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final_modulation: Affine | None
+) -> str | None:
+    products = [affine for block in blocks for affine in (block.up, block.down)]
+    products += [*modulations, *([] if final_modulation is None else [final_modulation])]
+    tensors = [x, a, *(tensor for affine in products for tensor in affine if tensor is not None)]
+    if any(tensor.dtype != x.dtype for tensor in tensors):
         return "x, y and the weights of the products are not of one dtype"
-    if any(type(tensor) not in (Tensor, Parameter) for tensor in (x, *products)):
+    if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
         return "a tensor is of a subclass with rules of its own"
     return None
 
@@ -596,9 +603,9 @@ class _Gradients:
             self.found[id(affine.bias)] = gradient.to(affine.bias.dtype)
 
     def norm(self, norm: Affine, sums: Tensor) -> None:
-        """Of a norm; sums [2, W] in float32."""
-        self.found[id(norm.weight)] = sums[0].to(norm.weight.dtype)
-        self.bias(norm, sums[1])
+        """Of a norm; sums [2, W] in float32. Copies, since what an op returns shares no memory."""
+        self.found[id(norm.weight)] = sums[0].to(norm.weight.dtype, copy=True)
+        self.bias(norm, sums[1].clone())
 
     def modulation(
         self,

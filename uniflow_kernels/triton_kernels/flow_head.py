@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# a tile of this many elements keeps a row kernel's values in registers at four warps
-_TILE = 2048
-_BACKWARD_TILE = 1024
-_MAX_WIDTH = 8192
+# tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets eight
+FORWARD_TILE = 2048
+BACKWARD_TILE = 1024
 # programs of a backward kernel: some for every processor of any GPU, and few enough that their partial sums are small
 _BACKWARD_PROGRAMS = 1024
 # from so many rows on that share a condition, its gradient is summed in the kernel instead of written row by row
@@ -283,11 +282,6 @@ def activation_backward_kernel(
         tl.store(out + H, dup_sum, column < H)
 
 
-def why_not_width(width: int) -> str | None:
-    """Why rows of this width cannot be served; None where they can."""
-    return None if width <= _MAX_WIDTH else f"a row of {width} does not fit one program, {_MAX_WIDTH} do"
-
-
 @dataclass(frozen=True)
 class Rows:
     """Which row of the conditions each row of x takes: (row // repeat) % conditions."""
@@ -309,9 +303,10 @@ class Rows:
         return each.sum((0, 2), dtype=torch.float32).to(gradient.dtype)
 
 
-def _tile(width: int, elements: int) -> tuple[int, int, int]:
+def tile(width: int, elements: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile that holds whole rows, of at least `elements`, and its warps."""
     columns = triton.next_power_of_2(width)
-    return max(1, elements // columns), columns, 4 if columns <= 2048 else 8
+    return max(1, elements // columns), columns, 4 if columns <= elements else 8
 
 
 def norm_modulate(
@@ -339,7 +334,7 @@ def norm_modulate(
         eps: of the norm.
     """
     width = x.shape[1]
-    block_rows, columns, warps = _tile(width, _TILE)
+    block_rows, columns, warps = tile(width, FORWARD_TILE)
     gate, q = residual or (x, x)
     shift, scale = modulation or (x, x)
     total = x if total is None else total
@@ -410,7 +405,7 @@ def norm_modulate_backward(
         norm's weight and bias, shift, scale, gate and q; where gradients go row by row [1, 6, W], over all rows.
     """
     width = x.shape[1]
-    block_rows, columns, warps = _tile(width, _BACKWARD_TILE)
+    block_rows, columns, warps = tile(width, BACKWARD_TILE)
     segment = which.rows if which.per_row else which.repeat
     segments = which.rows // segment
     per_program = max(block_rows, triton.cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
@@ -472,7 +467,7 @@ def norm_modulate_backward(
 
 def _activation_tile(hidden: int) -> tuple[int, int]:
     columns = min(256, triton.next_power_of_2(hidden))
-    return max(1, _TILE // columns), columns
+    return max(1, FORWARD_TILE // columns), columns
 
 
 def activation(p: Tensor, hidden: int) -> Tensor:
