@@ -63,7 +63,7 @@ def request(name, arch, signature, constants, elements):
     columns = 1 << (constants["W"] - 1).bit_length()
     constants |= {"BM": max(1, elements // columns), "BW": columns}
     signature |= dict.fromkeys(constants, "constexpr")
-    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch, num_warps=4 if columns <= elements else 8)
+    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch, max(4, 4 * columns // elements))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def compiled():
         asked["norm_modulate", arch, 1536] = norm_modulate(1536, arch, "fp32", residual=False, rms=True)
         asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
         asked["norm_modulate_backward", arch, 1536] = norm_modulate_backward(1536, arch, "bf16")
+        asked["norm_modulate_backward", arch, 3072] = norm_modulate_backward(3072, arch, "bf16")
         asked["norm_modulate_backward", arch, 768] = norm_modulate_backward(768, arch, "fp32", residual=False, rms=True)
         asked["activation", arch, 1024] = activation(1024, arch, "bf16", swiglu=True)
         asked["activation_backward", arch, 1024] = activation_backward(1024, arch, "bf16", swiglu=True)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
-from uniflow_kernels.ops.flow_head import Affine, Block, _in_order
+from uniflow_kernels.ops.flow_head import Affine, Block, _in_order, _Pass
 
 OPTIONS = {
     "canonical": {},
@@ -475,3 +476,30 @@ def test_registered_ops(options, keep):
     if keep != "nothing":
         _, kept = ops.flow_blocks(x, y, weights, *how)
         torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.parallel.DistributedDataParallel, fully_shard])
+def test_distributed(process_group, wrap, monkeypatch):
+    head = make_head(depth=2)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    launches = []
+    forward = _Pass.forward
+    monkeypatch.setattr(_Pass, "forward", lambda self: launches.append(self) or forward(self))
+    with backend("triton"):
+        out, *gradients = module_results(head, *data)
+        wrapped = wrap(head)
+        wrapped_out = wrapped(*data)
+        wrapped_out.square().sum().backward()
+    assert len(launches) == 2
+    assert torch.equal(wrapped_out, out)
+    for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
+        found = parameter.grad
+        assert torch.equal(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)

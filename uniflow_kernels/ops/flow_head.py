@@ -268,7 +268,7 @@ def _why_not_tensors(
 
 
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-_MAX_WIDTH = 8192
+_MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
 
 
 @lru_cache

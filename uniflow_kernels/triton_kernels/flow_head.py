@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets eight
+# tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets more
 FORWARD_TILE = 2048
 BACKWARD_TILE = 1024
 # programs of a backward kernel: some for every processor of any GPU, and few enough that their partial sums are small
@@ -304,9 +304,9 @@ class Rows:
 
 
 def tile(width: int, elements: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile that holds whole rows, of at least `elements`, and its warps."""
+    """Rows and columns of a tile that holds whole rows, at least `elements` in all, and its warps."""
     columns = triton.next_power_of_2(width)
-    return max(1, elements // columns), columns, 4 if columns <= elements else 8
+    return max(1, elements // columns), columns, max(4, 4 * columns // elements)
 
 
 def norm_modulate(
