@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint gpu clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# takes what is there: nothing is installed, and a machine lent for minutes has no .venv. CASES=a,b runs a part
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(if $(CASES),--cases $(CASES))
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

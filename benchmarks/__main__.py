@@ -1,0 +1,117 @@
+"""The command: python -m benchmarks list | run | report | compare | gpu."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+try:
+    import torch
+except ModuleNotFoundError:
+    sys.exit("benchmarks: this Python has no torch; name one that has it, as in `make gpu PYTHON=.venv/bin/python`")
+
+from benchmarks import gpu, report, results
+from benchmarks.cases import UnknownCaseError, select
+from benchmarks.compare import compare
+from benchmarks.run import Plan, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 2 for bad use."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (UnknownCaseError, results.ResultsError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(options: argparse.Namespace) -> int:
+    for case in select(options.cases):
+        print(f"{case.name}: {case.question}")
+        for size in case.sizes(options.device, options.quick):
+            print("  " + ", ".join(f"{name}={value}" for name, value in size.values.items()))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    cases = select(options.cases)
+    if options.resume and options.out is None:
+        raise results.ResultsError("--resume goes on with a file: name it with --out")
+    deadline = time.monotonic() + 60 * options.minutes
+    plan = Plan(_device(), options.quick, not options.no_compile, not options.check, deadline)
+    file = results.begin(plan.device)
+    path = options.out or results.default_path(file)
+    if options.resume and path.exists():
+        file = results.load(path)
+    run(cases, plan, file, path, say=lambda line: print(line, flush=True))
+    print(f"written: {path}")
+    return 1 if any(entry["status"] in ("wrong", "failed", "died") for entry in file["entries"]) else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    report.write(
+        [results.load(path) for path in options.files] or results.newest(), options.out, options.flat, options.readme
+    )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    for line in compare(results.load(options.old), results.load(options.new)):
+        print(line)
+    return 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    select(options.cases)  # a wrong name is said now, not minutes later
+    return gpu.session(options.cases)
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    cases = argparse.ArgumentParser(add_help=False)
+    cases.add_argument("--cases", default="", metavar="A,B", help="only these; all if not given")
+    quick = argparse.ArgumentParser(add_help=False)
+    quick.add_argument("--quick", action="store_true", help="only some sizes, for a shorter time")
+
+    command = commands.add_parser("list", parents=[cases, quick], help="the questions and their sizes")
+    command.add_argument("--device", choices=["cpu", "cuda"], default=_device())
+    command.set_defaults(command=_list)
+
+    command = commands.add_parser("run", parents=[cases, quick], help="check and time")
+    command.add_argument(
+        "--out", type=Path, metavar="JSON", help="by default benchmarks/results/<gpu or cpu>-<date>.json"
+    )
+    command.add_argument("--resume", action="store_true", help="go on with the file given as --out")
+    command.add_argument("--check", action="store_true", help="only check, time nothing")
+    command.add_argument("--no-compile", action="store_true", help="leave torch.compile out: compiling takes long")
+    command.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after this long")
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("report", help="a Markdown page and plots from results files")
+    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default the newest of every machine")
+    command.add_argument("--out", type=Path, default=results.ROOT / "docs", metavar="FOLDER", help="by default docs")
+    command.add_argument("--flat", action="store_true", help="plots beside the page, not in plots/")
+    command.add_argument("--readme", type=Path, metavar="MD", help="also fill the summary between this file's markers")
+    command.set_defaults(command=_report)
+
+    command = commands.add_parser("compare", help="what moved beyond its own spread")
+    command.add_argument("old", type=Path)
+    command.add_argument("new", type=Path)
+    command.set_defaults(command=_compare)
+
+    command = commands.add_parser("gpu", parents=[cases], help="all that is to be done with a GPU, in under 9 minutes")
+    command.set_defaults(command=_gpu)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

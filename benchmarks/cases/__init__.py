@@ -1,0 +1,30 @@
+"""The questions, one file each; in the order they are run: what matters most first."""
+
+from __future__ import annotations
+
+import difflib
+
+from benchmarks.case import Case
+from benchmarks.cases import attention, decode, distillation, few_tokens, flow_head, patches, tokenizer, velocity
+
+_FILES = (flow_head, velocity, distillation, patches, attention, few_tokens, decode, tokenizer)
+CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
+
+
+class UnknownCaseError(ValueError):
+    """A name that is no case."""
+
+
+def select(names: str) -> list[Case]:
+    """The cases of a comma-separated list of names; all for an empty one.
+
+    Raises:
+        UnknownCaseError: for a name that is none, with those there are.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in CASES:
+            close = difflib.get_close_matches(name, CASES, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UnknownCaseError(f"no case is called {name!r}; {hint}there are {', '.join(CASES)}")
+    return [CASES[name] for name in wanted] if wanted else list(CASES.values())

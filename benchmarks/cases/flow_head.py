@@ -1,0 +1,65 @@
+"""The flow head, with a time and a condition for every token."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks import reference
+from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
+from uniflow_kernels import FlowHead
+
+
+def build(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:
+    precision = getattr(torch, dtype)
+    head = randomised(FlowHead(row, width, row, width, depth), precision)
+    x = torch.randn(tokens, row, dtype=precision)
+    t = 1000 * torch.rand(tokens)
+    c = torch.randn(tokens, width, dtype=precision).requires_grad_()
+    flops = linear_flops(tokens, head)
+    # neither x nor t wants a gradient
+    no_gradient = linear_flops(tokens, head.input_proj, head.time_embed.mlp[0])
+    return Problem(
+        inputs=(head, x, t, c),
+        ours=FlowHead.__call__,
+        plain=reference.flow_head,
+        tokens=tokens,
+        forward=Work.of(flops, head, x, t, c, x),
+        backward=Work.of(2 * flops - no_gradient, head, x, t, c, x, head, c),
+        libraries={"Liger LayerNorm": _with_liger},
+    )
+
+
+def _with_liger() -> Form:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    def norm(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return LigerLayerNormFunction.apply(x, layer.weight, layer.bias, layer.eps)
+
+    return partial(reference.flow_head, norm=norm)
+
+
+def _on_cuda(tokens: int, width: int) -> Size:
+    quick = width == 1024 and tokens <= 32768
+    return at(
+        tokens=tokens, width=width, depth=12, row=588, dtype="bfloat16", quick=quick, compile=quick and tokens == 32768
+    )
+
+
+CASES = (
+    Case(
+        "flow_head",
+        "What does the flow head cost, forward and backward, by number of tokens and by width?",
+        build,
+        cuda=tuple(_on_cuda(*size) for size in product((8192, 32768, 131072), (768, 1024, 1280, 1536))),
+        cpu=(
+            at(tokens=64, width=128, depth=3, row=48, dtype="float32", quick=True),
+            at(tokens=256, width=128, depth=3, row=48, dtype="float32", quick=True),
+            at(tokens=1024, width=128, depth=3, row=48, dtype="float32", quick=True, compile=True),
+        ),
+        check_at_most={"tokens": 4096},
+    ),
+)

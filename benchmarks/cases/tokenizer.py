@@ -1,0 +1,144 @@
+"""The whole tokenizer by batch size: encode, reconstruct, and the training objective with its gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks import reference
+from benchmarks.case import Case, Problem, Work, at, attention_flops, linear_flops, randomised
+from benchmarks.cases.decode import decode_work
+from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
+
+
+def _model(preset: str, dtype: str) -> UniFlow:
+    return randomised(UniFlow(UniFlowConfig.preset(preset)), getattr(torch, dtype)).eval()
+
+
+def _images(model: UniFlow, batch: int) -> Tensor:
+    config = model.config
+    return torch.randn(batch, config.num_channels, config.image_size, config.image_size, dtype=model.dtype)
+
+
+def _noise(model: UniFlow, batch: int) -> Tensor:
+    config = model.config
+    return torch.randn(batch, config.tokens, config.num_channels * config.patch_size**2, dtype=model.dtype)
+
+
+def _encoder_flops(model: UniFlow, batch: int) -> int:
+    config = model.config
+    attention = attention_flops(batch, 1 + config.tokens, config.hidden_size)
+    return (
+        linear_flops(batch * config.tokens, model.embeddings)
+        + linear_flops(batch * (1 + config.tokens), model.encoder)
+        + config.num_hidden_layers * attention
+    )
+
+
+def build_encode(preset: str, batch: int, dtype: str) -> Problem:
+    model = _model(preset, dtype).requires_grad_(False)
+    images = _images(model, batch)
+    rows = batch * model.config.tokens
+    latents = torch.empty(rows, model.config.latent_ch, dtype=model.dtype)
+    flops = _encoder_flops(model, batch) + linear_flops(rows, model.chal_proj)
+    return Problem(
+        inputs=(model, images),
+        ours=UniFlow.encode,
+        plain=reference.encode,
+        tokens=rows,
+        forward=Work.of(flops, model.embeddings, model.encoder, model.chal_proj, images, latents),
+    )
+
+
+def build_reconstruct(preset: str, batch: int, steps: int, dtype: str) -> Problem:
+    model = _model(preset, dtype).requires_grad_(False)
+    images, noise = _images(model, batch), _noise(model, batch)
+    rows = batch * model.config.tokens
+    flops = (
+        _encoder_flops(model, batch) + linear_flops(rows, model.chal_proj) + decode_work(model, noise, steps, 1.0).flops
+    )
+    return Problem(
+        inputs=(model, images, noise, steps),
+        ours=lambda model, images, noise, steps: model(images, noise=noise, steps=steps),
+        plain=reference.reconstruct,
+        tokens=rows,
+        forward=Work.of(flops, model, images, noise, images),
+    )
+
+
+def build_objective(preset: str, batch: int, dtype: str) -> Problem:
+    model = _model(preset, dtype)
+    objective = UniFlowObjective(model)
+    # a student still equal to its teacher would leave the distillation nothing to do
+    randomised(model, model.dtype)
+    images, noise = _images(model, batch).float(), _noise(model, batch).float()
+    t = torch.rand(noise.shape[:2])
+    rows = t.numel()
+    encoder = _encoder_flops(model, batch)
+    student = encoder + linear_flops(rows, model.chal_proj) + decode_work(model, noise, 1, 1.0).flops
+    return Problem(
+        inputs=(objective, images, t, noise),
+        ours=lambda objective, images, t, noise: objective(images, t, noise).total,
+        plain=reference.objective,
+        tokens=rows,
+        forward=Work.of(student + encoder, objective, images, t, noise),
+        # two products for each of the student's; its embeddings of pixels and of times want no gradient
+        backward=Work.of(
+            2 * student
+            - linear_flops(rows, model.embeddings, model.flow_head.net.input_proj)
+            - linear_flops(1, model.flow_head.net.time_embed.mlp[0]),
+            model,
+            model,
+        ),
+    )
+
+
+CASES = (
+    Case(
+        "encode",
+        "What does encoding cost, by batch size?",
+        build_encode,
+        cuda=(
+            at(preset="base", batch=1, dtype="bfloat16", quick=True),
+            at(preset="base", batch=8, dtype="bfloat16"),
+            at(preset="base", batch=32, dtype="bfloat16", quick=True, compile=True),
+            at(preset="base", batch=128, dtype="bfloat16"),
+        ),
+        cpu=(
+            at(preset="tiny", batch=1, dtype="float32", quick=True),
+            at(preset="tiny", batch=8, dtype="float32", quick=True, compile=True),
+        ),
+        check_at_most={"batch": 1},
+    ),
+    Case(
+        "reconstruct",
+        "What does encoding and decoding cost, in one step and in four?",
+        build_reconstruct,
+        cuda=(
+            at(preset="base", batch=1, steps=1, dtype="bfloat16"),
+            at(preset="base", batch=1, steps=4, dtype="bfloat16"),
+            at(preset="base", batch=32, steps=1, dtype="bfloat16", quick=True, compile=True),
+            at(preset="base", batch=32, steps=4, dtype="bfloat16", quick=True),
+        ),
+        cpu=(
+            at(preset="tiny", batch=8, steps=1, dtype="float32", quick=True),
+            at(preset="tiny", batch=8, steps=4, dtype="float32", quick=True),
+        ),
+        check_at_most={"batch": 1},
+    ),
+    Case(
+        "train_step",
+        "What do the training objective and its gradients cost, by batch size?",
+        build_objective,
+        cuda=(
+            at(preset="base", batch=1, dtype="bfloat16"),
+            at(preset="base", batch=8, dtype="bfloat16", quick=True, compile=True),
+            at(preset="base", batch=32, dtype="bfloat16"),
+        ),
+        cpu=(
+            at(preset="tiny", batch=1, dtype="float32", quick=True),
+            at(preset="tiny", batch=8, dtype="float32", quick=True),
+        ),
+        check_at_most={"batch": 1},
+    ),
+)

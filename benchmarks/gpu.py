@@ -1,0 +1,186 @@
+"""All that is to be done with a GPU, in one command and under nine minutes: build, test, measure, report.
+
+Made for a machine lent for minutes, with whatever Python it has and no network. Correctness comes before speed; a first
+round of measurements without torch.compile comes before a second one with it; whatever is measured is on the disk at
+once. On a machine without a GPU the same steps are gone through as a rehearsal that checks every case and times none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from benchmarks.results import FOLDER, ROOT, begin, default_path, load, save
+from uniflow_kernels import doctor
+
+BUDGET = 520  # seconds for everything; the command promises 540
+OPTIONAL = ("pytest", "matplotlib", "pytest_benchmark", "liger_kernel", "quack", "flash_attn", "pybind11")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program to run.
+
+    Args:
+        name: for the log.
+        command: its arguments, after the Python in use.
+        seconds: its limit, if the steps before it left that much.
+        reserve: seconds kept back for the steps after it.
+    """
+
+    name: str
+    command: list[str]
+    seconds: int
+    reserve: int = 0
+
+
+class Session:
+    """Runs steps under one time budget, every line to the terminal and to the log at once."""
+
+    def __init__(self, log: IO[str]) -> None:
+        self.log = log
+        self.end = time.monotonic() + BUDGET
+
+    def say(self, line: str) -> None:
+        """One line to the terminal and to the log."""
+        line = line.replace(f"{ROOT}{os.sep}", "")
+        print(line, flush=True)
+        self.log.write(line + "\n")
+
+    def limit(self, step: Step) -> int:
+        """Seconds the step may take now."""
+        return int(min(step.seconds, self.end - time.monotonic() - step.reserve))
+
+    def run(self, step: Step) -> int | None:
+        """Run a step; returns its exit status, None if it was stopped at its limit or had no time to begin."""
+        seconds = self.limit(step)
+        if seconds < 1:
+            self.say(f"== {step.name}: left out, the time is up")
+            return None
+        self.say(f"== {step.name}, at most {seconds} s: python {' '.join(step.command)}")
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, *step.command],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            process_group=0,  # so that its own children end with it
+        )
+        timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            for line in process.stdout or ():
+                self.say(line.rstrip("\n"))
+            status = process.wait()
+        finally:
+            stopped = not timer.is_alive()
+            timer.cancel()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        ended = "stopped at its limit" if stopped else f"exit status {status}"
+        self.say(f"== {step.name}: {ended} after {time.monotonic() - began:.0f} s")
+        return None if stopped else status
+
+
+def session(cases: str) -> int:
+    """Go through all steps for the named cases, all if none is; returns 0 if everything went well, else 1."""
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(os.environ.get("OUT") or (FOLDER if on_gpu else scratch)).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        file = begin("cuda" if on_gpu else "cpu")
+        path = default_path(file, out)
+        save(file, path)
+        with path.with_suffix(".log").open("w", encoding="utf-8", buffering=1) as log:
+            return _steps(Session(log), cases, path, on_gpu)
+
+
+def _steps(here: Session, cases: str, path: Path, on_gpu: bool) -> int:
+    if not on_gpu:
+        here.say("no CUDA GPU here: a rehearsal; every case is checked at its small sizes, nothing is timed")
+    here.say(str(doctor()))
+    missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    here.say(f"not installed, so left out: {', '.join(missing) or 'nothing'}")
+    report = Step("report", ["-m", "benchmarks", "report", str(path), "--out", str(path.parent), "--flat"], 30)
+    went_well = {
+        "build": _build(here),
+        "tests": _test(here, missing, on_gpu),
+        "benchmarks": _measure(here, cases, path, on_gpu),
+        "report": here.run(report) == 0,
+    }
+    statuses = [entry["status"] for entry in load(path)["entries"]]
+    here.say(f"{len(statuses)} sizes: " + ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses)))
+    failed = [name for name, well in went_well.items() if not well]
+    here.say(f"not well: {', '.join(failed)}; see above" if failed else "all went well")
+    return 1 if failed else 0
+
+
+def _build(here: Session) -> bool:
+    if not (ROOT / "csrc").is_dir():
+        here.say("== build: there is no csrc, so nothing is built")
+        return True
+    if shutil.which("nvcc") is None:
+        here.say("== build: nvcc is not on the PATH, so the CUDA part is left out")
+        return True
+    return here.run(Step("build", ["setup.py", "build_ext", "--inplace"], 90, reserve=300)) == 0
+
+
+def _test(here: Session, missing: list[str], on_gpu: bool) -> bool:
+    if "pytest" in missing:
+        here.say("== tests: pytest is not installed, so left out; the benchmarks check every case themselves")
+        return True
+    command = [
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        *([] if on_gpu else ["--collect-only"]),
+    ]
+    return here.run(Step("tests", command, 150, reserve=280)) in (0, 5)  # 5: there is none
+
+
+def _measure(here: Session, cases: str, path: Path, on_gpu: bool) -> bool:
+    command = [
+        "-m",
+        "benchmarks",
+        "run",
+        "--quick",
+        "--resume",
+        "--out",
+        str(path),
+        *(["--cases", cases] if cases else []),
+    ]
+    if on_gpu:
+        plain = _benchmark(here, Step("benchmarks", [*command, "--no-compile"], 230, reserve=40), path)
+        return _benchmark(here, Step("benchmarks with torch.compile", command, BUDGET, reserve=40), path) and plain
+    here.say("on a GPU: all sizes of `list --device cuda --quick`, first without torch.compile, then with it")
+    return _benchmark(here, Step("benchmarks", [*command, "--check"], 300, reserve=40), path)
+
+
+def _benchmark(here: Session, step: Step, path: Path) -> bool:
+    """Run `step`, and again if a kernel takes the process down: that costs its own size, not those after it."""
+    for _ in range(5):
+        minutes = max(0, here.limit(step) - 20) / 60  # it should end by itself
+        status = here.run(replace(step, command=[*step.command, "--minutes", f"{minutes:.1f}"]))
+        if status is None or "running" not in load(path):
+            return status == 0
+    return False

@@ -1,0 +1,73 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import gpu, results
+from benchmarks.__main__ import main
+
+
+@pytest.fixture
+def session(tmp_path):
+    with (tmp_path / "log").open("w", buffering=1) as log:
+        yield gpu.Session(log)
+
+
+def test_the_rehearsal_goes_through_every_step(tmp_path):
+    """As a program, since that is how it is started; on a machine without a GPU."""
+    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--cases", "patchify"],
+        cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in ("rehearsal", "not installed", "build", "tests", "benchmarks", "report", "all went well"):
+        assert step in done.stdout
+    assert str(results.ROOT) + os.sep not in done.stdout
+    files = list(tmp_path.iterdir())
+    assert len(files) <= 8
+    assert all(path.is_file() for path in files)
+    (written,) = tmp_path.glob("*.json")
+    assert [entry["status"] for entry in results.load(written)["entries"]] == ["checked", "checked"]
+    (log,) = tmp_path.glob("*.log")
+    assert log.read_text() == done.stdout
+
+
+def test_a_step_is_stopped_at_its_limit_with_all_it_started(session, capsys):
+    program = "import subprocess, sys; print('on', flush=True); "
+    program += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    assert session.run(gpu.Step("sleeper", ["-c", program], 1)) is None
+    out = capsys.readouterr().out
+    assert "on\n" in out
+    assert "stopped at its limit after 1 s" in out
+
+
+def test_a_step_keeps_back_what_later_steps_need(session):
+    session.end -= gpu.BUDGET - 50
+    assert session.limit(gpu.Step("long", [], 400, reserve=40)) <= 10
+    assert session.run(gpu.Step("late", ["-c", "print('never')"], 400, reserve=60)) is None
+
+
+def test_the_limits_end_within_nine_minutes():
+    assert gpu.BUDGET < 9 * 60
+
+
+def test_a_process_that_dies_is_run_again_and_a_failure_is_not(session, results_file):
+    path = results_file(runs=0)
+    # dies in the middle of a size the first time, and then ends it
+    program = "import json, os, pathlib, sys; p = pathlib.Path(sys.argv[1]); r = json.loads(p.read_text()); "
+    program += "r['runs'] += 1; r.pop('running', 0) or r.update(running=1); p.write_text(json.dumps(r)); "
+    program += "os.abort() if 'running' in r else sys.exit(int(sys.argv[2]))"
+    for status in (0, 1):
+        path.write_text(json.dumps(results.load(path) | {"runs": 0}))
+        assert gpu._benchmark(session, gpu.Step("dies", ["-c", program, str(path), str(status)], 30), path) == (
+            status == 0
+        )
+        assert results.load(path)["runs"] == 2
+
+
+def test_an_unknown_case_is_said_before_anything_runs(capsys):
+    assert main(["gpu", "--cases", "nothing"]) == 2
+    assert "no case is called 'nothing'" in capsys.readouterr().err
