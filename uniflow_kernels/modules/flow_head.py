@@ -286,17 +286,15 @@ class FlowHead(nn.Module):
         x = self.input_proj(x)
         if not self._fused(x):
             return self._plain(x, F.silu(y))
-        blocks, last = self._blocks(), self.final_layer.adaLN_modulation
-        x = fused_flow_blocks(
-            x,
-            y,
-            [block.tensors() for block in blocks],
-            [_affine(block.adaLN_modulation[1]) for block in blocks[:: self.blocks_per_group]],
-            None if last is None else _affine(last[1]),
-            **self.form._asdict(),
-            recompute="block" if self.grad_checkpointing else self.recompute,
-        )
+        recompute = "block" if self.grad_checkpointing else self.recompute
+        x = fused_flow_blocks(x, y, *self.tensors(), **self.form._asdict(), recompute=recompute)
         return self.final_layer.linear(x)
+
+    def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
+        """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
+        blocks, last = self._blocks(), self.final_layer.adaLN_modulation
+        modulations = [_affine(block.adaLN_modulation[1]) for block in blocks[:: self.blocks_per_group]]
+        return [block.tensors() for block in blocks], modulations, None if last is None else _affine(last[1])
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""

@@ -657,7 +657,7 @@ def _flow_blocks(
     modulation_order: str,
     keep: str,
 ) -> tuple[Tensor, list[Tensor]]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         return _Pass(x, a, weights, depth, repeat, Form(norm, eps, mlp, modulation_order), keep).forward()
 
 
@@ -684,7 +684,7 @@ def _flow_blocks_backward(
     keep: str,
     weight_gradients: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         this = _Pass(x, a, weights, depth, repeat, Form(norm, eps, mlp, modulation_order), keep)
         return this.backward(dout, this.unflatten(kept), weight_gradients)
 
