@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.ops.attention import attention
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
+    from uniflow_kernels.ops.flow_head import fused_flow_blocks
     from uniflow_kernels.ops.noise import noise_seed, seeded_noise
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "backend",
     "doctor",
+    "fused_flow_blocks",
     "interpolate",
     "layerwise_distillation",
     "noise_seed",
@@ -36,6 +38,7 @@ _MODULES = {
     "attention": "ops.attention",
     "backend": "choice",
     "doctor": "diagnosis",
+    "fused_flow_blocks": "ops.flow_head",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
     "noise_seed": "ops.noise",
