@@ -503,3 +503,11 @@ def test_distributed(process_group, wrap, monkeypatch):
     for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
         found = parameter.grad
         assert torch.equal(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)
+
+
+def test_the_interpreter_rounds_as_a_gpu_does():
+    """Tests in bfloat16 mean nothing without it (see tests/conftest.py)."""
+    from uniflow_kernels.triton_kernels.flow_head import activation
+
+    p = torch.randn(8, 64).bfloat16()
+    assert torch.equal(activation(p, 64), torch.nn.functional.silu(p.float()).bfloat16())
