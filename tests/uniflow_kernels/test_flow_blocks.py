@@ -503,3 +503,34 @@ def test_distributed(process_group, wrap, monkeypatch):
     for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
         found = parameter.grad
         assert torch.equal(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)
+
+
+def test_the_interpreter_rounds_as_a_gpu_does():
+    """Tests in bfloat16 mean nothing without it (see tests/conftest.py)."""
+    from uniflow_kernels.triton_kernels.flow_head import activation
+
+    p = torch.randn(8, 64).bfloat16()
+    assert torch.equal(activation(p, 64), torch.nn.functional.silu(p.float()).bfloat16())
+
+
+def test_explain():
+    head = make_head(depth=2)
+    assert head.explain() == "flow_head: plain PyTorch: Triton's interpreter only serves where it is asked for by name"
+    with backend("triton"):
+        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
+        head.res_blocks[0].register_forward_hook(lambda *_: None)
+        assert "given a hook" in head.explain()
+        assert "not torch.float64" in head.double().explain()
+
+
+def test_blocks_that_share_their_tensors(within_twice):
+    (blocks, modulations, final), every = tensors_of(make_head(depth=1))
+    (exact_blocks, exact_modulations, exact_final), exact_every = tensors_of(make_head(depth=1), torch.float64)
+    x, y = inputs()
+    with backend("triton"):
+        ours = run(fused_flow_blocks, x, y, (2 * blocks, 2 * modulations, final), every)
+    plain = run(fused_flow_blocks, x, y, (2 * blocks, 2 * modulations, final), every)
+    exact_weights = 2 * exact_blocks, 2 * exact_modulations, exact_final
+    exact = run(fused_flow_blocks, *inputs(dtype=torch.float64), exact_weights, exact_every)
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=2e-6)

@@ -406,7 +406,7 @@ class _Pass:
         ]
 
     def unflatten(self, kept: Sequence[Tensor]) -> _Kept:
-        """Undo `flatten`."""
+        """What `forward` kept, by its kind."""
         tensors = iter(kept)
         return _Kept(*([next(tensors) for _ in range(count)] for count in self.counts()))
 
@@ -566,27 +566,27 @@ class _Pass:
 
 
 class _Gradients:
-    """Gradients of the weights, by the weight, and of a, which every modulation adds to."""
+    """Gradients of the weights and of a, which every modulation adds to.
+
+    A weight may be given for several layers: gradients are found by the layer's tuple, not by the tensor.
+    """
 
     def __init__(self, of: _Pass) -> None:
         self.pass_ = of
         self.of_a = torch.zeros_like(of.a, memory_format=torch.contiguous_format)
-        self.found: dict[int, Tensor] = {}
+        self.found: dict[int, Affine] = {}
         self.group: tuple[Tensor, Tensor] | None = None
 
     def affine(self, affine: Affine, dout: Tensor, given: Tensor, dbias: Tensor) -> None:
         """Of a linear layer with input `given` [R, in]; dout [R, out], and dbias [out] in float32."""
-        self.found[id(affine.weight)] = dout.t() @ given
-        self.bias(affine, dbias)
-
-    def bias(self, affine: Affine, gradient: Tensor) -> None:
-        if affine.bias is not None:
-            self.found[id(affine.bias)] = gradient.to(affine.bias.dtype)
+        self.add(affine, dout.t() @ given, dbias)
 
     def norm(self, norm: Affine, sums: Tensor) -> None:
         """Of a norm; sums [2, W] in float32. Copies, since what an op returns shares no memory."""
-        self.found[id(norm.weight)] = sums[0].to(norm.weight.dtype, copy=True)
-        self.bias(norm, sums[1].clone())
+        self.add(norm, sums[0].to(norm.weight.dtype, copy=True), sums[1].clone())
+
+    def add(self, affine: Affine, dweight: Tensor, dbias: Tensor) -> None:
+        self.found[id(affine)] = Affine(dweight, None if affine.bias is None else dbias.to(affine.bias.dtype))
 
     def modulation(
         self,
@@ -623,7 +623,8 @@ class _Gradients:
     def in_order(self) -> list[Tensor]:
         pass_ = self.pass_
         affines = _in_order(pass_.blocks, pass_.modulations, pass_.final)
-        return [self.found[id(tensor)] for affine in affines for tensor in affine if tensor is not None]
+        gradients = [self.found[id(affine)] for affine in affines if affine[0] is not None]
+        return [tensor for pair in gradients for tensor in pair if tensor is not None]
 
 
 def _flow_blocks(
