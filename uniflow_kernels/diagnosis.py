@@ -62,7 +62,11 @@ def doctor() -> DoctorReport:
 
 def _flow_head(cuda: bool) -> OpReport:
     reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024)
-    return OpReport("flow_head", RUNS_PLAIN, f"Triton: {reason}") if reason else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
+    return (
+        OpReport("flow_head", RUNS_PLAIN, f"Triton: {reason}")
+        if reason
+        else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
+    )
 
 
 def _loss(name: str, cuda: bool) -> OpReport:

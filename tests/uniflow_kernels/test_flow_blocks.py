@@ -433,7 +433,7 @@ def test_what_the_kernels_cannot_serve_is_said():
     (blocks, modulations, final), _ = tensors_of(make_head(depth=2))
     x, y = inputs()
     with backend("triton"):
-        with pytest.raises(ValueError, match=r"flow_head: .*float32, bfloat16 and float16, not torch\.float64"):
+        with pytest.raises(ValueError, match=r"flow_head: .*float32, float16 and bfloat16, not torch\.float64"):
             fused_flow_blocks(x.double(), y.double(), blocks, modulations, final)
         with pytest.raises(ValueError, match="x, y and the weights of the products are not of one dtype"):
             fused_flow_blocks(x.half(), y.half(), blocks, modulations, final)
