@@ -515,7 +515,7 @@ def test_the_interpreter_rounds_as_a_gpu_does():
 
 def test_explain():
     head = make_head(depth=2)
-    assert head.explain() == "flow_head: plain PyTorch: Triton's interpreter only serves where it is asked for by name"
+    assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
     with backend("triton"):
         assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
         head.res_blocks[0].register_forward_hook(lambda *_: None)

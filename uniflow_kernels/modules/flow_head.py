@@ -300,7 +300,7 @@ class FlowHead(nn.Module):
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
         weight = self.input_proj.weight
         reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
-        return f"flow_head: {RUNS_PLAIN}: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+        return f"flow_head: {RUNS_PLAIN}; Triton: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the blocks run as one op."""
