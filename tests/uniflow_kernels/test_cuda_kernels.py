@@ -16,7 +16,7 @@ def test_a_cpu_is_refused_by_name():
 
 
 def test_what_is_not_built_is_said(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda_kernels, "_is_built", lambda: False)
     assert "not built" in cuda_kernels.why_not_built()
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from uniflow_kernels.choice import requested
 
 MOST_DISTILLED_COLUMNS = 8192  # a token of both sides stays in registers
+_INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why no Triton kernel takes such tensors: their device or their dtype. Triton's interpreter must be asked for."""
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "Triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested() == "triton"
     given = [tensor for tensor in tensors if tensor is not None]
