@@ -275,11 +275,14 @@ def plain_velocity_loss(
     coefficients = coefficients.expand(losses.shape)
     for rows, band, x1, x0 in _pieces(images, patch_size, repeats, noise, mean, std, seed, offset):
         length = x1.shape[-1]
-        difference = torch.sub(x0, x1).add_(velocity[rows, band, :length])
+        # in float32 the errors become the gradient where they stand
+        in_place = with_gradient and gradient.dtype == torch.float32
+        difference = torch.sub(x0, x1, out=gradient[rows, band, :length] if in_place else None)
+        difference.add_(velocity[rows, band, :length])
         coefficient = coefficients[rows, band]
         if not same_for_all:
             difference.masked_fill_((coefficient == 0)[..., None], 0)
-        losses[rows, band] = difference.square().sum(-1).mul_(coefficient)
+        losses[rows, band] = torch.linalg.vector_norm(difference, dim=-1).square_().mul_(coefficient)
         if with_gradient:
             torch.mul(difference, 2 * coefficient[..., None], out=gradient[rows, band, :length])
             gradient[rows, band, length:] = 0
