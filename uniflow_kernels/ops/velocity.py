@@ -21,7 +21,7 @@ from uniflow_kernels.ops.patches import patchify, unpatchify
 from uniflow_kernels.ops.scaling import scaled
 
 REDUCTIONS = ("mean", "sum", "none")
-_CPU_CHUNK = 1 << 18  # elements at a time on a CPU: the temporaries stay in the cache
+_CPU_CHUNK = 1 << 20  # elements at a time on a CPU: the temporaries stay small
 _GPU_CHUNK = 1 << 27
 
 
