@@ -5,6 +5,7 @@ it. Environment variables: UNIFLOW_CUDA=1 insists on it, UNIFLOW_CUDA=0 leaves i
 architectures ("80;90;100", "90a"), with PTX of the last one for later GPUs; CUDA_HOME says where nvcc is.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -60,18 +61,38 @@ def arch_flags() -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
+def pybind11_headers() -> str:
+    """Those of the package, else the copy that torch carries, which is found without importing torch."""
+    package, torch = importlib.util.find_spec("pybind11"), importlib.util.find_spec("torch")
+    if package is not None and package.origin:
+        return str(Path(package.origin).parent / "include")
+    carried = Path(torch.origin).parent / "include" if torch is not None and torch.origin else ROOT
+    if not (carried / "pybind11").is_dir():
+        sys.exit(f"The CUDA part needs pybind11 to be built: pip install pybind11 ninja. {WITHOUT}")
+    return str(carried)
+
+
+def find_ninja() -> str:
+    """The program of the package, else the one on the PATH."""
+    package = importlib.util.find_spec("ninja")
+    if shutil.which("ninja") is None and package is None:
+        sys.exit(f"The CUDA part needs ninja to be built: pip install pybind11 ninja. {WITHOUT}")
+    if package is None:
+        return str(shutil.which("ninja"))
+    import ninja
+
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
 class BuildCuda(build_ext):
     """Builds the CUDA part with ninja."""
 
     def build_extension(self, extension: Extension) -> None:
         """Write the rules for ninja and run it."""
-        import ninja
-        import pybind11
-
         folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(extension.name)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = " ".join(f'"-I{path}"' for path in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+        includes = " ".join(f'"-I{path}"' for path in (pybind11_headers(), sysconfig.get_paths()["include"]))
         objects, names = [], []
         for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
             names.append(f"{source.name}.o")
@@ -82,7 +103,7 @@ class BuildCuda(build_ext):
             names=" ".join(names),
         )  # fmt: skip
         (folder / "build.ninja").write_text(rules)
-        command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder]
+        command = [find_ninja(), "-C", folder]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         print(done.stdout, flush=True)
         if done.returncode:

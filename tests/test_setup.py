@@ -1,6 +1,8 @@
 """What setup.py decides and says about the CUDA part; a stand-in for nvcc shows what a failed compile looks like."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+needs_ninja = pytest.mark.skipif(
+    shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None, reason="needs ninja"
+)
 
 
 def run(*arguments, **environment):
@@ -49,9 +56,8 @@ def test_insisting_without_a_compiler_fails(tmp_path):
     assert "UNIFLOW_CUDA=1, but there is no nvcc" in done.stderr
 
 
+@needs_ninja
 def test_a_failed_compile_says_what_failed_and_how_to_go_on(tmp_path, broken_nvcc):
-    pytest.importorskip("ninja")
-    pytest.importorskip("pybind11")
     folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
     done = run("build_ext", *folders, CUDA_HOME=str(broken_nvcc))
     assert done.returncode != 0
@@ -61,13 +67,12 @@ def test_a_failed_compile_says_what_failed_and_how_to_go_on(tmp_path, broken_nvc
     assert "say UNIFLOW_CUDA=0" in done.stderr
 
 
+@needs_ninja
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [("UNIFLOW_CUDA", "yes", "expected 0 or 1, got 'yes'"), ("UNIFLOW_CUDA_ARCHS", "sm_90", "expected a list")],
 )
 def test_wrong_settings_are_named(tmp_path, broken_nvcc, name, value, expected):
-    pytest.importorskip("ninja")
-    pytest.importorskip("pybind11")
     folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
     done = run("build_ext", *folders, **{"CUDA_HOME": str(broken_nvcc), name: value})
     assert done.returncode != 0

@@ -5,6 +5,7 @@ csrc/ holds the kernels. Which inputs they take is said by the `why_not_*` funct
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 def why_not_built() -> str | None:
     """Why the compiled part is not there; None where it is."""
-    if importlib.util.find_spec("uniflow_kernels._cuda") is None:
+    if not _is_built():
         return "the CUDA part was not built: no nvcc was found at installation, or UNIFLOW_CUDA=0"
     return None
 
@@ -99,6 +100,11 @@ def scale(values: Tensor, factor: Tensor) -> None:
     factor = factor.float()
     with torch.cuda.device(values.device):
         _module().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.data_ptr(), _stream())
+
+
+@functools.cache
+def _is_built() -> bool:
+    return importlib.util.find_spec("uniflow_kernels._cuda") is not None
 
 
 def _module() -> Any:

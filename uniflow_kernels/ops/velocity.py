@@ -21,7 +21,7 @@ from uniflow_kernels.ops.patches import patchify, unpatchify
 from uniflow_kernels.ops.scaling import scaled
 
 REDUCTIONS = ("mean", "sum", "none")
-_CPU_CHUNK = 1 << 18  # elements at a time on a CPU: the temporaries stay in the cache
+_CPU_CHUNK = 1 << 20  # elements at a time on a CPU: the temporaries stay small
 _GPU_CHUNK = 1 << 27
 
 
@@ -269,20 +269,22 @@ def plain_velocity_loss(
 
     A coefficient of 0 leaves a token out.
     """
-    losses = torch.zeros(velocity.shape[:2], device=velocity.device)
-    gradient = (
-        torch.empty_like(velocity, memory_format=torch.contiguous_format) if with_gradient else velocity.new_empty(0)
-    )
+    losses = torch.empty(velocity.shape[:2], device=velocity.device)
+    gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
+    same_for_all = coefficients.numel() == 1
     coefficients = coefficients.expand(losses.shape)
-    for piece in _pieces(images, patch_size, repeats, noise, mean, std, seed, offset):
-        rows, band, x1, x0 = piece
+    for rows, band, x1, x0 in _pieces(images, patch_size, repeats, noise, mean, std, seed, offset):
         length = x1.shape[-1]
-        difference = torch.sub(x0, x1).add_(velocity[rows, band, :length])
-        coefficient = coefficients[rows, band, None]
-        difference.masked_fill_(coefficient == 0, 0)
-        losses[rows, band] = coefficient[..., 0] * difference.square().sum(-1)
+        # in float32 the errors become the gradient where they stand
+        in_place = with_gradient and gradient.dtype == torch.float32
+        difference = torch.sub(x0, x1, out=gradient[rows, band, :length] if in_place else None)
+        difference.add_(velocity[rows, band, :length])
+        coefficient = coefficients[rows, band]
+        if not same_for_all:
+            difference.masked_fill_((coefficient == 0)[..., None], 0)
+        losses[rows, band] = torch.linalg.vector_norm(difference, dim=-1).square_().mul_(coefficient)
         if with_gradient:
-            gradient[rows, band, :length] = difference.mul_(2 * coefficient)
+            torch.mul(difference, 2 * coefficient[..., None], out=gradient[rows, band, :length])
             gradient[rows, band, length:] = 0
     return losses, gradient
 
