@@ -82,8 +82,9 @@ def flow_head(
     y = _time_embedding(head.time_embed, t) + head.cond_embed(c)
     for block in head.res_blocks:
         x = _flow_block(block, x, y, norm)
-    shift, scale = head.final_layer.adaLN_modulation(y).chunk(2, dim=-1)
-    return head.final_layer.linear(_modulate(head.final_layer.norm_final(x), shift, scale))
+    last: Any = head.final_layer
+    shift, scale = last.adaLN_modulation(y).chunk(2, dim=-1)
+    return last.linear(_modulate(last.norm_final(x), shift, scale))
 
 
 def _flow_block(block: Any, x: Tensor, y: Tensor, norm: Callable[[nn.LayerNorm, Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,27 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        round_to_bfloat16()
     # the golden model is narrower than its patch, on purpose small
     config.addinivalue_line("filterwarnings", "ignore:vit_hidden_size. a flow head of width 64:UserWarning")
+
+
+def round_to_bfloat16() -> None:
+    """Make Triton's interpreter (3.7 to 3.9) round float32 to the nearest bfloat16, as a GPU does: it cuts bits off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return plain(data, source, target, rounding)
+        bits = np.asarray(data, np.float32).view(np.uint32)
+        nearest_even = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(data), 0x7FC0, nearest_even).astype(np.uint16)
+
+    interpreter._convert_float = convert
 
 
 @pytest.fixture(scope="session")

@@ -121,8 +121,6 @@ class UniFlowObjective(nn.Module):
         with torch.no_grad():
             taught = self.teacher(images)
         # the embeddings are no layer, and the class token does not count
-        distill, alpha, weights = layerwise_distillation(
-            [state[:, 1:] for state in states[1:]], [state[:, 1:] for state in taught[1:]], self.beta
-        )
+        distill, alpha, weights = layerwise_distillation(states[1:], taught[1:], self.beta, skip_tokens=1)
         total = self.flow_weight * flow + self.distill_weight * distill
         return Losses(total, flow.detach(), distill.detach(), alpha, weights)

@@ -8,19 +8,25 @@ if TYPE_CHECKING:
     from uniflow_kernels.diagnosis import doctor
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.ops.attention import attention
-    from uniflow_kernels.ops.distillation import layerwise_distillation
+    from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
+    from uniflow_kernels.ops.flow_head import fused_flow_blocks
+    from uniflow_kernels.ops.noise import noise_seed, seeded_noise
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
 
 __version__ = "0.1.0.dev0"
 __all__ = [
     "FlowHead",
+    "LayerwiseDistillation",
     "attention",
     "backend",
     "doctor",
+    "fused_flow_blocks",
     "interpolate",
     "layerwise_distillation",
+    "noise_seed",
     "patchify",
+    "seeded_noise",
     "unpatchify",
     "velocity_loss",
 ]
@@ -28,12 +34,16 @@ __all__ = [
 # where each name lives; loaded on first use, so that importing the package costs nothing
 _MODULES = {
     "FlowHead": "modules.flow_head",
+    "LayerwiseDistillation": "ops.distillation",
     "attention": "ops.attention",
     "backend": "choice",
     "doctor": "diagnosis",
+    "fused_flow_blocks": "ops.flow_head",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
+    "noise_seed": "ops.noise",
     "patchify": "ops.patches",
+    "seeded_noise": "ops.noise",
     "unpatchify": "ops.patches",
     "velocity_loss": "ops.velocity",
 }

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
+from uniflow_kernels.ops.flow_head import RUNS_FUSED, RUNS_PLAIN, UNMEASURED, why_not_triton
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,28 @@ def doctor() -> DoctorReport:
     }
     plain = "plain PyTorch"
     no_kernel = "no fused kernel yet"
-    names = ("flow_head", "patchify", "unpatchify", "interpolate", "velocity_loss", "layerwise_distillation")
-    ops = [OpReport(name, plain, no_kernel) for name in names]
-    return DoctorReport(environment, [*ops, _attention(cuda)])
+    ops = [OpReport(name, plain, no_kernel) for name in ("patchify", "unpatchify")]
+    losses = [_loss(name, cuda) for name in ("interpolate", "velocity_loss", "layerwise_distillation")]
+    return DoctorReport(environment, [_flow_head(cuda), *losses, *ops, _attention(cuda)])
+
+
+def _flow_head(cuda: bool) -> OpReport:
+    reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024)
+    return (
+        OpReport("flow_head", RUNS_PLAIN, f"Triton: {reason}")
+        if reason
+        else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
+    )
+
+
+def _loss(name: str, cuda: bool) -> OpReport:
+    some = torch.empty(0, device="cuda" if cuda else "cpu")
+    triton, compiled = triton_kernels.why_not(some), cuda_kernels.why_not(some)
+    if triton is None:
+        return OpReport(name, "Triton", f"unmeasured on this GPU; CUDA: {compiled or 'built, on request'}")
+    if compiled is None:
+        return OpReport(name, "CUDA", f"unmeasured on this GPU; Triton: {triton}")
+    return OpReport(name, "plain PyTorch", f"Triton: {triton}; CUDA: {compiled}")
 
 
 def _attention(cuda: bool) -> OpReport:

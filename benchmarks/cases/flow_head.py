@@ -7,10 +7,12 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
 from uniflow_kernels import FlowHead
+from uniflow_kernels.ops.flow_head import flow_blocks
 
 
 def build(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:
@@ -49,6 +51,43 @@ def _on_cuda(tokens: int, width: int) -> Size:
     )
 
 
+# the heads of other projects, by what they differ in
+VARIANTS: dict[str, dict[str, Any]] = {
+    "canonical": {},
+    "VibeVoice": {"norm": "rms", "eps": 1e-5, "mlp": "swiglu", "bias": False},
+    "SphereAR": {"mlp": "swiglu", "modulation_order": "scale-shift-gate", "modulation_groups": 2},
+}
+
+
+def build_variant(tokens: int, width: int, depth: int, variant: str, recompute: str, dtype: str) -> Problem:
+    precision = getattr(torch, dtype)
+    head = randomised(FlowHead(width, width, width, width, depth, **VARIANTS[variant], recompute=recompute), precision)
+    x = torch.randn(tokens, width, dtype=precision)
+    t = 1000 * torch.rand(tokens)
+    c = torch.randn(tokens, width, dtype=precision).requires_grad_()
+    flops = linear_flops(tokens, head)
+    no_gradient = linear_flops(tokens, head.input_proj, head.time_embed.mlp[0])
+    return Problem(
+        inputs=(head, x, t, c),
+        ours=FlowHead.__call__,
+        plain=_definition,
+        tokens=tokens,
+        forward=Work.of(flops, head, x, t, c, x),
+        backward=Work.of(2 * flops - no_gradient, head, x, t, c, x, head, c),
+    )
+
+
+def _definition(head: FlowHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The head by its plain definition, whatever the backend."""
+    a = F.silu(head.time_embed(t) + head.cond_embed(c))
+    x = flow_blocks(head.input_proj(x), a, *head.tensors(), head.form)
+    return head.final_layer.linear(x)
+
+
+def _variant_on_cuda(variant: str, recompute: str) -> Size:
+    return at(tokens=32768, width=1024, depth=12, variant=variant, recompute=recompute, dtype="bfloat16")
+
+
 CASES = (
     Case(
         "flow_head",
@@ -59,6 +98,20 @@ CASES = (
             at(tokens=64, width=128, depth=3, row=48, dtype="float32", quick=True),
             at(tokens=256, width=128, depth=3, row=48, dtype="float32", quick=True),
             at(tokens=1024, width=128, depth=3, row=48, dtype="float32", quick=True, compile=True),
+        ),
+        check_at_most={"tokens": 4096},
+    ),
+    Case(
+        "flow_head_variants",
+        "What do the heads of other projects cost, and recomputing instead of keeping?",
+        build_variant,
+        cuda=(
+            *(_variant_on_cuda(variant, "none") for variant in VARIANTS),
+            *(_variant_on_cuda("canonical", recompute) for recompute in ("gate", "block")),
+        ),
+        cpu=tuple(
+            at(tokens=64, width=64, depth=4, variant=variant, recompute="none", dtype="float32", quick=True)
+            for variant in VARIANTS
         ),
         check_at_most={"tokens": 4096},
     ),

@@ -4,9 +4,9 @@ Runs as a process of its own, since the tests' process defines all kernels for t
 
     python -m tests.compile.compiling REQUESTS.json RESULTS.json
 
-A request is a kernel ("package.module:name"), the Triton types of its arguments ("*bf16", "i32", "constexpr", ...), the
-values of the constexpr ones, num_warps, num_stages and the architecture (80, 90, 100). Pointers and i32 arguments are
-taken as multiples of 16.
+A request is a kernel ("package.module:name"), the Triton types of its arguments ("*bf16", "i32", "constexpr", ..., a
+list of them for a tuple), the values of the constexpr ones, num_warps, num_stages and the architecture (80, 90, 100).
+Pointers and i32 arguments are taken as multiples of 16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Request:
     """A kernel to compile for one architecture."""
 
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, str | list[str]]
     constexprs: dict[str, Any]
     arch: int
     num_warps: int = 4
@@ -83,11 +83,15 @@ def compile_one(request: Request) -> Compiled:
     module, name = request.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
     signature = {argument: request.signature[argument] for argument in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind == "i32" or kind.startswith("*")
-    }
+    signature = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in signature.items()}
+    places = [
+        (place, kind)
+        for index, kinds in enumerate(signature.values())
+        for place, kind in (
+            [((index,), kinds)] if isinstance(kinds, str) else [((index, i), kind) for i, kind in enumerate(kinds)]
+        )
+    ]
+    aligned = {place: [["tt.divisibility", 16]] for place, kind in places if kind == "i32" or kind.startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=request.constexprs, attrs=aligned)
     options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)

@@ -1,9 +1,21 @@
 import math
+import os
 
 import pytest
 import torch
 
-from uniflow_kernels import layerwise_distillation
+from uniflow_kernels import LayerwiseDistillation, backend, layerwise_distillation
+
+
+@pytest.fixture(params=["eager", "triton"], autouse=True)
+def on_each_backend(request):
+    """Plain PyTorch, and the Triton kernels in the interpreter."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip("tests/gpu runs the kernels on a GPU")
+    with backend(request.param):
+        yield request.param
 
 
 def layers(count=4, dtype=torch.float32, seed=0):
@@ -101,3 +113,129 @@ def test_wrong_inputs():
     wrong[2] = wrong[2][:, 1:]
     with pytest.raises(ValueError, match=r"teacher: layer 3 has shape \(2, 4, 8\), expected the student's \(2, 5, 8\)"):
         layerwise_distillation(layers(4), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_skipped_tokens_are_left_out_without_a_copy(within_twice, dtype):
+    student, teacher = layers(dtype=dtype, seed=0), layers(dtype=dtype, seed=1)
+    for s in student:
+        s.requires_grad_()
+    loss = layerwise_distillation(student, teacher, skip_tokens=1)[0]
+    doubles = [s.detach().double().requires_grad_() for s in student]
+    exact = formula([s[:, 1:] for s in doubles], [t[:, 1:] for t in teacher], 2.0, True)[0]
+    assert torch.allclose(loss.double(), exact, rtol=1e-5)
+    ours, expected = torch.autograd.grad(loss, student), torch.autograd.grad(exact, doubles)
+    for mine, theirs in zip(ours, expected, strict=True):
+        within_twice(mine, theirs.to(dtype), theirs, floor=1e-5 if dtype == torch.float32 else 1e-2)
+        assert (mine[:, 0] == 0).all()
+
+
+def test_pieces_on_a_cpu_do_not_show(monkeypatch):
+    student, teacher = [s.requires_grad_() for s in layers(2)], layers(2, seed=1)
+    whole = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
+    for chunk in (1, 20, 50):
+        monkeypatch.setattr("uniflow_kernels.ops.distillation._CPU_CHUNK", chunk)
+        pieces = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(whole, pieces, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_tokens_are_finite_in_every_dtype(dtype):
+    student, teacher = layers(2, dtype), layers(2, dtype, seed=1)
+    student[0][0, 1] = 0
+    teacher[1][0, 2] = 0
+    for s in student:
+        s.requires_grad_()
+    loss = layerwise_distillation(student, teacher)[0]
+    gradients = torch.autograd.grad(loss, student)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    if dtype == torch.float32:
+        plain = [1 - torch.cosine_similarity(s, t, dim=-1).mean() for s, t in zip(student, teacher, strict=True)]
+        weights = layerwise_distillation(student, teacher)[2]
+        expected = torch.autograd.grad(sum(w * a for w, a in zip(weights, plain, strict=True)), student)
+        for mine, theirs in zip(gradients, expected, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_layer_by_layer(detach):
+    student, teacher = [s.requires_grad_() for s in layers(seed=0)], layers(seed=1)
+    streamed = LayerwiseDistillation(layers=4, beta=3.0, detach_weights=detach, skip_tokens=1)
+    for _ in range(2):  # the second step begins anew
+        for layer in (2, 1, 4, 3):
+            streamed.push(layer, student[layer - 1], teacher[layer - 1])
+        ours = streamed.result()
+    expected = layerwise_distillation(student, teacher, 3.0, detach, skip_tokens=1)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for mine, theirs in zip(
+        torch.autograd.grad(ours[0], student), torch.autograd.grad(expected[0], student), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_layer_by_layer_keeps_nothing_of_the_teacher():
+    import weakref
+
+    streamed = LayerwiseDistillation(layers=1)
+    student, (teacher,) = layers(1)[0].requires_grad_(), layers(1, seed=1)
+    streamed.push(1, student, teacher)
+    gone = weakref.ref(teacher)
+    del teacher
+    assert gone() is None
+    streamed.result()[0].backward()
+
+
+def test_layer_by_layer_wrong_use():
+    streamed = LayerwiseDistillation(layers=2)
+    (x,) = layers(1)
+    streamed.push(1, x, x)
+    with pytest.raises(ValueError, match="layer: 1 has been pushed already"):
+        streamed.push(1, x, x)
+    with pytest.raises(ValueError, match="layer: expected 1 to 2, got 3"):
+        streamed.push(3, x, x)
+    with pytest.raises(ValueError, match="layer: 2 of 2 not pushed yet"):
+        streamed.result()
+    with pytest.raises(ValueError, match="skip_tokens: expected 0 to 5 tokens, got 6"):
+        layerwise_distillation([x], [x], skip_tokens=6)
+    with pytest.raises(TypeError, match=r"student: layer 1: .*torch.int64"):
+        layerwise_distillation([x.long()], [x])
+
+
+def test_two_backward_passes_over_one_graph():
+    student, teacher = [s.requires_grad_() for s in layers(seed=0)], layers(seed=1)
+    loss = layerwise_distillation(student, teacher)[0]
+    first = torch.autograd.grad(loss, student, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(loss, student)
+    for a, b, c in zip(first, second, kept, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(a, b)
+
+
+def test_registered_op_is_sound_and_compiles_once():
+    student, teacher = [s.requires_grad_() for s in layers(2)], layers(2, seed=1)
+    # without the check that compares outputs after the backward pass: it scales the stored gradients in place
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = torch.ops.uniflow_kernels.cosine_distances
+    torch.library.opcheck(op, (student, teacher, 1, True), test_utils=tests)
+    detached = [s.detach() for s in student]
+    torch.library.opcheck(op, (detached, teacher, 1, False), test_utils=(*tests, "test_aot_dispatch_dynamic"))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda s, t: layerwise_distillation(s, t, skip_tokens=1)[0], fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for attempt, shape in enumerate(((2, 5, 8), (3, 9, 8), (4, 17, 8))):
+        student, teacher = torch.randn(shape), torch.randn(shape)
+        student.requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=attempt > 0):
+            ours = torch.autograd.grad(compiled([student], [teacher]), student)[0]
+        plain = torch.autograd.grad(layerwise_distillation([student], [teacher], skip_tokens=1)[0], student)[0]
+        assert torch.equal(ours, plain)
+
+
+def test_no_tokens():
+    student = torch.zeros(0, 5, 8, requires_grad=True)
+    loss, alpha, _ = layerwise_distillation([student], [student.detach()])
+    assert alpha == 0
+    assert torch.autograd.grad(loss, student)[0].shape == student.shape

@@ -7,11 +7,29 @@ many rows (the time embedding of a shared t, the modulation of a shared conditio
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from uniflow_kernels.ops.flow_head import (
+    RECOMPUTE,
+    RUNS_FUSED,
+    RUNS_PLAIN,
+    UNMEASURED,
+    Affine,
+    Block,
+    Form,
+    check_choice,
+    final_norm,
+    flow_block,
+    fused_flow_blocks,
+    served_by,
+    swiglu,
+    why_not_triton,
+)
 
 
 class TimestepEmbedding(nn.Module):
@@ -23,9 +41,10 @@ class TimestepEmbedding(nn.Module):
     frequencies = 256
     max_period = 10000.0
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bias: bool = True) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        first, second = nn.Linear(self.frequencies, width, bias), nn.Linear(width, width, bias)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,38 +59,107 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
 
 
+class SwiGLU(nn.Module):
+    """Linear(SiLU(gate) * up), gate and up side by side from one product. Source: the MLP of Ming-UniVision's head."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden, bias)
+        self.w3 = nn.Linear(hidden, width, bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return self.w3(swiglu(self.w12(h)))
+
+
+def _norm(form: Form, width: int, affine: bool) -> nn.Module:
+    kind = nn.LayerNorm if form.norm == "layer" else nn.RMSNorm
+    return kind(width, eps=form.eps, elementwise_affine=affine)
+
+
+def _affine(layer: nn.Module) -> Affine:
+    return Affine(cast(Tensor, layer.weight), cast("Tensor | None", getattr(layer, "bias", None)))
+
+
 class FlowBlock(nn.Module):
-    """x + gate * MLP(LN(x) * (1 + scale) + shift), with shift, scale, gate = Linear(activated condition).
+    """x + gate * MLP(norm(x) * (1 + scale) + shift), with shift, scale, gate = Linear(activated condition).
 
     Source: `ResBlock` of the official release, with SiLU of the condition taken out: it is the same for every block.
+
+    Args:
+        width: W.
+        form: the kind of norm and MLP, and the order of the modulations.
+        hidden: size of the MLP's hidden layer; W by default.
+        bias: whether linear layers have one.
+        modulated: whether it has modulations of its own; else it is given those of another block.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        form: Form = Form(),  # noqa: B008 - a NamedTuple does not change
+        hidden: int | None = None,
+        bias: bool = True,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
-        self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.form = form
+        hidden = width if hidden is None else hidden
+        self.in_ln = _norm(form, width, affine=True)
+        self.mlp: nn.Sequential | SwiGLU
+        if form.mlp == "silu":
+            self.mlp = nn.Sequential(nn.Linear(width, hidden, bias), nn.SiLU(), nn.Linear(hidden, width, bias))
+        else:
+            self.mlp = SwiGLU(width, hidden, bias)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width, bias))
 
-    def forward(self, x: Tensor, a: Tensor) -> Tensor:
-        """x [..., W] and a = SiLU(y), [..., W] or broadcastable to x -> [..., W]."""
-        shift, scale, gate = self.adaLN_modulation[1](a).chunk(3, dim=-1)
-        h = torch.addcmul(shift, self.in_ln(x), 1 + scale)
-        return torch.addcmul(x, gate, self.mlp(h))
+    def modulation(self, a: Tensor) -> Tensor:
+        """a = SiLU(y) [..., W] -> [..., 3W], for a block that has modulations of its own."""
+        return self.adaLN_modulation[1](a)
+
+    def tensors(self) -> Block:
+        """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
+        up, down = (self.mlp.w12, self.mlp.w3) if isinstance(self.mlp, SwiGLU) else (self.mlp[0], self.mlp[2])
+        return Block(_affine(self.in_ln), _affine(up), _affine(down))
+
+    def forward(self, x: Tensor, a: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """x [..., W] -> [..., W].
+
+        Args:
+            x: [..., W].
+            a: SiLU(y), [..., W] or broadcastable to x.
+            modulation: [..., 3W], computed by the first block of the group; by default it is computed here, from a.
+        """
+        if modulation is None:
+            modulation = self.modulation(a)
+        return flow_block(x, modulation, self.form.modulation_order, self.in_ln, self.mlp)
 
 
 class FinalLayer(nn.Module):
-    """Linear(LN(x) * (1 + scale) + shift). Source: `FinalLayer` of the official release (from DiT)."""
+    """Linear(norm(x) * (1 + scale) + shift). Source: `FinalLayer` of the official release (from DiT).
 
-    def __init__(self, width: int, out_channels: int) -> None:
+    Without a modulation (pixel DeCo) it is Linear(norm(x)).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        out_channels: int,
+        form: Form = Form(),  # noqa: B008 - a NamedTuple does not change
+        bias: bool = True,
+        modulated: bool = True,
+    ) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(width, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.form = form
+        self.norm_final = _norm(form, width, affine=False)
+        self.linear = nn.Linear(width, out_channels, bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias)) if modulated else None
 
     def forward(self, x: Tensor, a: Tensor) -> Tensor:
         """x [..., W] and a = SiLU(y), [..., W] or broadcastable to x -> [..., out_channels]."""
-        shift, scale = self.adaLN_modulation[1](a).chunk(2, dim=-1)
-        return self.linear(torch.addcmul(shift, self.norm_final(x), 1 + scale))
+        modulation = None if self.adaLN_modulation is None else self.adaLN_modulation[1](a)
+        return self.linear(final_norm(x, modulation, self.form.modulation_order, self.norm_final))
 
 
 class FlowHead(nn.Module):
@@ -83,7 +171,22 @@ class FlowHead(nn.Module):
         out_channels: size of a row of the output.
         z_channels: size of a row of the condition.
         num_res_blocks: number of flow blocks.
-        grad_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        grad_checkpointing: the same as recompute="block"; can be set later.
+        norm: "layer", or "rms" (VibeVoice, DeCo); the blocks' has a weight (and a bias if "layer"), the final one none.
+        eps: of the norms.
+        mlp: "silu", or "swiglu" (Ming-UniVision, SphereAR, VibeVoice), with parameters mlp.w12 and mlp.w3.
+        hidden: size of the MLP's hidden layer; W by default.
+        bias: whether the linear layers have one.
+        modulation_order: how the modulations lie side by side: "shift-scale-gate" or "scale-shift-gate" (SphereAR); in
+            the final layer without the gate.
+        modulation_groups: number of groups of consecutive blocks that share one modulation, held by the group's first
+            block (SphereAR); by default every block has its own.
+        final_modulation: whether the final layer is modulated.
+        recompute: what the backward pass computes again instead of keeping it: "none"; "gate", the gate and the MLP's
+            output; or "block", everything but the blocks' inputs.
+
+    Raises:
+        ValueError: for an unknown name, or groups that do not divide the number of blocks.
 
     Source: `SimpleMLPAdaLN` of the official release (first in MAR); same parameter names, shapes and numbers.
     """
@@ -96,20 +199,42 @@ class FlowHead(nn.Module):
         z_channels: int,
         num_res_blocks: int,
         grad_checkpointing: bool = False,
+        *,
+        norm: str = "layer",
+        eps: float = 1e-6,
+        mlp: str = "silu",
+        hidden: int | None = None,
+        bias: bool = True,
+        modulation_order: str = "shift-scale-gate",
+        modulation_groups: int | None = None,
+        final_modulation: bool = True,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        form = Form(norm, eps, mlp, modulation_order)
+        form.check()
+        check_choice("recompute", recompute, RECOMPUTE)
+        groups = num_res_blocks if modulation_groups is None else modulation_groups
+        if num_res_blocks and (groups < 1 or num_res_blocks % groups):
+            raise ValueError(f"modulation_groups: expected a divisor of the {num_res_blocks} blocks, got {groups}")
         self.in_channels = in_channels
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.z_channels = z_channels
         self.num_res_blocks = num_res_blocks
         self.grad_checkpointing = grad_checkpointing
+        self.form = form
+        self.recompute = recompute
+        self.blocks_per_group = num_res_blocks // groups if num_res_blocks else 1
 
-        self.time_embed = TimestepEmbedding(model_channels)
-        self.cond_embed = nn.Linear(z_channels, model_channels)
-        self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(FlowBlock(model_channels) for _ in range(num_res_blocks))
-        self.final_layer = FinalLayer(model_channels, out_channels)
+        self.time_embed = TimestepEmbedding(model_channels, bias)
+        self.cond_embed = nn.Linear(z_channels, model_channels, bias)
+        self.input_proj = nn.Linear(in_channels, model_channels, bias)
+        self.res_blocks = nn.ModuleList(
+            FlowBlock(model_channels, form, hidden, bias, modulated=i % self.blocks_per_group == 0)
+            for i in range(num_res_blocks)
+        )
+        self.final_layer = FinalLayer(model_channels, out_channels, form, bias, final_modulation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,7 +247,8 @@ class FlowHead(nn.Module):
                     nn.init.normal_(module.weight, std=0.02)
                 else:
                     nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor | float, c: Tensor) -> Tensor:
         """Velocity at x and t under the condition c.
@@ -158,10 +284,65 @@ class FlowHead(nn.Module):
             [..., out_channels].
         """
         x = self.input_proj(x)
-        a = F.silu(y)
-        for block in self.res_blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, a, use_reentrant=False)
-            else:
-                x = block(x, a)
+        if not self._fused(x):
+            return self._plain(x, F.silu(y))
+        recompute = "block" if self.grad_checkpointing else self.recompute
+        x = fused_flow_blocks(x, y, *self.tensors(), **self.form._asdict(), recompute=recompute)
+        return self.final_layer.linear(x)
+
+    def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
+        """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
+        blocks, last = self._blocks(), self.final_layer.adaLN_modulation
+        modulations = [_affine(block.adaLN_modulation[1]) for block in blocks[:: self.blocks_per_group]]
+        return [block.tensors() for block in blocks], modulations, None if last is None else _affine(last[1])
+
+    def explain(self) -> str:
+        """What the blocks run on with tensors of its parameters' device and dtype, and why."""
+        weight = self.input_proj.weight
+        reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
+        return f"flow_head: {RUNS_PLAIN}; Triton: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether the blocks run as one op."""
+        if served_by(x.device, x.dtype, self.model_channels) == "eager":
+            return False
+        return served_by(x.device, x.dtype, self.model_channels, self._why_not_fused()) != "eager"
+
+    def _why_not_fused(self) -> str | None:
+        if not self.res_blocks:
+            return "there are no blocks"
+        if all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules()):
+            return None
+        return "a submodule was replaced, wrapped or given a hook"
+
+    def _blocks(self) -> list[FlowBlock]:
+        return cast(list[FlowBlock], list(self.res_blocks))
+
+    def _plain(self, x: Tensor, a: Tensor) -> Tensor:
+        """Submodule by submodule, so that hooks, adapters and wrappers on them keep working."""
+        again = (self.grad_checkpointing or self.recompute == "block") and torch.is_grad_enabled()
+        modulation = None
+        for i, block in enumerate(self._blocks()):
+            if self.blocks_per_group > 1 and i % self.blocks_per_group == 0:
+                modulation = block.modulation(a)
+            x = checkpoint(block, x, a, modulation, use_reentrant=False) if again else block(x, a, modulation)
         return self.final_layer(x, a)
+
+
+_PARTS = (
+    FlowBlock,
+    FinalLayer,
+    SwiGLU,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.ModuleList,
+    nn.RMSNorm,
+    nn.Sequential,
+    nn.SiLU,
+)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling it does nothing but its own class's forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in _PARTS and not any(hooks) and "forward" not in vars(module)

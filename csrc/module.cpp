@@ -1,0 +1,98 @@
+// The Python module uniflow_kernels._cuda: addresses and numbers in, launches out. It knows nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Strides = std::array<int64_t, 4>;
+
+void check(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+uniflow::Rows rows_of(uintptr_t data, int32_t type, std::array<int64_t, 2> strides) {
+  return {reinterpret_cast<const void*>(data), type, strides[0], strides[1]};
+}
+
+// Neighbouring patches of a tile: even, so that pairs of rows stay together; as many as leave room for several blocks on a
+// multiprocessor, or fewer where a patch is large. 0 where not even one fits.
+int32_t tile_width(int64_t length, int64_t columns, int64_t across) {
+  constexpr int64_t kPlenty = 5000;
+  const int64_t each = (length + 3) / 4 * 4 + (columns + 3) / 4;
+  int64_t width = kPlenty / each;
+  width = width > 1 ? width / 2 * 2 : uniflow::kMostPixels / each > 0 ? 1 : 0;
+  return static_cast<int32_t>(width < across ? width : across);
+}
+
+uniflow::Source source_of(uintptr_t images, int32_t image_type, std::array<int64_t, 4> shape, const Strides& strides,
+                          uintptr_t scale_and_shift, int32_t patch, int32_t repeats, const uniflow::Rows& noise,
+                          uint64_t seed, uint64_t offset, int32_t columns) {
+  uniflow::Source source{};
+  auto& tiling = source.tiling;
+  tiling.batch = shape[0];
+  tiling.channels = static_cast<int32_t>(shape[1]);
+  tiling.down = static_cast<int32_t>(shape[2] / patch);
+  tiling.across = static_cast<int32_t>(shape[3] / patch);
+  tiling.patch = patch;
+  tiling.length = tiling.channels * patch * patch;
+  tiling.quads = (tiling.length + 3) / 4;
+  tiling.width = tile_width(tiling.length, columns, tiling.across);
+  if (tiling.width == 0) throw std::invalid_argument("images: a patch does not fit into shared memory");
+  tiling.tiles_across = (tiling.across + tiling.width - 1) / tiling.width;
+  tiling.by_patch = uniflow::SmallDivisor(patch);
+  source.images = reinterpret_cast<const void*>(images);
+  source.image_type = image_type;
+  source.strides = {strides[0], strides[1], strides[2], strides[3]};
+  source.scale_and_shift = reinterpret_cast<const float*>(scale_and_shift);
+  source.repeats = repeats;
+  source.noise = noise;
+  source.seed = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
+                 static_cast<uint32_t>(offset >> 32)};
+  source.columns = columns;
+  return source;
+}
+
+void cosine_distances(const std::vector<std::array<int64_t, 7>>& layers, int64_t batch, int64_t length, int32_t width,
+                      int64_t skip, int32_t type, uintptr_t distances, uintptr_t stream) {
+  const int64_t tokens = batch * (length - skip);
+  for (size_t start = 0; start < layers.size(); start += uniflow::kMostLayers) {
+    uniflow::Layer some[uniflow::kMostLayers];
+    const size_t count = std::min<size_t>(uniflow::kMostLayers, layers.size() - start);
+    for (size_t i = 0; i < count; ++i) {
+      const auto& [student, teacher, gradient, student_batch, student_token, teacher_batch, teacher_token] = layers[start + i];
+      some[i] = {reinterpret_cast<const void*>(student), reinterpret_cast<const void*>(teacher),
+                 reinterpret_cast<void*>(gradient),      student_batch, student_token, teacher_batch, teacher_token};
+    }
+    check(uniflow::cosine_distances(some, static_cast<int32_t>(count), batch, length, width, skip, type,
+                                    reinterpret_cast<float*>(distances) + start * tokens, stream));
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.attr("MOST_PIXELS") = uniflow::kMostPixels;
+  py::class_<uniflow::Rows>(module, "Rows").def(py::init(&rows_of));
+  py::class_<uniflow::Source>(module, "Source").def(py::init(&source_of));
+  module.def("tile_width", &tile_width);
+  module.def("interpolate", [](const uniflow::Source& source, uintptr_t t, bool per_token, uintptr_t x_t, int32_t type, uintptr_t stream) {
+    check(uniflow::interpolate(source, reinterpret_cast<const float*>(t), per_token, reinterpret_cast<void*>(x_t), type, stream));
+  });
+  module.def("velocity_loss", [](const uniflow::Source& source, const uniflow::Rows& velocity, uintptr_t coefficients,
+                                 bool per_token, uintptr_t gradient, uintptr_t losses, uintptr_t stream) {
+    check(uniflow::velocity_loss(source, velocity, reinterpret_cast<const float*>(coefficients), per_token,
+                                 reinterpret_cast<void*>(gradient), reinterpret_cast<float*>(losses), stream));
+  });
+  module.def("cosine_distances", &cosine_distances);
+  module.def("scale", [](uintptr_t values, int32_t type, int64_t count, uintptr_t factor, uintptr_t stream) {
+    check(uniflow::scale(reinterpret_cast<void*>(values), type, count, reinterpret_cast<const float*>(factor), stream));
+  });
+}

@@ -1,0 +1,95 @@
+"""The flow head's row kernels, compiled for GPUs that are not there."""
+
+import pytest
+
+from tests.compile.compiling import Request, compile_all
+
+MODULE = "uniflow_kernels.triton_kernels.flow_head"
+ARCHES = (80, 90, 100)
+# per thread; no more than these were needed when the kernels were written
+REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 184, "activation": 40, "activation_backward": 136}
+
+
+def norm_modulate(width, arch, dtype, *, residual=True, rms=False):
+    pointers = dict.fromkeys(("x_p", "gate_p", "q_p", "shift_p", "scale_p", "sum_p", "h_p"), f"*{dtype}")
+    strides = dict.fromkeys(("x_s", "gate_s", "q_s", "modulation_s", "sum_s", "h_s"), "i32")
+    sizes = dict.fromkeys(("rows", "conditions", "repeat"), "i32")
+    constants = {"W": width, "RESIDUAL": residual, "WEIGHT": True, "BIAS": not rms, "MODULATED": True, "RMS": rms}
+    return request("norm_modulate", arch, pointers | norm(dtype) | strides | sizes | {"eps": "fp32"}, constants, 2048)
+
+
+def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False):
+    names = ("dh_p", "dsum_p", "x_p", "gate_p", "q_p", "scale_p", "dx_p", "dq_p", "dgate_p", "dshift_p", "dscale_p")
+    pointers = dict.fromkeys(names, f"*{dtype}") | {"partial_p": "*fp32"}
+    strides = ("dh_s", "dsum_s", "x_s", "gate_s", "q_s", "modulation_s", "dx_s", "dq_s", "dgate_s", "dmodulation_s")
+    sizes = ("rows", "conditions", "repeat", "segment", "per_program")
+    constants = {
+        "W": width,
+        "RESIDUAL": residual,
+        "WEIGHT": True,
+        "BIAS": not rms,
+        "MODULATED": True,
+        "DSUM": True,
+        "PER_ROW": True,
+        "WRITE_SHIFT": False,
+        "RMS": rms,
+    }
+    signature = pointers | norm(dtype) | dict.fromkeys(strides + sizes, "i32") | {"eps": "fp32"}
+    return request("norm_modulate_backward", arch, signature, constants, 1024)
+
+
+def norm(dtype):
+    return dict.fromkeys(("weight_p", "bias_p"), f"*{dtype}")
+
+
+def activation(hidden, arch, dtype, *, swiglu):
+    signature = dict.fromkeys(("p_p", "u_p"), f"*{dtype}") | dict.fromkeys(("p_s", "u_s", "rows"), "i32")
+    return elementwise("activation", arch, signature, {"H": hidden, "SWIGLU": swiglu})
+
+
+def activation_backward(hidden, arch, dtype, *, swiglu):
+    signature = dict.fromkeys(("du_p", "p_p", "dp_p", "u_p"), f"*{dtype}") | {"partial_p": "*fp32"}
+    signature |= dict.fromkeys(("du_s", "p_s", "dp_s", "u_s", "rows"), "i32")
+    return elementwise("activation_backward", arch, signature, {"H": hidden, "SWIGLU": swiglu, "STEPS": 8})
+
+
+def elementwise(name, arch, signature, constants):
+    constants |= {"BM": 8, "BN": 256}
+    signature |= dict.fromkeys(constants, "constexpr")
+    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch)
+
+
+def request(name, arch, signature, constants, elements):
+    columns = 1 << (constants["W"] - 1).bit_length()
+    constants |= {"BM": max(1, elements // columns), "BW": columns}
+    signature |= dict.fromkeys(constants, "constexpr")
+    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch, max(4, 4 * columns // elements))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    asked = {}
+    for arch in ARCHES:
+        asked["norm_modulate", arch, 1024] = norm_modulate(1024, arch, "bf16")
+        asked["norm_modulate", arch, 1536] = norm_modulate(1536, arch, "fp32", residual=False, rms=True)
+        asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
+        asked["norm_modulate_backward", arch, 1536] = norm_modulate_backward(1536, arch, "bf16")
+        asked["norm_modulate_backward", arch, 3072] = norm_modulate_backward(3072, arch, "bf16")
+        asked["norm_modulate_backward", arch, 768] = norm_modulate_backward(768, arch, "fp32", residual=False, rms=True)
+        asked["activation", arch, 1024] = activation(1024, arch, "bf16", swiglu=True)
+        asked["activation_backward", arch, 1024] = activation_backward(1024, arch, "bf16", swiglu=True)
+    return dict(zip(asked, compile_all(list(asked.values())), strict=True))
+
+
+def test_no_spills_and_few_registers(compiled):
+    for (kernel, *at), result in compiled.items():
+        assert result.spills == 0, (kernel, at)
+        assert result.registers <= REGISTERS[kernel], (kernel, at, result.registers)
+        assert result.shared <= 16384, (kernel, at, result.shared)
+
+
+def test_every_access_is_of_16_bytes(compiled):
+    """But for partial sums, of which there are few."""
+    for (kernel, *at), result in compiled.items():
+        narrow = [kind for kind in result.wide if "128" not in kind]
+        assert not narrow or (kernel == "activation_backward" and narrow == ["STG.E.64"]), (kernel, at, result.wide)

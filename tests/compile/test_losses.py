@@ -1,0 +1,125 @@
+"""The losses' kernels, compiled for sm_80, sm_90 and sm_100: registers, spills, and how wide they read and write."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.compile.compiling import Request, compile_all
+
+ARCHS = (80, 90, 100)
+CSRC = Path(__file__).parents[2] / "csrc"
+VELOCITY, DISTILLATION = "uniflow_kernels.triton_kernels.velocity", "uniflow_kernels.triton_kernels.distillation"
+
+
+def flow_requests(kernel, seeded):
+    """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4."""
+    pointers = {
+        **{"images": "*fp32", "t": "*fp32", "noise": "constexpr" if seeded else "*fp32", "x_t": "*bf16"},
+        **{"velocity": "*bf16", "gradient": "*bf16", "coefficients": "*fp32", "losses": "*fp32"},
+        "scale_and_shift": "constexpr",
+    }
+    constants = {
+        **{"PATCH": 14, "NORMALIZED": False, "SEEDED": seeded, "UNIT": 4, "TOKENS": 16, "QUADS": 32},
+        **({"T_PER_TOKEN": True} if kernel == "interpolate_kernel" else {"PER_TOKEN": False, "GRADIENT": True}),
+    }
+    sizes = ["tokens_in_all", "batch", "down", "across", "length", "columns"]
+    strides = [f"stride_{name}" for name in ("image", "channel", "row", "column")]
+    strides += [f"{rows}_{name}" for rows in ("noise", "velocity") for name in ("row", "token")]
+    names = ["key0", "key1", "offset0", "offset1", *sizes, *strides]
+    signature = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    missing = {"scale_and_shift": None, **({"noise": None} if seeded else {})}
+    return [Request(f"{VELOCITY}:{kernel}", signature, {**constants, **missing}, arch) for arch in ARCHS]
+
+
+def cosine_requests():
+    """24 layers of bf16, width 1024."""
+    layers = ["*bf16"] * 24
+    constants = {
+        **{"LARGEST": 3.3895313892515355e38, "LAYERS": 24, "GRADIENT": True},
+        **{"UNIT": 8, "TOKENS": 4, "COLUMNS": 1024},
+    }
+    strides = [f"{side}_{name}" for side in ("student", "teacher") for name in ("batch", "token")]
+    numbers = ["tokens_in_all", "length", "width", "skip", *strides]
+    signature = {
+        **dict.fromkeys(numbers, "i32"),
+        **dict.fromkeys(("students", "teachers", "gradients"), layers),
+        "distances": "*fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    return [Request(f"{DISTILLATION}:cosine_kernel", signature, constants, arch) for arch in ARCHS]
+
+
+def test_triton_kernels():
+    requests = [
+        *flow_requests("interpolate_kernel", True),
+        *flow_requests("velocity_loss_kernel", True),
+        *flow_requests("velocity_loss_kernel", False),
+        *cosine_requests(),
+    ]
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        what = f"{request.kernel} sm_{request.arch} {compiled}"
+        assert compiled.spills == 0, what
+        assert compiled.stack == 0, what
+        assert compiled.registers <= 128, what
+        assert compiled.shared <= 16 << 10, what
+        assert any("STG.E.128" in access for access in compiled.wide), what
+        if "interpolate" not in request.kernel:  # which reads nothing but pixels, and those one by one
+            assert any("LDG.E.128" in access for access in compiled.wide), what
+
+
+def tool(name):
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory):
+    """The CUDA part's kernels: {(file, arch): cubin}."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    folder = tmp_path_factory.mktemp("cubins")
+
+    def build(job):
+        name, arch = job
+        cubin = folder / f"{name}_{arch}.cubin"
+        flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
+        subprocess.run([nvcc, *flags, str(CSRC / f"{name}.cu"), "-o", str(cubin)], check=True)
+        return cubin
+
+    jobs = [(name, arch) for name in ("velocity", "distillation") for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(jobs, pool.map(build, jobs), strict=True))
+
+
+def output(*command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def test_cuda_kernels(cubins):
+    """No local memory; 16 bytes an access wherever a kernel is meant for it; room for a full multiprocessor."""
+    for (name, arch), cubin in cubins.items():
+        usage = output(tool("cuobjdump"), "--dump-resource-usage", cubin)
+        kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+        assert len(kernels) == (12 if name == "velocity" else 15)
+        for kernel, registers, stack, _, local in kernels:
+            assert int(stack) == int(local) == 0, (kernel, arch)
+            # what keeps a row of 2048 float32 elements in registers may take twice as many
+            assert int(registers) <= (168 if "cosine" in kernel else 64), (kernel, arch, registers)
+        sass = output(tool("cuobjdump"), "-sass", cubin)
+        assert not re.search(r"\b(STL|LDL)\b", sass)
+        functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+        assert len(functions) == len(kernels)
+        for kernel, code in functions.items():
+            # a mangled name ends its template arguments in Lb1E, or in Li<elements>ELi<kept>E
+            wide = "scale_kernel" in kernel or "Lb1E" in kernel or re.search(r"Li[48]ELi\d", kernel)
+            if wide:
+                assert re.search(r"\bLDG\.E\.128", code), (kernel, arch)
+                assert re.search(r"\bSTG\.E\.128", code), (kernel, arch)

@@ -1,0 +1,196 @@
+"""The fused flow head on a GPU at real sizes: numbers, gradients, every row written, equal bits, graphs, no waiting."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import randomize
+from uniflow_kernels import FlowHead, backend, doctor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+VARIANTS = {
+    "canonical": {},
+    "VibeVoice": {"norm": "rms", "eps": 1e-5, "mlp": "swiglu", "hidden": 768, "bias": False},
+    "SphereAR": {"mlp": "swiglu", "hidden": 1536, "modulation_order": "scale-shift-gate", "modulation_groups": 2},
+    "no final modulation": {"final_modulation": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make(rows, width=1024, depth=2, dtype=torch.bfloat16, row=588, conditions=None, **options):
+    head = randomize(FlowHead(row, width, row, width, depth, **options)).to("cuda", dtype)
+    x = torch.randn(rows, row, device="cuda").to(dtype).requires_grad_()
+    y = torch.randn(conditions or rows, width, device="cuda").to(dtype).requires_grad_()
+    return head, x, y
+
+
+def results(head, x, y, name):
+    with backend(name):
+        out = head.from_embedding(x, y)
+    generator = torch.Generator("cuda").manual_seed(1)
+    cotangent = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
+    wanted = [x, y, *(p for key, p in head.named_parameters() if not key.startswith(("time_embed", "cond_embed")))]
+    return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+
+
+def check(within_twice, head, x, y, floor):
+    ours, plain = results(head, x, y, "triton"), results(head, x, y, "eager")
+    head.double()
+    exact = results(head, x.detach().double().requires_grad_(), y.detach().double().requires_grad_(), "eager")
+    for triple in zip(ours, plain, exact, strict=True):
+        within_twice(*triple, floor=floor)
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+def test_numbers_and_gradients(within_twice, options, recompute):
+    check(within_twice, *make(4099, recompute=recompute, **options), floor=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (17, 64), (129, 1536), (1000, 768), (8191, 1280), (5, 3072)])
+def test_odd_sizes(within_twice, dtype, rows, width):
+    floor = 1e-5 if dtype == torch.float32 else 1e-3
+    check(within_twice, *make(rows, width, depth=1, dtype=dtype, row=16), floor=floor)
+
+
+def test_one_condition_for_all_rows(within_twice):
+    check(within_twice, *make(4099, conditions=1), floor=1e-3)
+
+
+def test_a_condition_for_the_rows_of_each_picture(within_twice):
+    head, x, y = make(4096, conditions=4)
+    x, y = (t.detach().unflatten(0, (4, -1)).requires_grad_() for t in (x, y))
+    check(within_twice, head, x, y, floor=1e-3)
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+def test_every_row_is_written(recompute):
+    """Memory that nobody wrote is NaN under deterministic algorithms."""
+    head, x, y = make(1001, recompute=recompute)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.isfinite(result).all() for result in results(head, x, y, "triton"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_thousand_runs_are_equal_to_the_bit():
+    head, x, y = make(777, width=256)
+    first = results(head, x, y, "triton")
+    for _ in range(1000):
+        assert all(map(torch.equal, results(head, x, y, "triton"), first))
+
+
+def test_more_than_2_31_elements():
+    rows, width = 2**21 + 3, 1024
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free memory")
+    head, _, y = make(1, width, depth=1, row=16)
+    with torch.inference_mode():
+        x = torch.randn(rows, 16, device="cuda", dtype=torch.bfloat16)
+        whole = head.from_embedding(x, y)
+        last = head.from_embedding(x[-5:], y)
+    torch.testing.assert_close(
+        whole[-5:], last, rtol=2e-2, atol=2e-2
+    )  # another tile of the product may round otherwise
+
+
+def test_compiles_whole_forward_and_backward():
+    head, x, y = make(300)
+    compiled = torch.compile(head.from_embedding, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (300, 1000, 64):
+            x, y = (torch.randn(rows, t.shape[1], device="cuda", dtype=t.dtype).requires_grad_() for t in (x, y))
+            out, plain = compiled(x, y), head.from_embedding(x, y)
+            torch.testing.assert_close(out, plain, rtol=2e-2, atol=2e-2)
+            ours, theirs = (torch.autograd.grad(result.sum(), [x, y]) for result in (out, plain))
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_a_train_step_in_a_cuda_graph():
+    head, x, y = make(512)
+    parameters = [p for key, p in head.named_parameters() if not key.startswith(("time_embed", "cond_embed"))]
+
+    def step():
+        return torch.autograd.grad(head.from_embedding(x, y).square().mean(), parameters)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = [gradient.clone() for gradient in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = step()
+    for gradient in gradients:
+        gradient.zero_()
+    graph.replay()
+    assert all(map(torch.equal, gradients, expected))
+
+
+def test_nothing_waits_for_the_device():
+    head, x, y = make(512)
+    results(head, x, y, "triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        head.from_embedding(x, y).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_autocast():
+    head, x, y = make(300, dtype=torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, plain = results(head, x, y, "triton"), results(head, x, y, "eager")
+    assert ours[0].dtype == torch.bfloat16
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine - theirs).norm() <= 3e-2 * theirs.norm()
+
+
+def test_memory_of_a_train_step():
+    peaks = {}
+    for name in ("eager", "triton"):
+        head, x, y = make(8192, depth=12)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with backend(name):
+            head.from_embedding(x, y).sum().backward()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    assert peaks["triton"] < peaks["eager"]
+
+
+def test_doctor_says_that_nothing_was_measured():
+    (line,) = (op for op in doctor().ops if op.op == "flow_head")
+    assert "Triton" in line.runs
+    assert "unmeasured" in line.why
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    program = (
+        "import torch; from uniflow_kernels import FlowHead; head = FlowHead(16, 100, 16, 100, 2).cuda();"
+        "x, y = torch.randn(37, 16, device='cuda'), torch.randn(37, 100, device='cuda');"
+        "head.from_embedding(x, y).sum().backward(); torch.cuda.synchronize()"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -1,0 +1,79 @@
+"""What setup.py decides and says about the CUDA part; a stand-in for nvcc shows what a failed compile looks like."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+needs_ninja = pytest.mark.skipif(
+    shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None, reason="needs ninja"
+)
+
+
+def run(*arguments, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**kept, **environment},
+    )
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path):
+    """A CUDA_HOME whose compiler fails."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    return tmp_path
+
+
+def test_without_a_compiler_nothing_is_built(tmp_path):
+    done = run("build_ext", "--build-lib", str(tmp_path / "lib"), CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_refusal_wins_over_a_compiler(tmp_path, broken_nvcc):
+    done = run("build_ext", "--build-lib", str(tmp_path / "lib"), CUDA_HOME=str(broken_nvcc), UNIFLOW_CUDA="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_insisting_without_a_compiler_fails(tmp_path):
+    done = run("--version", CUDA_HOME=str(tmp_path), UNIFLOW_CUDA="1")
+    assert done.returncode != 0
+    assert "UNIFLOW_CUDA=1, but there is no nvcc" in done.stderr
+
+
+@needs_ninja
+def test_a_failed_compile_says_what_failed_and_how_to_go_on(tmp_path, broken_nvcc):
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    done = run("build_ext", *folders, CUDA_HOME=str(broken_nvcc))
+    assert done.returncode != 0
+    assert "out of luck" in done.stdout
+    assert "This command failed" in done.stderr
+    assert str(broken_nvcc / "bin" / "nvcc") in done.stderr
+    assert "say UNIFLOW_CUDA=0" in done.stderr
+
+
+@needs_ninja
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("UNIFLOW_CUDA", "yes", "expected 0 or 1, got 'yes'"), ("UNIFLOW_CUDA_ARCHS", "sm_90", "expected a list")],
+)
+def test_wrong_settings_are_named(tmp_path, broken_nvcc, name, value, expected):
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    done = run("build_ext", *folders, **{"CUDA_HOME": str(broken_nvcc), name: value})
+    assert done.returncode != 0
+    assert f"{name}: {expected}" in done.stderr

@@ -1,0 +1,536 @@
+"""The blocks of the flow head, every option: the definition against formulas, kernels against the definition."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from tests.conftest import randomize
+from uniflow_kernels import FlowHead, backend, fused_flow_blocks
+from uniflow_kernels.ops.flow_head import Affine, Block, _in_order, _Pass
+
+OPTIONS = {
+    "canonical": {},
+    "rms": {"norm": "rms", "eps": 1e-5},
+    "swiglu": {"mlp": "swiglu", "hidden": 88},
+    "hidden": {"hidden": 24},
+    "no bias": {"bias": False},
+    "scale first": {"modulation_order": "scale-shift-gate"},
+    "groups": {"modulation_groups": 2},
+    "one group": {"modulation_groups": 1},
+    "no final modulation": {"final_modulation": False},
+    "VibeVoice": {"norm": "rms", "eps": 1e-5, "mlp": "swiglu", "hidden": 72, "bias": False},
+    "SphereAR": {"mlp": "swiglu", "hidden": 96, "modulation_order": "scale-shift-gate", "modulation_groups": 2},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def make_head(width=64, depth=4, **options):
+    return randomize(FlowHead(24, width, 24, 40, depth, **options))
+
+
+def tensors_of(head, dtype=None):
+    """The head's blocks as the functional form takes them, and all their tensors in a list."""
+    every = []
+
+    def affine(module):
+        pair = [module.weight, getattr(module, "bias", None)]
+        pair = [None if p is None else p.detach().to(dtype or p.dtype).requires_grad_() for p in pair]
+        every.extend(p for p in pair if p is not None)
+        return Affine(*pair)
+
+    def ends(mlp):
+        return (mlp.w12, mlp.w3) if hasattr(mlp, "w12") else (mlp[0], mlp[2])
+
+    blocks = [Block(affine(b.in_ln), *map(affine, ends(b.mlp))) for b in head.res_blocks]
+    modulations = [affine(b.adaLN_modulation[1]) for b in head.res_blocks if hasattr(b, "adaLN_modulation")]
+    last = head.final_layer.adaLN_modulation
+    return (blocks, modulations, None if last is None else affine(last[1])), every
+
+
+def keywords(head):
+    return head.form._asdict()
+
+
+def written_out(x, y, blocks, modulations, final, norm="layer", eps=1e-6, mlp="silu", modulation_order=None):
+    """The formulas of the release and its relatives, row by row."""
+    a = y * torch.sigmoid(y)
+
+    def linear(x, affine):
+        out = x @ affine.weight.T
+        return out if affine.bias is None else out + affine.bias
+
+    def normalized(x):
+        if norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    def parts(modulation):
+        width = x.shape[-1]
+        pieces = [modulation[..., i : i + width] for i in range(0, modulation.shape[-1], width)]
+        if modulation_order == "scale-shift-gate":
+            pieces[:2] = pieces[1::-1]
+        return pieces
+
+    for i, block in enumerate(blocks):
+        shift, scale, gate = parts(linear(a, modulations[i * len(modulations) // len(blocks)]))
+        h = normalized(x) * block.norm.weight
+        if block.norm.bias is not None:
+            h = h + block.norm.bias
+        p = linear(h * (1 + scale) + shift, block.up)
+        hidden = block.down.weight.shape[1]
+        u = p[..., :hidden] * torch.sigmoid(p[..., :hidden])
+        if mlp == "swiglu":
+            u = u * p[..., hidden:]
+        x = x + gate * linear(u, block.down)
+    h = normalized(x)
+    if final is None:
+        return h
+    shift, scale = parts(linear(a, final))
+    return h * (1 + scale) + shift
+
+
+def inputs(rows=(19,), conditions=(19,), width=64, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(*shape, width, generator=generator).to(dtype) for shape in (rows, conditions))
+    return x.requires_grad_(), y.requires_grad_()
+
+
+def run(function, x, y, weights, every, **form):
+    """The output and the gradients of x, y and every tensor."""
+    out = function(x, y, *weights, **form)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * cotangent).sum(), [x, y, *every])]
+
+
+@options
+def test_the_definition(within_twice, options):
+    head = make_head(**options)
+    results = []
+    for function, dtype in (
+        (fused_flow_blocks, torch.float32),
+        *((written_out, d) for d in (torch.float32, torch.float64)),
+    ):
+        x, y = inputs(dtype=dtype)
+        results.append(run(function, x, y, *tensors_of(head, dtype), **keywords(head)))
+    for ours, plain, exact in zip(*results, strict=True):
+        within_twice(ours, plain, exact, floor=2e-6)
+
+
+@options
+def test_the_module_is_the_functional_form_between_two_products(options):
+    head = make_head(**options)
+    x, c = torch.randn(7, 24), torch.randn(7, 40)
+    y = head.time_embed(torch.arange(7.0)) + head.cond_embed(c)
+    weights, _ = tensors_of(head)
+    inner = fused_flow_blocks(head.input_proj(x), y, *weights, **keywords(head))
+    assert torch.allclose(head(x, torch.arange(7.0), c), head.final_layer.linear(inner), atol=1e-5)
+
+
+@options
+def test_gradcheck(options):
+    head = make_head(width=8, depth=2, **{**options, "hidden": 6})
+    x, y = inputs((3,), (3,), width=8, dtype=torch.float64)
+    weights, every = tensors_of(head, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *_: fused_flow_blocks(x, y, *weights, **keywords(head)), [x, y, *every], fast_mode=True
+    )
+
+
+def test_names_of_parameters():
+    names = [name for name, _ in make_head(depth=2, mlp="swiglu", modulation_groups=1).named_parameters()]
+    assert "res_blocks.0.mlp.w12.weight" in names
+    assert "res_blocks.1.mlp.w3.bias" in names
+    assert [name for name in names if "adaLN" in name and "res_blocks" in name] == [
+        "res_blocks.0.adaLN_modulation.1.weight",
+        "res_blocks.0.adaLN_modulation.1.bias",
+    ]
+    names = [name for name, _ in make_head(bias=False, norm="rms", final_modulation=False).named_parameters()]
+    assert not any(name.endswith("bias") or "final_layer.adaLN" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("norm", {"norm": "batch"}),
+        ("mlp", {"mlp": "gelu"}),
+        ("modulation_order", {"modulation_order": "gate-scale-shift"}),
+        ("recompute", {"recompute": "all"}),
+        ("modulation_groups", {"modulation_groups": 3}),
+        ("modulation_groups", {"modulation_groups": 0}),
+    ],
+)
+def test_options_that_do_not_exist(name, wrong):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*got {next(iter(wrong.values()))!r}"):
+        FlowHead(24, 64, 24, 40, 4, **wrong)
+
+
+def test_tensors_that_do_not_fit():
+    (blocks, modulations, final), _ = tensors_of(make_head())
+    x, y = inputs()
+    narrow = Affine(torch.zeros(64, 63))
+    for match, arguments in {
+        r"^y: expected \[\.\.\., 64\], broadcastable to x's \(19, 64\), got \(18, 64\)": (
+            x,
+            y[1:],
+            blocks,
+            modulations,
+        ),
+        "^blocks: expected at least one": (x, y, [], modulations),
+        "^modulations: expected a divisor of the 4 blocks, got 3": (x, y, blocks, modulations[:3]),
+        r"^blocks\[1\]\.up\.weight: expected shape \(64, 64\), got \(64, 63\)": (
+            x,
+            y,
+            [blocks[0], blocks[1]._replace(up=narrow), *blocks[2:]],
+            modulations,
+        ),
+        r"^modulations\[0\]\.bias: expected shape \(192,\), got \(3,\)": (
+            x,
+            y,
+            blocks,
+            [Affine(modulations[0].weight, torch.zeros(3)), *modulations[1:]],
+        ),
+        r"^final_modulation\.weight": (x, y, blocks, modulations, narrow),
+        "^x: expected": (x.int(), y, blocks, modulations),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            fused_flow_blocks(*arguments)
+    with pytest.raises(ValueError, match="an rms norm has no bias"):
+        fused_flow_blocks(x, y, blocks, modulations, final, norm="rms")
+
+
+def against_definition(within_twice, head, rows, conditions, dtype=torch.float32, recompute="none", floor=2e-6):
+    """Kernels in `dtype` against the definition in the same dtype and in float64, forward and every gradient."""
+    width = head.model_channels
+    results = []
+    for name, precision in (("triton", dtype), ("eager", dtype), ("eager", torch.float64)):
+        # every form is given the numbers of `dtype`
+        x, y = (t.detach().to(precision).requires_grad_() for t in inputs(rows, conditions, width, dtype))
+        weights, every = tensors_of(head.to(dtype), precision)
+        with backend(name):
+            results.append(run(fused_flow_blocks, x, y, weights, every, **keywords(head), recompute=recompute))
+    for ours, plain, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        within_twice(ours, plain, exact, floor=floor)
+
+
+recomputes = pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+
+
+@options
+def test_kernels(within_twice, options):
+    against_definition(within_twice, make_head(**{"hidden": 40, **options}), (17,), (17,))
+
+
+@recomputes
+@pytest.mark.parametrize("name", ["canonical", "SphereAR", "no final modulation"])
+def test_recomputing(within_twice, name, recompute):
+    against_definition(within_twice, make_head(24, **OPTIONS[name]), (9,), (9,), recompute=recompute)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (17, 588), (129, 100), (1000, 40), (5, 768)])
+def test_kernels_at_odd_sizes(within_twice, rows, width):
+    against_definition(within_twice, make_head(width, depth=1), (rows,), (rows,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["canonical", "VibeVoice"])
+def test_kernels_in_half_precision(within_twice, dtype, name):
+    against_definition(within_twice, make_head(96, depth=2, **OPTIONS[name]), (70,), (70,), dtype, floor=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "conditions"),
+    [
+        ((37,), (1,)),  # one for all
+        ((3, 40), (3, 1)),  # one for rows that follow each other
+        ((5, 6), (5, 1)),  # the same, few enough to be written row by row
+        ((4, 9), (9,)),  # one for every ninth row
+        ((2, 3, 20), (3, 1)),  # both
+        ((2, 3, 4), (2, 1, 4)),  # no such pattern: expanded
+        ((2, 9), (2, 9)),
+    ],
+)
+def test_shared_conditions(within_twice, rows, conditions):
+    for name, recompute in (("canonical", "none"), ("canonical", "gate"), ("SphereAR", "block")):
+        head = make_head(24, depth=2, **{**OPTIONS[name], "hidden": 20})
+        against_definition(within_twice, head, rows, conditions, recompute=recompute)
+
+
+def test_strided_inputs_and_expanded_gradients():
+    head = make_head(depth=2)
+    weights, every = tensors_of(head)
+    x, y = inputs((20,), (20,))
+
+    def gradients(x, y):
+        out = fused_flow_blocks(x, y, *weights)
+        (reduced,) = torch.autograd.grad(out.sum(), x, retain_graph=True)  # an expanded gradient, of stride 0
+        return [out, reduced, *torch.autograd.grad(out.t().contiguous().t(), [x, y, *every], torch.ones_like(out))]
+
+    def strided(t):
+        return t.detach().repeat_interleave(2, 1)[:, ::2].requires_grad_()
+
+    def transposed(t):
+        return t.detach().t().contiguous().t().requires_grad_()
+
+    with backend("triton"):
+        expected = gradients(x, y)
+        for change in (strided, transposed):
+            for ours, theirs in zip(gradients(change(x), change(y)), expected, strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)  # PyTorch's own SiLU(y) rounds otherwise
+
+
+@pytest.mark.parametrize("conditions", [0, 1])
+def test_no_rows(conditions):
+    head = make_head(depth=2)
+    weights, every = tensors_of(head)
+    x, y = inputs((0,), (conditions,))
+    with backend("triton"):
+        out = fused_flow_blocks(x, y, *weights)
+        gradients = torch.autograd.grad(out.sum(), [x, y, *every])
+    assert out.shape == (0, 64)
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_every_output_is_written():
+    """Memory that nobody wrote is NaN here."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        head = make_head(40, depth=2)
+        for rows, conditions, recompute in (((33,), (33,), "none"), ((2, 17), (2, 1), "gate"), ((5,), (5,), "block")):
+            weights, every = tensors_of(head)
+            with backend("triton"):
+                results = run(fused_flow_blocks, *inputs(rows, conditions, 40), weights, every, recompute=recompute)
+            assert all(torch.isfinite(result).all() for result in results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_runs_are_equal_to_the_bit():
+    head = make_head(40, depth=2)
+    weights, every = tensors_of(head)
+    with backend("triton"):
+        first = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every)
+        for recompute in ("none", "gate", "block"):
+            again = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, recompute=recompute)
+            # products of gate and of shift and scale, apart or together, may round differently
+            exact = recompute != "gate"
+            for one, other in zip(first, again, strict=True):
+                assert torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_inference_and_frozen_weights():
+    head = make_head(depth=3)
+    weights, every = tensors_of(head)
+    x, y = inputs()
+    with backend("triton"):
+        out, dx, dy, *_ = run(fused_flow_blocks, x, y, weights, every)
+        with torch.inference_mode():
+            before = x.clone()
+            assert torch.equal(fused_flow_blocks(x, y, *weights), out)
+            assert torch.equal(x, before)
+        for tensor in every:
+            tensor.requires_grad_(False)
+        frozen = run(fused_flow_blocks, x, y, weights, [])
+    assert torch.equal(frozen[1], dx)
+    assert torch.equal(frozen[2], dy)
+
+
+def module_results(head, x, t, c, function=None):
+    """The output and the gradients of all parameters; `function` is the head in another form."""
+    out = (head if function is None else function)(x, t, c)
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), list(head.parameters()))]
+
+
+@options
+def test_module(within_twice, options):
+    head = make_head(depth=2, **{**options, **({"modulation_groups": 1} if "modulation_groups" in options else {})})
+    data = torch.randn(21, 24), 1000 * torch.rand(21), torch.randn(21, 40)
+    plain = module_results(head, *data)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    head.float()
+    for recompute in ("none", "gate", "block"):
+        head.recompute = recompute
+        with backend("triton"):
+            ours = module_results(head, *data)
+        for results in zip(ours, plain, exact, strict=True):
+            within_twice(*results, floor=2e-6)
+
+
+def test_autocast(within_twice):
+    head = make_head(depth=2)
+    data = torch.randn(200, 24), 1000 * torch.rand(200), torch.randn(200, 40)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    head.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = module_results(head, *data)
+        with backend("triton"):
+            ours = module_results(head, *data)
+    assert ours[0].dtype == torch.bfloat16
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=1e-3)
+
+
+def test_gradient_checkpointing_and_functional_call():
+    head = make_head(depth=2)
+    data = torch.randn(21, 24), torch.rand(21), torch.randn(21, 40)
+    with backend("triton"):
+        expected = module_results(head, *data)
+        head.grad_checkpointing = True
+        assert all(map(torch.equal, module_results(head, *data), expected))
+        head.grad_checkpointing = False
+        again = torch.utils.checkpoint.checkpoint(head, *data, use_reentrant=False)
+        gradients = torch.autograd.grad(again.square().sum(), list(head.parameters()))
+        assert all(map(torch.equal, [again, *gradients], expected))
+        changed = {name: 2 * parameter.detach() for name, parameter in head.named_parameters()}
+        out = torch.func.functional_call(head, changed, data)
+        head.load_state_dict(changed)
+        assert torch.equal(head(*data), out)
+        assert not torch.equal(out, expected[0])
+
+
+def test_parameters_that_change_in_place_are_seen():
+    head = make_head(depth=2)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with backend("triton"):
+        head(*data).square().sum().backward()
+        optimizer.step()
+        ours = head(*data)
+    assert torch.allclose(ours, head(*data), atol=1e-4)
+
+
+def test_submodules_that_are_more_than_their_tensors():
+    """Hooks and replaced layers must act: the plain form calls them, and a backend asked for by name says why not."""
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+
+    def hook(head):
+        head.res_blocks[1].mlp[0].register_forward_hook(lambda module, args, out: out + 1)
+
+    def replace(head):
+        head.res_blocks[0].mlp[1] = torch.nn.GELU()
+
+    def wrap(head):
+        block = head.res_blocks[0]
+        block.forward = lambda *args: type(block).forward(block, *args) * torch.linspace(-1, 1, 64)
+
+    for change in (hook, replace, wrap):
+        head = make_head(depth=2)
+        before = head(*data)
+        change(head)
+        assert not torch.allclose(head(*data), before)
+        with backend("triton"), pytest.raises(ValueError, match="a submodule was replaced, wrapped or given a hook"):
+            head(*data)
+
+
+def test_what_the_kernels_cannot_serve_is_said():
+    (blocks, modulations, final), _ = tensors_of(make_head(depth=2))
+    x, y = inputs()
+    with backend("triton"):
+        with pytest.raises(ValueError, match=r"flow_head: .*float32, float16 and bfloat16, not torch\.float64"):
+            fused_flow_blocks(x.double(), y.double(), blocks, modulations, final)
+        with pytest.raises(ValueError, match="x, y and the weights of the products are not of one dtype"):
+            fused_flow_blocks(x.half(), y.half(), blocks, modulations, final)
+        with pytest.raises(ValueError, match=r"no rules for the transforms of torch\.func"):
+            torch.func.jvp(lambda x: fused_flow_blocks(x, y, blocks, modulations, final), (x,), (x,))
+    with backend("cuda"), pytest.raises(ValueError, match="flow_head has no such kernel"):
+        fused_flow_blocks(x, y, blocks, modulations, final)
+    # what nobody asked for by name is served by the plain form
+    out, _ = torch.func.jvp(lambda x: fused_flow_blocks(x, y, blocks, modulations, final), (x,), (x,))
+    assert torch.equal(out, fused_flow_blocks(x, y, blocks, modulations, final))
+
+
+@pytest.mark.parametrize(("recompute", "shared"), [("none", False), ("gate", True), ("block", False)])
+def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute, shared):
+    head = make_head(32, depth=2, recompute=recompute)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def results(function, m):
+        generator = torch.Generator().manual_seed(0)
+        shapes = (m, 24), (m,), (1 if shared else m, 40)
+        return module_results(head, *(torch.randn(shape, generator=generator) for shape in shapes), function)
+
+    with torch._dynamo.config.patch(error_on_recompile=True), backend("triton"):
+        for m in (37, 5, 64):
+            for ours, theirs in zip(results(compiled, m), results(head, m), strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "all", "no gate", "inputs"])
+@pytest.mark.parametrize("options", [OPTIONS["canonical"], OPTIONS["SphereAR"]])
+def test_registered_ops(options, keep):
+    head = make_head(16, depth=2, **{**options, **({"modulation_groups": 1} if options else {})})
+    (blocks, modulations, final), _ = tensors_of(head)
+    weights = [t for pair in _in_order(blocks, modulations, final) for t in pair]
+    weights = [None if t is None else t.detach() for t in weights]
+    x, y = (t.detach() for t in inputs((6,), (3,), 16))
+    how = (2, 2, *head.form, keep)
+    ops = torch.ops.uniflow_kernels
+    torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
+    if keep != "nothing":
+        _, kept = ops.flow_blocks(x, y, weights, *how)
+        torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.parallel.DistributedDataParallel, fully_shard])
+def test_distributed(process_group, wrap, monkeypatch):
+    head = make_head(depth=2)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    launches = []
+    forward = _Pass.forward
+    monkeypatch.setattr(_Pass, "forward", lambda self: launches.append(self) or forward(self))
+    with backend("triton"):
+        out, *gradients = module_results(head, *data)
+        wrapped = wrap(head)
+        wrapped_out = wrapped(*data)
+        wrapped_out.square().sum().backward()
+    assert len(launches) == 2
+    assert torch.equal(wrapped_out, out)
+    for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
+        found = parameter.grad
+        assert torch.equal(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)
+
+
+def test_the_interpreter_rounds_as_a_gpu_does():
+    """Tests in bfloat16 mean nothing without it (see tests/conftest.py)."""
+    from uniflow_kernels.triton_kernels.flow_head import activation
+
+    p = torch.randn(8, 64).bfloat16()
+    assert torch.equal(activation(p, 64), torch.nn.functional.silu(p.float()).bfloat16())
+
+
+def test_explain():
+    head = make_head(depth=2)
+    assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
+    with backend("triton"):
+        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
+        head.res_blocks[0].register_forward_hook(lambda *_: None)
+        assert "given a hook" in head.explain()
+        assert "not torch.float64" in head.double().explain()
+
+
+def test_blocks_that_share_their_tensors(within_twice):
+    (blocks, modulations, final), every = tensors_of(make_head(depth=1))
+    (exact_blocks, exact_modulations, exact_final), exact_every = tensors_of(make_head(depth=1), torch.float64)
+    x, y = inputs()
+    with backend("triton"):
+        ours = run(fused_flow_blocks, x, y, (2 * blocks, 2 * modulations, final), every)
+    plain = run(fused_flow_blocks, x, y, (2 * blocks, 2 * modulations, final), every)
+    exact_weights = 2 * exact_blocks, 2 * exact_modulations, exact_final
+    exact = run(fused_flow_blocks, *inputs(dtype=torch.float64), exact_weights, exact_every)
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=2e-6)

@@ -1,0 +1,135 @@
+"""The compiled CUDA part, where it was built: tensors become addresses, strides and a stream.
+
+csrc/ holds the kernels. Which inputs they take is said by the `why_not_*` functions; the others rely on these.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+
+
+def why_not_built() -> str | None:
+    """Why the compiled part is not there; None where it is."""
+    if not _is_built():
+        return "the CUDA part was not built: no nvcc was found at installation, or UNIFLOW_CUDA=0"
+    return None
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why no kernel of the compiled part takes such tensors: their device or their dtype."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if tensor.device.type != "cuda":
+            return f"it runs on CUDA, not on {tensor.device.type}"
+        if tensor.device != given[0].device:
+            return "the tensors are on different devices"
+        if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
+            return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
+    return why_not_built()
+
+
+def why_not_patch(channels: int, patch_size: int, columns: int) -> str | None:
+    """Why `interpolate` and `velocity_loss` cannot serve patches of this size."""
+    if _module().tile_width(channels * patch_size**2, columns, 1) == 0:
+        return f"a patch of {channels} x {patch_size} x {patch_size} does not fit into its shared memory"
+    return None
+
+
+def interpolate(
+    images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int, offset: int,
+    patch_size: int, repeats: int, columns: int, x_t: Tensor,
+) -> None:  # fmt: skip
+    """Write x_t [k*B, N, columns]."""
+    if not x_t.numel():
+        return
+    t = t.float().contiguous()
+    source = _source(images, noise, scale_and_shift, seed, offset, patch_size, repeats, columns)
+    with torch.cuda.device(images.device):
+        _module().interpolate(source, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], _stream())
+
+
+def velocity_loss(
+    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor, scale_and_shift: Tensor | None,
+    seed: int, offset: int, patch_size: int, repeats: int, gradient: Tensor | None, losses: Tensor,
+) -> None:  # fmt: skip
+    """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
+    if not velocity.numel():
+        return
+    coefficients = coefficients.contiguous()
+    source = _source(images, noise, scale_and_shift, seed, offset, patch_size, repeats, velocity.shape[-1])
+    with torch.cuda.device(images.device):
+        _module().velocity_loss(
+            source, _rows(velocity), coefficients.data_ptr(), coefficients.numel() > 1, _address(gradient),
+            losses.data_ptr(), _stream(),
+        )  # fmt: skip
+
+
+def cosine_distances(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    skip_tokens: int,
+    gradients: Sequence[Tensor],
+    distances: Tensor,
+) -> None:
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none."""
+    batch, length, width = student[0].shape
+    if not student[0].numel():
+        return
+    addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
+    layers = [
+        (s.data_ptr(), t.data_ptr(), address, s.stride(0), s.stride(1), t.stride(0), t.stride(1))
+        for s, t, address in zip(student, teacher, addresses, strict=True)
+    ]
+    with torch.cuda.device(student[0].device):
+        _module().cosine_distances(
+            layers, batch, length, width, skip_tokens, _TYPES[student[0].dtype], distances.data_ptr(), _stream()
+        )
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
+    factor = factor.float()
+    with torch.cuda.device(values.device):
+        _module().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.data_ptr(), _stream())
+
+
+@functools.cache
+def _is_built() -> bool:
+    return importlib.util.find_spec("uniflow_kernels._cuda") is not None
+
+
+def _module() -> Any:
+    return importlib.import_module("uniflow_kernels._cuda")
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(rows: Tensor | None) -> Any:
+    if rows is None:
+        return _module().Rows(0, 0, (0, 0))
+    return _module().Rows(rows.data_ptr(), _TYPES[rows.dtype], (rows.stride(0), rows.stride(1)))
+
+
+def _source(
+    images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int, offset: int,
+    patch_size: int, repeats: int, columns: int,
+) -> Any:  # fmt: skip
+    return _module().Source(
+        images.data_ptr(), _TYPES[images.dtype], tuple(images.shape), images.stride(), _address(scale_and_shift),
+        patch_size, repeats, _rows(noise), seed, offset, columns,
+    )  # fmt: skip

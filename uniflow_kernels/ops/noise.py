@@ -1,0 +1,110 @@
+"""Noise that is never stored: normal numbers that are a function of (seed, offset, element) alone, on every backend.
+
+Philox 4x32-10 (Salmon et al. 2011) turns a counter into four 32-bit integers, Box-Muller turns those into four normals.
+The columns of a row are taken four at a time, and a row begins with a counter of its own: element (r, c) of rows of C
+columns is number c % 4 of counter r*ceil(C/4) + c//4. The integers are the same on every backend, the
+normals within 1e-6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_CHUNK = 1 << 15  # counters at a time on a CPU: what Philox works on then stays in the cache
+
+
+def noise_seed(generator: torch.Generator | None = None) -> int:
+    """A seed for `interpolate` and `velocity_loss`, drawn from a generator, which advances.
+
+    Args:
+        generator: on any device; PyTorch's default one for the CPU if not given. Nothing waits for a GPU: a CUDA
+            generator's own seed and position are known to the host.
+
+    Returns:
+        An integer in [0, 2^63). Give the same one to both functions.
+    """
+    if generator is None or generator.device.type == "cpu":
+        return int(torch.randint(2**63 - 1, (), generator=generator))
+    position = generator.get_offset()
+    generator.set_offset(position + 4)  # a position counts 32-bit numbers, and moves in fours
+    counter = [torch.tensor(half) for half in (position & _LOW, position >> 32, 0, 0)]
+    low, high = (int(word) for word in philox(counter, generator.initial_seed())[:2])
+    return (high << 32 | low) >> 1
+
+
+def seeded_noise(
+    rows: int, columns: int, seed: int, offset: int = 0, device: torch.device | str = "cpu", first_row: int = 0
+) -> Tensor:
+    """The normals that `seed` and `offset` stand for.
+
+    Args:
+        rows, columns: the shape.
+        seed: which sequence, in [0, 2^63).
+        offset: which part of it, in [0, 2^63): another offset gives other, independent numbers.
+        device: where to make them.
+        first_row: the number of the first row: rows can be made piece by piece.
+
+    Returns:
+        [rows, columns], float32, standard normal.
+
+    Raises:
+        ValueError: if `seed` or `offset` is out of range.
+    """
+    check_seed(seed, offset)
+    quads = -(-columns // 4)
+    normals = torch.empty(rows * quads, 4, device=device)
+    step = _CHUNK if normals.device.type == "cpu" else 1 << 24
+    for start in range(0, rows * quads, step):
+        part = normals[start : start + step]
+        number = torch.arange(start, start + len(part), device=device) + first_row * quads
+        counter = [number & _LOW, number >> 32, number & 0, number & 0]
+        counter[2] += offset & _LOW
+        counter[3] += offset >> 32
+        box_muller(philox(counter, seed), part)
+    return normals.view(rows, quads * 4)[:, :columns]
+
+
+def check_seed(seed: int, offset: int) -> None:
+    """Raise a ValueError if `seed` or `offset` is not in [0, 2^63)."""
+    for name, value in (("seed", seed), ("offset", offset)):
+        if not 0 <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer in [0, 2^63), got {value}")
+
+
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """Philox 4x32-10: four int64 tensors of 32-bit counter words to four of 32-bit random words."""
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _LOW, seed >> 32 & _LOW
+    for _ in range(_ROUNDS):
+        # the products of two 32-bit words wrap around in an int64, but no bit of them is lost
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (product1 >> 32).bitwise_xor_(c1).bitwise_xor_(key0).bitwise_and_(_LOW)
+        c2 = (product0 >> 32).bitwise_xor_(c3).bitwise_xor_(key1).bitwise_and_(_LOW)
+        c1, c3 = product1.bitwise_and_(_LOW), product0.bitwise_and_(_LOW)
+        key0, key1 = key0 + _KEY_STEPS[0] & _LOW, key1 + _KEY_STEPS[1] & _LOW
+    return [c0, c1, c2, c3]
+
+
+def box_muller(words: list[Tensor], normals: Tensor) -> None:
+    """Four int64 tensors [M] of 32-bit words to standard normals, written into `normals` [M, 4].
+
+    Words 0 and 2 give the radius sqrt(-2 ln((x + 1/2) / 2^32)). Words 1 and 3 give the direction: the two upper bits
+    the quadrant, the others the angle in it, in [-pi/4, pi/4), where a sine in float32 is exact enough.
+    """
+    for pair in (0, 2):
+        radius = (words[pair].float() * 2**-32).add_(2**-33).log_().mul_(-2).sqrt_()
+        quadrant = words[pair + 1] >> 30
+        angle = ((words[pair + 1] & 0x3FFFFFFF) - 0x20000000).float().mul_(math.pi / 2**31)
+        cosine, sine = angle.cos() * radius, angle.sin_().mul_(radius)
+        odd = (quadrant & 1).bool()
+        first, second = torch.where(odd, -sine, cosine), torch.where(odd, cosine, sine)
+        sign = (1 - (quadrant & 2)).float()
+        normals[:, pair] = first.mul_(sign)
+        normals[:, pair + 1] = second.mul_(sign)

@@ -1,0 +1,54 @@
+"""A gradient that the forward pass has made, times what comes in from behind: usually 1, and then untouched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.choice import choose
+
+
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient` times `factor`; in place, unless the graph is kept for another backward pass or being compiled.
+
+    Args:
+        gradient: [..., D], which only the caller holds.
+        factor: a scalar, or one value for each row of `gradient`, [...]; any float dtype.
+
+    Returns:
+        What `gradient * factor` is, in the dtype of `gradient`.
+    """
+    factor = factor.unsqueeze(-1) if factor.ndim else factor
+    # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
+    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+        return (gradient * factor).to(gradient.dtype)
+    torch.ops.uniflow_kernels.scale_(gradient, factor)
+    return gradient
+
+
+_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
+_LIBRARY.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
+
+
+@torch.library.impl(_LIBRARY, "scale_", "CompositeExplicitAutograd")
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    if factor.numel() > 1 or not gradient.is_contiguous():
+        gradient.mul_(factor)
+        return
+    # on a GPU looking at the number would wait for the device: the kernels look at it there
+    triton, cuda = (kernels.why_not(gradient) for kernels in (triton_kernels, cuda_kernels))
+    chosen = choose("scale_", {"triton": triton, "cuda": cuda})
+    if chosen == "triton":
+        from uniflow_kernels.triton_kernels.distillation import scale
+
+        scale(gradient, factor)
+    elif chosen == "cuda":
+        cuda_kernels.scale(gradient, factor)
+    elif gradient.device.type != "cpu" or factor.item() != 1:
+        gradient.mul_(factor)
+
+
+@torch.library.register_fake("uniflow_kernels::scale_", lib=_LIBRARY)
+def _scale_fake(gradient: Tensor, factor: Tensor) -> None:
+    return None

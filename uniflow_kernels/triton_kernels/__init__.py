@@ -1,0 +1,43 @@
+"""Triton kernels, imported by the ops when one is chosen: the package itself needs neither Triton nor a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from uniflow_kernels.choice import requested
+
+MOST_DISTILLED_COLUMNS = 8192  # a token of both sides stays in registers
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel takes such tensors: their devices or dtypes; None where they do."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.device != given[0].device for tensor in given):
+        return "the tensors are on different devices"
+    return next((reason for tensor in given if (reason := why_not_on(tensor.device, tensor.dtype))), None)
+
+
+def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel takes tensors of this device and dtype. Triton's interpreter must be asked for by name."""
+    if not _INSTALLED:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested() == "triton"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted):
+        return f"it runs on CUDA, not on {device.type}"
+    if device.type == "cuda" and _capability(device) < (8, 0):
+        return "it needs compute capability 8.0"
+    if dtype not in _DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    return None
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,133 @@
+"""Cosine distances of all layers in one launch, each token's gradient written on the way."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MOST_LAYERS = 32  # a launch
+_WARPS = 4
+_ELEMENTS = 4096  # of a program's tile
+
+
+@triton.jit
+def _of_layer(tensors, layer, LAYERS: tl.constexpr):
+    """One of a tuple of pointers."""
+    pointer = tensors[0]
+    for other in tl.static_range(1, LAYERS):
+        pointer = tl.where(layer == other, tensors[other], pointer)
+    return pointer
+
+
+@triton.jit
+def cosine_kernel(
+    students, teachers, gradients, distances, tokens_in_all, length, width, skip,
+    student_batch, student_token, teacher_batch, teacher_token,
+    LARGEST: tl.constexpr, LAYERS: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Distances and gradients of TOKENS tokens of one layer a program; a row is in registers whole."""
+    width *= UNIT
+    layer = tl.program_id(1)
+    student = _of_layer(students, layer, LAYERS)
+    teacher = _of_layer(teachers, layer, LAYERS)
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
+    image = tokens // length
+    token = tokens - image * length
+    exists = tokens < tokens_in_all
+    counts = exists & (token >= skip)
+    column = tl.arange(0, COLUMNS)  # [C]
+    inside = (column < width)[None, :]
+    read = counts[:, None] & inside
+    from_student = (image * student_batch + token * student_token) * UNIT
+    from_teacher = (image * teacher_batch + token * teacher_token) * UNIT
+    s = tl.load(student + from_student[:, None] + column[None, :], read, other=0).to(tl.float32)  # [G, C]
+    t = tl.load(teacher + from_teacher[:, None] + column[None, :], read, other=0).to(tl.float32)
+    s_norm = tl.sqrt(tl.sum(s * s, 1))  # [G]
+    s_least = tl.maximum(s_norm, 1e-8)
+    t_least = tl.maximum(tl.sqrt(tl.sum(t * t, 1)), 1e-8)
+    # two divisions: the product of two least norms is not far from the smallest float
+    cosine = tl.sum(s * t, 1) / s_least / t_least
+    counted = length - skip
+    place = layer.to(tl.int64) * (tokens_in_all // length * counted) + image * counted + token - skip
+    tl.store(distances + place, 1.0 - cosine, counts)
+    if GRADIENT:
+        gradient = _of_layer(gradients, layer, LAYERS)
+        along = tl.where(s_norm > 1e-8, cosine / s_least / s_least, 0.0)
+        across = -1.0 / s_least / t_least
+        value = along[:, None] * s + across[:, None] * t
+        value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))  # NaN stays NaN
+        to = tokens[:, None] * width + column[None, :]
+        tl.store(gradient + to, value.to(gradient.dtype.element_ty), exists[:, None] & inside)
+
+
+def cosine_distances(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    skip_tokens: int,
+    gradients: Sequence[Tensor],
+    distances: Tensor,
+) -> None:
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none."""
+    batch, length, width = student[0].shape
+    if not student[0].numel():
+        return
+    # layers of other strides cannot share a launch
+    start = 0
+    while start < len(student):
+        strides = (*student[start].stride()[:2], *teacher[start].stride()[:2])
+        stop = start + 1
+        while stop < min(len(student), start + _MOST_LAYERS) and strides == (
+            *student[stop].stride()[:2],
+            *teacher[stop].stride()[:2],
+        ):
+            stop += 1
+        _launch(
+            tuple(student[start:stop]), tuple(teacher[start:stop]), tuple(gradients[start:stop]), distances[start:stop],
+            (batch, length, width, skip_tokens), strides,
+        )  # fmt: skip
+        start = stop
+
+
+def _launch(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], gradients: tuple[Tensor, ...], distances: Tensor,
+    shape: tuple[int, int, int, int], strides: tuple[int, ...],
+) -> None:  # fmt: skip
+    batch, length, width, skip = shape
+    unit = next(unit for unit in (8, 4, 1) if all(number % unit == 0 for number in (width, *strides)))
+    columns = triton.next_power_of_2(width)
+    tokens = max(1, _ELEMENTS // columns)
+    with _device_of(student[0]):
+        cosine_kernel[(triton.cdiv(batch * length, tokens), len(student))](
+            student, teacher, gradients or student, distances, batch * length, length, width // unit, skip,
+            *(stride // unit for stride in strides),
+            LARGEST=torch.finfo(student[0].dtype).max, LAYERS=len(student), GRADIENT=bool(gradients), UNIT=unit,
+            TOKENS=tokens, COLUMNS=columns, num_warps=_WARPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    """Multiply in place by a number that only the device knows."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        some = tl.load(values + place, place < count, other=0).to(tl.float32) * by
+        tl.store(values + place, some.to(values.dtype.element_ty), place < count)
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
+    block = 8192
+    if values.numel():
+        with _device_of(values):
+            scale_kernel[(triton.cdiv(values.numel(), block),)](
+                values, factor, values.numel(), BLOCK=block, num_warps=8
+            )
+
+
+def _device_of(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)

@@ -1,0 +1,519 @@
+"""Row kernels of the flow head: adaptive norm with the gated residual before it, the MLP's activation, and backward.
+
+A row of x is held whole by one program. Row r takes its modulations from row (r // repeat) % conditions, so that one
+condition may serve rows that follow each other (repeat > 1), every so many rows (conditions < rows) or all of them.
+Names end in _p for a pointer and in _s for the number of elements from one row to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets more
+FORWARD_TILE = 2048
+BACKWARD_TILE = 1024
+# programs of a backward kernel: some for every processor of any GPU, and few enough that their partial sums are small
+_BACKWARD_PROGRAMS = 1024
+# from so many rows on that share a condition, its gradient is summed in the kernel instead of written row by row
+SHARED_FROM = 16
+
+_SIZES = ["rows", "conditions", "repeat", "segment", "per_program"]
+
+
+@triton.jit
+def _statistics(x, inside, W: tl.constexpr, eps, RMS: tl.constexpr):
+    """x [BM, BW] -> what is normalised (zero outside) and its 1/std [BM, 1]."""
+    if RMS:
+        centred = x
+    else:
+        centred = tl.where(inside, x - (tl.sum(x, 1) / W)[:, None], 0.0)
+    return centred, tl.rsqrt(tl.sum(centred * centred, 1) / W + eps)[:, None]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def norm_modulate_kernel(
+    x_p,
+    gate_p,
+    q_p,
+    weight_p,
+    bias_p,
+    shift_p,
+    scale_p,
+    sum_p,
+    h_p,
+    x_s,
+    gate_s,
+    q_s,
+    modulation_s,
+    sum_s,
+    h_s,
+    rows,
+    conditions,
+    repeat,
+    eps,
+    W: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    MODULATED: tl.constexpr,
+    RMS: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """sum = x + gate * q, then h = norm(sum) * (1 + scale) + shift. Shift and h may be the same memory."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    col = tl.arange(0, BW)[None, :]  # [1, BW]
+    inside = (row < rows) & (col < W)
+    condition = (row // repeat) % conditions
+    x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+    if RESIDUAL:
+        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
+        x += gate * tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
+        rounded = x.to(sum_p.dtype.element_ty)
+        tl.store(sum_p + row * sum_s + col, rounded, inside)
+        x = rounded.to(tl.float32)  # the backward pass and the next block see the rounded sum: so does the norm
+    centred, rstd = _statistics(x, inside, W, eps, RMS)
+    h = centred * rstd
+    if WEIGHT:
+        h *= tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
+    if BIAS:
+        h += tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
+    if MODULATED:
+        scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
+        shift = tl.load(shift_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
+        h = h * (1 + scale) + shift
+    tl.store(h_p + row * h_s + col, h.to(h_p.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def norm_modulate_backward_kernel(
+    dh_p,
+    dsum_p,
+    x_p,
+    gate_p,
+    q_p,
+    weight_p,
+    bias_p,
+    scale_p,
+    dx_p,
+    dq_p,
+    dgate_p,
+    dshift_p,
+    dscale_p,
+    partial_p,
+    dh_s,
+    dsum_s,
+    x_s,
+    gate_s,
+    q_s,
+    modulation_s,
+    dx_s,
+    dq_s,
+    dgate_s,
+    dmodulation_s,
+    rows,
+    conditions,
+    repeat,
+    segment,
+    per_program,
+    eps,
+    W: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    MODULATED: tl.constexpr,
+    DSUM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    WRITE_SHIFT: tl.constexpr,
+    RMS: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Backward of `norm_modulate_kernel`; x is the sum that it wrote, dsum what reaches the sum from elsewhere.
+
+    A program takes `per_program` rows of a segment; where a condition is shared, a segment is the rows that share it.
+    partial [programs, 6, W] gets the program's sums over its rows of what belongs to the norm's weight and bias, to
+    shift, scale and gate, and of dq. PER_ROW writes dgate, dscale (and dshift, if it is not where dh lies) row by row.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    per_segment = tl.cdiv(segment, per_program)
+    first = (program // per_segment) * segment + (program % per_segment) * per_program
+    last = tl.minimum(first + per_program, (program // per_segment + 1) * segment)
+    last = tl.minimum(last, rows)
+    col = tl.arange(0, BW)[None, :]  # [1, BW]
+    dweight_sum = tl.zeros((BW,), tl.float32)
+    dbias_sum = tl.zeros((BW,), tl.float32)
+    dshift_sum = tl.zeros((BW,), tl.float32)
+    dscale_sum = tl.zeros((BW,), tl.float32)
+    dgate_sum = tl.zeros((BW,), tl.float32)
+    dq_sum = tl.zeros((BW,), tl.float32)
+    if WEIGHT:
+        weight = tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
+    if BIAS:
+        bias = tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
+    for start in range(first, last, BM):
+        row = start + tl.arange(0, BM)[:, None]  # [BM, 1]
+        inside = (row < last) & (col < W)  # [BM, BW]
+        condition = (row // repeat) % conditions
+        dh = tl.load(dh_p + row * dh_s + col, inside, 0.0).to(tl.float32)
+        x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+        centred, rstd = _statistics(x, inside, W, eps, RMS)
+        xhat = centred * rstd
+        dn = dh  # of the norm's output
+        if MODULATED:
+            normed = xhat
+            if WEIGHT:
+                normed = normed * weight
+            if BIAS:
+                normed = normed + bias
+            scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
+            dscale = dh * normed
+            dn = dh * (1 + scale)
+            dshift_sum += tl.sum(dh, 0)
+            dscale_sum += tl.sum(dscale, 0)
+            if PER_ROW:
+                tl.store(dscale_p + row * dmodulation_s + col, dscale.to(dscale_p.dtype.element_ty), inside)
+                if WRITE_SHIFT:
+                    tl.store(dshift_p + row * dmodulation_s + col, dh.to(dshift_p.dtype.element_ty), inside)
+        dxhat = dn
+        if WEIGHT:
+            dweight_sum += tl.sum(dn * xhat, 0)
+            dxhat = dn * weight
+        if BIAS:
+            dbias_sum += tl.sum(dn, 0)
+        dx = dxhat - xhat * (tl.sum(dxhat * xhat, 1) / W)[:, None]
+        if not RMS:
+            dx -= (tl.sum(dxhat, 1) / W)[:, None]
+        dx *= rstd
+        if DSUM:
+            dx += tl.load(dsum_p + row * dsum_s + col, inside, 0.0).to(tl.float32)
+        tl.store(dx_p + row * dx_s + col, dx.to(dx_p.dtype.element_ty), inside)
+        if RESIDUAL:
+            dx = tl.where(inside, dx, 0.0)
+            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
+            q = tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
+            dq = dx * gate
+            dgate = dx * q
+            tl.store(dq_p + row * dq_s + col, dq.to(dq_p.dtype.element_ty), inside)
+            dq_sum += tl.sum(dq, 0)
+            dgate_sum += tl.sum(dgate, 0)
+            if PER_ROW:
+                tl.store(dgate_p + row * dgate_s + col, dgate.to(dgate_p.dtype.element_ty), inside)
+    out = partial_p + program * (6 * W) + tl.arange(0, BW)
+    within = tl.arange(0, BW) < W
+    if WEIGHT:
+        tl.store(out, dweight_sum, within)
+    if BIAS:
+        tl.store(out + W, dbias_sum, within)
+    if MODULATED:
+        tl.store(out + 2 * W, dshift_sum, within)
+        tl.store(out + 3 * W, dscale_sum, within)
+    if RESIDUAL:
+        tl.store(out + 4 * W, dgate_sum, within)
+        tl.store(out + 5 * W, dq_sum, within)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activation_kernel(
+    p_p, u_p, p_s, u_s, rows, H: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """u = SiLU(p), or SiLU(p[:, :H]) * p[:, H:]."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
+    inside = (row < rows) & (col < H)
+    p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
+    u = p * tl.sigmoid(p)
+    if SWIGLU:
+        u *= tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
+    tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activation_backward_kernel(
+    du_p,
+    p_p,
+    dp_p,
+    u_p,
+    partial_p,
+    du_s,
+    p_s,
+    dp_s,
+    u_s,
+    rows,
+    H: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    STEPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dp from du; u once more, for the weight gradient; dp's sums over the program's rows, [programs, H or 2H]."""
+    first = tl.program_id(0).to(tl.int64) * (BM * STEPS)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
+    dp_sum = tl.zeros((BN,), tl.float32)
+    dup_sum = tl.zeros((BN,), tl.float32)
+    for step in range(STEPS):
+        row = first + step * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+        inside = (row < rows) & (col < H)
+        du = tl.load(du_p + row * du_s + col, inside, 0.0).to(tl.float32)
+        p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
+        s = tl.sigmoid(p)
+        u = p * s
+        dp = du * (s + u * (1 - s))
+        if SWIGLU:
+            up = tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
+            dup = du * u
+            dp *= up
+            u *= up
+            tl.store(dp_p + row * dp_s + H + col, dup.to(dp_p.dtype.element_ty), inside)
+            dup_sum += tl.sum(dup, 0)
+        tl.store(dp_p + row * dp_s + col, dp.to(dp_p.dtype.element_ty), inside)
+        tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
+        dp_sum += tl.sum(dp, 0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    width: tl.constexpr = 2 * H if SWIGLU else H
+    out = partial_p + tl.program_id(0).to(tl.int64) * width + column
+    tl.store(out, dp_sum, column < H)
+    if SWIGLU:
+        tl.store(out + H, dup_sum, column < H)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which row of the conditions each row of x takes: (row // repeat) % conditions."""
+
+    rows: int
+    conditions: int
+    repeat: int
+
+    @property
+    def per_row(self) -> bool:
+        """Whether gradients of the modulations are written row by row, and summed afterwards where rows share them."""
+        return self.repeat < SHARED_FROM
+
+    def to_conditions(self, gradient: Tensor) -> Tensor:
+        """Sum a gradient of every row [rows, ...] over the rows that share a condition -> [conditions, ...]."""
+        if self.conditions == self.rows:
+            return gradient
+        each = gradient.unflatten(0, (-1, self.conditions, self.repeat))
+        return each.sum((0, 2), dtype=torch.float32).to(gradient.dtype)
+
+
+def tile(width: int, elements: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile that holds whole rows, at least `elements` in all, and its warps."""
+    columns = triton.next_power_of_2(width)
+    return max(1, elements // columns), columns, max(4, 4 * columns // elements)
+
+
+def norm_modulate(
+    x: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    norm: tuple[Tensor | None, Tensor | None],
+    modulation: tuple[Tensor, Tensor] | None,
+    total: Tensor | None,
+    h: Tensor,
+    which: Rows,
+    rms: bool,
+    eps: float,
+) -> None:
+    """Launch `norm_modulate_kernel`.
+
+    Args:
+        x: [R, W].
+        residual: gate [C, W] and q [R, W], whose product is added to x first.
+        norm: weight [W] and bias [W].
+        modulation: shift and scale [C, W], of one stride.
+        total: where x + gate * q goes, [R, W]; may be x.
+        h: where the result goes, [R, W]; may be shift, where every row has its own.
+        which: which condition is each row's.
+        rms: RMS norm instead of LayerNorm.
+        eps: of the norm.
+    """
+    width = x.shape[1]
+    block_rows, columns, warps = tile(width, FORWARD_TILE)
+    gate, q = residual or (x, x)
+    shift, scale = modulation or (x, x)
+    total = x if total is None else total
+    weight, bias = norm
+    norm_modulate_kernel[(triton.cdiv(which.rows, block_rows),)](
+        x,
+        gate,
+        q,
+        weight,
+        bias,
+        shift,
+        scale,
+        total,
+        h,
+        x.stride(0),
+        gate.stride(0),
+        q.stride(0),
+        shift.stride(0),
+        total.stride(0),
+        h.stride(0),
+        which.rows,
+        which.conditions,
+        which.repeat,
+        eps,
+        W=width,
+        RESIDUAL=residual is not None,
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        MODULATED=modulation is not None,
+        RMS=rms,
+        BM=block_rows,
+        BW=columns,
+        num_warps=warps,
+    )
+
+
+def norm_modulate_backward(
+    dh: Tensor,
+    dsum: Tensor | None,
+    x: Tensor,
+    residual: tuple[Tensor, Tensor] | None,
+    norm: tuple[Tensor | None, Tensor | None],
+    scale: Tensor | None,
+    dmodulation: tuple[Tensor, Tensor] | None,
+    dgate: Tensor | None,
+    which: Rows,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Launch `norm_modulate_backward_kernel`.
+
+    Args:
+        dh: gradient of the result, [R, W].
+        dsum: gradient that reaches the sum from elsewhere, [R, W]; overwritten.
+        x: the sum, [R, W].
+        residual: gate [C, W] and q [R, W], as in the forward pass.
+        norm: weight [W] and bias [W].
+        scale: [C, W].
+        dmodulation: where the gradients of shift and scale go row by row, [R, W] of one stride; shift's may be dh.
+            None where `which` says they are summed, or without a modulation.
+        dgate: where the gate's goes, [R, W]; None as above.
+        which: which condition is each row's.
+        rms: RMS norm instead of LayerNorm.
+        eps: of the norm.
+
+    Returns:
+        Gradient of the sum [R, W], of q [R, W], and the sums over rows [C, 6, W] in float32, of what belongs to the
+        norm's weight and bias, shift, scale, gate and q; where gradients go row by row [1, 6, W], over all rows.
+    """
+    width = x.shape[1]
+    block_rows, columns, warps = tile(width, BACKWARD_TILE)
+    segment = which.rows if which.per_row else which.repeat
+    segments = which.rows // segment
+    per_program = max(block_rows, triton.cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
+    per_segment = triton.cdiv(segment, per_program)
+    partial = torch.empty(segments * per_segment, 6, width, dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(dh, memory_format=torch.contiguous_format) if dsum is None else dsum
+    dq = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    gate, q = residual or (x, x)
+    dshift, dscale = dmodulation or (dh, dh)
+    weight, bias = norm
+    norm_modulate_backward_kernel[(segments * per_segment,)](
+        dh,
+        dx if dsum is None else dsum,
+        x,
+        gate,
+        q,
+        weight,
+        bias,
+        x if scale is None else scale,
+        dx,
+        dx if dq is None else dq,
+        dx if dgate is None else dgate,
+        dshift,
+        dscale,
+        partial,
+        dh.stride(0),
+        dx.stride(0),
+        x.stride(0),
+        gate.stride(0),
+        q.stride(0),
+        width if scale is None else scale.stride(0),
+        dx.stride(0),
+        width,
+        width if dgate is None else dgate.stride(0),
+        dscale.stride(0),
+        which.rows,
+        which.conditions,
+        which.repeat,
+        segment,
+        per_program,
+        eps,
+        W=width,
+        RESIDUAL=residual is not None,
+        WEIGHT=weight is not None,
+        BIAS=bias is not None,
+        MODULATED=scale is not None,
+        DSUM=dsum is not None,
+        PER_ROW=which.per_row,
+        WRITE_SHIFT=dmodulation is not None and dshift.data_ptr() != dh.data_ptr(),
+        RMS=rms,
+        BM=block_rows,
+        BW=columns,
+        num_warps=warps,
+    )
+    if which.per_row:
+        return dx, dq, partial.sum(0, keepdim=True)
+    return dx, dq, partial.unflatten(0, (-1, which.conditions, per_segment)).sum((0, 2))
+
+
+def _activation_tile(hidden: int) -> tuple[int, int]:
+    columns = min(256, triton.next_power_of_2(hidden))
+    return max(1, FORWARD_TILE // columns), columns
+
+
+def activation(p: Tensor, hidden: int) -> Tensor:
+    """SiLU of p [R, H], or SwiGLU of p [R, 2H] -> [R, H]."""
+    rows = p.shape[0]
+    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
+    block_rows, columns = _activation_tile(hidden)
+    activation_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(hidden, columns))](
+        p, u, p.stride(0), u.stride(0), rows, H=hidden, SWIGLU=p.shape[1] != hidden, BM=block_rows, BN=columns
+    )
+    return u
+
+
+def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `activation`.
+
+    Args:
+        du: [R, H]; overwritten for SiLU.
+        p: [R, H or 2H].
+
+    Returns:
+        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32.
+    """
+    rows, hidden = du.shape
+    gated = p.shape[1] != hidden
+    dp = torch.empty_like(p) if gated else du
+    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
+    block_rows, columns = _activation_tile(hidden)
+    steps = 8
+    programs = triton.cdiv(rows, block_rows * steps)
+    partial = torch.empty(programs, p.shape[1], dtype=torch.float32, device=p.device)
+    activation_backward_kernel[(programs, triton.cdiv(hidden, columns))](
+        du,
+        p,
+        dp,
+        u,
+        partial,
+        du.stride(0),
+        p.stride(0),
+        dp.stride(0),
+        u.stride(0),
+        rows,
+        H=hidden,
+        SWIGLU=gated,
+        STEPS=steps,
+        BM=block_rows,
+        BN=columns,
+    )
+    return dp, u, partial.sum(0)

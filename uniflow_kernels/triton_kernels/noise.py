@@ -1,0 +1,83 @@
+"""Philox 4x32-10 and Box-Muller as `uniflow_kernels.ops.noise` defines them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(number, key0, key1, offset0, offset1):
+    """Counters `number` (int64) to four uint32 words each."""
+    c0 = number.to(tl.uint32)
+    c1 = (number >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + offset0.to(tl.uint32, bitcast=True)
+    c3 = tl.zeros_like(c0) + offset1.to(tl.uint32, bitcast=True)
+    key0 = key0.to(tl.uint32, bitcast=True)
+    key1 = key1.to(tl.uint32, bitcast=True)
+    multiplier0 = tl.full((), 0xD2511F53, tl.uint32)
+    multiplier1 = tl.full((), 0xCD9E8D57, tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, multiplier0), c0 * multiplier0
+        high1, low1 = tl.umulhi(c2, multiplier1), c2 * multiplier1
+        c0 = high1 ^ c1 ^ key0
+        c1 = low1
+        c2 = high0 ^ c3 ^ key1
+        c3 = low0
+        key0 += tl.full((), 0x9E3779B9, tl.uint32)
+        key1 += tl.full((), 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def radius(x):
+    """sqrt(-2 ln u), u = (x + 1/2) / 2^32 = m * 2^e; ln m by a polynomial that is exact in relative terms."""
+    u = x.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
+    exponent = (shifted >> 23).to(tl.float32)
+    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    p = 0.07332145422697067 * f - 0.11659753322601318
+    p = p * f + 0.11634723097085953
+    p = p * f - 0.12396728992462158
+    p = p * f + 0.1425115317106247
+    p = p * f - 0.16669149696826935
+    p = p * f + 0.2000068873167038
+    p = p * f - 0.24999980628490448
+    p = p * f + 0.3333333134651184
+    log_m = f * f * (p * f - 0.5) + f
+    return tl.sqrt(-2.0 * (exponent * 0.6931471805599453 + log_m))
+
+
+@triton.jit
+def direct(length, x):
+    """`length` times (cosine, sine): the two upper bits of x are the quadrant, the others the angle in it."""
+    angle = ((x & 0x3FFFFFFF).to(tl.int32, bitcast=True) - 0x20000000).to(tl.float32) * 1.4629180792671596e-9
+    square = angle * angle
+    s = 2.725000058489968e-06 * square - 0.00019840087043121457
+    s = s * square + 0.008333331905305386
+    s = s * square - 0.1666666716337204
+    sine = (s * square * angle + angle) * length
+    c = -2.7301013005853747e-07 * square + 2.4800601750030182e-05
+    c = c * square - 0.00138888880610466
+    c = c * square + 0.0416666679084301
+    cosine = (square * (c * square - 0.5) + 1.0) * length
+    odd = (x & 0x40000000) != 0
+    sign = tl.where((x & 0x80000000) != 0, -1.0, 1.0)
+    return tl.where(odd, -sine, cosine) * sign, tl.where(odd, cosine, sine) * sign
+
+
+@triton.jit
+def normals(number, key0, key1, offset0, offset1):
+    """Four standard normals of each counter in `number` [..., Q], as [..., 4*Q] in their order."""
+    x, y, z, w = philox(number, key0, key1, offset0, offset1)
+    n0, n1 = direct(radius(x), y)
+    n2, n3 = direct(radius(z), w)
+    # join adds an innermost dimension: [.., Q, 2, 2] with the second pair's index last but one
+    pairs = tl.join(tl.join(n0, n2), tl.join(n1, n3))
+    return tl.reshape(pairs, (number.shape[0], number.shape[1] * 4))
+
+
+def words_of(seed: int, offset: int) -> tuple[int, int, int, int]:
+    """Seed and offset as signed 32-bit words, low before high, so that their size makes no other kernel."""
+    low, high, *offsets = (
+        word - (word >> 31 << 32) for word in (seed & 0xFFFFFFFF, seed >> 32, offset & 0xFFFFFFFF, offset >> 32)
+    )
+    return low, high, offsets[0], offsets[1]
