@@ -55,9 +55,9 @@ class FlowDecoder(nn.Module):
 
         def velocity(x: Tensor, t: float) -> Tensor:
             time = net.time_embed(torch.full((1,), t, device=x.device) * self.time_scale)
-            v = net.from_embedding(x, time + c)
-            if null is not None and guides_at(t, cfg_interval):
-                v = guide(v, net.from_embedding(x, time + null), cfg)
-            return v
+            if null is None or not guides_at(t, cfg_interval):
+                return net.from_embedding(x, time + c)
+            v, null_velocity = net.from_embeddings(x, [time + c, time + null])
+            return guide(v, null_velocity, cfg)
 
         return euler(velocity, noise, steps, schedule)

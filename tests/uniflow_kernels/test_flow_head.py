@@ -123,6 +123,28 @@ def test_what_is_the_same_for_all_rows_is_computed_once():
     assert count_products(head, x, 5.0, c[:1]) == time + cond + modulations + 100 * rest
 
 
+OPTIONS = [
+    {},
+    {"norm": "rms", "mlp": "swiglu", "bias": False},
+    {"modulation_order": "scale-shift-gate", "modulation_groups": 2},
+    {"final_modulation": False},
+]
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_several_conditions_at_the_same_x(options, gradients):
+    head = randomize(FlowHead(24, 64, 24, 40, 4, **options))
+    x, t, c = make_inputs()
+    ys = [head.time_embed(t) + head.cond_embed(c), head.time_embed(t[:1]) + head.cond_embed(0 * c[:1])]
+    with torch.set_grad_enabled(gradients):
+        together = head.from_embeddings(x, ys)
+    assert len(together) == 2
+    for out, y in zip(together, ys, strict=True):
+        assert out.requires_grad == gradients
+        assert torch.allclose(out, head.from_embedding(x, y), rtol=1e-4, atol=1e-5)
+
+
 def test_no_rows():
     head = make_head()
     x, t, c = make_inputs(0)

@@ -7,6 +7,7 @@ many rows (the time embedding of a shared t, the modulation of a shared conditio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ from uniflow_kernels.ops.flow_head import (
     flow_block,
     fused_flow_blocks,
     served_by,
+    split_modulation,
     swiglu,
     why_not_triton,
 )
@@ -283,7 +285,27 @@ class FlowHead(nn.Module):
         Returns:
             [..., out_channels].
         """
+        return self._from_projection(self.input_proj(x), y)
+
+    def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+        """The head at the same x for several conditions, as guidance needs it: what they share is computed once.
+
+        Without gradients the rows of all conditions also share the plain form's products, since one large product is
+        faster than several smaller ones.
+
+        Args:
+            x: [..., in_channels].
+            ys: as `from_embedding` takes them.
+
+        Returns:
+            As many tensors [..., out_channels].
+        """
         x = self.input_proj(x)
+        if torch.is_grad_enabled() or self._fused(x):
+            return [self._from_projection(x, y) for y in ys]
+        return self._plain_together(x, [F.silu(y) for y in ys])
+
+    def _from_projection(self, x: Tensor, y: Tensor) -> Tensor:
         if not self._fused(x):
             return self._plain(x, F.silu(y))
         recompute = "block" if self.grad_checkpointing else self.recompute
@@ -327,6 +349,23 @@ class FlowHead(nn.Module):
                 modulation = block.modulation(a)
             x = checkpoint(block, x, a, modulation, use_reentrant=False) if again else block(x, a, modulation)
         return self.final_layer(x, a)
+
+    def _plain_together(self, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:
+        """`_plain` for each condition a; norms and products run on the rows of all of them, xs [len, ..., W]."""
+        order, final = self.form.modulation_order, self.final_layer
+        xs = x.expand(len(conditions), *x.shape)
+        for i, block in enumerate(self._blocks()):
+            if i % self.blocks_per_group == 0:
+                parts = [split_modulation(block.modulation(a), order, 3) for a in conditions]
+            normed = zip(block.in_ln(xs), parts, strict=True)
+            h = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale, _) in normed])
+            moved = zip(xs, block.mlp(h), parts, strict=True)
+            xs = torch.stack([torch.addcmul(before, gate, q) for before, q, (_, _, gate) in moved])
+        xs = final.norm_final(xs)
+        if final.adaLN_modulation is not None:
+            ends = [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions]
+            xs = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale) in zip(xs, ends, strict=True)])
+        return list(final.linear(xs))
 
 
 _PARTS = (
