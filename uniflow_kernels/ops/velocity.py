@@ -247,7 +247,11 @@ def plain_interpolate(
         rows, band, x1, x0 = piece
         times = t[rows, band] if t.ndim == 2 else t[rows, None]
         times = times.float()[..., None]
-        x_t[rows, band, : x1.shape[-1]] = (x1 * times).add_(x0 * (1 - times))
+        part = x_t[rows, band, : x1.shape[-1]]
+        if dtype == torch.float32:
+            torch.lerp(x0, x1, times, out=part)
+        else:
+            part.copy_(torch.lerp(x0, x1, times))
         x_t[rows, band, x1.shape[-1] :] = 0
     return x_t
 
