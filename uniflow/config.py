@@ -89,7 +89,7 @@ class UniFlowConfig:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_fit()
-        row = self.num_channels * self.patch_size**2
+        row = self.patch_values
         if self.vit_hidden_size < row:
             warnings.warn(
                 f"vit_hidden_size: a flow head of width {self.vit_hidden_size} is narrower than its patch "
@@ -153,6 +153,11 @@ class UniFlowConfig:
     def tokens(self) -> int:
         """Number of patches of an image of the trained size."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Length of a row of pixels, C*P*P."""
+        return self.num_channels * self.patch_size**2
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> UniFlowConfig:

@@ -35,7 +35,7 @@ class FlowDecoder(nn.Module):
 
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__()
-        row = config.num_channels * config.patch_size**2
+        row = config.patch_values
         width = config.vit_hidden_size
         self.net = FlowHead(row, width, row, width, config.num_decoder_layers)
 

@@ -177,10 +177,9 @@ class UniFlow(nn.Module):
             ValueError: if a shape does not fit, or for an unknown schedule.
         """
         condition = self.condition(latents, size)
-        row = self.config.num_channels * self.config.patch_size**2
         if noise is None:
             drawn_on = generator.device if generator is not None else self.device
-            noise = torch.randn(*latents.shape[:2], row, device=drawn_on, generator=generator)
+            noise = torch.randn(*latents.shape[:2], self.config.patch_values, device=drawn_on, generator=generator)
         self._check_rows("noise", noise, condition)
         steps = self.config.sampling_steps if steps is None else steps
         noise = noise.to(self.device, self.dtype)
@@ -240,6 +239,6 @@ class UniFlow(nn.Module):
         return images.to(self.dtype)
 
     def _check_rows(self, name: str, rows: Tensor, condition: Tensor) -> None:
-        expected = (*condition.shape[:2], self.config.num_channels * self.config.patch_size**2)
+        expected = (*condition.shape[:2], self.config.patch_values)
         if tuple(rows.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, one row of pixels a token, got {tuple(rows.shape)}")

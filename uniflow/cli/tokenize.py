@@ -214,7 +214,7 @@ class _Noise:
 
     def __init__(self, model: UniFlow, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._row = model.config.num_channels * model.config.patch_size**2
+        self._row = model.config.patch_values
 
     def draw(self, pictures: int, tokens: int) -> Tensor:
         """[pictures, tokens, C*P*P], float32."""

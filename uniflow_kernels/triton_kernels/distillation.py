@@ -1,7 +1,6 @@
 """Cosine distances of all layers in one launch, each token's gradient written on the way."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -100,7 +99,7 @@ def _launch(
     unit = next(unit for unit in (8, 4, 1) if all(number % unit == 0 for number in (width, *strides)))
     columns = triton.next_power_of_2(width)
     tokens = max(1, _ELEMENTS // columns)
-    with _device_of(student[0]):
+    with torch.cuda.device_of(student[0]):
         cosine_kernel[(triton.cdiv(batch * length, tokens), len(student))](
             student, teacher, gradients or student, distances, batch * length, length, width // unit, skip,
             *(stride // unit for stride in strides),
@@ -123,11 +122,7 @@ def scale(values: Tensor, factor: Tensor) -> None:
     """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
     block = 8192
     if values.numel():
-        with _device_of(values):
+        with torch.cuda.device_of(values):
             scale_kernel[(triton.cdiv(values.numel(), block),)](
                 values, factor, values.numel(), BLOCK=block, num_warps=8
             )
-
-
-def _device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)

@@ -156,7 +156,7 @@ def interpolate(
     if not x_t.numel():
         return
     numbers, _, flags = _source(images, noise, scale_and_shift, patch_size, x_t)
-    with _device_of(images):
+    with torch.cuda.device_of(images):
         interpolate_kernel[(triton.cdiv(x_t.shape[0] * x_t.shape[1], _TOKENS),)](
             images, scale_and_shift, t.float().contiguous(), noise, x_t, *words_of(seed, offset), *numbers,
             T_PER_TOKEN=t.ndim == 2, **flags,
@@ -171,7 +171,7 @@ def velocity_loss(
     if not velocity.numel():
         return
     numbers, strides, flags = _source(images, noise, scale_and_shift, patch_size, velocity, *velocity.stride()[:2])
-    with _device_of(images):
+    with torch.cuda.device_of(images):
         velocity_loss_kernel[(triton.cdiv(losses.numel(), _TOKENS),)](
             velocity, images, scale_and_shift, noise, coefficients.contiguous(), gradient, losses,
             *words_of(seed, offset), *numbers, *strides,
@@ -202,7 +202,3 @@ def _source(
         "num_warps": _WARPS,
     }
     return numbers, tuple(strides[2:]), flags
-
-
-def _device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
