@@ -4,10 +4,8 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -335,19 +333,38 @@ def test_a_full_disk_leaves_nothing(tmp_path, command):
     assert not out.exists() or files(out) == []
 
 
+# each sends the interrupt to its own process at one exact moment, however slow the machine is
+WHILE_IMPORTING = """
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "uniflow.training":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+"""
+WHILE_TRAINING = """
+import torch
+
+passes = itertools.count()
+
+def interrupt(*_):
+    if next(passes) == 500:
+        signal.raise_signal(signal.SIGINT)
+
+torch.nn.modules.module.register_module_forward_hook(interrupt)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1.5, 12.0])  # while modules are imported; while it trains
-def test_an_interrupt_ends_with_130_and_leaves_nothing(picture_folder, tmp_path, after):
+@pytest.mark.parametrize("prepared", [WHILE_IMPORTING, WHILE_TRAINING], ids=["importing", "training"])
+def test_an_interrupt_ends_with_130_and_leaves_nothing(picture_folder, tmp_path, prepared):
     out = tmp_path / "model"
+    program = f"import importlib.abc, itertools, signal, sys\n{prepared}\nfrom uniflow.cli import main\nmain()"
     arguments = ["train", picture_folder, "--out", out, "--steps", "100000", "--batch-size", "2"]
-    process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    time.sleep(after)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
     assert not out.exists()
 
 
