@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/uniflow demo --out out/demo --force
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
