@@ -416,11 +416,20 @@ def test_submodules_that_are_more_than_their_tensors():
     def replace(head):
         head.res_blocks[0].mlp[1] = torch.nn.GELU()
 
+    def replace_by_a_part_of_another_place(head):
+        head.res_blocks[1].mlp[1] = torch.nn.Sequential()
+
+    def remove(head):
+        head.res_blocks = head.res_blocks[:1]
+
+    def change_eps(head):
+        head.res_blocks[1].in_ln.eps = 10.0
+
     def wrap(head):
         block = head.res_blocks[0]
         block.forward = lambda *args: type(block).forward(block, *args) * torch.linspace(-1, 1, 64)
 
-    for change in (hook, replace, wrap):
+    for change in (hook, replace, replace_by_a_part_of_another_place, remove, change_eps, wrap):
         head = make_head(depth=2)
         before = head(*data)
         change(head)
