@@ -7,7 +7,8 @@ Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ NORMS = ("layer", "rms")
 MLPS = ("silu", "swiglu")
 MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
 RECOMPUTE = ("none", "gate", "block")
+PATHS = ("rows", "products")
 
 RUNS_PLAIN = "plain PyTorch"
 RUNS_FUSED = "Triton row kernels, cuBLAS products"
@@ -328,6 +330,37 @@ def _in_order(
     return [final_modulation or (None, None), *(affine for block in blocks for affine in block), *modulations]
 
 
+# Tests and benchmarks force a path. No context variable: a GPU's backward pass runs in autograd's own thread.
+_forced_path: str | None = None
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Every pass takes this path inside the block, "rows" or "products"; one that it cannot serve is a ValueError."""
+    global _forced_path  # noqa: PLW0603
+    check_choice("path", path, PATHS)
+    before, _forced_path = _forced_path, path
+    try:
+        yield
+    finally:
+        _forced_path = before
+
+
+def _path(arch: int, dtype: torch.dtype, width: int, rows: int) -> str:
+    """Which path serves where both can: "rows" or "products".
+
+    Nothing was measured yet. Counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which needs
+    its tensor cores and enough tiles for all of its processors.
+
+    Args:
+        arch: compute capability times ten.
+        dtype: of the products.
+        width: W.
+        rows: R.
+    """
+    return "products" if arch == 90 and dtype.itemsize == 2 and width >= 256 and rows >= 4096 else "rows"
+
+
 class _Kept(NamedTuple):
     """What is kept: sums after each block, modulations (their shift replaced by h, if `_Pass.in_place`), h, p, q."""
 
@@ -349,7 +382,11 @@ class _Activations(NamedTuple):
 
 
 class _Pass:
-    """One forward or backward pass over x [R, W] and a [C, W] with row kernels around the library's products."""
+    """One forward or backward pass over x [R, W] and a [C, W], on one of two paths.
+
+    "rows" has row kernels around the library's products; "products" has the row kernels' work in the epilogues of its
+    own. Both keep the same, so that each pass chooses for itself, by the number of rows at run time.
+    """
 
     def __init__(
         self,
@@ -410,8 +447,81 @@ class _Pass:
         tensors = iter(kept)
         return _Kept(*([next(tensors) for _ in range(count)] for count in self.counts()))
 
+    def why_not_products(self) -> str | None:
+        """Why the path "products" cannot serve; None if it can."""
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        if self.a.shape[0] != self.x.shape[0]:
+            return "rows share a condition"
+        if self.per_group != 1:
+            return "blocks share a modulation"
+        every = [self.x, self.a, *(t for affine in self.modulations for t in affine if t is not None)]
+        every += [t for block in self.blocks for affine in block for t in affine if t is not None]
+        every += [] if self.final is None else [t for t in self.final if t is not None]
+        hidden = self.blocks[0].down.weight.shape[1]
+        return products.why_not(self.x.device, self.x.dtype, (self.width, hidden), every)
+
+    def path(self) -> str:
+        """The path of this pass, "rows" or "products"."""
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        arch = products.architecture(self.x.device)
+        wanted = _forced_path or _path(arch, self.x.dtype, self.width, self.x.shape[0])
+        why_not = self.why_not_products() if wanted == "products" else None
+        if why_not is not None and _forced_path is not None:
+            raise ValueError(f"flow_head: path 'products' cannot serve this input: {why_not}")
+        return wanted if why_not is None else "rows"
+
     def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """The output [R, W] and what is kept."""
+        """The output [R, W] and what is kept, flat."""
+        out, kept = self.forward_by_rows() if self.path() == "rows" else self.forward_by_products()
+        return out, [tensor for kind in kept for tensor in kind]
+
+    def forward_by_products(self) -> tuple[Tensor, _Kept]:
+        """Three launches a block; shift, scale and gate are written only where they are kept."""
+        from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        rows, width = self.x.shape
+        first = self.blocks[0]
+        rms, eps, keep = self.form.norm == "rms", self.form.eps, self.keep
+        scale_first = self.form.modulation_order == "scale-shift-gate"
+        kept = _Kept([], [], [], [], [])
+        h, u = self.empty(rows, width), self.empty(rows, first.down.weight.shape[1])
+        scale = gate = p = q = None
+        x, moments = self.x, products.moments(self.x, rms)
+        for i, block in enumerate(self.blocks):
+            modulation = self.modulations[i]
+            if keep in ("all", "no gate"):
+                kept.modulations.append(self.empty(rows, (3 if keep == "all" else 2) * width))
+                h, scale, *gates = self.split(kept.modulations[i])  # h where shift would be
+                gate = gates[0] if gates else None
+                p = self.empty(rows, block.up.weight.shape[0])
+                kept.p.append(p)
+            if keep == "all":
+                q = self.empty(rows, width)
+                kept.q.append(q)
+            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, eps)
+            products.up(h, block.up, u, p)
+            total = self.empty(rows, width) if i == 0 or keep != "nothing" else x
+            gate_affine = self.rows_of(modulation, slice(2 * width, None))
+            moments = products.down(x, self.a, gate_affine, u, block.down, total, gate, q, rms)
+            x = total
+            if keep != "nothing":
+                kept.sums.append(x)
+        out = self.empty(rows, width)
+        if self.final is None:
+            which = kernels.Rows(rows, rows, 1)
+            kernels.norm_modulate(x, None, (None, None), None, None, out, which, rms, eps)
+            return out, kept
+        if keep in ("all", "no gate"):
+            kept.modulations.append(self.empty(rows, 2 * width))
+            scale = self.split(kept.modulations[-1])[1]  # all that the backward pass reads of it
+        products.modulated(x, moments, self.a, self.final, (None, None), out, scale, scale_first, rms, eps)
+        return out, kept
+
+    def forward_by_rows(self) -> tuple[Tensor, _Kept]:
+        """Five launches a block."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
 
         which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
@@ -451,7 +561,7 @@ class _Pass:
         kernels.norm_modulate(x, residual, (None, None), last, total, out, which, rms, eps)
         if keep != "nothing":
             kept.sums.append(total)
-        return out, [tensor for kind in kept for tensor in kind]
+        return out, kept
 
     def modulate(self, modulation: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shift, scale and gate [C, W], and the tensor of them that is kept: all three, or shift and scale."""
@@ -470,12 +580,21 @@ class _Pass:
     def rows_of(affine: Affine, rows: slice) -> Affine:
         return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
 
-    def activations(self, i: int, x: Tensor, kept: _Kept) -> _Activations:
+    def activations(self, i: int, x: Tensor, kept: _Kept, path: str) -> _Activations:
         """Those of block i, whose input is x, kept or computed again."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
 
         block, modulation = self.blocks[i], self.modulations[i // self.per_group]
         hidden = block.down.weight.shape[1]
+        if self.keep == "inputs" and path == "products":
+            rms, scale_first = self.form.norm == "rms", self.form.modulation_order == "scale-shift-gate"
+            h, scale, p = self.empty(*x.shape), self.empty(*x.shape), self.empty(len(x), block.up.weight.shape[0])
+            u = self.empty(len(x), hidden)
+            moments = products.moments(x, rms)
+            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, self.form.eps)
+            products.up(h, block.up, u, p)
+            return _Activations(h, scale, self.gate(modulation), p, F.linear(u, *block.down))
         if self.keep == "inputs":
             which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
             shift, scale, gate, _ = self.modulate(modulation)
@@ -494,7 +613,9 @@ class _Pass:
     def backward(self, dout: Tensor, kept: _Kept, weight_gradients: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients of x [R, W], of a [C, W] and, if wanted, of the weights that are there, in their order."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
 
+        path = self.path()
         which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
         rms, eps = self.form.norm == "rms", self.form.eps
         inputs = [self.x, *kept.sums]
@@ -507,7 +628,7 @@ class _Pass:
             whole = self.empty(which.rows, parts * self.width)
             return whole, self.split(whole)
 
-        now = self.activations(self.depth - 1, inputs[-2], kept)
+        now = self.activations(self.depth - 1, inputs[-2], kept, path)
         dlast, last_places = places(2) if self.final is not None else (None, [])
         dmodulation, columns = places(3)
         last = None
@@ -532,12 +653,15 @@ class _Pass:
         for i in reversed(range(self.depth)):
             block = self.blocks[i]
             assert dq is not None
-            dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
+            if path == "products":
+                dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
+            else:
+                dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
             if weight_gradients:
                 gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
                 gradients.affine(block.up, dp, now.h, dup)
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight
-            before = self.activations(i - 1, inputs[i - 1], kept) if i else None
+            before = self.activations(i - 1, inputs[i - 1], kept, path) if i else None
             dbefore, columns_before = places(3) if i else (None, [])
             dgate = sums[:, 4:5]
             dx, dq, sums = kernels.norm_modulate_backward(
