@@ -526,7 +526,7 @@ def test_explain():
     head = make_head(depth=2)
     assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
     with backend("triton"):
-        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
+        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products; unmeasured on this GPU"
         head.res_blocks[0].register_forward_hook(lambda *_: None)
         assert "given a hook" in head.explain()
         assert "not torch.float64" in head.double().explain()

@@ -18,20 +18,18 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
-    RUNS_FUSED,
-    RUNS_PLAIN,
-    UNMEASURED,
     Affine,
     Block,
     Form,
     check_choice,
+    explain,
     final_norm,
     flow_block,
     fused_flow_blocks,
+    rows_known,
     served_by,
     split_modulation,
     swiglu,
-    why_not_triton,
 )
 
 
@@ -324,15 +322,17 @@ class FlowHead(nn.Module):
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
-        weight = self.input_proj.weight
-        reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
-        return f"flow_head: {RUNS_PLAIN}; Triton: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+        weight, reason = self.input_proj.weight, self._why_not_fused()
+        hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
+        shared = "blocks share a modulation" if self.blocks_per_group > 1 else None
+        return "flow_head: {}; {}".format(
+            *explain(weight.device, weight.dtype, self.model_channels, hidden, reason, shared)
+        )
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the blocks run as one op."""
-        if served_by(x.device, x.dtype, self.model_channels) == "eager":
-            return False
-        return served_by(x.device, x.dtype, self.model_channels, self._why_not_fused()) != "eager"
+        what = x.device, x.dtype, self.model_channels, rows_known(x)
+        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused()) != "eager"
 
     def _why_not_fused(self) -> str | None:
         if not self.res_blocks:
