@@ -57,7 +57,7 @@ _HOPPER = {
 }
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
 ARCHITECTURES = {
-    0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(32, 64, 64, 4, 1))),
+    0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(64, 64, 64, 4, 1))),
     80: Architecture(False, _HALF, {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}),
     90: Architecture(True, _HALF, _HOPPER),
     100: Architecture(True, _HALF, _HOPPER),
