@@ -1,6 +1,7 @@
 """Compiles Triton kernels for GPUs that are not there, and reads out of ptxas and the SASS what became of them.
 
-Runs as a process of its own, since the tests' process defines all kernels for the interpreter:
+Runs as a process of its own, since the tests' process defines all kernels for the interpreter, and to use the oldest
+Triton that is supported, installed beside the newest:
 
     python -m tests.compile.compiling REQUESTS.json RESULTS.json
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +24,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+# `make test` installs it there; UNIFLOW_OLDEST_TRITON names another folder
+OLDEST = Path(os.environ.get("UNIFLOW_OLDEST_TRITON", Path(sys.prefix) / "triton-3.6.0"))
+
+ARCHES = (80, 90, 100)
+
+
+def arches(oldest: bool) -> tuple[int, ...]:
+    """What to compile for; by the oldest Triton for sm_90 alone, in a third of the time."""
+    return (90,) if oldest else ARCHES
 
 
 @dataclass(frozen=True)
@@ -57,22 +69,26 @@ class Compiled:
     instructions: int = 0
 
 
-def compile_all(requests: list[Request]) -> list[Compiled]:
-    """Compile in a fresh process without the interpreter; an error in it is raised here with its output."""
+def compile_all(requests: list[Request], oldest: bool = False) -> list[Compiled]:
+    """Compile in a fresh process without the interpreter; an error in it is raised here with its output.
+
+    Args:
+        requests: what to compile.
+        oldest: by the oldest Triton that is supported, not by the installed one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "requests.json", Path(folder) / "results.json"
         asked.write_text(json.dumps([asdict(request) for request in requests]))
         command = [sys.executable, "-m", "tests.compile.compiling", str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(oldest))
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
         return [Compiled(**result) for result in json.loads(answered.read_text())]
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _environment(oldest: bool) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | ({"PYTHONPATH": f"{OLDEST}{os.pathsep}{kept.get('PYTHONPATH', '')}"} if oldest else {})
 
 
 def compile_one(request: Request) -> Compiled:

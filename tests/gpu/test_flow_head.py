@@ -197,10 +197,10 @@ def test_memory_of_a_train_step(path):
     assert peaks["triton"] < peaks["eager"]
 
 
-def test_doctor_says_that_nothing_was_measured():
+def test_doctor_says_what_was_measured():
     (line,) = (op for op in doctor().ops if op.op == "flow_head")
     assert "Triton" in line.runs
-    assert "unmeasured" in line.why
+    assert line.why.startswith(("unmeasured on this GPU", "measured from"))
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")

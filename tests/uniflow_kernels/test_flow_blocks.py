@@ -453,11 +453,20 @@ def test_submodules_that_are_more_than_their_tensors():
     def replace(head):
         head.res_blocks[0].mlp[1] = torch.nn.GELU()
 
+    def replace_by_a_part_of_another_place(head):
+        head.res_blocks[1].mlp[1] = torch.nn.Sequential()
+
+    def remove(head):
+        head.res_blocks = head.res_blocks[:1]
+
+    def change_eps(head):
+        head.res_blocks[1].in_ln.eps = 10.0
+
     def wrap(head):
         block = head.res_blocks[0]
         block.forward = lambda *args: type(block).forward(block, *args) * torch.linspace(-1, 1, 64)
 
-    for change in (hook, replace, wrap):
+    for change in (hook, replace, replace_by_a_part_of_another_place, remove, change_eps, wrap):
         head = make_head(depth=2)
         before = head(*data)
         change(head)
@@ -633,7 +642,7 @@ def test_explain():
     head = make_head(depth=2)
     assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
     with backend("triton"):
-        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
+        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products; unmeasured on this GPU"
         head.res_blocks[0].register_forward_hook(lambda *_: None)
         assert "given a hook" in head.explain()
         assert "not torch.float64" in head.double().explain()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from uniflow_kernels.choice import choose
-from uniflow_kernels.triton_kernels import why_not_on
+from uniflow_kernels.choice import choose, requested
+from uniflow_kernels.measured import fastest_first, measured
+from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
     from uniflow_kernels.triton_kernels.flow_head import Rows
@@ -29,8 +30,11 @@ MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
 RECOMPUTE = ("none", "gate", "block")
 PATHS = ("rows", "products")
 
-RUNS_PLAIN = "plain PyTorch"
-RUNS_FUSED = "Triton row kernels, cuBLAS products"
+RUNS = {
+    "eager": "plain PyTorch",
+    "rows": "Triton row kernels, cuBLAS products",
+    "products": "Triton products with the row kernels' work in them",
+}
 UNMEASURED = "unmeasured on this GPU"
 
 
@@ -201,7 +205,7 @@ def fused_flow_blocks(
         modulations = [_cast(modulation, dtype) for modulation in modulations]
         final_modulation = None if final_modulation is None else _cast(final_modulation, dtype)
     why_not = _why_not_tensors(x, a, blocks, modulations, final_modulation)
-    if served_by(x.device, x.dtype, x.shape[-1], why_not) == "eager" or x.numel() == 0:
+    if served_by(x.device, x.dtype, x.shape[-1], rows_known(x), why_not) == "eager" or x.numel() == 0:
         return flow_blocks(x, a, blocks, modulations, final_modulation, form)
     rows, conditions, repeat = _flatten(x, a)
     weights = [tensor for affine in _in_order(blocks, modulations, final_modulation) for tensor in affine]
@@ -222,7 +226,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, width: int) -> str 
     return why_not_on(device, dtype)
 
 
-def served_by(device: torch.device, dtype: torch.dtype, width: int, why_not: str | None = None) -> str:
+def served_by(
+    device: torch.device, dtype: torch.dtype, width: int, rows: int | None, why_not: str | None = None
+) -> str:
     """The backend, "triton" or "eager". A compiled graph keeps the one it was compiled with.
 
     The choice is made before the registered op and not inside it, so that the plain form stays open to torch.compile,
@@ -232,15 +238,29 @@ def served_by(device: torch.device, dtype: torch.dtype, width: int, why_not: str
         device: of all tensors.
         dtype: of the products.
         width: W.
+        rows: R; None where a compiled graph is to serve any number.
         why_not: a further reason against the kernels, known to the caller.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         why_not = "the Triton kernels have no rules for the transforms of torch.func"
-    return choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
+    chosen = choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
+    if chosen == "eager" or rows is None or requested() != "auto":
+        return chosen
+    paths = _fastest_first(architecture(device), dtype, width, rows, torch.is_grad_enabled())
+    return "eager" if paths[:1] == ("eager",) else chosen
 
 
 # what torch.compiler.assume_constant_result does, which would import the whole compiler for it
 served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def rows_known(x: Tensor) -> int | None:
+    """R of x [..., W], by which the path is chosen; None where a graph is compiled, to serve any number."""
+    return None if torch.compiler.is_compiling() else x.shape[:-1].numel()
+
+
+def _fastest_first(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> tuple[str, ...]:
+    return fastest_first("flow_head", arch, str(dtype).removeprefix("torch."), width, rows, training)
 
 
 def _why_not_tensors(
@@ -336,7 +356,10 @@ _forced_path: str | None = None
 
 @contextmanager
 def forced_path(path: str) -> Iterator[None]:
-    """Every pass takes this path inside the block, "rows" or "products"; one that it cannot serve is a ValueError."""
+    """Every pass takes this path inside the block, "rows" or "products"; one that it cannot serve is a ValueError.
+
+    The backward pass of a forward pass inside the block takes it too.
+    """
     global _forced_path  # noqa: PLW0603
     check_choice("path", path, PATHS)
     before, _forced_path = _forced_path, path
@@ -346,19 +369,72 @@ def forced_path(path: str) -> Iterator[None]:
         _forced_path = before
 
 
-def _path(arch: int, dtype: torch.dtype, width: int, rows: int) -> str:
-    """Which path serves where both can: "rows" or "products".
+def _path(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> str:
+    """Which path serves where both can, "rows" or "products": the faster one where it was measured.
 
-    Nothing was measured yet. Counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which needs
-    its tensor cores and enough tiles for all of its processors.
+    Else, counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which needs its tensor cores
+    and enough tiles for all of its processors.
 
     Args:
         arch: compute capability times ten.
         dtype: of the products.
         width: W.
         rows: R.
+        training: whether a backward pass follows, or is this one.
     """
-    return "products" if arch == 90 and dtype.itemsize == 2 and width >= 256 and rows >= 4096 else "rows"
+    for path in _fastest_first(arch, dtype, width, rows, training):
+        if path in PATHS:
+            return path
+    counted = arch == 90 and dtype.itemsize == 2 and width >= 256 and rows >= _PRODUCTS_FROM
+    return "products" if counted else "rows"
+
+
+_PRODUCTS_FROM = 4096  # rows
+
+
+def explain(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int,
+    why_not: str | None = None,
+    why_not_products: str | None = None,
+) -> tuple[str, str]:
+    """What serves a head by its number of rows, and why: where that was measured, or the reason against the kernels.
+
+    Args:
+        device: of all tensors.
+        dtype: of the products.
+        width: W.
+        hidden: H.
+        why_not: a further reason against the kernels, known to the caller.
+        why_not_products: a further reason against the path "products".
+    """
+    reason = why_not_triton(device, dtype, width) or why_not
+    if reason is not None:
+        return RUNS["eager"], f"Triton: {reason}"
+    from uniflow_kernels.triton_kernels import flow_products as products
+
+    arch = architecture(device)
+    why_not_products = products.why_not(device, dtype, (width, hidden), []) or why_not_products
+    known = measured("flow_head", arch, str(dtype).removeprefix("torch."), width)
+
+    def path(rows: int, training: bool) -> str:
+        if requested() == "auto" and _fastest_first(arch, dtype, width, rows, training)[:1] == ("eager",):
+            return "eager"
+        return _path(arch, dtype, width, rows, training) if why_not_products is None else "rows"
+
+    served = ""
+    last = None
+    for rows in sorted({0, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
+        inference, training = RUNS[path(rows, False)], RUNS[path(rows, True)]
+        now = inference if inference == training else f"{inference} (training: {training})"
+        if now != last:
+            served += f"; from {rows} rows {now}" if served else now
+            last = now
+    if not known:
+        return served, UNMEASURED
+    return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}"
 
 
 class _Kept(NamedTuple):
@@ -463,10 +539,9 @@ class _Pass:
 
     def path(self) -> str:
         """The path of this pass, "rows" or "products"."""
-        from uniflow_kernels.triton_kernels import flow_products as products
-
-        arch = products.architecture(self.x.device)
-        wanted = _forced_path or _path(arch, self.x.dtype, self.width, self.x.shape[0])
+        arch = architecture(self.x.device)
+        training = self.keep != "nothing"
+        wanted = _forced_path or _path(arch, self.x.dtype, self.width, self.x.shape[0], training)
         why_not = self.why_not_products() if wanted == "products" else None
         if why_not is not None and _forced_path is not None:
             raise ValueError(f"flow_head: path 'products' cannot serve this input: {why_not}")
@@ -840,7 +915,7 @@ class _FlowBlocks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, how: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
         out, kept = torch.ops.uniflow_kernels.flow_blocks(x, a, weights, *how)
         ctx.save_for_backward(x, a, *weights, *kept)
-        ctx.how, ctx.count = how, len(weights)
+        ctx.how, ctx.count, ctx.forced_path = how, len(weights), _forced_path
         return out
 
     @staticmethod
@@ -849,6 +924,7 @@ class _FlowBlocks(torch.autograd.Function):
         x, a, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.count], rest[ctx.count :]
         wanted = any(ctx.needs_input_grad[3:])
-        dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *ctx.how, wanted)
+        with nullcontext() if ctx.forced_path is None else forced_path(ctx.forced_path):
+            dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *ctx.how, wanted)
         gradients = iter(found)
         return dx, da, None, *(next(gradients) if wanted and w is not None else None for w in weights)

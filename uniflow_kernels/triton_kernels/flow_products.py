@@ -10,7 +10,6 @@ next.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from uniflow_kernels.triton_kernels import architecture
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 
 
@@ -434,15 +434,6 @@ class Moments(NamedTuple):
 
     values: Tensor
     columns: int
-
-
-@lru_cache
-def architecture(device: torch.device) -> int:
-    """The compute capability times ten; 0 on a CPU, where Triton's interpreter runs."""
-    if device.type == "cpu":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def why_not(device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...], tensors: list[Tensor]) -> str | None:
