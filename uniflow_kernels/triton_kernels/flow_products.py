@@ -82,8 +82,7 @@ def _read(t_p, t_s, row, col, rows, COLS: tl.constexpr, BM: tl.constexpr, BN: tl
     else:
         r = row + tl.arange(0, BM)[:, None]
         c = col + tl.arange(0, BN)[None, :]
-        inside = r < rows if COLS % BN == 0 else (r < rows) & (c < COLS)
-        return tl.load(t_p + r.to(tl.int64) * t_s + c, inside, 0.0)
+        return tl.load(t_p + r.to(tl.int64) * t_s + c, (r < rows) & (c < COLS), 0.0)
 
 
 @triton.jit
@@ -108,8 +107,7 @@ def _read_weight(
         i = tl.arange(0, 2 * BN)[:, None]
         r = row + i % BN
         c = col + tl.arange(0, BK)[None, :]
-        inside = r < N if K % BK == 0 else (r < N) & (c < K)
-        return tl.load(w_p + (r + i // BN * N).to(tl.int64) * w_s + c, inside, 0.0)
+        return tl.load(w_p + (r + i // BN * N).to(tl.int64) * w_s + c, (r < N) & (c < K), 0.0)
 
 
 @triton.jit
