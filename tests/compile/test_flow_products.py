@@ -73,9 +73,9 @@ def request(name, arch):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(oldest):
     asked = {(name, arch): request(name, arch) for arch in SHARED for name in products.ARCHITECTURES[arch].tiles}
-    return dict(zip(asked, compile_all(list(asked.values())), strict=True))
+    return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
 
 
 def test_every_tile_that_is_shipped_is_compiled(compiled):
