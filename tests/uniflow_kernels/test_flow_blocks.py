@@ -6,6 +6,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
+from uniflow_kernels.ops import flow_head
 from uniflow_kernels.ops.flow_head import PATHS, Affine, Block, _in_order, _Pass, _path, forced_path
 from uniflow_kernels.triton_kernels import flow_products
 
@@ -259,6 +260,18 @@ def test_kernels_at_odd_sizes(within_twice, rows, width, path):
     against_definition(within_twice, make_head(width, depth=1), (rows,), (rows,), path=path)
 
 
+@pytest.mark.parametrize(("target", "width", "rows"), [(16, 24, 1000), (588, 100, 17), (768, 72, 5), (588, 1536, 2)])
+def test_targets_of_the_module(within_twice, target, width, rows):
+    head = randomize(FlowHead(target, width, target, 40, 1))
+    data = torch.randn(rows, target), 1000 * torch.rand(rows), torch.randn(rows, 40)
+    with backend("triton"), forced_path("rows"):
+        ours = module_results(head, *data)
+    plain = module_results(head, *data)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=2e-6)
+
+
 @paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["canonical", "VibeVoice"])
@@ -412,6 +425,39 @@ def test_autocast(within_twice):
     assert ours[0].dtype == torch.bfloat16
     for results in zip(ours, plain, exact, strict=True):
         within_twice(*results, floor=1e-3)
+
+
+def test_autocast_casts_once_while_nothing_changes(monkeypatch):
+    """Without gradients; a step between two calls is seen. Weights of autocast's own dtype are taken as they are."""
+    head = make_head(depth=2)
+    x, y = (t.detach() for t in inputs())
+    plain = flow_head.flow_blocks
+    given = []
+    monkeypatch.setattr(flow_head, "flow_blocks", lambda *what: given.append(what) or plain(*what))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, fused=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused_flow_blocks(x, y, *head.tensors())
+
+    with torch.no_grad():
+        first, again = run(), run()
+    run().sum().backward()
+    gradient = head.res_blocks[0].mlp[0].weight.grad
+    optimizer.step()
+    with torch.no_grad():
+        changed = run()
+        head.bfloat16()
+        run()
+    ups = [what[2][0].up.weight for what in given]
+    assert ups[0].dtype == torch.bfloat16
+    assert ups[0] is ups[1]
+    assert ups[2].requires_grad
+    assert gradient.any()
+    assert torch.equal(ups[3], head.res_blocks[0].mlp[0].weight)
+    assert ups[4] is head.res_blocks[0].mlp[0].weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, changed)
 
 
 def test_gradient_checkpointing_and_functional_call():

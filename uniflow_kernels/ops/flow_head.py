@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.measured import fastest_first, measured
+from uniflow_kernels.packing import packed
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
@@ -201,9 +202,7 @@ def fused_flow_blocks(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a = x.to(dtype), a.to(dtype)
-        blocks = [Block(block.norm, _cast(block.up, dtype), _cast(block.down, dtype)) for block in blocks]
-        modulations = [_cast(modulation, dtype) for modulation in modulations]
-        final_modulation = None if final_modulation is None else _cast(final_modulation, dtype)
+        blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, dtype)
     why_not = _why_not_tensors(x, a, blocks, modulations, final_modulation)
     if served_by(x.device, x.dtype, x.shape[-1], rows_known(x), why_not) == "eager" or x.numel() == 0:
         return flow_blocks(x, a, blocks, modulations, final_modulation, form)
@@ -279,8 +278,27 @@ def _why_not_tensors(
 _MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
 
 
-def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
-    return Affine(affine.weight.to(dtype), None if affine.bias is None else affine.bias.to(dtype))
+def _cast(
+    blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None, dtype: torch.dtype
+) -> tuple[list[Block], list[Affine], Affine | None]:
+    """All tensors of products in `dtype`; without gradients they are cast once and kept while no parameter changes."""
+    products = [*(affine for block in blocks for affine in (block.up, block.down)), *modulations]
+    tensors = [tensor for affine in (*products, final or (None, None)) for tensor in affine]
+
+    def cast(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.to(dtype, copy=not torch.is_grad_enabled()) for tensor in tensors]
+
+    if torch.is_grad_enabled():
+        tensors = cast(*tensors)
+    elif any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+        tensors = packed(("cast", dtype), tensors, cast)
+    pairs = [Affine(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]  # type: ignore[arg-type]
+    depth = len(blocks)
+    return (
+        [Block(block.norm, *pairs[2 * i : 2 * i + 2]) for i, block in enumerate(blocks)],
+        pairs[2 * depth : -1],
+        None if final is None else pairs[-1],
+    )
 
 
 def _flatten(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, int]:
