@@ -539,10 +539,14 @@ def test_what_the_kernels_cannot_serve_is_said():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "shared", "path"),
-    [("none", False, "rows"), ("gate", True, "rows"), ("block", False, "rows"), ("none", False, "products")],
+    ("recompute", "shared", "products_from"),
+    [("none", False, None), ("gate", True, None), ("block", False, None), ("none", False, 20)],
 )
-def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute, shared, path):
+def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypatch, recompute, shared, products_from):
+    """Nor for another path: each pass chooses it while it runs."""
+    if products_from:
+        choice = "uniflow_kernels.ops.flow_head._path"
+        monkeypatch.setattr(choice, lambda arch, dtype, width, rows, _: PATHS[rows >= products_from])
     head = make_head(32, depth=2, recompute=recompute)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
 
@@ -551,26 +555,34 @@ def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute
         shapes = (m, 24), (m,), (1 if shared else m, 40)
         return module_results(head, *(torch.randn(shape, generator=generator) for shape in shapes), function)
 
-    with torch._dynamo.config.patch(error_on_recompile=True), backend("triton"), forced_path(path):
+    with torch._dynamo.config.patch(error_on_recompile=True), backend("triton"):
         for m in (37, 5, 64):
             for ours, theirs in zip(results(compiled, m), results(head, m), strict=True):
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", ["nothing", "all", "no gate", "inputs"])
-@pytest.mark.parametrize("options", [OPTIONS["canonical"], OPTIONS["SphereAR"]])
-def test_registered_ops(options, keep):
+@pytest.mark.parametrize(
+    ("options", "keep", "path"),
+    [
+        *[(OPTIONS["canonical"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
+        *[(OPTIONS["SphereAR"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
+        *[(OPTIONS["canonical"], keep, "products") for keep in ("nothing", "all")],
+    ],
+)
+def test_registered_ops(options, keep, path):
     head = make_head(16, depth=2, **{**options, **({"modulation_groups": 1} if options else {})})
     (blocks, modulations, final), _ = tensors_of(head)
     weights = [t for pair in _in_order(blocks, modulations, final) for t in pair]
     weights = [None if t is None else t.detach() for t in weights]
-    x, y = (t.detach() for t in inputs((6,), (3,), 16))
-    how = (2, 2, *head.form, keep)
+    repeat = 2 if path == "rows" else 1
+    x, y = (t.detach() for t in inputs((6,), (6 // repeat,), 16))
+    how = (2, repeat, *head.form, keep)
     ops = torch.ops.uniflow_kernels
-    torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
-    if keep != "nothing":
-        _, kept = ops.flow_blocks(x, y, weights, *how)
-        torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+    with forced_path(path):
+        torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
+        if keep != "nothing":
+            _, kept = ops.flow_blocks(x, y, weights, *how)
+            torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
 
 
 def test_the_paths_of_a_forward_and_a_backward_pass_are_chosen_apart(within_twice):
@@ -593,7 +605,7 @@ def test_the_paths_of_a_forward_and_a_backward_pass_are_chosen_apart(within_twic
 
 def test_the_path():
     """Products where they were counted to win, rows elsewhere."""
-    assert _path(90, torch.bfloat16, 1024, 4096) == _path(90, torch.float16, 1536, 32768) == "products"
+    assert _path(90, torch.bfloat16, 1024, 4096, False) == _path(90, torch.float16, 1536, 32768, True) == "products"
     for arch, dtype, width, rows in (
         (90, torch.bfloat16, 1024, 4095),
         (90, torch.float32, 1024, 32768),
@@ -601,7 +613,7 @@ def test_the_path():
         (80, torch.bfloat16, 1024, 32768),
         (100, torch.bfloat16, 1024, 32768),
     ):
-        assert _path(arch, dtype, width, rows) == "rows"
+        assert _path(arch, dtype, width, rows, False) == _path(arch, dtype, width, rows, True) == "rows"
 
 
 def test_why_there_are_no_products(monkeypatch):

@@ -97,6 +97,8 @@ def _forward_by_products(shape: Shape, keep: str) -> list[Launch]:
         down = shape.launch("down", h + w, w + both * w, h, w)
         gate = shape.launch("gate", w, both * w, w, w)
         launches.append(_add(down, gate.read, gate.written + moments, gate.flops))
+    if shape.final and kept:
+        launches.append(shape.launch("fill", 0, w))  # the last shift's place
     return [*launches, modulated() if shape.final else shape.launch("norm_modulate", w, w)]
 
 
