@@ -521,6 +521,22 @@ def test_submodules_that_are_more_than_their_tensors():
             head(*data)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_that_hold_their_parameters_as_attributes(bias):
+    """As those of DataParallel do, which needs GPUs."""
+    head = make_head(depth=2, bias=bias)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    with backend("triton"):
+        before = head(*data)
+        for module in head.modules():
+            held = {name: p for name, p in module._parameters.items() if p is not None}
+            for name, parameter in held.items():
+                delattr(module, name)
+                setattr(module, name, parameter.detach())
+        assert not list(head.parameters())
+        assert torch.equal(head(*data), before)
+
+
 def test_what_the_kernels_cannot_serve_is_said():
     (blocks, modulations, final), _ = tensors_of(make_head(depth=2))
     x, y = inputs()

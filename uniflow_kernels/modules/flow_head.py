@@ -50,7 +50,7 @@ class TimestepEmbedding(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the MLP's weights; the sinusoids are rounded to it."""
-        return next(self.mlp.parameters()).dtype
+        return cast(nn.Linear, self.mlp[0]).weight.dtype  # replicas of DataParallel have no parameters()
 
     def forward(self, t: Tensor) -> Tensor:
         """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W]."""
@@ -80,7 +80,7 @@ def _norm(form: Form, width: int, affine: bool) -> nn.Module:
 
 def _affine(layer: nn.Module) -> Affine:
     # not layer.weight: a module finds its attributes slowly. Replicas of DataParallel hold them as plain ones
-    held = layer._parameters or vars(layer)
+    held = layer._parameters if "weight" in layer._parameters else vars(layer)
     return Affine(cast(Tensor, held["weight"]), held.get("bias"))
 
 
