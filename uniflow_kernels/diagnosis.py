@@ -12,7 +12,7 @@ import torch
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
-from uniflow_kernels.ops.flow_head import RUNS_FUSED, RUNS_PLAIN, UNMEASURED, why_not_triton
+from uniflow_kernels.ops.flow_head import explain
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,7 @@ def doctor() -> DoctorReport:
 
 
 def _flow_head(cuda: bool) -> OpReport:
-    reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024)
-    return (
-        OpReport("flow_head", RUNS_PLAIN, f"Triton: {reason}")
-        if reason
-        else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
-    )
+    return OpReport("flow_head", *explain(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024, 1024))
 
 
 def _loss(name: str, cuda: bool) -> OpReport:

@@ -10,14 +10,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.compile.compiling import Request, compile_all
+from tests.compile.compiling import ARCHES, Request, arches, compile_all
 
-ARCHS = (80, 90, 100)
 CSRC = Path(__file__).parents[2] / "csrc"
 VELOCITY, DISTILLATION = "uniflow_kernels.triton_kernels.velocity", "uniflow_kernels.triton_kernels.distillation"
 
 
-def flow_requests(kernel, seeded):
+def flow_request(arch, kernel, seeded):
     """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4."""
     pointers = {
         **{"images": "*fp32", "t": "*fp32", "noise": "constexpr" if seeded else "*fp32", "x_t": "*bf16"},
@@ -34,10 +33,10 @@ def flow_requests(kernel, seeded):
     names = ["key0", "key1", "offset0", "offset1", *sizes, *strides]
     signature = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
     missing = {"scale_and_shift": None, **({"noise": None} if seeded else {})}
-    return [Request(f"{VELOCITY}:{kernel}", signature, {**constants, **missing}, arch) for arch in ARCHS]
+    return Request(f"{VELOCITY}:{kernel}", signature, {**constants, **missing}, arch)
 
 
-def cosine_requests():
+def cosine_request(arch):
     """24 layers of bf16, width 1024."""
     layers = ["*bf16"] * 24
     constants = {
@@ -52,17 +51,17 @@ def cosine_requests():
         "distances": "*fp32",
         **dict.fromkeys(constants, "constexpr"),
     }
-    return [Request(f"{DISTILLATION}:cosine_kernel", signature, constants, arch) for arch in ARCHS]
+    return Request(f"{DISTILLATION}:cosine_kernel", signature, constants, arch)
 
 
-def test_triton_kernels():
-    requests = [
-        *flow_requests("interpolate_kernel", True),
-        *flow_requests("velocity_loss_kernel", True),
-        *flow_requests("velocity_loss_kernel", False),
-        *cosine_requests(),
-    ]
-    for request, compiled in zip(requests, compile_all(requests), strict=True):
+def test_triton_kernels(oldest):
+    requests = []
+    for arch in arches(oldest):
+        requests.append(flow_request(arch, "interpolate_kernel", True))
+        requests.append(flow_request(arch, "velocity_loss_kernel", True))
+        requests.append(flow_request(arch, "velocity_loss_kernel", False))
+        requests.append(cosine_request(arch))
+    for request, compiled in zip(requests, compile_all(requests, oldest), strict=True):
         what = f"{request.kernel} sm_{request.arch} {compiled}"
         assert compiled.spills == 0, what
         assert compiled.stack == 0, what
@@ -94,7 +93,7 @@ def cubins(tmp_path_factory):
         subprocess.run([nvcc, *flags, str(CSRC / f"{name}.cu"), "-o", str(cubin)], check=True)
         return cubin
 
-    jobs = [(name, arch) for name in ("velocity", "distillation") for arch in ARCHS]
+    jobs = [(name, arch) for name in ("velocity", "distillation") for arch in ARCHES]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(jobs, pool.map(build, jobs), strict=True))
 

@@ -213,3 +213,14 @@ def test_more_than_2_to_the_31_elements(kernels):
         losses = velocity_loss(x_t, images, 14, seed=1, repeats=repeats, reduction="none")
         alone = velocity_loss(x_t[-1:], images, 14, noise[None], reduction="none")
     assert torch.allclose(losses[-1:], alone, rtol=1e-4)
+
+
+def test_compute_sanitizer(sanitized, kernels):
+    sanitized(
+        "import torch; from uniflow_kernels import backend, interpolate, layerwise_distillation, velocity_loss;"
+        f"backend({kernels!r}).__enter__(); images = torch.rand(2, 3, 21, 35, device='cuda');"
+        "t = torch.rand(2, 15, device='cuda'); x = interpolate(images, t, 7, seed=1, columns=150);"
+        "velocity_loss(x.requires_grad_(), images, 7, seed=1, columns=150).backward();"
+        "student, teacher = torch.randn(2, 3, 2, 5, 40, device='cuda').requires_grad_();"
+        "layerwise_distillation(student, teacher.detach())[0].backward(); torch.cuda.synchronize()"
+    )

@@ -31,7 +31,7 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and requested() == "triton"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted):
         return f"it runs on CUDA, not on {device.type}"
-    if device.type == "cuda" and _capability(device) < (8, 0):
+    if device.type == "cuda" and architecture(device) < 80:
         return "it needs compute capability 8.0"
     if dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16, not {dtype}"
@@ -39,5 +39,9 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def architecture(device: torch.device) -> int:
+    """The compute capability times ten; 0 on a CPU, where Triton's interpreter runs."""
+    if device.type == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
