@@ -134,7 +134,7 @@ def test_pieces_on_a_cpu_do_not_show(monkeypatch):
     student, teacher = [s.requires_grad_() for s in layers(2)], layers(2, seed=1)
     whole = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
     for chunk in (1, 20, 50):
-        monkeypatch.setattr("uniflow_kernels.ops.distillation._CPU_CHUNK", chunk)
+        monkeypatch.setattr("uniflow_kernels.ops.pieces.CPU_CHUNK", chunk)
         pieces = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(whole, pieces, strict=True))
 
