@@ -51,8 +51,7 @@ __device__ __forceinline__ void load_noise(const void* noise, int64_t place, int
 }
 
 // x0 of columns 4*quad .. 4*quad + 3 of a row; 0 beyond its end.
-__device__ __forceinline__ void noise_at(const Source& source, Seed seed, int64_t row, int64_t image, int64_t token, int quad,
-                                         bool wide, float x0[4]) {
+__device__ __forceinline__ void noise_at(const Source& source, int64_t row, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
   const Rows& noise = source.noise;
   const int valid = source.tiling.length - 4 * quad;
   const int64_t place = image * noise.image_stride + token * noise.token_stride + 4 * quad;
@@ -60,7 +59,8 @@ __device__ __forceinline__ void noise_at(const Source& source, Seed seed, int64_
 #pragma unroll
     for (int k = 0; k < 4; ++k) x0[k] = 0.0f;
   } else if (noise.data == nullptr) {
-    normals(row * source.tiling.quads + quad, seed, x0);
+    const uint64_t seed = source.seed_at == nullptr ? source.seed : *source.seed_at;
+    normals(row * source.tiling.quads + quad, seed_of(seed, source.offset), x0);
   } else if (noise.type == kFloat32) {
     load_noise<float>(noise.data, place, valid, wide, x0);
   } else if (noise.type == kFloat16) {
@@ -81,13 +81,11 @@ struct Wide {  // which accesses may be wide
 // What a block begins with: its tile, which is then in `rows`, and where in it a thread's elements are.
 struct Block {
   Tile tile;
-  Seed seed;
   uint32_t row_quads;
   SmallDivisor by_quads;
 
   __device__ Block(const Source& source, bool wide, float* rows)
       : tile(tile_at(source.tiling, blockIdx.x)),
-        seed(seed_of(source.seed_at == nullptr ? source.seed : *source.seed_at, source.offset)),
         row_quads((source.columns + 3) / 4),
         by_quads(row_quads) {
     load_tile(source, tile, wide, rows);
@@ -115,8 +113,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int QUADS = kQuads<T, VECTOR>;
   extern __shared__ __align__(16) float rows[];
   const Tiling& tiling = source.tiling;
-  const Block block(source, wide.images, rows);
-  const auto& [tile, seed, row_quads, by_quads] = block;
+  const auto [tile, row_quads, by_quads] = Block(source, wide.images, rows);
   for (int repeat = 0; repeat < source.repeats; ++repeat) {
     const auto [first, image, token] = Tokens(tiling, tile, repeat);
     for (uint32_t i = threadIdx.x * QUADS; i < tile.count * row_quads; i += kThreads * QUADS) {
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         float x0[4];
-        noise_at(source, seed, first + g, image, token + g, quad, wide.noise, x0);
+        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
         const float time = t[t_per_token ? first + g : image];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -154,8 +151,7 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(16) float rows[];
   const Tiling& tiling = source.tiling;
   float* partials = rows + tiling.width * 4 * tiling.quads;  // [tile.count][row_quads]
-  const Block block(source, wide.images, rows);
-  const auto& [tile, seed, row_quads, by_quads] = block;
+  const auto [tile, row_quads, by_quads] = Block(source, wide.images, rows);
   for (int repeat = 0; repeat < source.repeats; ++repeat) {
     const auto [first, image, token] = Tokens(tiling, tile, repeat);
     for (uint32_t i = threadIdx.x * QUADS; i < tile.count * row_quads; i += kThreads * QUADS) {
@@ -174,7 +170,7 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         const float coefficient = coefficient_of(coefficients, first + g);
         float x0[4];
-        noise_at(source, seed, first + g, image, token + g, quad, wide.noise, x0);
+        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

@@ -26,7 +26,7 @@ def flow_requests(kernel, seeded, held=False):
     }
     constants = {
         **{"PATCH": 14, "NORMALIZED": False, "SEEDED": seeded, "UNIT": 4, "TOKENS": 16, "QUADS": 32},
-        **({"T_PER_TOKEN": True} if kernel == "interpolate_kernel" else {"PER_TOKEN": True, "GRADIENT": True}),
+        **({"T_PER_TOKEN": True} if kernel == "interpolate_kernel" else {"PER_TOKEN": False, "GRADIENT": True}),
     }
     sizes = ["tokens_in_all", "batch", "down", "across", "length", "columns"]
     strides = [f"stride_{name}" for name in ("image", "channel", "row", "column")]

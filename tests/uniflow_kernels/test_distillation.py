@@ -1,21 +1,11 @@
 import math
-import os
 
 import pytest
 import torch
 
-from uniflow_kernels import LayerwiseDistillation, backend, layerwise_distillation
+from uniflow_kernels import LayerwiseDistillation, layerwise_distillation
 
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
-    """Plain PyTorch, and the Triton kernels in the interpreter."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("tests/gpu runs the kernels on a GPU")
-    with backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("on_each_backend")
 
 
 def layers(count=4, dtype=torch.float32, seed=0):

@@ -1,21 +1,10 @@
-import os
-
 import pytest
 import torch
 
 from uniflow_kernels import backend, patchify, unpatchify
 from uniflow_kernels.ops.patches import patchify_op, unpatchify_op
 
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
-    """Plain PyTorch, and the Triton kernels in the interpreter."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("tests/gpu runs the kernels on a GPU")
-    with backend(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("on_each_backend")
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64, torch.int64]
@@ -73,6 +62,7 @@ def test_any_strides_on_both_sides(patch, channels):
 def test_gradient():
     images = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: unpatchify(patchify(x, 2).sin(), 2), images)
+    assert torch.autograd.gradgradcheck(lambda x: unpatchify(patchify(x, 2).sin(), 2), images)
 
 
 def test_each_is_the_gradient_of_the_other():

@@ -1,20 +1,9 @@
-import os
-
 import pytest
 import torch
 
-from uniflow_kernels import backend, interpolate, noise_seed, patchify, seeded_noise, velocity_loss
+from uniflow_kernels import interpolate, noise_seed, patchify, seeded_noise, velocity_loss
 
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
-    """Plain PyTorch, and the Triton kernels in the interpreter."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("tests/gpu runs the kernels on a GPU")
-    with backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("on_each_backend")
 
 
 def inputs(dtype=torch.float32):
@@ -243,6 +232,14 @@ def test_two_backward_passes_over_one_graph():
     (second,) = torch.autograd.grad(loss, prediction)
     assert torch.equal(first, kept)
     assert torch.equal(first, second)
+
+
+def test_a_second_derivative_is_refused():
+    images, noise, prediction = inputs()
+    prediction.requires_grad_()
+    loss = velocity_loss(prediction, images, 4, noise)
+    with pytest.raises(RuntimeError, match="velocity_loss: it has no second derivative"):
+        torch.autograd.grad(loss, prediction, create_graph=True)
 
 
 def test_masked_tokens_may_hold_anything():

@@ -174,6 +174,7 @@ patchify_op = register(
     _patchify_fake,
     _patchify_setup,
     _patchify_backward,
+    linear=True,
 )
 
 
@@ -207,4 +208,5 @@ unpatchify_op = register(
     _unpatchify_fake,
     _unpatchify_setup,
     _unpatchify_backward,
+    linear=True,
 )

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from uniflow_kernels import cuda_kernels
@@ -24,6 +23,7 @@ def register(
     fake: Callable[..., Any],
     setup: Callable[..., None],
     backward: Callable[..., Any],
+    linear: bool = False,
 ) -> Callable[..., Tensor]:
     """Register an op, and give the function that calls it.
 
@@ -38,6 +38,7 @@ def register(
             gradient (`ctx.needs_input_grad` counts differently around the dispatcher).
         backward: called with ctx and the gradient of each output, that of all but the first None; gives a gradient, or
             None, for each argument.
+        linear: whether what `backward` does can be differentiated again; autograd raises an error for all other ops.
 
     Returns:
         A function of the op's arguments, all by position, that gives the first output.
@@ -74,8 +75,9 @@ def register(
             return outputs[0] if others else outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, incoming: Tensor) -> Any:
+            if torch.is_grad_enabled() and not linear:
+                raise RuntimeError(f"{name}: it has no second derivative, which create_graph=True asks for")
             return None, *tensors_in(backward(ctx, incoming, *[None] * others))
 
     def call(*arguments: Any) -> Tensor:

@@ -35,7 +35,7 @@ def pixels_of(columns, stride_channel, stride_row, stride_column, PATCH: tl.cons
     within = columns - channel * (PATCH * PATCH)
     line = within // PATCH
     left = within - line * PATCH
-    return channel, channel.to(tl.int64) * stride_channel + line.to(tl.int64) * stride_row + left * stride_column
+    return channel, channel.to(tl.int64) * stride_channel + (line * stride_row + left * stride_column)
 
 
 @triton.jit
