@@ -87,10 +87,9 @@ def test_triton_kernels():
         assert compiled.registers <= 128, what
         assert compiled.shared <= 16 << 10, what
         if "patches" in request.kernel:
-            # rows four elements at a time, pixels one by one
-            assert any(
-                ("STG.E.64" if request.constexprs["CUT"] else "LDG.E.64") in access for access in compiled.wide
-            ), what
+            # rows in wide accesses, pixels one by one
+            access = "STG.E.128" if request.constexprs["CUT"] else "LDG.E.128"
+            assert any(access in kind for kind in compiled.wide), what
             continue
         assert any("STG.E.128" in access for access in compiled.wide), what
         if "interpolate" not in request.kernel:  # which reads nothing but pixels, and those one by one
