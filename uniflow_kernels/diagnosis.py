@@ -53,11 +53,8 @@ def doctor() -> DoctorReport:
         "GPU": _gpus() if cuda else "none",
         "flash-attn": _installed("flash-attn"),
     }
-    plain = "plain PyTorch"
-    no_kernel = "no fused kernel yet"
-    ops = [OpReport(name, plain, no_kernel) for name in ("patchify", "unpatchify")]
-    losses = [_loss(name, cuda) for name in ("interpolate", "velocity_loss", "layerwise_distillation")]
-    return DoctorReport(environment, [_flow_head(cuda), *losses, *ops, _attention(cuda)])
+    names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
+    return DoctorReport(environment, [_flow_head(cuda), *(_loss(name, cuda) for name in names), _attention(cuda)])
 
 
 def _flow_head(cuda: bool) -> OpReport:

@@ -16,12 +16,23 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def unit_of(*numbers: int) -> int:
+    """The most elements of which all of these row lengths and strides are multiples: how wide an access may be."""
+    return next(unit for unit in (8, 4, 1) if all(number % unit == 0 for number in numbers))
+
+
 def why_not(*tensors: Tensor | None) -> str | None:
     """Why no Triton kernel takes such tensors: their devices or dtypes; None where they do."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.device != given[0].device for tensor in given):
-        return "the tensors are on different devices"
-    return next((reason for tensor in given if (reason := why_not_on(tensor.device, tensor.dtype))), None)
+    first: torch.device | None = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if reason := why_not_on(tensor.device, tensor.dtype):
+            return reason
+        first = first or tensor.device
+        if tensor.device != first:
+            return "the tensors are on different devices"
+    return None
 
 
 def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
