@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
@@ -280,12 +282,11 @@ def test_kernels_in_half_precision(within_twice, dtype, name, path):
     against_definition(within_twice, head, (70,), (70,), dtype, floor=1e-3, path=path)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["canonical", "VibeVoice"])
+@pytest.mark.parametrize(("arch", "name"), [(80, "VibeVoice"), (90, "VibeVoice"), (90, "canonical")])
 def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch, name):
     """Its tiles, and descriptors where it has them, in the interpreter; the widths end inside a tile."""
     monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[arch])
-    head = make_head(144, depth=1, **{**OPTIONS[name], "hidden": 264})
+    head = make_head(136, depth=1, **{**OPTIONS[name], "hidden": 264 if name == "canonical" else 144})
     against_definition(within_twice, head, (130,), (130,), torch.float16, floor=1e-3, path="products")
 
 
@@ -661,10 +662,27 @@ def test_why_there_are_no_products(monkeypatch):
     assert reason(make_head(depth=1, hidden=41), *inputs()).startswith("TMA takes rows that begin at")
     x, y = inputs()
     assert reason(head, torch.cat([x.flatten(), x[0]])[1 : 1 + x.numel()].view(x.shape), y).startswith("TMA takes")
+    assert reason(head, x[:1].detach().expand(19, 64), y) == "TMA takes rows that do not overlap"
     monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[80])
     assert "not torch.float32" in reason(head, x, y)
     monkeypatch.delitem(flow_products.ARCHITECTURES, 0)
     assert "no tiles for compute capability" in reason(head, x, y)
+
+
+@triton.jit
+def place_kernel(places_p, rows, columns: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
+    row, col = flow_products._place(rows, columns, height, width)
+    tl.store(places_p + 2 * tl.program_id(0), row)
+    tl.store(places_p + 2 * tl.program_id(0) + 1, col)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (256, 96), (290, 70)])
+def test_every_tile_is_made_once(rows, columns):
+    """In groups of eight rows of tiles, of which the last may have fewer."""
+    tiles = [[row, column] for row in range(0, rows, 16) for column in range(0, columns, 32)]
+    places = torch.empty(len(tiles), 2, dtype=torch.int32)
+    place_kernel[(len(tiles),)](places, rows, columns, height=16, width=32)
+    assert sorted(places.tolist()) == tiles
 
 
 def test_moments_of_rows_far_from_zero(within_twice):

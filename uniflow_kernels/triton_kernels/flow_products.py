@@ -57,7 +57,7 @@ _HOPPER = {
 }
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
 ARCHITECTURES = {
-    0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(64, 64, 64, 4, 1))),
+    0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(128, 128, 128, 4, 1))),
     80: Architecture(False, _HALF, {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}),
     90: Architecture(True, _HALF, _HOPPER),
     100: Architecture(True, _HALF, _HOPPER),
@@ -453,12 +453,12 @@ def why_not(device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...
         return f"it takes {' and '.join(map(str, dtypes))}, not {dtype}"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
         return "elements of a row do not follow each other"
-    if not tma:
-        return None
-    lengths = [*row_widths, *(tensor.stride(0) for tensor in tensors if tensor.ndim == 2)]
     matrices = [tensor for tensor in tensors if tensor.ndim == 2]
-    if any(length * dtype.itemsize % 16 for length in lengths) or any(t.data_ptr() % 16 for t in matrices):
+    steps = [*row_widths, *(matrix.stride(0) for matrix in matrices)]
+    if tma and (any(step * dtype.itemsize % 16 for step in steps) or any(m.data_ptr() % 16 for m in matrices)):
         return "TMA takes rows that begin at multiples of 16 bytes"
+    if tma and any(matrix.stride(0) < matrix.shape[1] for matrix in matrices):
+        return "TMA takes rows that do not overlap"
     return None
 
 
