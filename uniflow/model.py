@@ -13,7 +13,7 @@ from uniflow.checkpoint import assign_state, read_state, write_state
 from uniflow.config import GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.encoder import Embeddings, Encoder, resize_position_embedding
-from uniflow.flow import Interval
+from uniflow.flow import Interval, Plan
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels import unpatchify
 from uniflow_kernels.ops.patches import patch_grid
@@ -156,35 +156,43 @@ class UniFlow(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         size: tuple[int, int] | None = None,
+        solver: str = "euler",
+        temperature: float = 1.0,
     ) -> Tensor:
-        """Latents to images, by Euler steps from noise.
+        """Latents to images, in steps from noise.
 
         Args:
             latents: [B, N, latent_ch].
             steps: number of steps; the config's `num_sampling_steps` if not given.
-            schedule: "linear" or "pow_p", see `uniflow.flow.schedule_steps`.
+            schedule: "linear", "pow_p" or "shifted_a", see `uniflow.flow.schedule_steps`.
             cfg: guidance scale; 1 is none (and costs none).
             cfg_interval: the sigmas at which to guide, see `uniflow.flow.guides_at`.
             noise: [B, N, C*P*P] to start from; drawn in float32 if not given.
             generator: to draw it with, on any device.
             size: (H, W) of the images in pixels; without it they are square.
+            solver: "euler", or "heun" or "midpoint", which evaluate the flow head twice in a step.
+            temperature: what the noise is multiplied by.
 
         Returns:
             [B, C, H, W], normalised as the encoder's images are; differentiable, so use torch.inference_mode() if no
             gradient is wanted.
 
         Raises:
-            ValueError: if a shape does not fit, or for an unknown schedule.
+            ValueError: if a shape does not fit, or for an unknown schedule or solver.
         """
+        steps = self.config.sampling_steps if steps is None else steps
+        plan = Plan(steps, schedule, solver, cfg, cfg_interval)
+        plan.check()
         condition = self.condition(latents, size)
         if noise is None:
             drawn_on = generator.device if generator is not None else self.device
             noise = torch.randn(*latents.shape[:2], self.config.patch_values, device=drawn_on, generator=generator)
         self._check_rows("noise", noise, condition)
-        steps = self.config.sampling_steps if steps is None else steps
-        noise = noise.to(self.device, self.dtype)
-        rows = self.flow_head.sample(noise, condition, steps, schedule, cfg, cfg_interval)
-        return unpatchify(rows, self.config.patch_size, size)
+        noise = noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
+        if temperature != 1.0:
+            noise = noise * temperature
+        rows = self.flow_head.sample(noise, condition, plan).taken()
+        return unpatchify(rows.to(self.dtype), self.config.patch_size, size)
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
-from uniflow.flow import euler
+from uniflow.flow import integrate
 from uniflow_kernels import FlowHead
 
 
@@ -25,7 +25,7 @@ def ours(head: FlowHead, noise: Tensor, condition: Tensor, steps: int) -> Tensor
     def velocity(x: Tensor, t: float) -> Tensor:
         return head.from_embedding(x, head.time_embed(torch.full((1,), 1000 * t, device=x.device)) + c)
 
-    return euler(velocity, noise, steps)
+    return integrate(velocity, noise, steps)
 
 
 def sampler_work(head: FlowHead, noise: Tensor, condition: Tensor, steps: int) -> Work:

@@ -72,7 +72,12 @@ def test_keep_size_rounds_to_the_patch(capsys, picture_folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [[], ["--keep-size"]])
 @pytest.mark.parametrize(
-    "sampling", [[], ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2]]
+    "sampling",
+    [
+        [],
+        ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2],
+        ["--steps", 2, "--schedule", "shifted_2", "--solver", "heun", "--temperature", 0.5],
+    ],
 )
 def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path, keep, sampling):
     same = [*CHECKPOINT, "--batch-size", 2]
@@ -94,11 +99,18 @@ def test_the_seeds_noise_does_not_depend_on_the_batches(capsys, picture_folder, 
         assert np.abs(one - three).max() <= 1  # the order of sums may round differently
 
 
-def test_steps_and_dtype_reach_the_model(capsys, picture_folder, tmp_path):
+def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
     one = [picture_folder / "a.png", *CHECKPOINT]
-    for name, options in {"1": [], "4": ["--steps", 4], "bf16": ["--dtype", "bfloat16"]}.items():
+    variants = {
+        "1": [],
+        "4": ["--steps", 4],
+        "bf16": ["--dtype", "bfloat16"],
+        "heun": ["--steps", 4, "--solver", "heun"],
+        "cold": ["--temperature", 0.5],
+    }
+    for name, options in variants.items():
         ok(capsys, "reconstruct", *one, *options, "--out", tmp_path / name)
-    assert len({(tmp_path / name / "a.png").read_bytes() for name in ("1", "4", "bf16")}) == 3
+    assert len({(tmp_path / name / "a.png").read_bytes() for name in variants}) == len(variants)
 
 
 def test_force_overwrites(capsys, picture_folder, tmp_path):
@@ -214,7 +226,8 @@ def pictures(picture_folder, tmp_path):
             "does not hold this model; keys missing (8): chal_proj.c_fc.weight",
         ),
         (["{p}/pictures", *CHECKPOINT, "--steps", "0"], "Invalid value for '--steps'"),
-        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear' or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear', or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--solver", "rk4"], "solver: expected one of euler, heun, midpoint"),
         (["{p}/pictures", *CHECKPOINT, "--cfg-interval", "2", "1"], "cfg_interval: expected"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),

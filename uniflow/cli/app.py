@@ -22,7 +22,9 @@ KeepSize = Annotated[
     bool, typer.Option("--keep-size", help="Keep each picture's size (to the nearest multiple of the patch).")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own if not given.")]
-Schedule = Annotated[str, typer.Option(help="linear, or pow_ and a number, as in pow_0.25.")]
+Schedule = Annotated[str, typer.Option(help="linear, or pow_ or shifted_ and a number, as in pow_0.25.")]
+Solver = Annotated[str, typer.Option(help="euler, heun or midpoint; the last two work twice in a step.")]
+Temperature = Annotated[float, typer.Option(min=0, help="What the noise is multiplied by.")]
 Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 CfgInterval = Annotated[
     tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
@@ -81,8 +83,10 @@ def reconstruct(
     out: OutFolder,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
@@ -93,7 +97,7 @@ def reconstruct(
     """Encode and decode pictures; print how close the results are."""
     from uniflow.cli.tokenize import Sampling, reconstruct
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
     reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, dtype, device, force)
 
 
@@ -121,8 +125,10 @@ def decode(
     out: OutFolder,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
@@ -132,7 +138,7 @@ def decode(
     """Decode a file of latents into pictures."""
     from uniflow.cli.tokenize import Sampling, decode
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
     decode(latents, checkpoint, out, sampling, batch_size, dtype, device, force)
 
 
@@ -142,8 +148,10 @@ def evaluate(
     checkpoint: Checkpoint,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     fid_weights: Annotated[
         Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.", show_default=False)
@@ -156,7 +164,7 @@ def evaluate(
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
     from uniflow.cli.tokenize import Sampling, evaluate
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
     evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, dtype, device)
 
 

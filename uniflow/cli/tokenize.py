@@ -26,7 +26,7 @@ from uniflow.cli.inputs import (
     read_picture,
 )
 from uniflow.config import UniFlowConfig
-from uniflow.flow import Interval, guides_at, schedule_steps
+from uniflow.flow import Interval, Plan
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.metrics import ReconstructionFID, psnr, ssim
 from uniflow.model import UniFlow
@@ -42,15 +42,20 @@ class Sampling:
 
     steps: int | None
     schedule: str
+    solver: str
     cfg: float
     cfg_interval: Interval | None
+    temperature: float
     seed: int
 
     def check(self) -> None:
         """Find a bad value before any work is done."""
         with explained():
-            schedule_steps(1, self.schedule)
-            guides_at(0.0, self.cfg_interval)
+            self.plan(1).check()
+
+    def plan(self, default_steps: int) -> Plan:
+        """As the sampler takes it."""
+        return Plan(self.steps or default_steps, self.schedule, self.solver, self.cfg, self.cfg_interval)
 
 
 def reconstruct(
@@ -230,6 +235,8 @@ def _decode(model: UniFlow, latents: Tensor, sampling: Sampling, noise: _Noise, 
         sampling.cfg_interval,
         noise=noise.draw(*latents.shape[:2]),
         size=size,
+        solver=sampling.solver,
+        temperature=sampling.temperature,
     )
 
 
