@@ -353,19 +353,25 @@ class FlowHead(nn.Module):
     def _plain_together(self, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:
         """`_plain` for each condition a; norms and products run on the rows of all of them, xs [len, ..., W]."""
         order, final = self.form.modulation_order, self.final_layer
-        xs = x.expand(len(conditions), *x.shape)
+        xs = torch.stack([x] * len(conditions))
         for i, block in enumerate(self._blocks()):
             if i % self.blocks_per_group == 0:
                 parts = [split_modulation(block.modulation(a), order, 3) for a in conditions]
-            normed = zip(block.in_ln(xs), parts, strict=True)
-            h = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale, _) in normed])
-            moved = zip(xs, block.mlp(h), parts, strict=True)
-            xs = torch.stack([torch.addcmul(before, gate, q) for before, q, (_, _, gate) in moved])
+            h = _modulate_each(block.in_ln(xs), parts)
+            for before, q, (_, _, gate) in zip(xs, block.mlp(h), parts, strict=True):
+                before.addcmul_(gate, q)
         xs = final.norm_final(xs)
         if final.adaLN_modulation is not None:
-            ends = [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions]
-            xs = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale) in zip(xs, ends, strict=True)])
+            xs = _modulate_each(xs, [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions])
         return list(final.linear(xs))
+
+
+def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Shift + normed * (1 + scale) for each of normed [len, ..., W]."""
+    h = torch.empty_like(normed)
+    for n, into, (shift, scale, *_) in zip(normed, h, parts, strict=True):
+        torch.addcmul(shift, n, 1 + scale, out=into)
+    return h
 
 
 _PARTS = (
