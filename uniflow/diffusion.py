@@ -103,8 +103,8 @@ def sample(
 
     Raises:
         ModuleNotFoundError: for "dpm-solver++" without diffusers, naming the extra.
-        ValueError: for an unknown method, a head of other channels, guidance without a null condition, shapes that do
-            not fit.
+        ValueError: for an unknown method, a head of other channels, guidance without a null condition, eta out of
+            range, shapes that do not fit.
 
     Source: `p_sample` and `ddim_sample` of MAR's diffusion (from ADM), and `forward_with_cfg` of its head: the guided
     noise goes with the conditional variance.
@@ -117,6 +117,8 @@ def sample(
         )
     if cfg != 1.0 and null_condition is None:
         raise ValueError("null_condition: expected a tensor, since cfg is not 1")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
     shape = (*condition.shape[:-1], head.in_channels)
     if noise is None:
         noise = torch.randn(shape, generator=generator, device=condition.device)

@@ -225,6 +225,7 @@ def test_draws_are_reproducible_and_in_the_heads_dtype(method):
         (lambda h, c: Diffusion(1001), "steps: expected between 1 and 1000, got 1001"),
         (lambda h, c: sample(h, c, Diffusion(2), "euler"), "method: expected one of ddpm, ddim, dpm-solver"),
         (lambda h, c: sample(h, c, Diffusion(2), cfg=2.0), "null_condition: expected a tensor"),
+        (lambda h, c: sample(h, c, Diffusion(2), "ddim", eta=1.5), r"eta: expected a number in \[0, 1\]"),
         (lambda h, c: sample(h, c, Diffusion(2), noise=torch.zeros(4, 6)), r"noise: expected shape \(5, 6\)"),
         (lambda h, c: sample(FlowHead(6, 32, 7, 20, 1), c, Diffusion(2)), "head: expected out_channels 6 or 12, got 7"),
     ],

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from uniflow_kernels.modules.sampling import sample
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
     RUNS_FUSED,
@@ -32,6 +33,7 @@ from uniflow_kernels.ops.flow_head import (
     swiglu,
     why_not_triton,
 )
+from uniflow_kernels.solvers import Interval, Plan
 
 
 class TimestepEmbedding(nn.Module):
@@ -275,6 +277,70 @@ class FlowHead(nn.Module):
             raise ValueError(f"c: expected shape [{x.shape[0]} or 1, {self.z_channels}], got {tuple(c.shape)}")
         return self.from_embedding(x, self.time_embed(t) + self.cond_embed(c))
 
+    def sample(
+        self,
+        condition: Tensor,
+        steps: int,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        schedule: str = "linear",
+        solver: str = "euler",
+        cfg: float = 1.0,
+        cfg_interval: Interval | None = None,
+        null_condition: Tensor | None = None,
+        temperature: float = 1.0,
+        time_scale: float = 1000.0,
+    ) -> Tensor:
+        """Draw rows under a condition: follow the velocity from noise at t = 0 to t = 1.
+
+        On CUDA all steps become one graph, captured the second time that a kind of input comes (shapes, dtypes,
+        settings); the last eight kinds are kept. Weights are read where they are, so a training step between two calls
+        is seen. Where a graph cannot serve, the steps run one by one: while gradients are wanted, inside torch.compile
+        or another capture; and, with a warning, where modules have hooks or were replaced, or the capture fails.
+
+        Args:
+            condition: [..., z_channels], in the head's dtype.
+            steps: number of steps, at least 1.
+            noise: [..., in_channels] to start from; drawn in float32 if not given. The state between the steps is
+                float32 (float64 for a head in float64).
+            generator: to draw it with, on any device.
+            schedule: "linear", "pow_p" or "shifted_a", see `uniflow_kernels.solvers.schedule_steps`.
+            solver: "euler", "heun" or "midpoint"; the last two evaluate the head twice in a step.
+            cfg: guidance scale; 1 is none.
+            cfg_interval: the sigmas at which to guide, see `uniflow_kernels.solvers.guides_at`.
+            null_condition: what guidance leads away from: [1, z_channels] for all rows, or like `condition`; zeros if
+                not given.
+            temperature: what the noise is multiplied by.
+            time_scale: the head was trained on time_scale * t (UniFlow: 1000).
+
+        Returns:
+            [..., in_channels], in the condition's dtype.
+
+        Raises:
+            ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
+        """
+        plan = Plan(steps, schedule, solver, cfg, cfg_interval)
+        plan.check()
+        if condition.ndim == 0 or condition.shape[-1] != self.z_channels:
+            raise ValueError(f"condition: expected shape [..., {self.z_channels}], got {tuple(condition.shape)}")
+        if self.out_channels != self.in_channels:
+            raise ValueError(f"out_channels: a velocity has those of x, {self.in_channels}, not {self.out_channels}")
+        if null_condition is not None and null_condition.shape not in ((1, self.z_channels), condition.shape):
+            raise ValueError(
+                f"null_condition: expected shape (1, {self.z_channels}) or {tuple(condition.shape)}, "
+                f"got {tuple(null_condition.shape)}"
+            )
+        shape = (*condition.shape[:-1], self.in_channels)
+        if noise is None:
+            drawn_on = condition.device if generator is None else generator.device
+            noise = torch.randn(shape, device=drawn_on, generator=generator)
+        elif noise.shape != shape:
+            raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+        noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
+        null_condition = null_condition if cfg != 1.0 else None
+        return sample(self, noise, condition, null_condition, plan, time_scale, self._why_not_captured)
+
     def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
         """The head behind its embeddings.
 
@@ -337,6 +403,11 @@ class FlowHead(nn.Module):
             return None
         return "a submodule was replaced, wrapped or given a hook"
 
+    def _why_not_captured(self) -> str | None:
+        if all(_is_plain(module) for module in self.modules() if module is not self):
+            return None
+        return "a submodule was replaced, wrapped or given a hook"
+
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
 
@@ -384,6 +455,7 @@ _PARTS = (
     nn.RMSNorm,
     nn.Sequential,
     nn.SiLU,
+    TimestepEmbedding,
 )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from uniflow_kernels.graphs import GraphCache, why_not_graph
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
 
 if TYPE_CHECKING:
@@ -79,3 +82,37 @@ def follow(
         return guide(v, null_velocity, plan.cfg)
 
     return last_update(velocity, noise, plan.steps, plan.schedule, plan.solver)
+
+
+# by head, beside it and not in it: copies and pickles of a head know nothing of them
+_GRAPHS: WeakKeyDictionary[FlowHead, GraphCache] = WeakKeyDictionary()
+
+
+def sample(
+    head: FlowHead,
+    noise: Tensor,
+    condition: Tensor,
+    null_condition: Tensor | None,
+    plan: Plan,
+    time_scale: float,
+    why_not: Callable[[], str | None],
+) -> Tensor:
+    """`follow` to its end, as one CUDA graph where that can be.
+
+    Args:
+        head, noise, condition, null_condition, plan, time_scale: see `follow`.
+        why_not: says why a graph would leave something out that the head's modules do; None if it would not.
+    """
+
+    def run(noise: Tensor, condition: Tensor, null_condition: Tensor | None) -> Tensor:
+        return follow(head, noise, condition, plan, null_condition, time_scale).taken().to(condition.dtype)
+
+    inputs = (noise, condition, null_condition)
+    parameters = list(head.parameters())
+    if why_not_graph(condition.device, (*inputs, *parameters)) is not None:
+        return run(*inputs)
+    if (reason := why_not()) is not None:
+        warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
+        return run(*inputs)
+    graphs = _GRAPHS.setdefault(head, GraphCache("FlowHead.sample"))
+    return graphs(run, inputs, parameters, (plan, time_scale))
