@@ -15,7 +15,7 @@ from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_emb
 from uniflow.encoder import Embeddings, Encoder, resize_position_embedding
 from uniflow.flow import Interval, Plan
 from uniflow.transformer import TransformerLayer
-from uniflow_kernels import unpatchify
+from uniflow_kernels import to_images
 from uniflow_kernels.ops.patches import patch_grid
 
 
@@ -191,8 +191,8 @@ class UniFlow(nn.Module):
         noise = noise.to(self.device, torch.promote_types(self.dtype, torch.float32))
         if temperature != 1.0:
             noise = noise * temperature
-        rows = self.flow_head.sample(noise, condition, plan).taken()
-        return unpatchify(rows.to(self.dtype), self.config.patch_size, size)
+        x, velocity, dt = self.flow_head.sample(noise, condition, plan)
+        return to_images(x, self.config.patch_size, size, velocity=velocity, dt=dt, dtype=self.dtype)
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""

@@ -13,6 +13,7 @@ import torch
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_head import RUNS_FUSED, RUNS_PLAIN, UNMEASURED, why_not_triton
+from uniflow_kernels.triton_kernels import why_not_on
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def doctor() -> DoctorReport:
     no_kernel = "no fused kernel yet"
     ops = [OpReport(name, plain, no_kernel) for name in ("patchify", "unpatchify")]
     losses = [_loss(name, cuda) for name in ("interpolate", "velocity_loss", "layerwise_distillation")]
-    return DoctorReport(environment, [_flow_head(cuda), *losses, *ops, _attention(cuda)])
+    return DoctorReport(environment, [_flow_head(cuda), *losses, _to_images(cuda), *ops, _attention(cuda)])
 
 
 def _flow_head(cuda: bool) -> OpReport:
@@ -77,6 +78,11 @@ def _loss(name: str, cuda: bool) -> OpReport:
     if compiled is None:
         return OpReport(name, "CUDA", f"unmeasured on this GPU; Triton: {triton}")
     return OpReport(name, "plain PyTorch", f"Triton: {triton}; CUDA: {compiled}")
+
+
+def _to_images(cuda: bool) -> OpReport:
+    reason = why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
+    return OpReport("to_images", RUNS_PLAIN if reason else "Triton", f"Triton: {reason}" if reason else UNMEASURED)
 
 
 def _attention(cuda: bool) -> OpReport:

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import randomize
 from tests.uniflow_kernels.test_sampling import step_by_step
-from uniflow_kernels import FlowHead
+from uniflow_kernels import FlowHead, backend, to_images
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.solvers import SOLVERS
 
@@ -136,3 +136,20 @@ def test_inside_another_capture_and_without_waiting():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("size", [(448, 448), (14, 1400), (70, 28)])
+def test_images_are_those_of_plain_pytorch(dtype, size):
+    tokens = size[0] * size[1] // 196
+    rows, velocity = torch.randn(2, 3, tokens, 588, device="cuda").unbind(0)
+    how = {"velocity": velocity.bfloat16(), "dt": 0.25, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    with backend("eager"):
+        plain = to_images(rows, 14, size, clamp=True, dtype=dtype, **how)
+    with backend("triton"):
+        ours, again = (to_images(rows, 14, size, clamp=True, dtype=dtype, **how) for _ in range(2))
+    assert torch.equal(ours, again)
+    error = (ours.double() - plain.double()).abs().max().item()
+    assert error <= {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.uint8: 1}[dtype]
+    if dtype != torch.float32:  # a multiplication joined with an addition may round otherwise, and seldom matters
+        assert (ours != plain).double().mean() < 0.01
