@@ -50,7 +50,7 @@ class Decoder:
         decode: called with latents, what draws the noise of a slice of the batch, and the size; returns pictures.
         shape: what it is compiled for.
         how: the settings of `decode`, to tell graphs apart.
-        device: of the model.
+        device, dtype: of the model.
     """
 
     def __init__(
@@ -60,12 +60,14 @@ class Decoder:
         shape: Shape,
         how: Hashable,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.shape = shape
         self._model = model
         self._decode = decode
         self._how = how
         self._device = device
+        self._dtype = dtype
         self._graphs = GraphCache("Decoder")
         if device.type == "cuda":
             latents = torch.zeros(shape.batch, shape.tokens, shape.latent_channels, device=device)
@@ -102,16 +104,17 @@ class Decoder:
             raise ValueError(f"noise: expected shape {expected}, one row of pixels a token, got {tuple(noise.shape)}")
         draw = _Noise(noise, generator, expected)
         with torch.no_grad():
-            latents = latents.to(self._device, non_blocking=True)
+            latents = latents.to(self._device, self._dtype, non_blocking=True)
             if why_not_graph(self._device, ()) is not None or any(map(_has_hooks, self._model.modules())):
                 return self._decode(latents, draw, size)
 
             def decode(latents: Tensor, noise: Tensor) -> Tensor:
                 return self._decode(latents, noise.__getitem__, size)
 
-            everything = draw(slice(0, len(latents)))
-            if everything.device != self._device and everything.numel():
-                everything = everything.pin_memory().to(self._device, non_blocking=True)
+            everything = draw(slice(0, len(latents))).to(torch.promote_types(self._dtype, torch.float32))
+            if everything.device.type == "cpu" and everything.numel():
+                everything = everything.pin_memory()
+            everything = everything.to(self._device, non_blocking=True)
             how = (self._how, size, self._model.training)
             return self._graphs(decode, (latents, everything), list(self._model.parameters()), how)
 

@@ -241,7 +241,7 @@ class UniFlow(nn.Module):
             self._check_latents(latents)
             return self._images(latents, noise, size, plan, temperature, max_memory, **pictures)
 
-        return Decoder(self, decode, shape, (plan, temperature, dtype, max_memory), self.device)
+        return Decoder(self, decode, shape, (plan, temperature, dtype, max_memory), self.device, self.dtype)
 
     def _images(
         self,
@@ -301,6 +301,14 @@ class UniFlow(nn.Module):
                 f"{max_memory / 1e6:.0f} MB"
             )
         return 1, min(lines, grid[0])
+
+    def encoding_bytes_per_token(self) -> int:
+        """At most how many bytes a token `encode` holds at a time beside weights and images."""
+        config, size = self.config, self.dtype.itemsize
+        # the sum, its norm, queries, keys, values and what attention makes of them, or the MLP's inner layer twice
+        return (4 * config.hidden_size + max(6 * config.hidden_size, 2 * config.intermediate_size)) * size + (
+            config.patch_values * (8 + size)  # images as floats, normalised, and in the model's dtype
+        )
 
     def bytes_per_token(self, guided: bool) -> tuple[int, int]:
         """At most how many bytes a token decoding holds at a time beside weights, latents and pictures.

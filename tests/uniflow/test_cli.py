@@ -113,6 +113,21 @@ def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
     assert len({(tmp_path / name / "a.png").read_bytes() for name in variants}) == len(variants)
 
 
+def test_pictures_in_less_memory_are_the_same(capsys, picture_folder, tmp_path):
+    for command, memory in (("reconstruct", "10MB"), ("reconstruct", "250KB"), ("decode", "200 kb")):
+        source = picture_folder
+        if command == "decode":
+            source = tmp_path / "latents.safetensors"
+            ok(capsys, "encode", picture_folder, *CHECKPOINT, "--out", source)
+        out = tmp_path / memory
+        ok(capsys, command, source, *CHECKPOINT, "--out", out, "--max-memory", memory, "--workers", 1)
+    whole = tmp_path / "10MB"
+    for name in files(whole):
+        for memory in ("250KB", "200 kb"):
+            a, b = (np.asarray(Image.open(folder / name), int) for folder in (whole, tmp_path / memory))
+            assert np.abs(a - b).max() <= 1
+
+
 def test_force_overwrites(capsys, picture_folder, tmp_path):
     arguments = ["reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out"]
     ok(capsys, *arguments)
@@ -229,6 +244,8 @@ def pictures(picture_folder, tmp_path):
         (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear', or 'pow_'"),
         (["{p}/pictures", *CHECKPOINT, "--solver", "rk4"], "solver: expected one of euler, heun, midpoint"),
         (["{p}/pictures", *CHECKPOINT, "--cfg-interval", "2", "1"], "cfg_interval: expected"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "lots"], "--max-memory: expected a number of bytes as in 2GB"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
         (["{p}/pictures", *CHECKPOINT, "--bogus"], "No such option"),

@@ -32,6 +32,11 @@ CfgInterval = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for the model's work beside weights and pictures, as in 2GB.", show_default=False),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that read pictures, and as many that write them.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
 
 
@@ -90,15 +95,18 @@ def reconstruct(
     seed: Seed = 0,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
-    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, dtype, device, force)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force)
 
 
 @app.command()
@@ -131,15 +139,18 @@ def decode(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Decode a file of latents into pictures."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, decode
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
-    decode(latents, checkpoint, out, sampling, batch_size, dtype, device, force)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    decode(latents, checkpoint, out, sampling, batch_size, workers, dtype, device, force)
 
 
 @app.command()
@@ -158,14 +169,17 @@ def evaluate(
     ] = None,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed)
-    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, dtype, device)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device)
 
 
 @app.command()
