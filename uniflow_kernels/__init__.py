@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.ops.attention import attention
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
+    from uniflow_kernels.ops.images import to_images
     from uniflow_kernels.ops.noise import noise_seed, seeded_noise
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
@@ -27,6 +28,7 @@ __all__ = [
     "noise_seed",
     "patchify",
     "seeded_noise",
+    "to_images",
     "unpatchify",
     "velocity_loss",
 ]
@@ -44,6 +46,7 @@ _MODULES = {
     "noise_seed": "ops.noise",
     "patchify": "ops.patches",
     "seeded_noise": "ops.noise",
+    "to_images": "ops.images",
     "unpatchify": "ops.patches",
     "velocity_loss": "ops.velocity",
 }

@@ -72,7 +72,12 @@ def test_keep_size_rounds_to_the_patch(capsys, picture_folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [[], ["--keep-size"]])
 @pytest.mark.parametrize(
-    "sampling", [[], ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2]]
+    "sampling",
+    [
+        [],
+        ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2],
+        ["--steps", 2, "--schedule", "shifted_2", "--solver", "heun", "--temperature", 0.5],
+    ],
 )
 def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path, keep, sampling):
     same = [*CHECKPOINT, "--batch-size", 2]
@@ -94,11 +99,33 @@ def test_the_seeds_noise_does_not_depend_on_the_batches(capsys, picture_folder, 
         assert np.abs(one - three).max() <= 1  # the order of sums may round differently
 
 
-def test_steps_and_dtype_reach_the_model(capsys, picture_folder, tmp_path):
+def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
     one = [picture_folder / "a.png", *CHECKPOINT]
-    for name, options in {"1": [], "4": ["--steps", 4], "bf16": ["--dtype", "bfloat16"]}.items():
+    variants = {
+        "1": [],
+        "4": ["--steps", 4],
+        "bf16": ["--dtype", "bfloat16"],
+        "heun": ["--steps", 4, "--solver", "heun"],
+        "cold": ["--temperature", 0.5],
+    }
+    for name, options in variants.items():
         ok(capsys, "reconstruct", *one, *options, "--out", tmp_path / name)
-    assert len({(tmp_path / name / "a.png").read_bytes() for name in ("1", "4", "bf16")}) == 3
+    assert len({(tmp_path / name / "a.png").read_bytes() for name in variants}) == len(variants)
+
+
+def test_pictures_in_less_memory_are_the_same(capsys, picture_folder, tmp_path):
+    for command, memory in (("reconstruct", "10MB"), ("reconstruct", "250KB"), ("decode", "200 kb")):
+        source = picture_folder
+        if command == "decode":
+            source = tmp_path / "latents.safetensors"
+            ok(capsys, "encode", picture_folder, *CHECKPOINT, "--out", source)
+        out = tmp_path / memory
+        ok(capsys, command, source, *CHECKPOINT, "--out", out, "--max-memory", memory, "--workers", 1)
+    whole = tmp_path / "10MB"
+    for name in files(whole):
+        for memory in ("250KB", "200 kb"):
+            a, b = (np.asarray(Image.open(folder / name), int) for folder in (whole, tmp_path / memory))
+            assert np.abs(a - b).max() <= 1
 
 
 def test_force_overwrites(capsys, picture_folder, tmp_path):
@@ -214,8 +241,11 @@ def pictures(picture_folder, tmp_path):
             "does not hold this model; keys missing (8): chal_proj.c_fc.weight",
         ),
         (["{p}/pictures", *CHECKPOINT, "--steps", "0"], "Invalid value for '--steps'"),
-        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear' or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear', or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--solver", "rk4"], "solver: expected one of euler, heun, midpoint"),
         (["{p}/pictures", *CHECKPOINT, "--cfg-interval", "2", "1"], "cfg_interval: expected"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "lots"], "--max-memory: expected a number of bytes as in 2GB"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
         (["{p}/pictures", *CHECKPOINT, "--bogus"], "No such option"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,20 @@ def load_model(checkpoint: Path, device: str, dtype: str) -> UniFlow:
         raise InputError(f"no such checkpoint folder: {checkpoint}")
     with explained():
         return UniFlow.from_pretrained(checkpoint, chosen, DTYPES.get(dtype))
+
+
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of "2GB", "500 MB" or "1.5e9"; None for None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    except ValueError:
+        number = 0.0
+    if number < 1:
+        raise InputError(f"--max-memory: expected a number of bytes as in 2GB or 500MB, got {text!r}")
+    return int(number)
 
 
 @dataclass(frozen=True)
