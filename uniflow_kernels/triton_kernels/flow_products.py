@@ -45,7 +45,7 @@ class Architecture(NamedTuple):
     tiles: dict[str, Tile]
 
 
-# tensor cores multiply no float32, and without them the library's products are the faster ones
+# tensor cores multiply no float32; whether TF32 may stand in is the caller's choice, which the library's products heed
 _HALF = (torch.bfloat16, torch.float16)
 _HOPPER = {
     "modulated": Tile(128, 128, 64, 8, 4),
