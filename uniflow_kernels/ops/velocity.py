@@ -66,7 +66,7 @@ def interpolate(
 
     Source: rectified flow (Liu et al. 2022) in the release's direction of time.
     """
-    rows = _check(images, patch_size, noise, seed, offset, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, offset, mean, std, repeats)
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     if dtype is None:
@@ -118,7 +118,7 @@ def velocity_loss(
 
     Source: the flow matching objective of the UniFlow paper; weights, masks and repeats as in MAR's diffusion loss.
     """
-    rows = _check(images, patch_size, noise, seed, offset, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, offset, mean, std, repeats)
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
         raise ValueError(
@@ -145,7 +145,7 @@ def velocity_loss(
     )[0]  # fmt: skip
 
 
-def _check(
+def check_rows(
     images: Tensor,
     patch_size: int,
     noise: Tensor | None,
