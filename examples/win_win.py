@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,14 +35,14 @@ CONFIG = UniFlowConfig(
     hidden_size=64,
     vit_hidden_size=64,
     intermediate_size=128,
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=4,
     latent_ch=8,
     global_blocks_depth=1,
-    num_decoder_layers=3,
+    num_decoder_layers=2,
     initializer_range=0.1,  # about 1/sqrt(width)
 )
-BATCH = 64
+BATCH = 32
 LEARNING_RATE = 2e-3
 # what differs: arguments of the objective, and whether the encoder learns
 WAYS = {
@@ -69,9 +70,11 @@ def digits() -> tuple[Digits, Digits]:
 
 
 def optimise(parameters: Sequence[Tensor], loss_of: nn.Module, train: Digits, steps: int, seed: int) -> None:
-    """AdamW with a cosine learning rate; `loss_of(images, labels)` is called with one batch a step."""
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=max(2, steps), pct_start=0.1)
+    """AdamW with warmup and cosine; `loss_of(images, labels)` is called with one batch a step."""
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         rows = torch.randint(len(train.labels), (BATCH,), generator=generator)
@@ -192,10 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher-steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("out/win_win"), help="folder for the plot and the table")
     options = parser.parse_args(arguments)
-    runs = [run(seed, options.steps, options.teacher_steps) for seed in range(options.seeds)]
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "table.md").write_text(table(runs) + "\n", encoding="utf-8")
-    plot(runs, options.out / "win_win.png")
+    runs: list[dict[str, Score]] = []
+    for seed in range(options.seeds):
+        runs.append(run(seed, options.steps, options.teacher_steps))
+        (options.out / "table.md").write_text(table(runs) + "\n", encoding="utf-8")
+        plot(runs, options.out / "win_win.png")
     print(f"\n{table(runs)}\n\nplot and table in {options.out}")
 
 

@@ -3,6 +3,8 @@ import weakref
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from uniflow import EncoderTeacher, UniFlowObjective
 from uniflow_kernels import layerwise_distillation, patchify
@@ -207,3 +209,34 @@ def test_compiles_whole(tiny):
         results.append([total.detach(), *(p.grad for p in objective.student.parameters())])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def shard(objective):
+    student = objective.student
+    for part in (*student.encoder.layers, *student.global_blocks, student.flow_head.net):
+        fully_shard(part)
+    return fully_shard(objective)
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, shard])
+def test_distributed(process_group, tiny, wrap):
+    objective = UniFlowObjective(tiny(), chunk_tokens=8)
+    perturb(objective.student)
+    wrapped = wrap(copy.deepcopy(objective))
+    results = []
+    for function in (wrapped, objective):
+        for _ in range(2):  # gradients accumulate
+            losses = function(*batch())
+            losses.total.backward()
+        gradients = [p.grad for p in function.parameters() if p.requires_grad]
+        results.append([losses.total.detach(), *(getattr(g, "full_tensor", lambda g=g: g)() for g in gradients)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
