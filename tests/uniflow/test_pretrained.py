@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +157,13 @@ def test_damaged_and_wrong_folders(golden_folder, tmp_path):
         pretrained_encoder(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ValueError, match=r"config.json is no configuration"):
+        pretrained_encoder(tmp_path)
+
+
+def test_without_the_transformers_package(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'uniflow-kernels\[hf\]'"):
         pretrained_encoder(tmp_path)
 
 

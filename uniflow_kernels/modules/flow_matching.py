@@ -125,14 +125,13 @@ class _Batch(NamedTuple):
         tokens = slice(top * across, bottom * across)
         at = (images, tokens)
         noise, seed = None if self.noise is None else self.noise[at], self.seed
-        if seed is not None and (bottom - top, images.stop - images.start) != (lines, len(self.images)):
+        count = images.stop - images.start
+        if seed is not None and (count, bottom - top) != (len(self.images), lines):
             # a chunk is whole images or a part of one: its rows follow each other
-            shape = (images.stop - images.start, tokens.stop - tokens.start)
-            columns = self.images.shape[1] * self.patch_size**2
+            rows, columns = count * (tokens.stop - tokens.start), self.images.shape[1] * self.patch_size**2
             first = images.start * lines * across + tokens.start
-            noise, seed = seeded_noise(
-                shape[0] * shape[1], columns, seed, self.offset, self.images.device, first
-            ).view(*shape, columns), None  # fmt: skip
+            noise = seeded_noise(rows, columns, seed, self.offset, self.images.device, first).view(count, -1, columns)
+            seed = None
         part = self._replace(
             images=self.images[images, :, top * self.patch_size : bottom * self.patch_size],
             t=self.t[at] if self.t.ndim == 2 else self.t[images],
@@ -147,9 +146,7 @@ class _Batch(NamedTuple):
 def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
     """The definition: interpolate, head, velocity loss."""
     pixels: dict[str, Any] = {"offset": batch.offset, "mean": batch.mean, "std": batch.std}
-    x_t = interpolate(
-        batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, dtype=condition.dtype, **pixels
-    )  # fmt: skip
+    x_t = interpolate(batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, dtype=condition.dtype, **pixels)
     t = batch.time_scale * (batch.t if batch.t.ndim == 2 else batch.t[:, None])
     tokens = condition.shape[:2]
     velocity = head(x_t.flatten(0, 1), t.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
