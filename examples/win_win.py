@@ -191,8 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, run every seed, print the table and draw the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500, help="of each tokenizer")
-    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300, help="of each tokenizer")
+    parser.add_argument("--teacher-steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("out/win_win"), help="folder for the plot and the table")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
