@@ -9,12 +9,22 @@ if TYPE_CHECKING:
     from uniflow.model import UniFlow
     from uniflow.normalization import denormalize, normalize
     from uniflow.objective import UniFlowObjective
+    from uniflow.teachers import EncoderTeacher
 
-__all__ = ["CheckpointError", "UniFlow", "UniFlowConfig", "UniFlowObjective", "denormalize", "normalize"]
+__all__ = [
+    "CheckpointError",
+    "EncoderTeacher",
+    "UniFlow",
+    "UniFlowConfig",
+    "UniFlowObjective",
+    "denormalize",
+    "normalize",
+]
 
 # where each name lives; loaded on first use, so that `uniflow --help` need not wait for torch
 _MODULES = {
     "CheckpointError": "checkpoint",
+    "EncoderTeacher": "teachers",
     "UniFlow": "model",
     "UniFlowConfig": "config",
     "UniFlowObjective": "objective",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
 from uniflow.flow import Plan, Update
-from uniflow_kernels import FlowHead
+from uniflow_kernels import FlowHead, flow_matching_loss
 from uniflow_kernels.modules.sampling import follow
 
 
@@ -44,6 +44,20 @@ class FlowDecoder(nn.Module):
         """x [B, N, C*P*P], t broadcastable to [B, N], condition [B, N, D] -> [B, N, C*P*P]."""
         net = self.net
         return net.from_embedding(x, net.time_embed(self.time_scale * t) + net.cond_embed(condition))
+
+    def loss(
+        self,
+        condition: Tensor,
+        images: Tensor,
+        t: Tensor,
+        patch_size: int,
+        noise: Tensor,
+        chunk_tokens: int | None,
+    ) -> Tensor:
+        """The flow matching loss under the condition [B, N, D]; see `uniflow_kernels.flow_matching_loss`."""
+        return flow_matching_loss(
+            self.net, condition, images, t, patch_size, noise, time_scale=self.time_scale, chunk_tokens=chunk_tokens
+        )
 
     def sample(self, noise: Tensor, condition: Tensor, plan: Plan) -> Update:
         """Carry noise [B, N, C*P*P] under the condition [B, N, D] to the last update, which leads to pixels."""

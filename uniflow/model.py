@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniflow.checkpoint import assign_state, read_state, write_state
-from uniflow.config import GLOBAL_BLOCK_HEADS, UniFlowConfig
+from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.decoding import Decoder, Shape
-from uniflow.encoder import Embeddings, Encoder, resize_position_embedding
+from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow import Interval, Plan
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, pretrained_encoder
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels import to_images
 from uniflow_kernels.ops.patches import patch_grid
@@ -31,16 +32,21 @@ class UniFlow(nn.Module):
 
     Args:
         config: see `UniFlowConfig`.
+        pretrained: an encoder that fits the config, taken as it is; `from_encoder` makes both. By default a new one.
 
     Source: `UniFlowVisionModel` of the official release, same state_dict.
     """
 
-    def __init__(self, config: UniFlowConfig) -> None:
+    embeddings: Embeddings | HuggingFaceEmbeddings
+    encoder: LayerStack
+
+    def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.vit_hidden_size
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        if pretrained is None:
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
         self.chal_proj = channel_projection(width, width, config.latent_ch)
         self.chal_unproj = channel_projection(config.latent_ch, width, width)
         self.global_block_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
@@ -51,6 +57,8 @@ class UniFlow(nn.Module):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
         self.flow_head = FlowDecoder(config)
         self.reset_parameters()
+        if pretrained is not None:
+            self.embeddings, self.encoder = pretrained.embeddings, pretrained.encoder
 
     def reset_parameters(self) -> None:
         """Truncated normal products, sin-cos positions for the decoder; the flow head starts at v = 0 (as in MAR)."""
@@ -60,8 +68,9 @@ class UniFlow(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embeddings.class_embedding, std=std)
-        nn.init.trunc_normal_(self.embeddings.position_embedding, std=std)
+        for embeddings in (module for module in self.modules() if isinstance(module, Embeddings)):
+            nn.init.trunc_normal_(embeddings.class_embedding, std=std)
+            nn.init.trunc_normal_(embeddings.position_embedding, std=std)
         if self.decoder_pos_embed.is_meta:
             return
         positions = sincos_position_embedding(
@@ -82,8 +91,20 @@ class UniFlow(nn.Module):
         return self.decoder_pos_embed.device
 
     def hidden_states(self, images: Tensor) -> list[Tensor]:
-        """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first."""
+        """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first.
+
+        An encoder of another make (`from_encoder`) has `prefix_tokens` tokens in the place of the one.
+        """
         return self.encoder(self.embeddings(self._checked_images(images)))
+
+    def layer_states(self, images: Tensor) -> Iterator[Tensor]:
+        """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
+        return self.encoder.states(self.embeddings(self._checked_images(images)))
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens a hidden state has before those of the patches: class and register tokens."""
+        return self.embeddings.prefix_tokens
 
     def encode(self, images: Tensor) -> Tensor:
         """Images to latents.
@@ -102,7 +123,7 @@ class UniFlow(nn.Module):
 
     def latents(self, last_hidden_state: Tensor) -> Tensor:
         """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
-        return self.chal_proj(last_hidden_state[:, 1:])
+        return self.chal_proj(last_hidden_state[:, self.prefix_tokens :])
 
     def condition(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Latents to what the flow head is conditioned on.
@@ -360,8 +381,48 @@ class UniFlow(nn.Module):
         assign_state(model, read_state(folder), str(folder))
         return model.to(device, dtype).eval()
 
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str | Path | nn.Module,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        **decoder: Any,
+    ) -> UniFlow:
+        """A tokenizer around an encoder that understands already; everything behind the encoder is new.
+
+        Args:
+            encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
+            mean, std: what the encoder's images are normalised with; the tokenizer's are still those of `normalize`.
+            decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
+                and num_decoder_layers.
+
+        Raises:
+            TypeError: for a keyword that is no such field.
+            ValueError: if the encoder cannot be used, saying why.
+
+        A tokenizer around an encoder of the InternViT kind is saved and loaded like any other. Around another one it is
+        its `state_dict()` that can be kept: load it into what `from_encoder` makes of the same kind of encoder.
+        """
+        pretrained = pretrained_encoder(encoder, mean, std)
+        for name in decoder:
+            if name not in DECODER_FIELDS:
+                raise TypeError(
+                    f"from_encoder: expected fields of the decoder ({', '.join(DECODER_FIELDS)}), got {name}"
+                )
+        return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there."""
+        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there.
+
+        Raises:
+            ValueError: if the encoder is of another make than the official format can hold.
+        """
+        if not isinstance(self.encoder, Encoder):
+            raise ValueError(
+                "save_pretrained: the official format holds encoders of the InternViT kind only; keep state_dict(), "
+                "and load it into what UniFlow.from_encoder makes of the same encoder"
+            )
         self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_state(self, folder)
         self.config.save_pretrained(folder)

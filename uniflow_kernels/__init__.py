@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.choice import backend
     from uniflow_kernels.diagnosis import doctor
     from uniflow_kernels.modules.flow_head import FlowHead
+    from uniflow_kernels.modules.flow_matching import flow_matching_loss
     from uniflow_kernels.ops.attention import attention
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "backend",
     "doctor",
+    "flow_matching_loss",
     "fused_flow_blocks",
     "interpolate",
     "layerwise_distillation",
@@ -40,6 +42,7 @@ _MODULES = {
     "attention": "ops.attention",
     "backend": "choice",
     "doctor": "diagnosis",
+    "flow_matching_loss": "modules.flow_matching",
     "fused_flow_blocks": "ops.flow_head",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",

@@ -14,6 +14,7 @@ from uniflow_kernels.ops.pieces import chunk, part
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
 
+LAYER_WEIGHTS = ("adaptive", "uniform")
 EPS = 1e-8  # the least norm, as in F.cosine_similarity
 
 
@@ -24,6 +25,7 @@ def layerwise_distillation(
     detach_weights: bool = True,
     *,
     skip_tokens: int = 0,
+    layer_weights: str = "adaptive",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine distance per layer, where deeper and worse-aligned layers weigh more.
 
@@ -36,6 +38,7 @@ def layerwise_distillation(
         beta: how strongly badly aligned layers are preferred (the paper's ablation finds 2 best).
         detach_weights: whether the weights are constants for the gradient. The paper does not say.
         skip_tokens: how many tokens at the front do not count: 1 leaves a class token out without a copy.
+        layer_weights: "adaptive", as above, or "uniform", 1/L each.
 
     Returns:
         (loss, alpha, weights): a scalar, [L] and [L], all float32; `alpha` and `weights` are detached. None of them is
@@ -43,8 +46,8 @@ def layerwise_distillation(
 
     Raises:
         TypeError: if a dtype is none of floating point.
-        ValueError: if there is no layer, the two sides differ in number of layers or in shape, or `skip_tokens` leaves
-            less than nothing.
+        ValueError: if there is no layer, the two sides differ in number of layers or in shape, `skip_tokens` leaves
+            less than nothing, or `layer_weights` is unknown.
 
     Source: the UniFlow paper, layer-wise adaptive self-distillation.
     """
@@ -58,7 +61,8 @@ def layerwise_distillation(
                 f"student: layer {layer} has shape {tuple(s.shape)}, expected layer 1's {tuple(student[0].shape)}"
             )
         _check_layer(layer, s, t, skip_tokens)
-    return _weigh(_alphas(list(student), list(teacher), skip_tokens), beta, detach_weights)
+    check_layer_weights(layer_weights)
+    return _weigh(_alphas(list(student), list(teacher), skip_tokens), beta, detach_weights, layer_weights)
 
 
 class LayerwiseDistillation:
@@ -74,18 +78,27 @@ class LayerwiseDistillation:
 
     Args:
         layers: L.
-        beta, detach_weights, skip_tokens: see `layerwise_distillation`.
+        beta, detach_weights, skip_tokens, layer_weights: see `layerwise_distillation`.
 
     Raises:
-        ValueError: if there is no layer.
+        ValueError: if there is no layer, or for unknown `layer_weights`.
     """
 
-    def __init__(self, layers: int, beta: float = 2.0, detach_weights: bool = True, *, skip_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        layers: int,
+        beta: float = 2.0,
+        detach_weights: bool = True,
+        *,
+        skip_tokens: int = 0,
+        layer_weights: str = "adaptive",
+    ) -> None:
         if layers < 1:
             raise ValueError(f"layers: expected at least 1, got {layers}")
         self.beta = beta
         self.detach_weights = detach_weights
         self.skip_tokens = skip_tokens
+        self.layer_weights = check_layer_weights(layer_weights)
         self._alphas: list[Tensor | None] = [None] * layers
 
     def push(self, layer: int, student: Tensor, teacher: Tensor) -> None:
@@ -117,7 +130,7 @@ class LayerwiseDistillation:
             raise ValueError(f"layer: {', '.join(map(str, missing))} of {len(self._alphas)} not pushed yet")
         alpha = torch.cat([alpha for alpha in self._alphas if alpha is not None])
         self._alphas = [None] * len(self._alphas)
-        return _weigh(alpha, self.beta, self.detach_weights)
+        return _weigh(alpha, self.beta, self.detach_weights, self.layer_weights)
 
 
 def _check_layer(layer: int, student: Tensor, teacher: Tensor, skip_tokens: int) -> None:
@@ -141,9 +154,18 @@ def _alphas(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> T
     return cosine_distances_op(student, constants, skip_tokens, with_gradient)
 
 
-def _weigh(alpha: Tensor, beta: float, detach_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    depth = torch.arange(1, alpha.numel() + 1, device=alpha.device, dtype=alpha.dtype)
+def check_layer_weights(name: str) -> str:
+    """`name`, or a ValueError that lists the choices if it is none of them."""
+    if name not in LAYER_WEIGHTS:
+        raise ValueError(f"layer_weights: expected one of {', '.join(LAYER_WEIGHTS)}, got {name!r}")
+    return name
+
+
+def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     constant = alpha.detach()
+    if kind == "uniform":
+        return alpha.mean(), constant, torch.full_like(constant, 1 / alpha.numel())
+    depth = torch.arange(1, alpha.numel() + 1, device=alpha.device, dtype=alpha.dtype)
     # (l/L) exp(beta*alpha), normalised, is a softmax with the depth as log-prior: no overflow for any beta, and no L
     weights = torch.softmax(depth.log_().add(constant if detach_weights else alpha, alpha=beta), dim=0)
     return (weights * alpha).sum(), constant, weights.detach()

@@ -68,7 +68,7 @@ def interpolate(
 
     Source: rectified flow (Liu et al. 2022) in the release's direction of time.
     """
-    rows = _check(images, patch_size, noise, seed, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
     number, held = seed_of(seed, offset, images.device)
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
@@ -119,7 +119,7 @@ def velocity_loss(
 
     Source: the flow matching objective of the UniFlow paper; weights, masks and repeats as in MAR's diffusion loss.
     """
-    rows = _check(images, patch_size, noise, seed, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
     number, held = seed_of(seed, offset, images.device)
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
@@ -147,7 +147,7 @@ def velocity_loss(
     )  # fmt: skip
 
 
-def _check(
+def check_rows(
     images: Tensor,
     patch_size: int,
     noise: Tensor | None,
