@@ -37,6 +37,9 @@ def why_not_graph(device: torch.device, read: Sequence[Tensor | None]) -> str | 
     return None
 
 
+_CAPTURES = threading.Lock()  # one at a time: a capture begins by waiting for the whole device
+
+
 class Place:
     """Where the graphs of one cache work: they share memory, so one runs after the other, whatever their streams."""
 
@@ -59,6 +62,7 @@ class Graph:
         dtype = torch.get_autocast_dtype("cuda")
         # buffers of inference mode could not be written to outside of it; casts of weights that autocast keeps could go
         with (
+            _CAPTURES,
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cuda", dtype, autocast, cache_enabled=False),

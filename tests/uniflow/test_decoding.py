@@ -9,7 +9,7 @@ import torch
 from tests.live_bytes import LiveBytes
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow import decoding
-from uniflow.normalization import denormalize, to_uint8
+from uniflow.normalization import denormalize, normalize, to_uint8
 
 __all__ = ["stand_in"]  # a fixture
 
@@ -112,6 +112,18 @@ def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
     assert whole > batch * tokens * per_token / 2  # the estimate is no guess from far above
     assert some < 0.6 * whole
     assert batch == 64 or lines < some
+
+
+@pytest.mark.parametrize("shape", [{}, WIDE, {"intermediate_size": 512}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_stays_within_its_bound(tiny, shape, dtype):
+    model = tiny(**shape).to(dtype)
+    size = model.config.image_size
+    pictures = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    with torch.inference_mode(), LiveBytes() as live:
+        model.encode(normalize(pictures))
+    bound = 4 * (1 + model.config.tokens) * model.encoding_bytes_per_token()
+    assert bound / 2.5 < live.peak <= bound
 
 
 def test_noise_does_not_depend_on_batches_and_pieces(tiny):

@@ -266,6 +266,17 @@ def test_autocast_in_bfloat16_is_close(tiny):
     assert (out - exact).abs().max() / exact.abs().max() < 0.05
 
 
+@torch.no_grad()
+def test_guidance_in_one_pass_under_autocast(tiny):
+    model, noise = tiny(), torch.randn(2, 16, 48)
+    latents = model.encode(images(16, 16))
+    exact = model.double().decode(latents.double(), 3, cfg=2.0, noise=noise.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.decode(latents, 3, cfg=2.0, noise=noise)
+    assert (out - exact).abs().max() / exact.abs().max() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_take_float32_images(tiny, dtype):
     model = tiny().to(dtype)

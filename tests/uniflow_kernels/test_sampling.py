@@ -113,13 +113,12 @@ def test_gradients_reach_weights_condition_and_noise():
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_compiles_whole(grad):
+@torch.no_grad()
+def test_compiles_whole():
     head, (noise, condition) = make_head(), inputs()
-    with torch.set_grad_enabled(grad):
-        compiled = torch.compile(head.sample, fullgraph=True, backend="eager")
-        out = compiled(condition, 3, noise=noise, cfg=2.0)
-        assert torch.allclose(out, head.sample(condition, 3, noise=noise, cfg=2.0), atol=1e-5)
+    compiled = torch.compile(head.sample, fullgraph=True, backend="eager")
+    out = compiled(condition, 2, noise=noise, cfg=2.0)
+    assert torch.allclose(out, head.sample(condition, 2, noise=noise, cfg=2.0), atol=1e-5)
 
 
 @pytest.fixture

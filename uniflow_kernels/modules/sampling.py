@@ -114,5 +114,7 @@ def sample(
     if (reason := why_not()) is not None:
         warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
         return run(*inputs)
-    graphs = _GRAPHS.setdefault(head, GraphCache("FlowHead.sample"))
+    graphs = _GRAPHS.get(head)
+    if graphs is None:
+        graphs = _GRAPHS.setdefault(head, GraphCache("FlowHead.sample"))
     return graphs(run, inputs, parameters, (plan, time_scale))
