@@ -5,11 +5,11 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from uniflow.training import Progress as TrainingProgress
+from uniflow.training.logs import Log, Report
 
 
-class TrainingBar:
-    """A bar with the share of the budget spent, loss, images/s and time left; a context manager."""
+class TrainingBar(Log):
+    """A bar with the share of the stage's budget spent, loss, images/s and time left; a context manager."""
 
     def __init__(self) -> None:
         columns = (
@@ -28,13 +28,14 @@ class TrainingBar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def report(self, now: TrainingProgress) -> None:
+    def report(self, report: Report) -> None:
         """Show where the run is."""
-        minutes, seconds = divmod(round(now.seconds_left), 60)
+        minutes, seconds = divmod(round(report.seconds_left), 60)
         state = (
-            f"step {now.step}  loss {now.loss:.3f}  {now.images_per_second:.0f} images/s  {minutes}:{seconds:02} left"
+            f"step {report.step}  loss {report.loss:.3f}  {report.images_per_second:.0f} images/s  "
+            f"{minutes}:{seconds:02} left"
         )
-        self._progress.update(self._task, completed=now.spent, state=state)
+        self._progress.update(self._task, completed=report.spent, state=state)
 
 
 def picture_bar(description: str) -> Progress:
