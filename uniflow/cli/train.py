@@ -37,7 +37,8 @@ from uniflow.training.recipe import DataChoice, Run, read_run
 from uniflow.training.state import gather as gather_shards
 from uniflow.training.validation import Validator
 
-_OF_A_RUN = ("checkpoints", "samples", "tensorboard", "log.jsonl")
+# what a run leaves in its folder
+_OF_A_RUN = ("checkpoints", "samples", "tensorboard", "log*.jsonl", "failure-*")
 
 
 def train(config: Path, out: Path | None, resume: str | None, device: str, force: bool) -> None:
@@ -77,8 +78,10 @@ def _train(run: Run, out: Path, resume: str | None, force: bool, device: torch.d
         trainer = Trainer(objective, crops, run.recipe, out, validator=validator, processes=processes)
         if start is not None:
             trainer.resume(start)
-    if processes.first and start is None:
-        _clear(out)
+    if processes.first:
+        # what came after the start will come again
+        for path in _of_a_run(out) if start is None else _newer(out, start):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for log in _logs(run, out, trainer.progress.step, processes, stack):
@@ -89,19 +92,22 @@ def _train(run: Run, out: Path, resume: str | None, force: bool, device: torch.d
     if processes.first:
         state = "trained" if trainer.finished else "stopped"
         last = f", last loss {losses[-1]:.4f}" if losses else ""
-        print(f"{state} at step {trainer.progress.step}{last}; checkpoint in {newest_first(out / 'checkpoints')[0]}")
+        print(f"{state} at step {trainer.progress.step}{last}; checkpoint in {trainer.latest}")
 
 
 def _start(out: Path, resume: str | None, force: bool) -> Path | None:
     """The checkpoint to go on from, if any; refuses to mix a new run with what is there."""
     if resume is None:
-        there = [out / name for name in _OF_A_RUN if (out / name).exists()]
+        there = _of_a_run(out)
         if there and not force:
-            raise InputError(f"{there[0]} exists; --resume auto goes on from it, --force starts anew")
+            raise InputError(f"{there[0]} exists; --resume auto goes on from there, --force starts anew")
         return None
     if resume != "auto":
         with explained():
             check(Path(resume))
+        newer = _newer(out, Path(resume))
+        if newer and not force:
+            raise InputError(f"{newer[0]} is newer than {resume}; --force deletes it, or take another --out")
         return Path(resume)
     whole, wrong = newest_whole(out / "checkpoints")
     if wrong and whole is None:
@@ -111,12 +117,12 @@ def _start(out: Path, resume: str | None, force: bool) -> Path | None:
     return whole
 
 
-def _clear(out: Path) -> None:
-    for name in _OF_A_RUN:
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
+def _newer(out: Path, start: Path) -> list[Path]:
+    return [path for path in newest_first(out / "checkpoints") if path.name > start.resolve().name]
+
+
+def _of_a_run(out: Path) -> list[Path]:
+    return [path for pattern in _OF_A_RUN for path in sorted(out.glob(pattern))]
 
 
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
@@ -150,6 +156,9 @@ def _pictures(data: DataChoice) -> Pictures:
     from braceexpand import braceexpand
 
     shards = [Path(path) for pattern in braceexpand(str(data.shards)) for path in sorted(glob(pattern)) or [pattern]]
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"no such file: {shard}")
     return PictureShards(shards, picture_suffixes())
 
 

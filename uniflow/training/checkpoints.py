@@ -33,11 +33,14 @@ class Checkpoints:
         self.keep = keep
         self.processes = processes
 
+    def path(self, step: int) -> Path:
+        """Of the checkpoint of a step."""
+        return self.folder / f"{_PREFIX}{step:08}"
+
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
         """A folder for all processes to write to, which becomes the checkpoint of `step` if the block ends well."""
-        final = self.folder / f"{_PREFIX}{step:08}"
-        with replacing_folder(final, self.processes) as temporary:
+        with replacing_folder(self.path(step), self.processes) as temporary:
             yield temporary
         if self.processes.first:
             for old in newest_first(self.folder)[self.keep :]:

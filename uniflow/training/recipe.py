@@ -205,6 +205,8 @@ def read_run(path: Path) -> Run:
     import pydantic
     import yaml
 
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -76,7 +76,8 @@ class Trainer:
         self.micro_batches, self.micro_batch_size = recipe.micro_batches(self.processes.world)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, self.processes) if out else None
         self.progress = Progress()
-        self._saved = -1  # step of the last checkpoint
+        self.latest: Path | None = None  # checkpoint
+        self._saved = -1  # its step
         self._losses: list[float] = []
         self._under_way: deque[_Step] = deque()
         self._failed: _Step | None = None
@@ -305,7 +306,7 @@ class Trainer:
         with self._off_the_clock(), self.checkpoints.writing(self.progress.step) as folder:
             write_weights(folder, self.student, self.average, self.optimizer, self.processes)
             write_training(folder, self.progress, self.processes)
-        self._saved = self.progress.step
+        self.latest, self._saved = self.checkpoints.path(self.progress.step), self.progress.step
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint when `run` is called.
@@ -316,7 +317,7 @@ class Trainer:
         self.progress = read_training(folder, self.processes)
         self._start_stage()
         read_weights(folder, self.student, self.average, self.optimizer, self.processes)
-        self._saved = self.progress.step
+        self.latest, self._saved = folder, self.progress.step
 
     def validate(self) -> None:
         """Score the student, with its averaged parameters where they are kept, and tell the logs."""
