@@ -441,6 +441,7 @@ register_optimizer_step_post_hook(interrupt)
 
 
 def interrupted(prepared, *arguments):
+    """Run the command in a process that first executes `prepared`."""
     program = f"import importlib.abc, itertools, signal, sys\n{prepared}\nfrom uniflow.cli import main\nmain()"
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -448,8 +449,9 @@ def interrupted(prepared, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prepared", [WHILE_IMPORTING, WHILE_TRAINING], ids=["importing", "training"])
-def test_an_interrupt_ends_with_130(train_file, tmp_path, prepared):
-    done = interrupted(prepared.replace("SIGNAL", "SIGINT"), "train", train_file())
+def test_an_interrupt_ends_with_130(train_file, picture_folder, tmp_path, prepared):
+    config = train_file(data=f"{{folder: {picture_folder}}}")
+    done = interrupted(prepared.replace("SIGNAL", "SIGINT"), "train", config)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     if prepared is WHILE_IMPORTING:
@@ -458,15 +460,16 @@ def test_an_interrupt_ends_with_130(train_file, tmp_path, prepared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(capsys, train_file, tmp_path, name):
+def test_a_killed_run_goes_on_as_if_it_had_not_been(capsys, train_file, picture_folder, tmp_path, name):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    done = interrupted(WHILE_TRAINING.replace("SIGNAL", name), "train", train_file(), "--out", killed)
+    config = train_file(data=f"{{folder: {picture_folder}}}")
+    done = interrupted(WHILE_TRAINING.replace("SIGNAL", name), "train", config, "--out", killed)
     assert done.returncode == {"SIGKILL": -9, "SIGTERM": 0}[name], done.stderr
     # killed, the checkpoint before the third step is the last; ended, the third step is saved
     saved = sorted(path.name for path in (killed / "checkpoints").iterdir())
     assert saved[-1] == {"SIGKILL": "step-00000002", "SIGTERM": "step-00000003"}[name]
-    ok(capsys, "train", train_file(), "--out", killed, "--resume", "auto")
-    ok(capsys, "train", train_file(), "--out", whole)
+    ok(capsys, "train", config, "--out", killed, "--resume", "auto")
+    ok(capsys, "train", config, "--out", whole)
     assert losses(killed) == losses(whole)
     weights = "checkpoints/step-00000005/model.safetensors"
     assert (killed / weights).read_bytes() == (whole / weights).read_bytes()

@@ -1,3 +1,7 @@
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from uniflow.training import Recipe, Stage
@@ -19,6 +23,17 @@ def test_a_file_becomes_a_run(tmp_path):
     assert run.model.config == {"image_size": 16}
     assert str(run.data.folder) == "pictures"
     assert run.objective.distill_weight is None
+
+
+def test_the_example_shows_every_key_and_its_default():
+    path = Path(__file__).parents[3] / "examples" / "train.yaml"
+    run = read_run(path)
+    text = path.read_text()
+    for part in (run, run.model, run.objective, run.data, run.recipe, run.recipe.stages[1]):
+        for key in fields(part):
+            (line,) = [line for line in text.splitlines() if re.match(rf"[\s#-]*{key.name}:", line)][-1:]
+            if re.search(r"# default(;|$)", line):
+                assert getattr(part, key.name) == key.default, line
 
 
 @pytest.mark.parametrize(

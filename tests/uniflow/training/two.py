@@ -46,8 +46,8 @@ def main(folder: Path) -> None:
     with joined(torch.device("cpu")) as (processes, _):
         together("ddp", processes)
         together("fsdp", processes, parallel="fsdp")
-        together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002")
-        together("half", processes, parallel="fsdp", precision="bfloat16")
+        together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002", save_every=9)
+        together("half", processes, parallel="fsdp", precision="bfloat16", save_every=9)
         if processes.rank == 1:
             register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         together("killed", processes)
