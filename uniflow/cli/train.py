@@ -74,7 +74,7 @@ def _train(run: Run, out: Path, resume: str | None, force: bool, device: torch.d
         size = objective.student.config.image_size
         crops = RandomCrops(_pictures(run.data), size, run.recipe.seed, run.data.smallest_crop, run.data.flip)
         crops[0]  # nothing can be trained on if no picture can be read
-        validator = _validator(run)
+        validator = _validator(run, processes)
         trainer = Trainer(objective, crops, run.recipe, out, validator=validator, processes=processes)
         if start is not None:
             trainer.resume(start)
@@ -162,13 +162,14 @@ def _pictures(data: DataChoice) -> Pictures:
     return PictureShards(shards, picture_suffixes())
 
 
-def _validator(run: Run) -> Validator | None:
+def _validator(run: Run, processes: Processes) -> Validator | None:
     if run.data.validation is None:
         return None
     files = _files(run.data.validation)
     for file in files:  # a damaged picture is found now, not after hours
         read_picture(file)
-    return Validator(files, run.recipe.batch_size)
+    _, size = run.recipe.micro_batches(processes.world)
+    return Validator(files, size)
 
 
 def _files(folder: Path) -> list[Path]:

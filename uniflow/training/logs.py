@@ -115,7 +115,7 @@ class JsonLines(Log):
 
     def _write(self, values: dict[str, object]) -> None:
         # a line at a time, so that a run that is killed leaves what it has seen
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
 

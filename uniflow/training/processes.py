@@ -125,7 +125,7 @@ def replicate(objective: nn.Module, processes: Processes) -> nn.Module:
     """The objective under DistributedDataParallel, for the parameters that are trained now."""
     if processes.control is None or isinstance(objective, FSDPModule):
         return objective
-    return DistributedDataParallel(objective)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
 @contextmanager

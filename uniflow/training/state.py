@@ -17,13 +17,21 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from uniflow.checkpoint import CheckpointError, read_state
 from uniflow.config import UniFlowConfig
 from uniflow.model import UniFlow
-from uniflow.training.checkpoints import random_states, read_tensors, set_random_states, write_json, write_tensors
+from uniflow.training.checkpoints import (
+    check,
+    random_states,
+    read_tensors,
+    set_random_states,
+    write_json,
+    write_tensors,
+)
 from uniflow.training.optimization import MovingAverage
 from uniflow.training.processes import Processes
 
@@ -73,7 +81,11 @@ def write_weights(
 ) -> None:
     """Model, averages and optimizer: in the official format by the first process, or each process its shards."""
     if is_sharded(student):
-        dcp.save(_shards(student, average, optimizer), checkpoint_id=folder / _SHARDS, process_group=processes.control)
+        state = _shards(student, average, optimizer)
+        try:
+            dcp.save(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
+        except CheckpointException as error:  # no Exception: it would end the process past every handler
+            raise OSError(f"cannot write {folder / _SHARDS}: {_first_cause(error)}") from None
         if processes.first:
             student.config.save_pretrained(folder)
     elif processes.first:
@@ -103,7 +115,10 @@ def read_weights(
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if sharded:
         state = _shards(student, average, optimizer)
-        dcp.load(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
+        try:
+            dcp.load(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
+        except CheckpointException as error:
+            raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
         set_optimizer_state_dict(student, optimizer, state["optimizer"])
     else:
         _load(student, folder)
@@ -120,8 +135,9 @@ def gather(folder: Path, average: bool) -> UniFlow:
     """The model of a sharded checkpoint, or its averages, whole and on the CPU.
 
     Raises:
-        CheckpointError: if the folder holds no shards, or no averages.
+        CheckpointError: if the folder is damaged or holds no shards, or no averages.
     """
+    check(folder)
     if not (folder / _SHARDS / ".metadata").exists():
         raise CheckpointError(f"{folder} is no sharded checkpoint: no {_SHARDS}/.metadata in it")
     model = UniFlow(UniFlowConfig.from_pretrained(folder))
@@ -130,8 +146,8 @@ def gather(folder: Path, average: bool) -> UniFlow:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is the point
             dcp.load({part: model.state_dict()}, checkpoint_id=folder / _SHARDS, no_dist=True)
-    except Exception as error:
-        raise CheckpointError(f"{folder / _SHARDS} is damaged or does not hold {part} of this model: {error}") from None
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder} does not hold {part}: {_first_cause(error)}") from None
     return model
 
 
@@ -150,3 +166,7 @@ def _load(student: UniFlow, folder: Path) -> None:
         student.load_state_dict(read_state(folder))
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not hold this model: {error}") from None
+
+
+def _first_cause(error: CheckpointException) -> str:
+    return str(next(iter(error.failures.values()))[0])

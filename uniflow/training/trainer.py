@@ -113,6 +113,7 @@ class Trainer:
         while not self.finished and self._advance():
             pass
         self.save()
+        del self._batches  # and with it the workers
         self.objective.eval()
         return self._losses
 
@@ -175,11 +176,11 @@ class Trainer:
             measured.append(torch.cat([scalars, losses.alpha, losses.weights]).float())
             batches.append(batch)
             seeds.append(seed)
-        mean = torch.stack(measured).mean(0)
-        norm = self._update(mean[0])
-        skipped = mean.new_full((1,), sum(len(batch.skipped) for batch in batches))
-        everyone = self.processes.average(torch.cat([mean, skipped]))
-        numbers = _Arriving(torch.cat([mean[:1], norm.view(1), everyone]))
+        own = torch.stack(measured).mean(0)
+        skipped = own.new_full((1,), sum(len(batch.skipped) for batch in batches))
+        everyone = self.processes.average(torch.cat([own, skipped]))
+        norm = self._update(everyone[0])
+        numbers = _Arriving(torch.cat([own[:1], norm.view(1), everyone]))
         return _Step(self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers)
 
     def _update(self, loss: Tensor) -> Tensor:
@@ -264,15 +265,15 @@ class Trainer:
 
     def _fail(self) -> None:
         """Keep what is needed to look into the step that was not finite, and raise. All processes come here."""
+        self._collect(wait=True)  # another process may have seen it first
         step = self._failed
         assert step is not None
-        own, norm, *_ = step.numbers.values()
         kept = ""
         if self.out is not None:
             folder = self.out / f"failure-{step.number:08}"
-            kept = f"; they, the weights before the step and the random states are in {folder}"
+            kept = f"; batch, weights before the step and random states are in {folder}"
             with replacing_folder(folder, self.processes) as temporary:
-                write_weights(temporary, self.student, self.average, self.optimizer, self.processes)
+                write_weights(temporary, self.student, None, self.optimizer, self.processes)
                 batch = {
                     "images": torch.cat([batch.images for batch in step.batches]),
                     "names": step.names,
@@ -280,13 +281,7 @@ class Trainer:
                     **random_states(),
                 }
                 write_tensors(temporary / f"batch-{self.processes.rank}.pt", batch)
-        what = f"the gradient's norm is {norm}" if is_finite(own) else f"the loss is {own}"
-        names = ", ".join(step.names[:_NAMED]) + (
-            f" and {len(step.names) - _NAMED} more" if step.names[_NAMED:] else ""
-        )
-        raise FloatingPointError(
-            f"{what} at step {step.number}, of the pictures {names}{kept}; a lower learning rate may help"
-        )
+        raise FloatingPointError(f"{step.what_is_wrong()}{kept}; a lower learning rate may help")
 
     # checkpoints and validation
 
@@ -348,6 +343,15 @@ class _Step:
     @property
     def names(self) -> list[str]:
         return [name for batch in self.batches for name in batch.names]
+
+    def what_is_wrong(self) -> str:
+        """Which number of a failed step is not finite, and the pictures it comes from."""
+        own, norm, loss, *_ = self.numbers.values()
+        if is_finite(own) and not is_finite(loss):
+            return f"the loss of another process is {loss} at step {self.number}"
+        what = f"the gradient's norm is {norm}" if is_finite(own) else f"the loss is {own}"
+        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
+        return f"{what} at step {self.number}, of the pictures {', '.join(self.names[:_NAMED])}{more}"
 
 
 class _Arriving:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.uniflow.training import two
+from uniflow import CheckpointError
 from uniflow.cli import run
 from uniflow.training.processes import Processes, joined
 
@@ -80,6 +81,19 @@ def test_weights_are_those_of_one_process(folder):
         same_weights(folder / "alone" / last / part, folder / f"gathered{part}")
 
 
+def test_damaged_shards_are_not_gathered(folder, capsys):
+    damaged = folder / "fsdp" / "checkpoints" / "step-00000003"
+    shard = next((damaged / "shards").glob("__1_*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for options in ([], ["--ema"]):
+        assert run(["gather", str(damaged), "--out", str(folder / "none"), *options]) == 2
+        assert f"step-00000003 is damaged: shards/{shard.name} is not as it was written" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+    # a run without a moving average
+    assert run(["gather", str(folder / "half/checkpoints/step-00000005"), "--out", str(folder / "none"), "--ema"]) == 2
+    assert "does not hold ema" in capsys.readouterr().err
+
+
 def test_two_go_on_from_one(folder):
     assert read(folder, "resumed")["losses"] == pytest.approx(read(folder, "alone")["losses"][2:], rel=1e-5)
 
@@ -99,6 +113,11 @@ def test_one_goes_on_from_the_shards_of_two(folder, monkeypatch):
             made, heard = two.trainer(processes, folder / f"fsdp-alone-{step}", parallel="fsdp")
             made.resume(folder / "fsdp" / "checkpoints" / f"step-{step:08}")
             assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
+        # averages that were not kept cannot go on
+        with pytest.raises(
+            CheckpointError, match="does not hold this model: Missing key in checkpoint state_dict: ema"
+        ):
+            made.resume(folder / "half" / "checkpoints" / "step-00000005")
 
 
 def test_mixed_precision(folder):

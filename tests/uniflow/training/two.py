@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         together("ddp", processes)
         together("fsdp", processes, parallel="fsdp")
         together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002", save_every=9)
-        together("half", processes, parallel="fsdp", precision="bfloat16", save_every=9)
+        together("half", processes, parallel="fsdp", precision="bfloat16", save_every=9, ema_decay=None)
         if processes.rank == 1:
             register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         together("killed", processes)
