@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.atomic import replacing
-from uniflow.cli.bars import TrainingBar
 from uniflow.cli.inputs import InputError, check_folder, check_outputs, choose_device
+from uniflow.cli.training_bar import TrainingBar
 from uniflow.config import UniFlowConfig
 from uniflow.data import PictureList, RandomCrops
 from uniflow.metrics import psnr, ssim

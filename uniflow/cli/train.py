@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from uniflow.cli.bars import TrainingBar
 from uniflow.cli.inputs import (
     InputError,
     check_folder,
@@ -25,6 +24,7 @@ from uniflow.cli.inputs import (
     picture_suffixes,
     read_picture,
 )
+from uniflow.cli.training_bar import TrainingBar
 from uniflow.config import UniFlowConfig
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
 from uniflow.model import UniFlow
@@ -80,9 +80,9 @@ def _train(run: Run, out: Path, resume: str | None, force: bool, device: torch.d
             trainer.resume(start)
     if processes.first:
         # what came after the start will come again
-        for path in _of_a_run(out) if start is None else _newer(out, start):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    out.mkdir(parents=True, exist_ok=True)
+        _delete(_of_a_run(out) if start is None else _newer(out, start))
+        out.mkdir(parents=True, exist_ok=True)
+    processes.wait()
     with ExitStack() as stack:
         for log in _logs(run, out, trainer.progress.step, processes, stack):
             stack.callback(log.close)
@@ -123,6 +123,14 @@ def _newer(out: Path, start: Path) -> list[Path]:
 
 def _of_a_run(out: Path) -> list[Path]:
     return [path for pattern in _OF_A_RUN for path in sorted(out.glob(pattern))]
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
