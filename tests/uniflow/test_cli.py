@@ -161,6 +161,9 @@ def test_train_writes_checkpoints_logs_and_samples(capsys, train_file, tmp_path)
     # the flow head starts at zero and has learned something
     assert model.flow_head.net.final_layer.linear.weight.abs().max() > 0
 
+    assert "is no sharded checkpoint" in fails(capsys, "gather", checkpoint, "--out", tmp_path / "gathered")
+    assert not (tmp_path / "gathered").exists()
+
     before = contents(out)
     assert "exists; --resume auto goes on from there, --force starts anew" in fails(capsys, "train", train_file())
     assert contents(out) == before
@@ -349,7 +352,7 @@ def test_bad_training_input(capsys, pictures, train_file, tmp_path):
     bad.write_text("x")
     assert "bad.png is not a picture" in fails(capsys, "train", train_file())  # one to validate on
     assert not out.exists()
-    assert "no sharded checkpoint" in fails(capsys, "gather", pictures / "other", "--out", out)
+    assert "is no checkpoint of a training run" in fails(capsys, "gather", pictures / "other", "--out", out)
     assert not out.exists()
 
 
