@@ -172,12 +172,18 @@ def test_train_writes_checkpoints_logs_and_samples(capsys, train_file, tmp_path)
     weights = "checkpoints/step-00000005/model.safetensors"
     assert after[weights] == before[weights]  # the same seed
 
-    # the encoder of a checkpoint teaches
-    more = train_file(model=f"{{checkpoint: {checkpoint}}}", recipe="{stages: [{steps: 1}], log_every: 1}")
-    ok(capsys, "train", more, "--out", tmp_path / "more")
-    (line,) = (tmp_path / "more" / "log.jsonl").read_text().splitlines()
-    assert len(json.loads(line)["alpha"]) == 2
-    assert "alpha" in line
+    # the encoder of a checkpoint teaches, be it the student's own or another
+    recipe = "{stages: [{steps: 1}], log_every: 1, seed: 1}"
+    for name, changes in {
+        "own": {"model": f"{{checkpoint: {checkpoint}}}"},
+        "other": {"objective": f"{{teacher: {checkpoint}, distill_weight: 2}}"},
+    }.items():
+        ok(capsys, "train", train_file(recipe=recipe, **changes), "--out", tmp_path / name)
+        line = json.loads((tmp_path / name / "log.jsonl").read_text())
+        assert len(line["alpha"]) == 2
+        assert (max(line["alpha"]) > 0.1) == (name == "other")
+        weight = 2 if name == "other" else 1
+        assert line["loss"] == pytest.approx(line["flow"] + weight * line["distill"], rel=1e-5)
 
 
 def test_train_on_shards(capsys, train_file, picture_folder, tmp_path):

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,18 +144,10 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     teacher = None
     if objective.teacher is not None:
         teacher = EncoderTeacher(load_model(objective.teacher, str(device), "auto"))
-    distill_weight = objective.distill_weight
-    if distill_weight is None:
-        distill_weight = 0.0 if model.checkpoint is None and teacher is None else 1.0
-    return UniFlowObjective(
-        student,
-        teacher,
-        objective.beta,
-        objective.flow_weight,
-        distill_weight,
-        objective.t_distribution,
-        objective.t_per,
-    )
+    options = asdict(objective) | {"teacher": teacher}
+    if objective.distill_weight is None:
+        options["distill_weight"] = 0.0 if model.checkpoint is None and teacher is None else 1.0
+    return UniFlowObjective(student, **options)
 
 
 def _pictures(data: DataChoice) -> Pictures:
