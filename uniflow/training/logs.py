@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from uniflow.atomic import replacing
 from uniflow.pictures import save_picture
@@ -191,13 +193,27 @@ def count_flops(objective: nn.Module, image_shape: Sequence[int]) -> float | Non
     """
     tensors = chain(objective.named_parameters(), objective.named_buffers())
     meta = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors}
-    counter = FlopCounterMode(display=False)
     try:
-        with counter:
+        with _FlopCounter() as counter:
             functional_call(objective, meta, (torch.empty(1, *image_shape, device="meta"),)).total.backward()
     except (NotImplementedError, RuntimeError):
         return None
-    return float(counter.get_total_flops())
+    return counter.total
+
+
+class _FlopCounter(TorchDispatchMode):
+    """The sum of torch's FlopCounterMode, whose hooks on modules bear no gradient that is taken in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def peak_memory(device: torch.device) -> int:
