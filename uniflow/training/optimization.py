@@ -15,18 +15,23 @@ from uniflow.training.recipe import Recipe, Stage
 _ENCODER = ("embeddings.", "encoder.")
 
 
+def freeze(student: nn.Module, stage: Stage) -> None:
+    """Let the parameters that the stage trains have gradients, and no others."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(stage.train == "all" or not name.startswith(_ENCODER))
+
+
 def make_optimizer(student: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
-    """Freeze what the stage does not train, and make a fused AdamW for the rest.
+    """A fused AdamW for what the stage trains; the rest is frozen.
 
     The encoder's groups have its own learning rate; parameters of one dimension (norms, biases, scales) do not decay.
     A group's `peak` is the learning rate that the schedule scales.
     """
+    freeze(student, stage)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
-        in_encoder = name.startswith(_ENCODER)
-        parameter.requires_grad_(stage.train == "all" or not in_encoder)
         if parameter.requires_grad:
-            groups.setdefault((in_encoder, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name.startswith(_ENCODER), parameter.ndim > 1), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {

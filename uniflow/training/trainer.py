@@ -21,9 +21,9 @@ from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
-from uniflow.training.optimization import MovingAverage, averaged, make_optimizer, set_learning_rates
+from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
 from uniflow.training.processes import Processes, gathered, replicate, shard, synchronized
-from uniflow.training.recipe import Recipe
+from uniflow.training.recipe import Recipe, Stage
 from uniflow.training.state import Progress, read_training, read_weights, write_training, write_weights
 from uniflow.training.validation import Validator
 
@@ -84,7 +84,7 @@ class Trainer:
         self._halted = torch.zeros((), device=self.device)  # 1 from the first step that is not finite
         self._stop = False
         self._peak = peak_flops(self.device) if recipe.precision == "bfloat16" else None
-        self._flops = count_flops(objective, crops[0].pixels.shape) if self._peak else None
+        self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of an image
         if recipe.parallel == "fsdp":
             shard(objective, recipe.precision, self.processes)
         if recipe.compile:
@@ -160,6 +160,12 @@ class Trainer:
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # what is called to train: DDP looks at what is frozen when it is made
         self.parallel = replicate(self.objective, self.processes)
+
+    def _count_flops(self, stage: Stage) -> float | None:
+        if self._peak is None:
+            return None
+        freeze(self.student, stage)
+        return count_flops(self.objective, self.crops[0].pixels.shape)
 
     def _step(self, spent: float) -> _Step:
         """Gradients of all micro-batches, and an update; nothing in here waits for the device."""
@@ -238,7 +244,7 @@ class Trainer:
                 self._report(step, norm, loss, flow, distill, layers)
 
     def _report(self, step: _Step, norm: float, loss: float, flow: float, distill: float, layers: list[float]) -> None:
-        stage = self.recipe.stages[step.stage]
+        stage, flops = self.recipe.stages[step.stage], self._flops[step.stage]
         now = time.perf_counter()
         rate = self._images / (now - self._since)
         self._images, self._since = 0, now
@@ -256,7 +262,7 @@ class Trainer:
             learning_rate=stage.learning_rate * step.factor,
             encoder_learning_rate=stage.encoder_rate * step.factor if stage.train == "all" else None,
             images_per_second=rate,
-            mfu=rate / self.processes.world * self._flops / self._peak if self._flops and self._peak else None,
+            mfu=rate / self.processes.world * flops / self._peak if flops and self._peak else None,
             memory=peak_memory(self.device),
             skipped=self.progress.skipped,
         )

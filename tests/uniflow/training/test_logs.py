@@ -6,8 +6,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.uniflow.training.conftest import WIDTH, Heard, small_objective
-from uniflow.training import logs
+from uniflow.training import Stage, logs
 from uniflow.training.logs import JsonLines, SamplePictures, TensorBoard, Validation, count_flops
+from uniflow.training.optimization import freeze
 
 
 def test_every_log_gets_every_number(make, tmp_path):
@@ -54,10 +55,14 @@ def test_mfu_is_the_share_of_the_peak(make, monkeypatch):
 
     monkeypatch.setattr(module, "peak_flops", lambda device: 1e12)
     heard = Heard()
-    trainer = make(steps=2, precision="bfloat16", logs=[heard])
+    trainer = make(Stage(1, train="decoder"), Stage(1), precision="bfloat16", logs=[heard])
     trainer.run()
-    expected = heard.reports[-1].images_per_second * count_flops(trainer.objective, (3, 16, 16)) / 1e12
-    assert heard.reports[-1].mfu == pytest.approx(expected)
+    of_all = count_flops(trainer.objective, (3, 16, 16))
+    freeze(trainer.student, Stage(1, train="decoder"))
+    of_decoder = count_flops(trainer.objective, (3, 16, 16))
+    assert of_decoder < of_all
+    for report, flops in zip(heard.reports, (of_decoder, of_all), strict=True):
+        assert report.mfu == pytest.approx(report.images_per_second * flops / 1e12)
 
 
 def test_the_peak_is_that_of_the_gpu(monkeypatch):
