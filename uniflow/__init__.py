@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from uniflow.normalization import denormalize, normalize
     from uniflow.objective import UniFlowObjective
     from uniflow.teachers import EncoderTeacher
+    from uniflow.training import Recipe, Trainer
 
 __all__ = [
     "CheckpointError",
     "EncoderTeacher",
+    "Recipe",
+    "Trainer",
     "UniFlow",
     "UniFlowConfig",
     "UniFlowObjective",
@@ -25,6 +28,8 @@ __all__ = [
 _MODULES = {
     "CheckpointError": "checkpoint",
     "EncoderTeacher": "teachers",
+    "Recipe": "training",
+    "Trainer": "training",
     "UniFlow": "model",
     "UniFlowConfig": "config",
     "UniFlowObjective": "objective",

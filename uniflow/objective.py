@@ -64,7 +64,7 @@ class UniFlowObjective(nn.Module):
         t_distribution: str = "fat_lognormal",
         t_per: str = "token",
         layer_weights: str = "adaptive",
-        chunk_tokens: int | None = 8192,
+        chunk_tokens: int | None = 4096,
     ) -> None:
         super().__init__()
         if t_per not in ("token", "image"):

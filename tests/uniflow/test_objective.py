@@ -67,7 +67,8 @@ def test_chunks_change_nothing(tiny, per_image):
         results.append([losses.flow, *(p.grad for p in student.parameters())])
     for found in results[1:]:
         for ours, theirs in zip(found, results[0], strict=True):
-            assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max().clamp(min=1e-3)
+            # float32 sums in another order, and products that PyTorch splits by the number of rows and threads
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1e-3)
 
 
 def test_uniform_weights(tiny):

@@ -56,29 +56,34 @@ def demo(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.", show_default=False)],
-    preset: Annotated[str, typer.Option(help="Size of a model trained from scratch: tiny, small or base.")] = "tiny",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Start from this checkpoint instead; its encoder is the teacher.")
+    config: Annotated[Path, typer.Argument(help="YAML file, as examples/train.yaml.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints and logs, instead of the file's.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    batch_size: BatchSize = 16,
-    learning_rate: Annotated[float, typer.Option(min=0, help="The highest; it warms up and falls as a cosine.")] = 1e-3,
-    distill_weight: Annotated[
-        float | None, typer.Option(min=0, help="Of the distillation loss; 1 with --checkpoint, 0 without.")
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto (the newest checkpoint in --out, if any) or a checkpoint folder.", show_default=False),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the weights, the crops, the times and the noise.")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Train a UniFlow on a folder of pictures and write a checkpoint folder."""
+    """Train a UniFlow as a configuration says; under torchrun with all its processes."""
     from uniflow.cli.train import train
 
-    train(
-        folder, out, preset, checkpoint, steps, batch_size, learning_rate, distill_weight, workers, seed, device, force
-    )
+    train(config, out, resume, device, force)
+
+
+@app.command()
+def gather(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a run with parallel: fsdp.", show_default=False)],
+    out: OutFolder,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights instead.")] = False,
+    force: Force = False,
+) -> None:
+    """Write the model of a sharded checkpoint in the official format."""
+    from uniflow.cli.train import gather
+
+    gather(checkpoint, out, ema, force)
 
 
 @app.command()

@@ -113,7 +113,7 @@ def picture_files(folder: Path) -> list[Path]:
     Raises:
         InputError: if there are none.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = picture_suffixes()
     files = [
         file
         for file in sorted(folder.rglob("*"))
@@ -122,6 +122,11 @@ def picture_files(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"no pictures in {folder}")
     return files
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """Suffixes (".jpg", ...) of the kinds that Pillow reads."""
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
 def read_picture(path: Path) -> Image.Image:

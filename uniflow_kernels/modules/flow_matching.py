@@ -36,7 +36,7 @@ def flow_matching_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     time_scale: float = 1.0,
-    chunk_tokens: int | None = 8192,
+    chunk_tokens: int | None = 4096,
 ) -> Tensor:
     """`velocity_loss` of what the head makes of `interpolate`, without keeping the head's activations.
 
