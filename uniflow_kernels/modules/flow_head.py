@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -18,20 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from uniflow_kernels.modules.sampling import sample
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
-    RUNS_FUSED,
-    RUNS_PLAIN,
-    UNMEASURED,
     Affine,
     Block,
     Form,
     check_choice,
+    explain,
     final_norm,
     flow_block,
     fused_flow_blocks,
+    rows_known,
     served_by,
     split_modulation,
     swiglu,
-    why_not_triton,
 )
 from uniflow_kernels.solvers import Interval, Plan
 
@@ -53,7 +52,7 @@ class TimestepEmbedding(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the MLP's weights; the sinusoids are rounded to it."""
-        return next(self.mlp.parameters()).dtype
+        return cast(nn.Linear, self.mlp[0]).weight.dtype  # replicas of DataParallel have no parameters()
 
     def forward(self, t: Tensor) -> Tensor:
         """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W]."""
@@ -82,7 +81,9 @@ def _norm(form: Form, width: int, affine: bool) -> nn.Module:
 
 
 def _affine(layer: nn.Module) -> Affine:
-    return Affine(cast(Tensor, layer.weight), cast("Tensor | None", getattr(layer, "bias", None)))
+    # not layer.weight: a module finds its attributes slowly. Replicas of DataParallel hold them as plain ones
+    held = layer._parameters if "weight" in layer._parameters else vars(layer)
+    return Affine(cast(Tensor, held["weight"]), held.get("bias"))
 
 
 class FlowBlock(nn.Module):
@@ -124,7 +125,7 @@ class FlowBlock(nn.Module):
 
     def tensors(self) -> Block:
         """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
-        up, down = (self.mlp.w12, self.mlp.w3) if isinstance(self.mlp, SwiGLU) else (self.mlp[0], self.mlp[2])
+        up, *_, down = self.mlp.children()
         return Block(_affine(self.in_ln), _affine(up), _affine(down))
 
     def forward(self, x: Tensor, a: Tensor, modulation: Tensor | None = None) -> Tensor:
@@ -239,6 +240,7 @@ class FlowHead(nn.Module):
             for i in range(num_res_blocks)
         )
         self.final_layer = FinalLayer(model_channels, out_channels, form, bias, final_modulation)
+        self._built = {whole: [type(part) for part in self._parts(whole)] for whole in (False, True)}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -386,27 +388,37 @@ class FlowHead(nn.Module):
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
-        weight = self.input_proj.weight
-        reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
-        return f"flow_head: {RUNS_PLAIN}; Triton: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+        weight, reason = self.input_proj.weight, self._why_not_fused()
+        hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
+        shared = "blocks share a modulation" if self.blocks_per_group > 1 else None
+        return "flow_head: {}; {}".format(
+            *explain(weight.device, weight.dtype, self.model_channels, hidden, reason, shared)
+        )
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the blocks run as one op."""
-        if served_by(x.device, x.dtype, self.model_channels) == "eager":
-            return False
-        return served_by(x.device, x.dtype, self.model_channels, self._why_not_fused()) != "eager"
+        what = x.device, x.dtype, self.model_channels, rows_known(x)
+        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused()) != "eager"
 
     def _why_not_fused(self) -> str | None:
         if not self.res_blocks:
             return "there are no blocks"
-        if all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules()):
-            return None
-        return "a submodule was replaced, wrapped or given a hook"
+        return None if self._is_as_built(whole=False) else _CHANGED
 
     def _why_not_captured(self) -> str | None:
-        if all(_is_plain(module) for module in self.modules() if module is not self):
-            return None
-        return "a submodule was replaced, wrapped or given a hook"
+        return None if self._is_as_built(whole=True) else _CHANGED
+
+    def _is_as_built(self, whole: bool) -> bool:
+        """Whether calling the fused op's parts, or the whole head's, does nothing but what they were built to do."""
+        parts, built = self._parts(whole), self._built[whole]
+        return len(parts) == len(built) and all(map(_is_plain, parts, built, repeat(self.form.eps)))
+
+    def _parts(self, whole: bool) -> list[nn.Module]:
+        """All that the fused op stands for, or all there is: found in every call, thrice as fast as `modules()` is."""
+        parts: list[nn.Module] = list(self.children()) if whole else [self.res_blocks, self.final_layer]
+        for part in parts:  # which grows
+            parts += [child for child in part._modules.values() if child is not None]
+        return parts
 
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
@@ -437,6 +449,9 @@ class FlowHead(nn.Module):
         return list(final.linear(xs))
 
 
+_CHANGED = "a submodule was replaced, wrapped or given a hook"
+
+
 def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Shift + normed * (1 + scale) for each of normed [len, ..., W]."""
     h = torch.empty_like(normed)
@@ -445,21 +460,11 @@ def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tenso
     return h
 
 
-_PARTS = (
-    FlowBlock,
-    FinalLayer,
-    SwiGLU,
-    nn.LayerNorm,
-    nn.Linear,
-    nn.ModuleList,
-    nn.RMSNorm,
-    nn.Sequential,
-    nn.SiLU,
-    TimestepEmbedding,
-)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it does nothing but its own class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in _PARTS and not any(hooks) and "forward" not in vars(module)
+def _is_plain(module: nn.Module, built: type, eps: float) -> bool:
+    """Whether calling it does nothing but the forward of the class it was built with."""
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
+        return False
+    if state["_backward_pre_hooks"] or "forward" in state:
+        return False
+    return type(module) is built and state.get("eps", eps) == eps
