@@ -226,3 +226,33 @@ def test_runs_are_equal_to_the_bit():
     inputs = make_inputs()
     first = head(*inputs)
     assert all(torch.equal(head(*inputs), first) for _ in range(20))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_rows_with_columns_of_zeros_behind(trained):
+    """As `interpolate(columns=...)` writes them: the same numbers and gradients, and a changed weight is seen."""
+    head = make_head(rows=21)
+    assert head.padded_columns(torch.float32) == head.padded_columns(torch.bfloat16) == 24
+    x, t, c = make_inputs(rows=21)
+    padded = F.pad(x, (0, 3))
+    for _ in range(2):
+        with torch.set_grad_enabled(trained):
+            ours, plain = head(padded, t, c), head(x, t, c)
+        torch.testing.assert_close(ours, plain)
+        if trained:
+            weight = head.input_proj.weight
+            found = [torch.autograd.grad(out.square().sum(), weight)[0] for out in (ours, plain)]
+            torch.testing.assert_close(*found)
+        with torch.no_grad():
+            head.input_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"x: expected shape \[M, 21\]"):
+        head(F.pad(x, (0, 2)), t, c)
+
+
+def test_hooks_see_rows_without_the_columns_behind():
+    head = make_head(rows=21)
+    x, t, c = make_inputs(rows=21)
+    seen = []
+    head.input_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    torch.testing.assert_close(head(F.pad(x, (0, 3)), t, c), head(x, t, c))
+    assert seen == [x.shape, x.shape]

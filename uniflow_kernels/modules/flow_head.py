@@ -32,6 +32,7 @@ from uniflow_kernels.ops.flow_head import (
     split_modulation,
     swiglu,
 )
+from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 
 
@@ -260,7 +261,7 @@ class FlowHead(nn.Module):
         """Velocity at x and t under the condition c.
 
         Args:
-            x: [M, in_channels].
+            x: [M, in_channels], or [M, `padded_columns`] with zeros in the columns behind.
             t: [M], or one t for all rows: a number, a 0-d tensor or [1].
             c: [M, z_channels], or [1, z_channels]: one condition for all rows (its modulations are computed once).
 
@@ -271,7 +272,7 @@ class FlowHead(nn.Module):
             ValueError: if the shapes do not fit together.
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device) if not isinstance(t, Tensor) else t
-        if x.ndim != 2 or x.shape[1] != self.in_channels:
+        if x.ndim != 2 or x.shape[1] not in (self.in_channels, self.padded_columns(x.dtype)):
             raise ValueError(f"x: expected shape [M, {self.in_channels}], got {tuple(x.shape)}")
         if t.shape not in ((), (1,), x.shape[:1]):
             raise ValueError(f"t: expected a scalar or shape [{x.shape[0]}], one t a row of x, got {tuple(t.shape)}")
@@ -357,7 +358,7 @@ class FlowHead(nn.Module):
         Returns:
             [..., out_channels].
         """
-        return self._from_projection(self.input_proj(x), y)
+        return self._from_projection(self._projected(x), y)
 
     def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
         """The head at the same x for several conditions, as guidance needs it: what they share is computed once.
@@ -372,10 +373,33 @@ class FlowHead(nn.Module):
         Returns:
             As many tensors [..., out_channels].
         """
-        x = self.input_proj(x)
+        x = self._projected(x)
         if torch.is_grad_enabled() or self._fused(x):
             return [self._from_projection(x, y) for y in ys]
         return self._plain_together(x, [F.silu(y) for y in ys])
+
+    def padded_columns(self, dtype: torch.dtype) -> int:
+        """in_channels, rounded up so that rows of this dtype are a multiple of 16 bytes (588 in bfloat16: 592).
+
+        On a GPU products of rows of other lengths take slower kernels; `interpolate(columns=...)` writes such rows.
+        """
+        unit = max(1, 16 // dtype.itemsize)
+        return -(-self.in_channels // unit) * unit
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """`input_proj` of x [..., in_channels], or of x with columns of zeros behind, by a weight with as many."""
+        layer, behind = self.input_proj, x.shape[-1] - self.in_channels
+        if not behind:
+            return layer(x)
+        if not _is_plain(layer, nn.Linear, self.form.eps):
+            return layer(x[..., : self.in_channels])
+
+        def pad(weight: Tensor) -> Tensor:
+            return F.pad(weight, (0, behind))
+
+        trained = torch.is_grad_enabled() and layer.weight.requires_grad
+        weight = pad(layer.weight) if trained else packed(("padded", behind), [layer.weight], pad)
+        return F.linear(x, weight, layer.bias)
 
     def _from_projection(self, x: Tensor, y: Tensor) -> Tensor:
         if not self._fused(x):

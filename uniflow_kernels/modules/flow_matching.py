@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.ops.noise import seed_of, seeded_noise
 from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
 
@@ -71,7 +72,9 @@ def flow_matching_loss(
     for name, value in (("weights", weights), ("mask", mask)):
         if value is not None and value.shape != rows[:2]:
             raise ValueError(f"{name}: expected shape {rows[:2]}, one value a token, got {tuple(value.shape)}")
-    batch = _Batch(images, t, noise, held, weights, mask, mean, std, number, offset, patch_size, time_scale)
+    # on a CPU it gains nothing
+    columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
+    batch = _Batch(images, t, noise, held, weights, mask, mean, std, number, offset, patch_size, columns, time_scale)
     if chunk_tokens is None:
         return _loss(head, condition, batch, "mean")
     if chunk_tokens < 1:
@@ -87,7 +90,7 @@ def flow_matching_loss(
 class _Batch(NamedTuple):
     """What the loss is of, besides head and condition; the names are those of `flow_matching_loss`.
 
-    The seed is `number`, or what `held` holds on the device; without noise one of them counts.
+    The seed is `number`, or what `held` holds on the device; without noise one of them counts. x_t has `columns`.
     """
 
     images: Tensor
@@ -101,6 +104,7 @@ class _Batch(NamedTuple):
     number: int
     offset: int
     patch_size: int
+    columns: int
     time_scale: float
 
     @property
@@ -157,7 +161,10 @@ class _Batch(NamedTuple):
 def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
     """The definition: interpolate, head, velocity loss."""
     pixels: dict[str, Any] = {"offset": batch.offset, "mean": batch.mean, "std": batch.std}
-    x_t = interpolate(batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, dtype=condition.dtype, **pixels)
+    x_t = interpolate(
+        batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, **pixels,
+        columns=batch.columns, dtype=condition.dtype,
+    )  # fmt: skip
     t = batch.time_scale * (batch.t if batch.t.ndim == 2 else batch.t[:, None])
     tokens = condition.shape[:2]
     velocity = head(x_t.flatten(0, 1), t.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
@@ -347,7 +354,7 @@ _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _LIBRARY.define(
     "flow_matching(Tensor condition, Tensor[] parameters, Tensor images, Tensor t, Tensor? noise, Tensor? held, "
     "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt patch_size, "
-    "float time_scale, "
+    "SymInt columns, float time_scale, "
     "SymInt chunk_tokens, int head, bool for_condition, ScalarType? autocast) -> (Tensor, Tensor, Tensor[])"
 )
 
