@@ -5,9 +5,19 @@ from __future__ import annotations
 import difflib
 
 from benchmarks.case import Case
-from benchmarks.cases import attention, decode, distillation, few_tokens, flow_head, patches, tokenizer, velocity
+from benchmarks.cases import (
+    attention,
+    decode,
+    distillation,
+    dropin,
+    few_tokens,
+    flow_head,
+    patches,
+    tokenizer,
+    velocity,
+)
 
-_FILES = (flow_head, velocity, distillation, patches, attention, few_tokens, decode, tokenizer)
+_FILES = (flow_head, velocity, distillation, patches, attention, few_tokens, dropin, decode, tokenizer)
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
 
 

@@ -280,24 +280,26 @@ def test_checkpointing_computes_blocks_again(head):
         assert sorted(map(calls.count, set(calls))) == [1 + head.grad_checkpointing] * 2
 
 
-def test_shared_times_and_conditions_are_embedded_once(head):
-    x, _, c = canonical_inputs(torch.rand(8))
+@pytest.mark.parametrize(
+    ("times", "rows_embedded"),
+    [
+        (lambda c: (torch.full((70,), 3), c), [1, 70]),
+        (lambda c: (torch.tensor(3.0).expand(70), c[:1].expand(70, -1)), [1, 1]),
+        (lambda c: (torch.arange(70), c), [70, 70]),
+        (lambda c: (torch.arange(70), c[:1].expand(70, -1)), [70, 70]),
+    ],
+    ids=["numbers", "strides", "neither", "condition alone"],
+)
+def test_what_rows_share_is_embedded_once(head, times, rows_embedded):
+    x, _, c = canonical_inputs(torch.rand(70))
+    t, c = times(c)
+    expected = head(x, t, c)
+    patch(head)
     embedded = []
-    for t, condition in (
-        (torch.full((8,), 3), c),
-        (torch.tensor(3.0).expand(8), c[:1].expand(8, -1)),
-        (torch.arange(8), c),
-    ):
-        expected = head(x, t, condition)
-        with patched(head):
-            hooks = [
-                part.register_forward_hook(lambda *args: embedded.append(len(args[2])))
-                for part in (head.time_embed, head.cond_embed)
-            ]
-            close(head(x, t, condition), expected)
-            for hook in hooks:
-                hook.remove()
-    assert embedded == [1, 8, 1, 1, 8, 8]
+    for part in (head.time_embed, head.cond_embed):
+        part.register_forward_hook(lambda *args: embedded.append(len(args[2])))
+    close(head(x, t, c), expected)
+    assert embedded == rows_embedded
 
 
 def test_gradient_of_a_shared_time_and_condition(head):

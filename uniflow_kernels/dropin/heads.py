@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ ARGUMENTS = {
 }
 TIME_SCALES = (1, 1000)  # what a head itself multiplies t by (Ming-UniVision: 1000)
 
+ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
+
 
 class Mlp(NamedTuple):
     """Where a block has its MLP: the submodule that is called (None: the block itself), and its linear layers."""
@@ -83,14 +85,22 @@ class Arguments(NamedTuple):
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Name -> value of one call; None if the call needs the head's own forward."""
         given = dict(zip(self.names, args))  # noqa: B905 - names may be left out
-        given.update(kwargs)
+        if kwargs:
+            given.update(kwargs)
         if len(given) != len(args) + len(kwargs):
             return None
-        wanted = (self.x, *self.times, self.condition)
-        if not all(isinstance(given.get(name), Tensor) for name in wanted):
-            return None
-        optional = {*wanted, self.row_index, *self.unused}
-        return given if all(name in optional or given[name] is None for name in given) else None
+        for name in self.needed:
+            if not isinstance(given.get(name), Tensor):
+                return None
+        if len(given) > len(self.needed):
+            free = (*self.needed, *self.unused, self.row_index)
+            return given if all(value is None or name in free for name, value in given.items()) else None
+        return given
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The names without which there is no call."""
+        return (self.x, self.condition, *self.times)
 
 
 @dataclass(frozen=True)
@@ -131,31 +141,37 @@ class Head:
         """The head behind its embeddings: x [..., W] and y, the condition before SiLU, broadcastable to it."""
         if not self._fused(module, x, y):
             return self._plain(module, x, F.silu(y))
-        recompute = "block" if getattr(module, "grad_checkpointing", False) else "none"
+        recompute = "block" if module.__dict__.get("grad_checkpointing") else "none"
         assert self.form is not None
         x = fused_flow_blocks(x, y, *self._tensors(module), **self.form._asdict(), recompute=recompute)
         return _parts(module)[FINAL].linear(x)
 
     def _condition(self, module: nn.Module, given: dict[str, Any]) -> Tensor:
-        parts: Any = _parts(module)
-        times, c = [given[name] for name in self.arguments.times], given[self.arguments.condition]
-        rows = given[self.arguments.x].shape[0]
+        """Time and condition embedded and added, one row for all rows where they share both."""
+        parts = _parts(module)
+        c = given[self.arguments.condition]
         if self.time is None:
             return parts[self.condition](c).reshape(c.shape[0], -1, self.width)
-        if all(t.ndim and t.shape[0] == rows for t in (c, *times)):
-            times = [_once(t) for t in times]
-            c = c[:1] if _expanded(c) and all(t.shape[0] == 1 for t in times) else c
-        if self.time_scale != 1:
-            times = [t * self.time_scale for t in times]
-        embedders = parts[self.time] if isinstance(parts[self.time], nn.ModuleList) else [parts[self.time]]
-        time: Any = sum(embed(t) for embed, t in zip(embedders, times, strict=True))
-        y = (time / len(times) if len(times) > 1 else time) + parts[self.condition](c)
+        times = [given[name] for name in self.arguments.times]
+        rows = given[self.arguments.x].shape[0]
+        if rows > 1 and all(t.ndim and t.shape[0] == rows for t in (c, *times)):
+            times = [t[:1] if _same_in_all_rows(t) else t for t in times]
+            c = c[:1] if c.stride(0) == 0 and all(t.shape[0] == 1 for t in times) else c
+        y = self._time(parts[self.time], times) + parts[self.condition](c)
         index = given.get(self.arguments.row_index) if self.arguments.row_index else None
         return y if index is None else y + parts[INDEX](index)
 
+    def _time(self, embed: Any, times: list[Tensor]) -> Tensor:
+        if self.time_scale != 1:
+            times = [t * self.time_scale for t in times]
+        if not isinstance(embed, nn.ModuleList):
+            return embed(times[0])
+        embedded = [one(t) for one, t in zip(embed, times, strict=True)]
+        return functools.reduce(torch.add, embedded) / len(embedded)
+
     def _plain(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         """Norms, MLPs and linear layers are called, so that hooks and adapters on them keep working."""
-        again = getattr(module, "grad_checkpointing", False) and torch.is_grad_enabled()
+        again = module.__dict__.get("grad_checkpointing") and torch.is_grad_enabled()
         blocks, modulation = _children(module, self.blocks), None
         for i, block in enumerate(blocks):
             if self.grouped:
@@ -172,7 +188,7 @@ class Head:
     def _block(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
         parts: Any = _parts(block)
-        modulation = parts[MODULATION][1](a) if modulation is None else modulation
+        modulation = _parts(parts[MODULATION])["1"](a) if modulation is None else modulation
         return flow_block(x, modulation, self.order, parts[self.norm], self._mlp(block))
 
     def _mlp(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -219,20 +235,21 @@ class Head:
             return None
         return "a submodule was replaced, wrapped or given a hook"
 
-    def _bypassed(self, module: nn.Module) -> Iterator[nn.Module]:
+    def _bypassed(self, module: nn.Module) -> list[nn.Module]:
         """The submodules whose own forward is not called."""
+        found = []
         for whole in (*_children(module, self.blocks), _parts(module)[FINAL]):
-            yield whole
+            found.append(whole)
             modulation = _parts(whole).get(MODULATION)
             if modulation is not None:
-                yield modulation
-                yield modulation[0]
+                found += (modulation, _parts(modulation).get("0"))
+        return found
 
-    def _untouched(self, parts: Iterator[nn.Module]) -> bool:
+    def _untouched(self, parts: Iterable[nn.Module]) -> bool:
         """Whether calling them does nothing but their class's forward, and the class is one that was looked at."""
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        return all(type(part) in self.types and not hooked(part) and "forward" not in part.__dict__ for part in parts)
+        return not any(type(p) not in self.types or hooked(p) or "forward" in p.__dict__ for p in parts)
 
 
 def recognise(module: nn.Module) -> Head | None:
@@ -435,20 +452,14 @@ def _apart(head: Head, probe: Probe, given: dict[str, Any], own: list[Tensor]) -
         return float("inf")
 
 
-def _once(rows: Tensor) -> Tensor:
-    """Its first row, if all are the same as its strides or, on a CPU, its numbers say."""
-    if rows.shape[0] < 2:
-        return rows
-    if _expanded(rows):
-        return rows[:1]
-    readable = rows.device.type == "cpu" and type(rows) is Tensor and not rows.requires_grad
-    if readable and not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None:
-        return rows[:1] if bool((rows == rows[:1]).all()) else rows
-    return rows
-
-
-def _expanded(rows: Tensor) -> bool:
-    return rows.stride(0) == 0 and rows.shape[0] > 1
+def _same_in_all_rows(t: Tensor) -> bool:
+    """As far as strides or, on a CPU, numbers say; a GPU is not waited for."""
+    if t.stride(0) == 0:
+        return True
+    readable = t.device.type == "cpu" and type(t) is Tensor and not t.requires_grad and t.shape[0] >= ROWS_WORTH_READING
+    if not readable or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return bool((t == t[:1]).all())
 
 
 def _first(found: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -47,8 +47,9 @@ def check_untouched(module: nn.Module) -> None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling it fires a hook of its own."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
