@@ -17,7 +17,7 @@ WIDTH, TARGET, COND, DEPTH = 16, 6, 10, 2
 
 
 def sinusoids(t: Tensor, count: int = 256) -> Tensor:
-    frequencies = torch.exp(torch.arange(count // 2, dtype=torch.float32) * (-math.log(1e4) / (count // 2)))
+    frequencies = torch.exp(torch.arange(count // 2, device=t.device).float() * (-math.log(1e4) / (count // 2)))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -360,6 +360,8 @@ class PixelLast(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(WIDTH, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(WIDTH, 3)
+        self.adaLN_modulation = None
+        self.register_module("drop", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm_final(x))

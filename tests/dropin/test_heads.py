@@ -28,7 +28,7 @@ def outputs_and_gradients(head, inputs, kwargs, dtype):
 
     args = [converted(value).detach().requires_grad_(value.is_floating_point()) for value in inputs]
     out = head(*args, **{name: converted(value) for name, value in kwargs.items()})
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
     leaves = {f"input {i}": value for i, value in enumerate(args) if value.requires_grad}
     leaves |= dict(head.named_parameters())
     found = torch.autograd.grad((out * weight).sum(), list(leaves.values()), allow_unused=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
 from tests.dropin.stand_ins import (
@@ -164,7 +165,8 @@ def test_two_heads_of_different_kinds(head):
     model = nn.ModuleDict({"a": head, "b": VibeVoiceHead(), "c": FlowHead(4, 8, 4, 4, 1), "d": with_blocks(Gelu)()})
     report = patch(model)
     assert set(report.patched) == {"a", "b"}
-    assert set(report.left_alone) == {"d"}
+    assert set(report.left_alone) == {"c", "d"}
+    assert "own already" in report.left_alone["c"]
     assert "silu" in report.patched["a"]
     assert "swiglu" in report.patched["b"]
     assert "d: left alone: " in str(report)
@@ -331,6 +333,34 @@ def test_compiles_whole(head):
     compiled = torch.compile(head, fullgraph=True, backend="eager")
     close(compiled(*inputs), head(*inputs))
     close(torch.compile(inside("a", head), fullgraph=True, backend="eager").a(*inputs), head(*inputs))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "FSDP2 of every block"])
+def test_data_parallel(head, wrap):
+    x, t, c = INPUTS
+    expected = head(x, t, c)
+    gradient = torch.autograd.grad(expected.square().sum(), head.input_proj.weight)[0]
+    patch(head, strict=True)
+    if wrap == "DDP":
+        model = nn.parallel.DistributedDataParallel(head)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in head.res_blocks if "block" in wrap else ():
+            fully_shard(block, mesh=mesh)
+        model = fully_shard(head, mesh=mesh)
+    out = model(x, t, c)
+    close(out, expected)
+    out.square().sum().backward()
+    found = head.input_proj.weight.grad
+    close(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)
 
 
 def test_wrappers(head):

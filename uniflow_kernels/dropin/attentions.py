@@ -58,7 +58,7 @@ class Attention:
         drop = module._modules.get("attn_drop")
         if drop is None:
             return False
-        return hooked(drop) or "forward" in drop.__dict__ or (drop.training and getattr(drop, "p", 0.0) > 0)
+        return hooked(drop) or (drop.training and getattr(drop, "p", 0.0) > 0)
 
 
 def recognise(module: nn.Module) -> Attention | None:

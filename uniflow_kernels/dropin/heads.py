@@ -52,6 +52,7 @@ ARGUMENTS = {
 }
 TIME_SCALES = (1, 1000)  # what a head itself multiplies t by (Ming-UniVision: 1000)
 
+OWN_NORMS = (nn.LayerNorm, nn.RMSNorm)
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
 
 
@@ -123,6 +124,7 @@ class Head:
     order: str = MODULATION_ORDERS[0]
     form: Form | None = None
     why_not_fused: str | None = None
+    functional: bool = False  # all inside is PyTorch's own, and its tensors need no copy: no module must be called
 
     def __str__(self) -> str:
         form = f"{self.depth} blocks of {self.width}, {self.mlp.kind} MLP, {self.order}"
@@ -132,18 +134,21 @@ class Head:
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What `module(*args, **kwargs)` computes; by its own forward where something inside must fire."""
         given = self.arguments.bind(args, kwargs)
-        if given is None or not self._untouched(self._bypassed(module)):
+        whole = given is not None and self._untouched(self._inside(module))
+        if given is None or not (whole or self._untouched(self._bypassed(module))):
             return type(module).forward(module, *args, **kwargs)
         x = _parts(module)[self.projection](given[self.arguments.x])
-        return self.from_projection(module, x, self._condition(module, given))
-
-    def from_projection(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The head behind its embeddings: x [..., W] and y, the condition before SiLU, broadcastable to it."""
-        if not self._fused(module, x, y):
-            return self._plain(module, x, F.silu(y))
-        recompute = "block" if module.__dict__.get("grad_checkpointing") else "none"
-        assert self.form is not None
-        x = fused_flow_blocks(x, y, *self._tensors(module), **self.form._asdict(), recompute=recompute)
+        y = self._condition(module, given)
+        recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
+        if self._fused(x, y, whole):
+            assert self.form is not None
+            how = {**self.form._asdict(), "recompute": "block" if recompute else "none"}
+            x = fused_flow_blocks(x, y, *self._tensors(module), **how)
+        elif whole and self.functional and not recompute:
+            assert self.form is not None
+            x = flow_blocks(x, F.silu(y), *self._tensors(module), self.form)
+        else:
+            x = self._plain(module, x, F.silu(y), recompute)
         return _parts(module)[FINAL].linear(x)
 
     def _condition(self, module: nn.Module, given: dict[str, Any]) -> Tensor:
@@ -169,9 +174,8 @@ class Head:
         embedded = [one(t) for one, t in zip(embed, times, strict=True)]
         return functools.reduce(torch.add, embedded) / len(embedded)
 
-    def _plain(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-        """Norms, MLPs and linear layers are called, so that hooks and adapters on them keep working."""
-        again = module.__dict__.get("grad_checkpointing") and torch.is_grad_enabled()
+    def _plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
+        """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
         blocks, modulation = _children(module, self.blocks), None
         for i, block in enumerate(blocks):
             if self.grouped:
@@ -179,11 +183,9 @@ class Head:
                 per_group = len(blocks) // len(groups)
                 modulation = groups[i // per_group](a) if i % per_group == 0 else modulation
             parts = (block, x, a, modulation)
-            x = checkpoint(self._block, *parts, use_reentrant=False) if again else self._block(*parts)
-        final: Any = _parts(module)[FINAL]
+            x = checkpoint(self._block, *parts, use_reentrant=False) if recompute else self._block(*parts)
         last = self._final_modulation(module)
-        x = final_norm(x, None if last is None else last(a), self.order, final.norm_final)
-        return final.linear(x)
+        return final_norm(x, None if last is None else last(a), self.order, _parts(module)[FINAL].norm_final)
 
     def _block(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
@@ -200,13 +202,13 @@ class Head:
     def _modulations(self, module: nn.Module) -> list[nn.Module]:
         if self.grouped:
             return _children(module, GROUPS)
-        return [_parts(block)[MODULATION][1] for block in _children(module, self.blocks)]
+        return [_parts(_parts(block)[MODULATION])["1"] for block in _children(module, self.blocks)]
 
     def _final_modulation(self, module: nn.Module) -> nn.Module | None:
         if self.final_modulation is None:
             return None
         last: Any = _parts(_parts(module)[FINAL])[self.final_modulation]
-        return last[1] if self.final_modulation == MODULATION else last
+        return _parts(last)["1"] if self.final_modulation == MODULATION else last
 
     def _tensors(self, module: nn.Module) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
@@ -218,22 +220,27 @@ class Head:
         last = self._final_modulation(module)
         return blocks, list(map(_affine, self._modulations(module))), None if last is None else _affine(last)
 
-    def _fused(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
-        """Whether the blocks run as one op."""
+    def _fused(self, x: Tensor, y: Tensor, whole: bool) -> bool:
+        """Whether the blocks run as one op; `whole`: whether all inside is as it was when it was looked at."""
         if served_by(x.device, x.dtype, self.width) == "eager":
             return False
-        return served_by(x.device, x.dtype, self.width, self._why_not_fused(module, x, y)) != "eager"
+        return served_by(x.device, x.dtype, self.width, self._why_not_fused(x, y, whole)) != "eager"
 
-    def _why_not_fused(self, module: nn.Module, x: Tensor, y: Tensor) -> str | None:
+    def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
         if self.why_not_fused is not None:
             return self.why_not_fused
         of_x = x.shape[x.ndim - y.ndim :] if y.ndim <= x.ndim else ()
         if len(of_x) != y.ndim or any(mine not in (1, theirs) for mine, theirs in zip(y.shape, of_x, strict=True)):
             return f"the condition {tuple(y.shape)} has more rows than x {tuple(x.shape)}"
-        inner = [*_children(module, self.blocks), _parts(module)[FINAL]]
-        if self._untouched(part for whole in inner for part in whole.modules()):
-            return None
-        return "a submodule was replaced, wrapped or given a hook"
+        return None if whole else "a submodule was replaced, wrapped or given a hook"
+
+    def _inside(self, module: nn.Module) -> list[nn.Module]:
+        """The blocks, the last layer and the shared modulations, with all that is in them."""
+        found = [*_children(module, self.blocks), _parts(module)[FINAL]]
+        found += _children(module, GROUPS) if self.grouped else ()
+        for part in found:  # grows on the way
+            found += [child for child in part._modules.values() if child is not None]
+        return found
 
     def _bypassed(self, module: nn.Module) -> list[nn.Module]:
         """The submodules whose own forward is not called."""
@@ -249,7 +256,7 @@ class Head:
         """Whether calling them does nothing but their class's forward, and the class is one that was looked at."""
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        return not any(type(p) not in self.types or hooked(p) or "forward" in p.__dict__ for p in parts)
+        return not any(type(part) not in self.types or hooked(part) for part in parts)
 
 
 def recognise(module: nn.Module) -> Head | None:
@@ -268,7 +275,8 @@ def recognise(module: nn.Module) -> Head | None:
     with Probe(module) as probe:
         _check_mlps(head, probe)
         form, why_not = _form(head, probe)
-        return _matched(replace(head, form=form, why_not_fused=why_not), probe)
+        functional = form is not None and len(head.mlp.up) == 1 and _norm_types(head, module) <= set(OWN_NORMS)
+        return _matched(replace(head, form=form, why_not_fused=why_not, functional=functional), probe)
 
 
 def _read(module: nn.Module, blocks: list[nn.Module], final: nn.Module) -> Head:
@@ -316,7 +324,7 @@ def _read(module: nn.Module, blocks: list[nn.Module], final: nn.Module) -> Head:
         width,
         len(blocks),
         _arguments(module, time),
-        frozenset(type(part) for whole in (*blocks, final) for part in whole.modules()),
+        frozenset(type(part) for whole in (*blocks, final, *groups) for part in whole.modules()),
     )
 
 
@@ -369,6 +377,11 @@ def _form(head: Head, probe: Probe) -> tuple[Form | None, str | None]:
     if other is not None:
         return None, f"its linear layers are of the class {other.__module__}.{other.__name__}"
     return Form(norm, eps, head.mlp.kind), None
+
+
+def _norm_types(head: Head, module: nn.Module) -> set[type]:
+    norms = [_parts(block)[head.norm] for block in _children(module, head.blocks)]
+    return {type(norm) for norm in [*norms, _parts(module)[FINAL].norm_final]}
 
 
 def _norm_kind(norm: nn.Module, width: int, probe: Probe) -> tuple[str, float]:
@@ -443,11 +456,12 @@ def _apart(head: Head, probe: Probe, given: dict[str, Any], own: list[Tensor]) -
     x: Tensor = _parts(module)[head.projection](given[head.arguments.x])
     y = head._condition(module, given)
     try:
-        apart = difference(probe.in_both_modes(lambda: head._plain(module, x, F.silu(y))), own)
+        linear = _parts(module)[FINAL].linear
+        apart = difference(probe.in_both_modes(lambda: linear(head._plain(module, x, F.silu(y)))), own)
         if head.form is None:
             return apart
-        out = flow_blocks(x, F.silu(y), *head._tensors(module), head.form)
-        return max(apart, difference([_parts(module)[FINAL].linear(out)] * 2, own))
+        out = linear(flow_blocks(x, F.silu(y), *head._tensors(module), head.form))
+        return max(apart, difference([out] * 2, own))
     except RuntimeError:  # shapes that do not go together
         return float("inf")
 
@@ -508,6 +522,9 @@ def _check_widths(block: nn.Module, mlp: Mlp, width: int) -> None:
 
 
 def _affine(layer: Any) -> Affine:
+    found = layer._parameters  # an attribute of a module is found there too, but in ten times as long
+    if "weight" in found:
+        return Affine(found["weight"], found.get("bias"))
     return Affine(layer.weight, getattr(layer, "bias", None))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from uniflow_kernels.dropin import attentions, heads
 from uniflow_kernels.dropin.probe import NotOurs
+from uniflow_kernels.modules.flow_head import FlowHead
 
 RECOGNISERS = (heads.recognise, attentions.recognise)
 
@@ -155,6 +156,6 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def _recognised(module: nn.Module) -> Recognised | None:
-    if type(module).__module__.partition(".")[0] == "uniflow_kernels":
-        return None  # runs on this package as it is
+    if isinstance(module, FlowHead):
+        raise NotOurs("it is this package's own already")
     return next((found for found in (recognise(module) for recognise in RECOGNISERS) if found is not None), None)

@@ -32,10 +32,10 @@ def check_untouched(module: nn.Module) -> None:
         raise NotOurs("a hook on all modules must fire")
     for name, part in module.named_modules():
         where = name or "the module"
-        if name and hooked(part):
-            raise NotOurs(f"{where}: a hook inside must fire")
         if "forward" in vars(part):
             raise NotOurs(f"{where}: its forward was replaced on the instance")
+        if name and hooked(part):
+            raise NotOurs(f"{where}: a hook inside must fire")
     for name, tensor in module.named_parameters():
         if tensor.is_meta:
             raise NotOurs(f"{name}: on the meta device; patch after loading")
@@ -46,10 +46,11 @@ def check_untouched(module: nn.Module) -> None:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling it fires a hook of its own."""
+    """Whether calling it fires a hook of its own, or a forward put on the instance."""
     own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return (
+        bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+        or "forward" in own
     )
 
 
