@@ -119,9 +119,13 @@ class RootMean(nn.Module):
         self.eps, self.rounds_first = eps, rounds_first
         self.register_parameter("weight", nn.Parameter(torch.ones(width)) if affine else None)
 
+    @property
+    def _eps(self) -> float:
+        return self.eps
+
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        h = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        h = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
         if self.weight is None:
             return h.to(x.dtype)
         return h.to(x.dtype) * self.weight if self.rounds_first else (h * self.weight).to(x.dtype)
@@ -137,12 +141,22 @@ class DeCoNet(Canonical):
         return self.run(x, self.time_embed(t) + self.cond_embed(c), pos)
 
 
+class DeCoRootMean(RootMean):
+    def __init__(self, width: int, affine: bool = True) -> None:
+        super().__init__(width, 1e-6, affine, rounds_first=False)
+        self.variance_epsilon = self.__dict__.pop("eps")
+
+    @property
+    def _eps(self) -> float:
+        return self.variance_epsilon
+
+
 class DeCoRMSBlock(FlowBlock):
-    make_norm = functools.partial(RootMean, eps=1e-6, rounds_first=False)
+    make_norm = DeCoRootMean
 
 
 class DeCoRMSLast(Last):
-    make_norm = functools.partial(RootMean, eps=1e-6, affine=False)
+    make_norm = functools.partial(DeCoRootMean, affine=False)
 
 
 class DeCoRMSNet(DeCoNet):

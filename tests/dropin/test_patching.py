@@ -335,6 +335,31 @@ def test_compiles_whole(head):
     close(torch.compile(inside("a", head), fullgraph=True, backend="eager").a(*inputs), head(*inputs))
 
 
+def test_a_forward_that_is_compiled_by_a_decorator():
+    """As SphereAR and NextStep-1 have it: nothing is compiled to look at it."""
+
+    def compiles(graph, inputs):
+        raise AssertionError("it was compiled")
+
+    class Compiled(Canonical):
+        @torch.compile(backend=compiles)
+        def forward(self, x, t, c):
+            return super().forward(x, t, c)
+
+    head = randomize(Compiled())
+    patch(head, strict=True)
+    close(head(*INPUTS), Canonical.forward(head, *INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_does_not_depend_on_what_rows_share(head):
+    x, _, c = canonical_inputs(torch.rand(70))
+    patch(head)
+    with torch.no_grad():
+        traced = torch.jit.trace(head, (x, torch.full((70,), 3.0), c))
+        close(traced(x, torch.arange(70.0), c), head(x, torch.arange(70.0), c))
+
+
 @pytest.fixture
 def one_process(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

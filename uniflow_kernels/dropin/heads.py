@@ -386,7 +386,7 @@ def _norm_types(head: Head, module: nn.Module) -> set[type]:
 
 def _norm_kind(norm: nn.Module, width: int, probe: Probe) -> tuple[str, float]:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    eps = getattr(norm, "eps", None)
+    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     if isinstance(eps, float) and (weight is None or weight.shape == (width,)):
         x = probe.rows(ROWS, width, scale=1e-3)  # so small that eps counts
         own = probe.in_both_modes(lambda: norm(x))
@@ -467,7 +467,9 @@ def _apart(head: Head, probe: Probe, given: dict[str, Any], own: list[Tensor]) -
 
 
 def _same_in_all_rows(t: Tensor) -> bool:
-    """As far as strides or, on a CPU, numbers say; a GPU is not waited for."""
+    """As far as strides or, on a CPU, numbers say; a GPU is not waited for, and no traced graph depends on it."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
     if t.stride(0) == 0:
         return True
     readable = t.device.type == "cpu" and type(t) is Tensor and not t.requires_grad and t.shape[0] >= ROWS_WORTH_READING
