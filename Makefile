@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(VENV)/triton-3.6.0
 
 .PHONY: setup demo test lint gpu clean
 
@@ -18,8 +19,14 @@ $(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 demo: $(READY)
 	$(BIN)/uniflow demo --out out/demo --force
 
-test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+# the oldest Triton that is supported, beside the newest, for tests/compile
+$(OLDEST): | $(READY)
+	rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==3.6.0
+	mv $@.part $@
+
+test: $(READY) $(OLDEST)
+	$(BIN)/python -m pytest -n auto --dist loadscope -m "not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

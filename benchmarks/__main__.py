@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks list | run | report | compare | gpu."""
+"""The command: python -m benchmarks list | run | report | compare | choices | gpu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("benchmarks: this Python has no torch; name one that has it, as in `make gpu PYTHON=.venv/bin/python`")
 
-from benchmarks import gpu, report, results
+from benchmarks import choices, gpu, report, results
 from benchmarks.cases import UnknownCaseError, select
 from benchmarks.compare import compare
 from benchmarks.run import Plan, run
@@ -64,6 +64,12 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _choices(options: argparse.Namespace) -> int:
+    count = choices.write([results.load(path) for path in options.files] or results.newest(), options.out)
+    print(f"{count} sizes written: {options.out}")
+    return 0
+
+
 def _gpu(options: argparse.Namespace) -> int:
     select(options.cases)  # a wrong name is said now, not minutes later
     return gpu.session(options.cases)
@@ -107,6 +113,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("old", type=Path)
     command.add_argument("new", type=Path)
     command.set_defaults(command=_compare)
+
+    command = commands.add_parser("choices", help="the table by which ops choose their path, from results files")
+    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default the newest of every machine")
+    command.add_argument("--out", type=Path, default=choices.TABLE, metavar="JSON", help="by default the package's own")
+    command.set_defaults(command=_choices)
 
     command = commands.add_parser("gpu", parents=[cases], help="all that is to be done with a GPU, in under 9 minutes")
     command.set_defaults(command=_gpu)

@@ -30,7 +30,8 @@ INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks report` from the newest file of every machine in benchmarks/results. To measure on
 yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds, tests, measures and reports in nine minutes.
-`python -m benchmarks list` names the questions, `compare OLD NEW` says what moved.
+`python -m benchmarks list` names the questions, `compare OLD NEW` says what moved, `choices` makes the table by which
+the flow head takes its path on a GPU.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
 PyTorch in the same dtype. What fails is marked wrong and never timed. Times are medians with quartiles, in ms; all

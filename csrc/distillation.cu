@@ -3,12 +3,12 @@
 #include "cosine.h"
 #include "launch.h"
 #include "sums.h"
+#include "tiles.cuh"
 #include "types.cuh"
 
 namespace uniflow {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
 
 struct Layers {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) distances[(blockIdx.y * batch + image) * (length - skip) + token - skip] = terms.distance;
 }
 
-bool aligned(const Layer& layer, int64_t count) {
+bool wide_layer(const Layer& layer, int64_t count) {
   const auto pointers = reinterpret_cast<uintptr_t>(layer.student) | reinterpret_cast<uintptr_t>(layer.teacher) |
                         reinterpret_cast<uintptr_t>(layer.gradient);
   return pointers % 16 == 0 && layer.student_batch % count == 0 && layer.student_token % count == 0 &&
@@ -109,7 +109,7 @@ const char* cosine_as(const Layer* all, int32_t count, int64_t batch, int64_t le
   bool wide = width % COUNT == 0;
   for (int i = 0; i < count; ++i) {
     layers.layer[i] = all[i];
-    wide = wide && aligned(all[i], COUNT);
+    wide = wide && wide_layer(all[i], COUNT);
   }
   const auto kernel = !wide                         ? cosine_kernel<T, 1, 0>
                       : width <= 4 * kLanes * COUNT ? cosine_kernel<T, COUNT, 4>
@@ -117,8 +117,7 @@ const char* cosine_as(const Layer* all, int32_t count, int64_t batch, int64_t le
                                                     : cosine_kernel<T, COUNT, 0>;
   const dim3 grid(static_cast<uint32_t>((batch * length + kWarps - 1) / kWarps), count);
   kernel<<<grid, kThreads, 0, stream>>>(layers, batch, length, width, skip, distances);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launched();
 }
 
 // The factor is known to the device only: where it is 1, nothing but it is read.
@@ -148,8 +147,7 @@ const char* scale_as(void* values, int64_t count, const float* factor, cudaStrea
   const int64_t blocks = count / (kThreads * (16 / sizeof(T))) + 1;
   scale_kernel<T><<<static_cast<uint32_t>(blocks < kMostBlocks ? blocks : kMostBlocks), kThreads, 0, stream>>>(
       static_cast<T*>(values), count, factor);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launched();
 }
 
 }  // namespace

@@ -22,8 +22,22 @@ struct Source {  // what x1 and x0 are made of
   const float* scale_and_shift;  // [C, 2], or null
   int32_t repeats;
   Rows noise;  // data is null where the seed counts
-  Seed seed;
+  uint64_t seed, offset;
+  const uint64_t* seed_at;  // null, or where the device holds the seed
   int32_t columns;  // length of a row of x_t or of the velocity
+};
+
+struct Coefficients {  // of the tokens
+  const float* each;  // [k*B*N], or null
+  float all;
+};
+
+struct Patches {  // what is moved between images and rows
+  Tiling tiling;
+  void* images;
+  ImageStrides strides;
+  void* rows;
+  RowStrides row_strides;
 };
 
 struct Layer {  // [B, S, D] with neighbouring elements in a row; strides in elements
@@ -34,11 +48,12 @@ struct Layer {  // [B, S, D] with neighbouring elements in a row; strides in ele
 };
 
 constexpr int kMostLayers = 64;
-constexpr int kMostPixels = 12000;  // of a tile in shared memory, 48 KB with the partial sums
+constexpr int kMostPixels = 12000;  // of four bytes, of a tile in shared memory: 48 KB with the partial sums
 
 const char* interpolate(const Source& source, const float* t, bool t_per_token, void* x_t, int32_t type, uintptr_t stream);
-const char* velocity_loss(const Source& source, const Rows& velocity, const float* coefficients,
-                          bool coefficient_per_token, void* gradient, float* losses, uintptr_t stream);
+const char* velocity_loss(const Source& source, const Rows& velocity, const Coefficients& coefficients, void* gradient,
+                          float* losses, uintptr_t stream);
+const char* move_patches(const Patches& move, int32_t size, bool cut, uintptr_t stream);  // size: bytes of an element
 const char* cosine_distances(const Layer* layers, int32_t count, int64_t batch, int64_t length, int32_t width,
                              int64_t skip, int32_t type, float* distances, uintptr_t stream);
 const char* scale(void* values, int32_t type, int64_t count, const float* factor, uintptr_t stream);

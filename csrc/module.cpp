@@ -32,32 +32,39 @@ int32_t tile_width(int64_t length, int64_t columns, int64_t across) {
   return static_cast<int32_t>(width < across ? width : across);
 }
 
+// The tiles of images, where each pixel of a row and each of `more` values takes four bytes.
+uniflow::Tiling tiling_of(const std::array<int64_t, 4>& shape, int32_t patch, int64_t more, int64_t pixel_size = 4) {
+  const int64_t across = shape[3] / patch, pixels = (shape[1] * patch * patch + 3) / 4 * 4;
+  const int32_t width = tile_width((pixels * pixel_size + 3) / 4, more, across);
+  if (width == 0) throw std::invalid_argument("images: a patch does not fit into shared memory");
+  return uniflow::tiling_of(shape[0], static_cast<int32_t>(shape[1]), static_cast<int32_t>(shape[2] / patch),
+                            static_cast<int32_t>(across), patch, width);
+}
+
 uniflow::Source source_of(uintptr_t images, int32_t image_type, std::array<int64_t, 4> shape, const Strides& strides,
                           uintptr_t scale_and_shift, int32_t patch, int32_t repeats, const uniflow::Rows& noise,
-                          uint64_t seed, uint64_t offset, int32_t columns) {
-  uniflow::Source source{};
-  auto& tiling = source.tiling;
-  tiling.batch = shape[0];
-  tiling.channels = static_cast<int32_t>(shape[1]);
-  tiling.down = static_cast<int32_t>(shape[2] / patch);
-  tiling.across = static_cast<int32_t>(shape[3] / patch);
-  tiling.patch = patch;
-  tiling.length = tiling.channels * patch * patch;
-  tiling.quads = (tiling.length + 3) / 4;
-  tiling.width = tile_width(tiling.length, columns, tiling.across);
-  if (tiling.width == 0) throw std::invalid_argument("images: a patch does not fit into shared memory");
-  tiling.tiles_across = (tiling.across + tiling.width - 1) / tiling.width;
-  tiling.by_patch = uniflow::SmallDivisor(patch);
-  source.images = reinterpret_cast<const void*>(images);
-  source.image_type = image_type;
-  source.strides = {strides[0], strides[1], strides[2], strides[3]};
-  source.scale_and_shift = reinterpret_cast<const float*>(scale_and_shift);
-  source.repeats = repeats;
-  source.noise = noise;
-  source.seed = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
-                 static_cast<uint32_t>(offset >> 32)};
-  source.columns = columns;
-  return source;
+                          uint64_t seed, uint64_t offset, uintptr_t seed_at, int32_t columns) {
+  return {tiling_of(shape, patch, columns),
+          reinterpret_cast<const void*>(images),
+          image_type,
+          {strides[0], strides[1], strides[2], strides[3]},
+          reinterpret_cast<const float*>(scale_and_shift),
+          repeats,
+          noise,
+          seed,
+          offset,
+          reinterpret_cast<const uint64_t*>(seed_at),
+          columns};
+}
+
+void move_patches(uintptr_t images, const std::array<int64_t, 4>& shape, const Strides& strides, uintptr_t rows,
+                  const std::array<int64_t, 3>& row_strides, int32_t patch, int32_t size, bool cut, uintptr_t stream) {
+  const uniflow::Patches move{tiling_of(shape, patch, 0, size),
+                              reinterpret_cast<void*>(images),
+                              {strides[0], strides[1], strides[2], strides[3]},
+                              reinterpret_cast<void*>(rows),
+                              {row_strides[0], row_strides[1], row_strides[2]}};
+  check(uniflow::move_patches(move, size, cut, stream));
 }
 
 void cosine_distances(const std::vector<std::array<int64_t, 7>>& layers, int64_t batch, int64_t length, int32_t width,
@@ -87,10 +94,11 @@ PYBIND11_MODULE(_cuda, module) {
     check(uniflow::interpolate(source, reinterpret_cast<const float*>(t), per_token, reinterpret_cast<void*>(x_t), type, stream));
   });
   module.def("velocity_loss", [](const uniflow::Source& source, const uniflow::Rows& velocity, uintptr_t coefficients,
-                                 bool per_token, uintptr_t gradient, uintptr_t losses, uintptr_t stream) {
-    check(uniflow::velocity_loss(source, velocity, reinterpret_cast<const float*>(coefficients), per_token,
+                                 float coefficient, uintptr_t gradient, uintptr_t losses, uintptr_t stream) {
+    check(uniflow::velocity_loss(source, velocity, {reinterpret_cast<const float*>(coefficients), coefficient},
                                  reinterpret_cast<void*>(gradient), reinterpret_cast<float*>(losses), stream));
   });
+  module.def("move_patches", &move_patches);
   module.def("cosine_distances", &cosine_distances);
   module.def("scale", [](uintptr_t values, int32_t type, int64_t count, uintptr_t factor, uintptr_t stream) {
     check(uniflow::scale(reinterpret_cast<void*>(values), type, count, reinterpret_cast<const float*>(factor), stream));

@@ -10,6 +10,11 @@ struct Seed {
   uint32_t offset0, offset1;  // the offset's
 };
 
+UNIFLOW_HD Seed seed_of(uint64_t seed, uint64_t offset) {
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
+          static_cast<uint32_t>(offset >> 32)};
+}
+
 struct Words {
   uint32_t x, y, z, w;
 };

@@ -18,6 +18,21 @@ struct Tiling {
   UNIFLOW_HD int64_t tiles() const { return batch * down * tiles_across; }
 };
 
+UNIFLOW_HD Tiling tiling_of(int64_t batch, int32_t channels, int32_t down, int32_t across, int32_t patch, int32_t width) {
+  Tiling tiling{};
+  tiling.batch = batch;
+  tiling.channels = channels;
+  tiling.down = down;
+  tiling.across = across;
+  tiling.patch = patch;
+  tiling.width = width;
+  tiling.tiles_across = (across + width - 1) / width;
+  tiling.length = channels * patch * patch;
+  tiling.quads = (tiling.length + 3) / 4;
+  tiling.by_patch = SmallDivisor(patch);
+  return tiling;
+}
+
 struct Tile {
   int64_t image;
   int32_t line, left, count;  // of patches
@@ -45,7 +60,17 @@ UNIFLOW_HD int64_t pixel_offset(const Tiling& tiling, const Tile& tile, const Im
          (static_cast<int64_t>(tile.left) * tiling.patch + x) * strides.column;
 }
 
-// Where that pixel stands in the tile's rows, which are 4 * quads apart.
+struct RowStrides {
+  int64_t image, token, column;
+};
+
+// Offset of a column of the tile's token `g` among rows [B, N, length].
+UNIFLOW_HD int64_t row_offset(const Tiling& tiling, const Tile& tile, const RowStrides& strides, uint32_t g, uint32_t column) {
+  const int64_t token = static_cast<int64_t>(tile.line) * tiling.across + tile.left + g;
+  return tile.image * strides.image + token * strides.token + column * strides.column;
+}
+
+// Where a pixel stands in the tile's rows, which are 4 * quads apart.
 UNIFLOW_HD uint32_t place_in_rows(const Tiling& tiling, uint32_t row, uint32_t x) {
   const uint32_t token = tiling.by_patch.quotient(x);
   return token * 4 * tiling.quads + row * tiling.patch + (x - token * tiling.patch);

@@ -2,24 +2,19 @@
 // by image row, and then works on the rows of every repeat, which are contiguous in memory, 16 bytes a thread.
 #include "launch.h"
 #include "sums.h"
+#include "tiles.cuh"
 #include "types.cuh"
 #include "velocity.h"
 
 namespace uniflow {
 namespace {
 
-constexpr int kThreads = 256;
-
 template <class T, int COUNT>
 __device__ void load_pixels(const Source& source, const Tile& tile, float* rows) {
   const Tiling& tiling = source.tiling;
-  const uint32_t accesses = tile.count * tiling.patch / COUNT, pixel_rows = tiling.channels * tiling.patch;
-  const SmallDivisor by_accesses(accesses);
-  for (uint32_t i = threadIdx.x; i < accesses * pixel_rows; i += kThreads) {
-    const uint32_t row = by_accesses.quotient(i), x = (i - row * accesses) * COUNT;
-    const T* from = static_cast<const T*>(source.images) + pixel_offset(tiling, tile, source.strides, row, x);
+  for_each_run<COUNT>(tiling, tile, source.strides, [&](int64_t offset, uint32_t row, uint32_t x) {
     float pixels[COUNT];
-    load<T, COUNT>(from, pixels);
+    load<T, COUNT>(static_cast<const T*>(source.images) + offset, pixels);
     float scale = 1.0f, shift = 0.0f;
     if (source.scale_and_shift != nullptr) {
       const uint32_t channel = tiling.by_patch.quotient(row);
@@ -28,7 +23,7 @@ __device__ void load_pixels(const Source& source, const Tile& tile, float* rows)
     }
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) rows[place_in_rows(tiling, row, x + k)] = fmaf(pixels[k], scale, shift);
-  }
+  });
 }
 
 // The tile's patches as rows [tile.count][4 * quads] (what is beyond the length of a row is not written).
@@ -64,7 +59,8 @@ __device__ __forceinline__ void noise_at(const Source& source, int64_t row, int6
 #pragma unroll
     for (int k = 0; k < 4; ++k) x0[k] = 0.0f;
   } else if (noise.data == nullptr) {
-    normals(row * source.tiling.quads + quad, source.seed, x0);
+    const uint64_t seed = source.seed_at == nullptr ? source.seed : *source.seed_at;
+    normals(row * source.tiling.quads + quad, seed_of(seed, source.offset), x0);
   } else if (noise.type == kFloat32) {
     load_noise<float>(noise.data, place, valid, wide, x0);
   } else if (noise.type == kFloat16) {
@@ -74,8 +70,37 @@ __device__ __forceinline__ void noise_at(const Source& source, int64_t row, int6
   }
 }
 
+__device__ __forceinline__ float coefficient_of(const Coefficients& coefficients, int64_t row) {
+  return coefficients.each == nullptr ? coefficients.all : coefficients.each[row];
+}
+
 struct Wide {  // which accesses may be wide
   bool images, noise;
+};
+
+// What a block begins with: its tile, which is then in `rows`, and where in it a thread's elements are.
+struct Block {
+  Tile tile;
+  uint32_t row_quads;
+  SmallDivisor by_quads;
+
+  __device__ Block(const Source& source, bool wide, float* rows)
+      : tile(tile_at(source.tiling, blockIdx.x)),
+        row_quads((source.columns + 3) / 4),
+        by_quads(row_quads) {
+    load_tile(source, tile, wide, rows);
+    __syncthreads();
+  }
+};
+
+// The tile's first token in one repeat: its row among k*B*N, that of its image among k*B, and its number in the image.
+struct Tokens {
+  int64_t first, image, token;
+
+  __device__ Tokens(const Tiling& tiling, const Tile& tile, int repeat)
+      : first(first_row(tiling, tile, repeat)),
+        image(repeat * tiling.batch + tile.image),
+        token(static_cast<int64_t>(tile.line) * tiling.across + tile.left) {}
 };
 
 // A thread works on QUADS * 4 neighbouring elements, in one access where VECTOR, else element by element.
@@ -88,14 +113,9 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int QUADS = kQuads<T, VECTOR>;
   extern __shared__ __align__(16) float rows[];
   const Tiling& tiling = source.tiling;
-  const Tile tile = tile_at(tiling, blockIdx.x);
-  load_tile(source, tile, wide.images, rows);
-  __syncthreads();
-  const uint32_t row_quads = (source.columns + 3) / 4;
-  const SmallDivisor by_quads(row_quads);
+  const auto [tile, row_quads, by_quads] = Block(source, wide.images, rows);
   for (int repeat = 0; repeat < source.repeats; ++repeat) {
-    const int64_t first = first_row(tiling, tile, repeat), image = repeat * tiling.batch + tile.image;
-    const int64_t token = static_cast<int64_t>(tile.line) * tiling.across + tile.left;
+    const auto [first, image, token] = Tokens(tiling, tile, repeat);
     for (uint32_t i = threadIdx.x * QUADS; i < tile.count * row_quads; i += kThreads * QUADS) {
       float out[4 * QUADS];
 #pragma unroll
@@ -125,20 +145,15 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, bool VECTOR>
 __global__ void __launch_bounds__(kThreads)
-    velocity_loss_kernel(const __grid_constant__ Source source, Wide wide, Rows velocity, const float* coefficients,
-                         bool coefficient_per_token, T* gradient, float* losses) {
+    velocity_loss_kernel(const __grid_constant__ Source source, Wide wide, Rows velocity, Coefficients coefficients,
+                         T* gradient, float* losses) {
   constexpr int QUADS = kQuads<T, VECTOR>;
   extern __shared__ __align__(16) float rows[];
   const Tiling& tiling = source.tiling;
   float* partials = rows + tiling.width * 4 * tiling.quads;  // [tile.count][row_quads]
-  const Tile tile = tile_at(tiling, blockIdx.x);
-  load_tile(source, tile, wide.images, rows);
-  __syncthreads();
-  const uint32_t row_quads = (source.columns + 3) / 4;
-  const SmallDivisor by_quads(row_quads);
+  const auto [tile, row_quads, by_quads] = Block(source, wide.images, rows);
   for (int repeat = 0; repeat < source.repeats; ++repeat) {
-    const int64_t first = first_row(tiling, tile, repeat), image = repeat * tiling.batch + tile.image;
-    const int64_t token = static_cast<int64_t>(tile.line) * tiling.across + tile.left;
+    const auto [first, image, token] = Tokens(tiling, tile, repeat);
     for (uint32_t i = threadIdx.x * QUADS; i < tile.count * row_quads; i += kThreads * QUADS) {
       const uint32_t g_of_first = by_quads.quotient(i), column = 4 * (i - g_of_first * row_quads);
       const T* from = static_cast<const T*>(velocity.data) + image * velocity.image_stride +
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
-        const float coefficient = coefficients[coefficient_per_token ? first + g : 0];
+        const float coefficient = coefficient_of(coefficients, first + g);
         float x0[4];
         noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
         float sum = 0.0f;
@@ -182,23 +197,10 @@ __global__ void __launch_bounds__(kThreads)
     for (int g = threadIdx.x / kLanes; g < tile.count; g += kThreads / kLanes) {
       const int lane = threadIdx.x % kLanes;
       const float sum = butterfly(lane_sum(partials + g * row_quads, row_quads, lane));
-      if (lane == 0) losses[first + g] = coefficients[coefficient_per_token ? first + g : 0] * sum;
+      if (lane == 0) losses[first + g] = coefficient_of(coefficients, first + g) * sum;
     }
     __syncthreads();
   }
-}
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Whether every run of `count` pixels of a tile's pixel row can be read in one access.
-bool wide_images(const Source& source) {
-  const int64_t sizes[] = {4, 8, 8, 16};
-  const int64_t count = sizes[source.image_type];
-  const ImageStrides& strides = source.strides;
-  const Tiling& tiling = source.tiling;
-  return aligned(source.images) && strides.column == 1 && strides.row % count == 0 && strides.channel % count == 0 &&
-         strides.image % count == 0 && static_cast<int64_t>(tiling.width) * tiling.patch % count == 0 &&
-         static_cast<int64_t>(tiling.across) * tiling.patch % count == 0;
 }
 
 // Whether rows can be read `count` elements at a time, which may cross from one row into the next where rows touch.
@@ -212,12 +214,8 @@ bool wide_rows(const Source& source, int64_t count, const void* data, int64_t im
 Wide wide_of(const Source& source) {
   const bool noise = source.noise.data != nullptr && source.tiling.length % 4 == 0 && aligned(source.noise.data) &&
                      source.noise.image_stride % 4 == 0 && source.noise.token_stride % 4 == 0;
-  return {wide_images(source), noise};
-}
-
-const char* launched() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const int64_t pixels = source.image_type == kFloat32 ? 4 : source.image_type == kUInt8 ? 16 : 8;
+  return {wide_runs(source.tiling, source.strides, source.images, pixels), noise};
 }
 
 template <class T>
@@ -232,8 +230,8 @@ const char* interpolate_as(const Source& source, const float* t, bool t_per_toke
 }
 
 template <class T>
-const char* velocity_loss_as(const Source& source, const Rows& velocity, const float* coefficients,
-                             bool coefficient_per_token, void* gradient, float* losses, cudaStream_t stream) {
+const char* velocity_loss_as(const Source& source, const Rows& velocity, const Coefficients& coefficients, void* gradient,
+                             float* losses, cudaStream_t stream) {
   const int64_t columns = source.columns;
   const int64_t count = 16 / sizeof(T);
   const bool vector =
@@ -242,7 +240,7 @@ const char* velocity_loss_as(const Source& source, const Rows& velocity, const f
   const size_t shared = sizeof(float) * source.tiling.width * (4 * source.tiling.quads + (columns + 3) / 4);
   const auto kernel = vector ? velocity_loss_kernel<T, true> : velocity_loss_kernel<T, false>;
   kernel<<<static_cast<uint32_t>(source.tiling.tiles()), kThreads, shared, stream>>>(
-      source, wide_of(source), velocity, coefficients, coefficient_per_token, static_cast<T*>(gradient), losses);
+      source, wide_of(source), velocity, coefficients, static_cast<T*>(gradient), losses);
   return launched();
 }
 
@@ -255,13 +253,13 @@ const char* interpolate(const Source& source, const float* t, bool t_per_token, 
   return interpolate_as<__nv_bfloat16>(source, t, t_per_token, x_t, on);
 }
 
-const char* velocity_loss(const Source& source, const Rows& velocity, const float* coefficients,
-                          bool coefficient_per_token, void* gradient, float* losses, uintptr_t stream) {
+const char* velocity_loss(const Source& source, const Rows& velocity, const Coefficients& coefficients, void* gradient,
+                          float* losses, uintptr_t stream) {
   const auto on = reinterpret_cast<cudaStream_t>(stream);
   const auto run = velocity.type == kFloat32   ? velocity_loss_as<float>
                    : velocity.type == kFloat16 ? velocity_loss_as<__half>
                                                : velocity_loss_as<__nv_bfloat16>;
-  return run(source, velocity, coefficients, coefficient_per_token, gradient, losses, on);
+  return run(source, velocity, coefficients, gradient, losses, on);
 }
 
 }  // namespace uniflow

@@ -22,10 +22,14 @@ if not torch.cuda.is_available():
     # before any kernel is defined: Triton then runs them on the CPU. tests/compile compiles in a process of its own
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# processes of pytest-xdist share the cores
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         round_to_bfloat16()
+        multiply_bfloat16()
     # the golden model is narrower than its patch, on purpose small
     config.addinivalue_line("filterwarnings", "ignore:vit_hidden_size. a flow head of width 64:UserWarning")
 
@@ -45,6 +49,24 @@ def round_to_bfloat16() -> None:
         return np.where(np.isnan(data), 0x7FC0, nearest_even).astype(np.uint16)
 
     interpreter._convert_float = convert
+
+
+def multiply_bfloat16() -> None:
+    """Make Triton's interpreter (3.7 to 3.9) multiply bfloat16 operands: it takes their bits for integers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def in_float32(operand: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: interpreter.InterpreterBuilder, a: object, b: object, *rest: object) -> object:
+        return plain(self, in_float32(a), in_float32(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,27 @@ if TYPE_CHECKING:
     from uniflow.model import UniFlow
     from uniflow.normalization import denormalize, normalize
     from uniflow.objective import UniFlowObjective
+    from uniflow.teachers import EncoderTeacher
+    from uniflow.training import Recipe, Trainer
 
-__all__ = ["CheckpointError", "UniFlow", "UniFlowConfig", "UniFlowObjective", "denormalize", "normalize"]
+__all__ = [
+    "CheckpointError",
+    "EncoderTeacher",
+    "Recipe",
+    "Trainer",
+    "UniFlow",
+    "UniFlowConfig",
+    "UniFlowObjective",
+    "denormalize",
+    "normalize",
+]
 
 # where each name lives; loaded on first use, so that `uniflow --help` need not wait for torch
 _MODULES = {
     "CheckpointError": "checkpoint",
+    "EncoderTeacher": "teachers",
+    "Recipe": "training",
+    "Trainer": "training",
     "UniFlow": "model",
     "UniFlowConfig": "config",
     "UniFlowObjective": "objective",

@@ -40,6 +40,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
 }
 
+# what may be chosen around a given encoder
+DECODER_FIELDS = (
+    "latent_ch",
+    "use_global_blocks",
+    "global_blocks_depth",
+    "num_decoder_layers",
+    "num_sampling_steps",
+    "initializer_range",
+    "llm_hidden_size",
+    "use_cfg",
+    "use_disp_loss",
+)
+
 
 @dataclass
 class UniFlowConfig:

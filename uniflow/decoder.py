@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
-from uniflow.flow import Interval, euler, guide, guides_at
-from uniflow_kernels import FlowHead
+from uniflow.flow import Plan, Update
+from uniflow_kernels import FlowHead, flow_matching_loss
+from uniflow_kernels.modules.sampling import follow
 
 
 def channel_projection(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -44,20 +45,20 @@ class FlowDecoder(nn.Module):
         net = self.net
         return net.from_embedding(x, net.time_embed(self.time_scale * t) + net.cond_embed(condition))
 
-    def sample(
-        self, noise: Tensor, condition: Tensor, steps: int, schedule: str, cfg: float, cfg_interval: Interval | None
+    def loss(
+        self,
+        condition: Tensor,
+        images: Tensor,
+        t: Tensor,
+        patch_size: int,
+        noise: Tensor,
+        chunk_tokens: int | None,
     ) -> Tensor:
-        """Carry noise [B, N, C*P*P] to pixels under the condition [B, N, D]; see `UniFlow.decode`."""
-        net = self.net
-        c = net.cond_embed(condition)
-        # all tokens share the null condition, so its modulations are one row
-        null = net.cond_embed(condition.new_zeros(1, condition.shape[-1])) if cfg != 1.0 else None
+        """The flow matching loss under the condition [B, N, D]; see `uniflow_kernels.flow_matching_loss`."""
+        return flow_matching_loss(
+            self.net, condition, images, t, patch_size, noise, time_scale=self.time_scale, chunk_tokens=chunk_tokens
+        )
 
-        def velocity(x: Tensor, t: float) -> Tensor:
-            time = net.time_embed(torch.full((1,), t, device=x.device) * self.time_scale)
-            if null is None or not guides_at(t, cfg_interval):
-                return net.from_embedding(x, time + c)
-            v, null_velocity = net.from_embeddings(x, [time + c, time + null])
-            return guide(v, null_velocity, cfg)
-
-        return euler(velocity, noise, steps, schedule)
+    def sample(self, noise: Tensor, condition: Tensor, plan: Plan) -> Update:
+        """Carry noise [B, N, C*P*P] under the condition [B, N, D] to the last update, which leads to pixels."""
+        return follow(self.net, noise, condition, plan, time_scale=self.time_scale)

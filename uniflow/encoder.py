@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,8 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
 class Embeddings(nn.Module):
     """Patch, class and position embeddings. Source: `UniFlowVisionEmbeddings` of the official release."""
 
+    prefix_tokens = 1  # tokens before those of the patches: the class token
+
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
@@ -44,16 +48,45 @@ class Embeddings(nn.Module):
         return torch.cat([class_token.to(patches.dtype), patches], dim=1)
 
 
-class Encoder(nn.Module):
-    """The transformer layers. Source: `UniFlowVisionEncoder` of the official release.
+class LayerStack(nn.Module):
+    """Layers that map tokens [B, S, D] to tokens [B, S, D], one after the other.
 
     `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
     """
 
-    def __init__(self, config: UniFlowConfig) -> None:
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
+        return [x, *self.states(x)]
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """Embeddings [B, S, D] -> the output of every layer, each computed when it is asked for."""
+        for layer in self.layers:
+            x = self._run(layer, x)
+            yield x
+
+    def last(self, x: Tensor) -> Tensor:
+        """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
+        for layer in self.layers:
+            x = self._run(layer, x)
+        return x
+
+    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, use_reentrant=False)
+        return layer(x)
+
+
+class Encoder(LayerStack):
+    """The transformer layers. Source: `UniFlowVisionEncoder` of the official release."""
+
+    def __init__(self, config: UniFlowConfig) -> None:
         rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
-        self.layers = nn.ModuleList(
+        super().__init__(
             TransformerLayer(
                 config.hidden_size,
                 config.num_attention_heads,
@@ -71,22 +104,3 @@ class Encoder(nn.Module):
             )
             for rate in rates
         )
-        self.gradient_checkpointing = False
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
-        states = [x]
-        for layer in self.layers:
-            states.append(self._run(layer, states[-1]))
-        return states
-
-    def last(self, x: Tensor) -> Tensor:
-        """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
-        for layer in self.layers:
-            x = self._run(layer, x)
-        return x
-
-    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, use_reentrant=False)
-        return layer(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniflow.checkpoint import assign_state, read_state, write_state
-from uniflow.config import GLOBAL_BLOCK_HEADS, UniFlowConfig
+from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
-from uniflow.encoder import Embeddings, Encoder, resize_position_embedding
-from uniflow.flow import Interval
+from uniflow.decoding import Decoder, Shape
+from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
+from uniflow.flow import Interval, Plan
+from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, pretrained_encoder
 from uniflow.transformer import TransformerLayer
-from uniflow_kernels import unpatchify
+from uniflow_kernels import to_images
 from uniflow_kernels.ops.patches import patch_grid
 
 
@@ -27,16 +32,21 @@ class UniFlow(nn.Module):
 
     Args:
         config: see `UniFlowConfig`.
+        pretrained: an encoder that fits the config, taken as it is; `from_encoder` makes both. By default a new one.
 
     Source: `UniFlowVisionModel` of the official release, same state_dict.
     """
 
-    def __init__(self, config: UniFlowConfig) -> None:
+    embeddings: Embeddings | HuggingFaceEmbeddings
+    encoder: LayerStack
+
+    def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.vit_hidden_size
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        if pretrained is None:
+            self.embeddings = Embeddings(config)
+            self.encoder = Encoder(config)
         self.chal_proj = channel_projection(width, width, config.latent_ch)
         self.chal_unproj = channel_projection(config.latent_ch, width, width)
         self.global_block_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
@@ -47,6 +57,8 @@ class UniFlow(nn.Module):
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
         self.flow_head = FlowDecoder(config)
         self.reset_parameters()
+        if pretrained is not None:
+            self.embeddings, self.encoder = pretrained.embeddings, pretrained.encoder
 
     def reset_parameters(self) -> None:
         """Truncated normal products, sin-cos positions for the decoder; the flow head starts at v = 0 (as in MAR)."""
@@ -56,8 +68,9 @@ class UniFlow(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.embeddings.class_embedding, std=std)
-        nn.init.trunc_normal_(self.embeddings.position_embedding, std=std)
+        for embeddings in (module for module in self.modules() if isinstance(module, Embeddings)):
+            nn.init.trunc_normal_(embeddings.class_embedding, std=std)
+            nn.init.trunc_normal_(embeddings.position_embedding, std=std)
         if self.decoder_pos_embed.is_meta:
             return
         positions = sincos_position_embedding(
@@ -78,8 +91,20 @@ class UniFlow(nn.Module):
         return self.decoder_pos_embed.device
 
     def hidden_states(self, images: Tensor) -> list[Tensor]:
-        """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first."""
+        """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first.
+
+        An encoder of another make (`from_encoder`) has `prefix_tokens` tokens in the place of the one.
+        """
         return self.encoder(self.embeddings(self._checked_images(images)))
+
+    def layer_states(self, images: Tensor) -> Iterator[Tensor]:
+        """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
+        return self.encoder.states(self.embeddings(self._checked_images(images)))
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens a hidden state has before those of the patches: class and register tokens."""
+        return self.embeddings.prefix_tokens
 
     def encode(self, images: Tensor) -> Tensor:
         """Images to latents.
@@ -98,7 +123,7 @@ class UniFlow(nn.Module):
 
     def latents(self, last_hidden_state: Tensor) -> Tensor:
         """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
-        return self.chal_proj(last_hidden_state[:, 1:])
+        return self.chal_proj(last_hidden_state[:, self.prefix_tokens :])
 
     def condition(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Latents to what the flow head is conditioned on.
@@ -113,8 +138,7 @@ class UniFlow(nn.Module):
         Raises:
             ValueError: if the shape does not fit the model or `size`.
         """
-        if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
-            raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
+        self._check_latents(latents)
         grid = patch_grid(latents.shape[1], self.config.patch_size, size)
         x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
         for block in self.global_blocks:
@@ -156,35 +180,173 @@ class UniFlow(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         size: tuple[int, int] | None = None,
+        solver: str = "euler",
+        temperature: float = 1.0,
+        max_memory: int | None = None,
     ) -> Tensor:
-        """Latents to images, by Euler steps from noise.
+        """Latents to images, in steps from noise.
 
         Args:
             latents: [B, N, latent_ch].
             steps: number of steps; the config's `num_sampling_steps` if not given.
-            schedule: "linear" or "pow_p", see `uniflow.flow.schedule_steps`.
+            schedule: "linear", "pow_p" or "shifted_a", see `uniflow.flow.schedule_steps`.
             cfg: guidance scale; 1 is none (and costs none).
             cfg_interval: the sigmas at which to guide, see `uniflow.flow.guides_at`.
             noise: [B, N, C*P*P] to start from; drawn in float32 if not given.
             generator: to draw it with, on any device.
             size: (H, W) of the images in pixels; without it they are square.
+            solver: "euler", or "heun" or "midpoint", which evaluate the flow head twice in a step.
+            temperature: what the noise is multiplied by.
+            max_memory: bytes that may be held at a time beside weights, latents, noise and images; pictures, or lines
+                of patches of one picture, are then decoded one after the other as needed. No bound if not given.
 
         Returns:
             [B, C, H, W], normalised as the encoder's images are; differentiable, so use torch.inference_mode() if no
             gradient is wanted.
 
         Raises:
-            ValueError: if a shape does not fit, or for an unknown schedule.
+            ValueError: if a shape does not fit, for an unknown schedule or solver, or memory that is not enough.
         """
-        condition = self.condition(latents, size)
+        steps = self.config.sampling_steps if steps is None else steps
+        plan = Plan(steps, schedule, solver, cfg, cfg_interval)
+        plan.check()
+        self._check_latents(latents)
         if noise is None:
             drawn_on = generator.device if generator is not None else self.device
             noise = torch.randn(*latents.shape[:2], self.config.patch_values, device=drawn_on, generator=generator)
-        self._check_rows("noise", noise, condition)
-        steps = self.config.sampling_steps if steps is None else steps
-        noise = noise.to(self.device, self.dtype)
-        rows = self.flow_head.sample(noise, condition, steps, schedule, cfg, cfg_interval)
-        return unpatchify(rows, self.config.patch_size, size)
+        self._check_rows("noise", noise, latents)
+        return self._images(latents, noise.__getitem__, size, plan, temperature, max_memory, dtype=self.dtype)
+
+    def compile_decoder(
+        self,
+        batch: int,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        schedule: str = "linear",
+        cfg: float = 1.0,
+        cfg_interval: Interval | None = None,
+        solver: str = "euler",
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.uint8,
+        max_memory: int | None = None,
+    ) -> Decoder:
+        """A decoder whose settings are fixed and whose work is prepared: on CUDA it is captured here.
+
+        Args:
+            batch: pictures at a time; it takes others too.
+            size: (H, W) of the pictures in pixels; the trained size if not given.
+            steps, schedule, cfg, cfg_interval, solver, temperature, max_memory: as `decode` takes them.
+            dtype: of the pictures: torch.uint8, or a floating one for values in [0, 1].
+
+        Returns:
+            A decoder from latents to pictures, not normalised.
+
+        Raises:
+            TypeError: for a dtype that pictures cannot have.
+            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, and as
+                `decode`.
+        """
+        config = self.config
+        plan = Plan(config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
+        plan.check()
+        size = (config.image_size, config.image_size) if size is None else size
+        shape = Shape(batch, size, config.patch_size, config.latent_ch, config.patch_values)
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
+        if not (dtype.is_floating_point or dtype == torch.uint8):
+            raise TypeError(f"dtype: expected a floating point dtype or torch.uint8, got {dtype}")
+        self._at_a_time(patch_grid(shape.tokens, config.patch_size, size), plan, max_memory)
+        pictures = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "clamp": True, "dtype": dtype}
+
+        def decode(latents: Tensor, noise: Callable[[slice], Tensor], size: tuple[int, int]) -> Tensor:
+            self._check_latents(latents)
+            return self._images(latents, noise, size, plan, temperature, max_memory, **pictures)
+
+        return Decoder(self, decode, shape, (plan, temperature, dtype, max_memory), self.device, self.dtype)
+
+    def _images(
+        self,
+        latents: Tensor,
+        noise: Callable[[slice], Tensor],
+        size: tuple[int, int] | None,
+        plan: Plan,
+        temperature: float,
+        max_memory: int | None,
+        **end: Any,
+    ) -> Tensor:
+        """Latents to what `to_images` makes with `end`: pictures, or lines of patches, as many as memory allows.
+
+        `noise` gives that of a slice of the batch, and is asked for them in order.
+        """
+        patch, batch = self.config.patch_size, len(latents)
+        down, across = patch_grid(latents.shape[1], patch, size)
+        rows, lines = self._at_a_time((down, across), plan, max_memory)
+        images = None
+        for start in range(0, max(1, batch), rows):
+            part = slice(start, start + rows)
+            condition = self.condition(latents[part], (down * patch, across * patch))
+            x0 = noise(part).to(self.device, torch.promote_types(self.dtype, torch.float32))
+            if temperature != 1.0:
+                x0 = x0 * temperature
+            for top in range(0, down, lines):
+                bottom = min(top + lines, down)
+                band = slice(top * across, bottom * across)
+                x, velocity, dt = self.flow_head.sample(x0[:, band], condition[:, band], plan)
+                part_size = (bottom - top) * patch, across * patch
+                piece = to_images(x, patch, part_size, velocity=velocity, dt=dt, **end)
+                if rows >= batch and lines >= down:
+                    return piece
+                if images is None:
+                    images = piece.new_empty(batch, piece.shape[1], down * patch, across * patch)
+                images[part, :, top * patch : bottom * patch] = piece
+                del x, velocity, piece  # before the next ones are made
+        assert images is not None
+        return images
+
+    def _at_a_time(self, grid: tuple[int, int], plan: Plan, max_memory: int | None) -> tuple[int, int]:
+        """How many pictures, and of one picture how many lines of patches, are decoded at a time."""
+        if max_memory is None:
+            return sys.maxsize, grid[0]
+        tokens = grid[0] * grid[1]
+        in_blocks, in_head = self.bytes_per_token(plan.cfg != 1.0)
+        if tokens * max(in_blocks, in_head) <= max_memory:
+            return max_memory // (tokens * max(in_blocks, in_head)), grid[0]
+        # the global blocks need a picture whole; its condition and noise stay while its lines are decoded
+        kept = tokens * (self.config.vit_hidden_size * self.dtype.itemsize + 8 * self.config.patch_values)
+        lines = (max_memory - kept) // (grid[1] * in_head)
+        least = max(tokens * in_blocks, kept + grid[1] * in_head)
+        if max_memory < least:
+            height, width = (extent * self.config.patch_size for extent in grid)
+            raise ValueError(
+                f"max_memory: a picture of {height}x{width} needs at least {least / 1e6:.0f} MB, got "
+                f"{max_memory / 1e6:.0f} MB"
+            )
+        return 1, min(lines, grid[0])
+
+    def encoding_bytes_per_token(self) -> int:
+        """At most how many bytes a token `encode` holds at a time beside weights and images."""
+        config, size = self.config, self.dtype.itemsize
+        # the sum, its norm, queries, keys, values and what attention makes of them, or the MLP's inner layer twice
+        return (4 * config.hidden_size + max(6 * config.hidden_size, 2 * config.intermediate_size)) * size + (
+            config.patch_values * (8 + size)  # images as floats, normalised, and in the model's dtype
+        )
+
+    def bytes_per_token(self, guided: bool) -> tuple[int, int]:
+        """At most how many bytes a token decoding holds at a time beside weights, latents and pictures.
+
+        Args:
+            guided: whether there is guidance, whose two branches go through the flow head together.
+
+        Returns:
+            In the global blocks, and in the flow head with the end of sampling.
+        """
+        width, row, size = self.config.vit_hidden_size, self.config.patch_values, self.dtype.itemsize
+        # the sum, its norm, four widths before and four after GELU, two to spare
+        in_blocks = 12 * width * size
+        # conditions, three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
+        # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
+        in_head = (22 if guided else 13) * width * size + 4 * row * (max(4, size) + size)
+        return in_blocks, in_head
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""
@@ -219,8 +381,48 @@ class UniFlow(nn.Module):
         assign_state(model, read_state(folder), str(folder))
         return model.to(device, dtype).eval()
 
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str | Path | nn.Module,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        **decoder: Any,
+    ) -> UniFlow:
+        """A tokenizer around an encoder that understands already; everything behind the encoder is new.
+
+        Args:
+            encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
+            mean, std: what the encoder's images are normalised with; the tokenizer's are still those of `normalize`.
+            decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
+                and num_decoder_layers.
+
+        Raises:
+            TypeError: for a keyword that is no such field.
+            ValueError: if the encoder cannot be used, saying why.
+
+        A tokenizer around an encoder of the InternViT kind is saved and loaded like any other. Around another one it is
+        its `state_dict()` that can be kept: load it into what `from_encoder` makes of the same kind of encoder.
+        """
+        pretrained = pretrained_encoder(encoder, mean, std)
+        for name in decoder:
+            if name not in DECODER_FIELDS:
+                raise TypeError(
+                    f"from_encoder: expected fields of the decoder ({', '.join(DECODER_FIELDS)}), got {name}"
+                )
+        return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there."""
+        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there.
+
+        Raises:
+            ValueError: if the encoder is of another make than the official format can hold.
+        """
+        if not isinstance(self.encoder, Encoder):
+            raise ValueError(
+                "save_pretrained: the official format holds encoders of the InternViT kind only; keep state_dict(), "
+                "and load it into what UniFlow.from_encoder makes of the same encoder"
+            )
         self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_state(self, folder)
         self.config.save_pretrained(folder)
@@ -238,7 +440,11 @@ class UniFlow(nn.Module):
             )
         return images.to(self.dtype)
 
-    def _check_rows(self, name: str, rows: Tensor, condition: Tensor) -> None:
-        expected = (*condition.shape[:2], self.config.patch_values)
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
+            raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
+
+    def _check_rows(self, name: str, rows: Tensor, tokens: Tensor) -> None:
+        expected = (*tokens.shape[:2], self.config.patch_values)
         if tuple(rows.shape) != expected:
             raise ValueError(f"{name}: expected shape {expected}, one row of pixels a token, got {tuple(rows.shape)}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from uniflow.flow import sample_t
 from uniflow.model import UniFlow
-from uniflow_kernels import interpolate, layerwise_distillation, velocity_loss
+from uniflow.teachers import EncoderTeacher
+from uniflow_kernels import LayerwiseDistillation
+from uniflow_kernels.ops.distillation import check_layer_weights
 
 
 @dataclass(frozen=True)
@@ -28,40 +31,25 @@ class Losses:
     weights: Tensor
 
 
-class EncoderTeacher(nn.Module):
-    """A frozen copy of a UniFlow's encoder; always in evaluation mode."""
-
-    def __init__(self, model: UniFlow) -> None:
-        super().__init__()
-        self.embeddings = copy.deepcopy(model.embeddings)
-        self.encoder = copy.deepcopy(model.encoder)
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> EncoderTeacher:
-        """Stay in evaluation mode, whatever the student does."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images [B, C, H, W] to the L+1 states [B, 1+N, D] of the encoder."""
-        return self.encoder(self.embeddings(images.to(self.embeddings.position_embedding.dtype)))
-
-
 class UniFlowObjective(nn.Module):
     """The training loss of UniFlow.
 
     Args:
         student: the model to train.
-        teacher: a module that gives the L+1 hidden states of images, as `UniFlow.hidden_states` does; None takes a
+        teacher: an `EncoderTeacher` or what can stand in for it, which runs layer by layer beside the student; or any
+            module that gives the L+1 hidden states of images in a list, as `UniFlow.hidden_states` does. None takes a
             frozen copy of the student's encoder now (none is made if `distill_weight` is 0).
         beta: see `uniflow_kernels.layerwise_distillation`.
         flow_weight: of the flow matching loss.
         distill_weight: of the distillation loss; 0 leaves the teacher out.
         t_distribution: see `uniflow.flow.sample_t`.
         t_per: "token" draws a time for every patch, "image" one for all patches of an image.
+        layer_weights: "adaptive", or "uniform" for the mean over the layers, to compare with.
+        chunk_tokens: how many tokens the flow head works on at a time, see `uniflow_kernels.flow_matching_loss`; None
+            takes all, and keeps the head's activations for the backward pass.
 
     Raises:
-        ValueError: for an unknown `t_per`.
+        ValueError: for an unknown `t_per`, `t_distribution` or `layer_weights`.
 
     Source: the UniFlow paper; both losses weigh the same in its best run, and beta = 2 is its best. No LPIPS, no GAN.
     """
@@ -75,6 +63,8 @@ class UniFlowObjective(nn.Module):
         distill_weight: float = 1.0,
         t_distribution: str = "fat_lognormal",
         t_per: str = "token",
+        layer_weights: str = "adaptive",
+        chunk_tokens: int | None = 4096,
     ) -> None:
         super().__init__()
         if t_per not in ("token", "image"):
@@ -82,13 +72,15 @@ class UniFlowObjective(nn.Module):
         sample_t((0,), t_distribution)  # an unknown distribution fails here, not in the first step
         self.student = student
         if teacher is None and distill_weight:
-            teacher = EncoderTeacher(student)
+            teacher = EncoderTeacher.copy_of(student)
         self.teacher = teacher
         self.beta = beta
         self.flow_weight = flow_weight
         self.distill_weight = distill_weight
         self.t_distribution = t_distribution
         self.t_per = t_per
+        self.layer_weights = check_layer_weights(layer_weights)
+        self.chunk_tokens = chunk_tokens
 
     def forward(self, images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
         """The losses of a batch.
@@ -99,28 +91,50 @@ class UniFlowObjective(nn.Module):
             noise: [B, N, C*P*P]; drawn if not given.
 
         Raises:
-            ValueError: if a shape does not fit.
+            ValueError: if a shape does not fit, or the teacher has another number of layers than the student.
         """
         student = self.student
-        patch = student.config.patch_size
-        states = student.hidden_states(images)
-        latents = student.latents(states[-1])
+        latents, distillation = self._encode(images)
         condition = student.condition(latents, (images.shape[-2], images.shape[-1]))
 
         batch, tokens, _ = latents.shape
         if noise is None:
-            noise = torch.randn(batch, tokens, images.shape[1] * patch * patch, device=images.device)
+            noise = torch.randn(batch, tokens, student.config.patch_values, device=images.device)
         if t is None:
             t = sample_t((batch, tokens) if self.t_per == "token" else (batch,), self.t_distribution, images.device)
-        velocity = student.velocity(interpolate(images, t, patch, noise), t, condition)
-        flow = velocity_loss(velocity, images, patch, noise)
+        flow = student.flow_head.loss(condition, images, t, student.config.patch_size, noise, self.chunk_tokens)
 
-        if self.teacher is None or not self.distill_weight:
+        if distillation is None:
             nothing = flow.new_zeros(0)
             return Losses(self.flow_weight * flow, flow.detach(), flow.new_zeros(()), nothing, nothing)
-        with torch.no_grad():
-            taught = self.teacher(images)
-        # the embeddings are no layer, and the class token does not count
-        distill, alpha, weights = layerwise_distillation(states[1:], taught[1:], self.beta, skip_tokens=1)
+        distill, alpha, weights = distillation.result()
         total = self.flow_weight * flow + self.distill_weight * distill
         return Losses(total, flow.detach(), distill.detach(), alpha, weights)
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, LayerwiseDistillation | None]:
+        """The student's latents, and what its layers and the teacher's were compared in."""
+        student = self.student
+        if self.teacher is None or not self.distill_weight:
+            return student.encode(images), None
+        own = student.prefix_tokens
+        its = getattr(self.teacher, "prefix_tokens", own)
+        shared = min(own, its)  # prefix tokens do not count, but views from the front cost a copy of the gradient
+        layers = student.config.num_hidden_layers
+        distillation = LayerwiseDistillation(layers, self.beta, skip_tokens=shared, layer_weights=self.layer_weights)
+        taught = self._taught(images)
+        for layer, state in enumerate(student.layer_states(images), start=1):
+            with torch.no_grad():
+                feature = next(taught, None)
+            if feature is None:
+                raise ValueError(f"teacher: gives {layer - 1} layers, expected the student's {layers}")
+            distillation.push(layer, state[:, own - shared :], feature[:, its - shared :].to(state.dtype))
+        if next(taught, None) is not None:
+            raise ValueError(f"teacher: gives more layers than the student's {layers}")
+        return student.latents(state), distillation
+
+    def _taught(self, images: Tensor) -> Iterator[Tensor]:
+        """The outputs of the teacher's layers; where it can, each is computed when it is asked for."""
+        teacher: Any = self.teacher
+        with torch.no_grad():
+            # in a list of all states the embeddings are no layer
+            return teacher.states(images) if hasattr(teacher, "states") else iter(teacher(images)[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ class PictureError(ValueError):
     """A file that is no picture, or a damaged one."""
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture of any kind as 8-bit RGB, turned upright as its EXIF orientation says.
+def open_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read a picture of any kind as 8-bit RGB, turned upright as its EXIF orientation says; errors call it `name`.
 
     Grey, palette, CMYK, 16-bit and transparent pictures are converted (16-bit ones by scaling, transparency dropped,
     as the release's `convert("RGB")` does).
@@ -27,25 +28,26 @@ def open_picture(path: Path) -> Image.Image:
         FileNotFoundError: if there is no such file.
         PictureError: if it is no picture, damaged or truncated, or of floating-point values.
     """
+    name = str(file) if name is None else name
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)  # reads the pixels too
+        with Image.open(file) as opened:
+            picture = ImageOps.exif_transpose(opened)  # reads the pixels too
             if picture.mode.startswith("I"):
                 # Pillow would clip 16-bit values at 255
                 return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert(
                     "RGB"
                 )
             if picture.mode == "F":
-                raise PictureError(f"{path}: pictures of floating-point values are not supported")
+                raise PictureError(f"{name}: pictures of floating-point values are not supported")
             return picture.convert("RGB")
     except FileNotFoundError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"{path} is not a picture that Pillow can read") from None
+        raise PictureError(f"{name} is not a picture that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, PictureError):
             raise
-        raise PictureError(f"{path} is damaged: {error}") from None
+        raise PictureError(f"{name} is damaged: {error}") from None
 
 
 def center_crop(picture: Image.Image, size: int) -> Image.Image:

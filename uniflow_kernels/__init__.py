@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from uniflow_kernels.dropin.patching import PatchReport, patch, patched, unpatch
     from uniflow_kernels.dropin.verification import VerifyReport, verify
     from uniflow_kernels.modules.flow_head import FlowHead
+    from uniflow_kernels.modules.flow_matching import flow_matching_loss
     from uniflow_kernels.ops.attention import attention
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
+    from uniflow_kernels.ops.images import to_images
     from uniflow_kernels.ops.noise import noise_seed, seeded_noise
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
@@ -25,6 +27,7 @@ __all__ = [
     "attention",
     "backend",
     "doctor",
+    "flow_matching_loss",
     "fused_flow_blocks",
     "interpolate",
     "layerwise_distillation",
@@ -33,6 +36,7 @@ __all__ = [
     "patched",
     "patchify",
     "seeded_noise",
+    "to_images",
     "unpatch",
     "unpatchify",
     "velocity_loss",
@@ -48,6 +52,7 @@ _MODULES = {
     "attention": "ops.attention",
     "backend": "choice",
     "doctor": "diagnosis",
+    "flow_matching_loss": "modules.flow_matching",
     "fused_flow_blocks": "ops.flow_head",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
@@ -56,6 +61,7 @@ _MODULES = {
     "patched": "dropin.patching",
     "patchify": "ops.patches",
     "seeded_noise": "ops.noise",
+    "to_images": "ops.images",
     "unpatch": "dropin.patching",
     "unpatchify": "ops.patches",
     "velocity_loss": "ops.velocity",

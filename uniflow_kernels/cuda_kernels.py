@@ -28,24 +28,35 @@ def why_not(*tensors: Tensor | None) -> str | None:
     """Why no kernel of the compiled part takes such tensors: their device or their dtype."""
     given = [tensor for tensor in tensors if tensor is not None]
     for tensor in given:
-        if tensor.device.type != "cuda":
-            return f"it runs on CUDA, not on {tensor.device.type}"
+        if reason := why_not_on(tensor.device):
+            return reason
         if tensor.device != given[0].device:
             return "the tensors are on different devices"
         if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
-    return why_not_built()
+    return None
 
 
-def why_not_patch(channels: int, patch_size: int, columns: int) -> str | None:
-    """Why `interpolate` and `velocity_loss` cannot serve patches of this size."""
-    if _module().tile_width(channels * patch_size**2, columns, 1) == 0:
+def why_not_on(device: torch.device) -> str | None:
+    """Why no kernel of the compiled part runs on this device."""
+    return why_not_built() if device.type == "cuda" else f"it runs on CUDA, not on {device.type}"
+
+
+def why_not_patch(channels: int, patch_size: int, columns: int = 0, itemsize: int = 4) -> str | None:
+    """Why no kernel serves patches of this size.
+
+    Args:
+        channels, patch_size: of a patch.
+        columns: length of a row of x_t or of a velocity.
+        itemsize: bytes that a pixel takes in shared memory.
+    """
+    if _module().tile_width(-(-channels * patch_size**2 // 4) * itemsize, columns, 1) == 0:
         return f"a patch of {channels} x {patch_size} x {patch_size} does not fit into its shared memory"
     return None
 
 
 def interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int, offset: int,
+    images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
     patch_size: int, repeats: int, columns: int, x_t: Tensor,
 ) -> None:  # fmt: skip
     """Write x_t [k*B, N, columns]."""
@@ -58,18 +69,38 @@ def interpolate(
 
 
 def velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor, scale_and_shift: Tensor | None,
-    seed: int, offset: int, patch_size: int, repeats: int, gradient: Tensor | None, losses: Tensor,
+    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float,
+    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, patch_size: int, repeats: int,
+    gradient: Tensor | None, losses: Tensor,
 ) -> None:  # fmt: skip
     """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
     if not velocity.numel():
         return
-    coefficients = coefficients.contiguous()
+    each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
     source = _source(images, noise, scale_and_shift, seed, offset, patch_size, repeats, velocity.shape[-1])
     with torch.cuda.device(images.device):
         _module().velocity_loss(
-            source, _rows(velocity), coefficients.data_ptr(), coefficients.numel() > 1, _address(gradient),
-            losses.data_ptr(), _stream(),
+            source, _rows(velocity), _address(each), every, _address(gradient), losses.data_ptr(), _stream()
+        )  # fmt: skip
+
+
+def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
+    """Write `rows` [B, N, C*P*P]."""
+    _move(images, rows, patch_size, cut=True)
+
+
+def unpatchify(rows: Tensor, images: Tensor, patch_size: int) -> None:
+    """Write `images` [B, C, H, W]."""
+    _move(images, rows, patch_size, cut=False)
+
+
+def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
+    if not rows.numel():
+        return
+    with torch.cuda.device(images.device):
+        _module().move_patches(
+            images.data_ptr(), tuple(images.shape), images.stride(), rows.data_ptr(), rows.stride(), patch_size,
+            images.itemsize, cut, _stream(),
         )  # fmt: skip
 
 
@@ -126,10 +157,11 @@ def _rows(rows: Tensor | None) -> Any:
 
 
 def _source(
-    images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int, offset: int,
+    images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
     patch_size: int, repeats: int, columns: int,
 ) -> Any:  # fmt: skip
     return _module().Source(
         images.data_ptr(), _TYPES[images.dtype], tuple(images.shape), images.stride(), _address(scale_and_shift),
-        patch_size, repeats, _rows(noise), seed, offset, columns,
+        patch_size, repeats, _rows(noise), 0 if isinstance(seed, Tensor) else seed, offset,
+        _address(seed) if isinstance(seed, Tensor) else 0, columns,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
-from uniflow_kernels.ops.flow_head import RUNS_FUSED, RUNS_PLAIN, UNMEASURED, why_not_triton
+from uniflow_kernels.ops.flow_head import RUNS, UNMEASURED, explain
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,30 @@ def doctor() -> DoctorReport:
         "GPU": _gpus() if cuda else "none",
         "flash-attn": _installed("flash-attn"),
     }
-    plain = "plain PyTorch"
-    no_kernel = "no fused kernel yet"
-    ops = [OpReport(name, plain, no_kernel) for name in ("patchify", "unpatchify")]
-    losses = [_loss(name, cuda) for name in ("interpolate", "velocity_loss", "layerwise_distillation")]
-    return DoctorReport(environment, [_flow_head(cuda), *losses, *ops, _attention(cuda)])
+    names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
+    losses = [_loss(name, cuda) for name in names]
+    return DoctorReport(environment, [_flow_head(cuda), *losses, _to_images(cuda), _attention(cuda)])
 
 
 def _flow_head(cuda: bool) -> OpReport:
-    reason = why_not_triton(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024)
-    return (
-        OpReport("flow_head", RUNS_PLAIN, f"Triton: {reason}")
-        if reason
-        else OpReport("flow_head", RUNS_FUSED, UNMEASURED)
-    )
+    return OpReport("flow_head", *explain(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024, 1024))
 
 
 def _loss(name: str, cuda: bool) -> OpReport:
     some = torch.empty(0, device="cuda" if cuda else "cpu")
     triton, compiled = triton_kernels.why_not(some), cuda_kernels.why_not(some)
     if triton is None:
-        return OpReport(name, "Triton", f"unmeasured on this GPU; CUDA: {compiled or 'built, on request'}")
+        return OpReport(name, "Triton", f"{UNMEASURED}; CUDA: {compiled or 'built, on request'}")
     if compiled is None:
-        return OpReport(name, "CUDA", f"unmeasured on this GPU; Triton: {triton}")
-    return OpReport(name, "plain PyTorch", f"Triton: {triton}; CUDA: {compiled}")
+        return OpReport(name, "CUDA", f"{UNMEASURED}; Triton: {triton}")
+    return OpReport(name, RUNS["eager"], f"Triton: {triton}; CUDA: {compiled}")
+
+
+def _to_images(cuda: bool) -> OpReport:
+    reason = triton_kernels.why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
+    if reason is None:
+        return OpReport("to_images", "Triton", UNMEASURED)
+    return OpReport("to_images", RUNS["eager"], f"Triton: {reason}")
 
 
 def _attention(cuda: bool) -> OpReport:

@@ -12,12 +12,26 @@ from benchmarks.cases import (
     dropin,
     few_tokens,
     flow_head,
+    flow_matching,
+    images,
     patches,
     tokenizer,
     velocity,
 )
 
-_FILES = (flow_head, velocity, distillation, patches, attention, few_tokens, dropin, decode, tokenizer)
+_FILES = (
+    flow_head,
+    flow_matching,
+    velocity,
+    distillation,
+    patches,
+    images,
+    attention,
+    few_tokens,
+    dropin,
+    decode,
+    tokenizer,
+)
 CASES: dict[str, Case] = {case.name: case for file in _FILES for case in file.CASES}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, attention_flops, linear_flops, randomised
 from uniflow import UniFlow, UniFlowConfig
+from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 
 def decode_work(model: UniFlow, noise: Tensor, steps: int, cfg: float) -> Work:
@@ -60,6 +62,28 @@ def _base(dtype: str, quick: bool) -> tuple[Size, Size]:
     )
 
 
+def build_decoder(preset: str, batch: int, steps: int, guidance: int, dtype: str) -> Problem:
+    """The same with pictures in [0, 1] at the end, ours by a compiled decoder."""
+    problem = build(preset, batch, steps, guidance, dtype)
+    model = problem.inputs[0]
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    decoder = model.compile_decoder(batch, steps=steps, cfg=float(guidance), dtype=getattr(torch, dtype))
+
+    def ours(model: UniFlow, latents: Tensor, noise: Tensor, steps: int, cfg: float) -> Tensor:
+        return decoder(latents, noise=noise)
+
+    def pictures(
+        model: UniFlow, latents: Tensor, noise: Tensor, steps: int, cfg: float, velocity: Form = reference.flow_head
+    ) -> Tensor:
+        images = reference.decode(model, latents, noise, steps, cfg, velocity)
+        return (images * std.to(images.dtype) + mean.to(images.dtype)).clamp(0, 1)
+
+    def compiled(compile: Callable[[Form], Form]) -> Form:
+        return partial(pictures, velocity=compile(reference.flow_head))
+
+    return replace(problem, ours=ours, plain=pictures, compiled=compiled)
+
+
 CASES = (
     Case(
         "decode",
@@ -72,5 +96,16 @@ CASES = (
             *_base("bfloat16", quick=False),
             *_base("float32", quick=False),
         ),
+    ),
+    Case(
+        "decoder",
+        "What does a compiled decoder take from latents to pictures?",
+        build_decoder,
+        cuda=(
+            at(preset="base", batch=32, steps=1, guidance=1, dtype="bfloat16", quick=True, compile=True),
+            at(preset="base", batch=1, steps=4, guidance=2, dtype="bfloat16", quick=True),
+        ),
+        cpu=(at(preset="tiny", batch=4, steps=1, guidance=1, dtype="float32", quick=True, compile=True),),
+        check_at_most={"batch": 2},
     ),
 )

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
-from uniflow_kernels import FlowHead
-from uniflow_kernels.ops.flow_head import flow_blocks
+from uniflow_kernels import FlowHead, backend
+from uniflow_kernels.ops.flow_head import flow_blocks, forced_path
 
 
 def build(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:
@@ -88,6 +88,45 @@ def _variant_on_cuda(variant: str, recompute: str) -> Size:
     return at(tokens=32768, width=1024, depth=12, variant=variant, recompute=recompute, dtype="bfloat16")
 
 
+def build_paths(tokens: int, width: int, depth: int, dtype: str) -> Problem:
+    """Behind the embeddings, each form held to its path."""
+    precision = getattr(torch, dtype)
+    head = randomised(FlowHead(16, width, 16, 16, depth), precision)
+    x = torch.randn(tokens, 16, dtype=precision)
+    y = torch.randn(tokens, width, dtype=precision).requires_grad_()
+    embeddings = (head.time_embed.requires_grad_(False), head.cond_embed.requires_grad_(False))
+    flops = linear_flops(tokens, head) - linear_flops(tokens, *embeddings)
+    return Problem(
+        inputs=(head, x, y),
+        ours=partial(_on_path, path="rows"),
+        plain=_plain,
+        tokens=tokens,
+        forward=Work.of(flops, head, x, y, x),
+        backward=Work.of(2 * flops - linear_flops(tokens, head.input_proj), head, x, y, x, head, y),
+        libraries={"products": lambda: partial(_on_path, path="products")},
+    )
+
+
+def _on_path(head: FlowHead, x: torch.Tensor, y: torch.Tensor, path: str) -> torch.Tensor:
+    with backend("triton"), forced_path(path):
+        return head.from_embedding(x, y)
+
+
+def _plain(head: FlowHead, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with backend("eager"):
+        return head.from_embedding(x, y)
+
+
+def _path_on_cuda(tokens: int, width: int, dtype: str) -> Size:
+    quick = dtype == "bfloat16" and width == 1024 and tokens in (512, 4096, 32768)
+    return at(tokens=tokens, width=width, depth=12, dtype=dtype, quick=quick)
+
+
+PATHS_AT = (
+    *product((64, 512, 4096, 32768, 131072), (768, 1024, 1280, 1536), ("bfloat16",)),
+    *product((64, 512, 4096, 32768, 131072), (1024,), ("float16", "float32")),
+)
+
 CASES = (
     Case(
         "flow_head",
@@ -113,6 +152,14 @@ CASES = (
             at(tokens=64, width=64, depth=4, variant=variant, recompute="none", dtype="float32", quick=True)
             for variant in VARIANTS
         ),
+        check_at_most={"tokens": 4096},
+    ),
+    Case(
+        "flow_head_paths",
+        "Which path of the flow head is the fastest, by dtype, width and number of rows?",
+        build_paths,
+        cuda=tuple(_path_on_cuda(*size) for size in PATHS_AT),
+        cpu=(),  # there is but one
         check_at_most={"tokens": 4096},
     ),
 )

@@ -1,18 +1,20 @@
 """Compiles Triton kernels for GPUs that are not there, and reads out of ptxas and the SASS what became of them.
 
-Runs as a process of its own, since the tests' process defines all kernels for the interpreter:
+Runs as a process of its own, since the tests' process defines all kernels for the interpreter, and to use the oldest
+Triton that is supported, installed beside the newest:
 
     python -m tests.compile.compiling REQUESTS.json RESULTS.json
 
-A request is a kernel ("package.module:name"), the Triton types of its arguments ("*bf16", "i32", "constexpr", ..., a
-list of them for a tuple), the values of the constexpr ones, num_warps, num_stages and the architecture (80, 90, 100).
-Pointers and i32 arguments are taken as multiples of 16.
+A request is a kernel ("package.module:name"), the Triton types of its arguments ("*bf16", "i32", "constexpr",
+"tensordesc<bf16[128, 64]>", ..., a list of them for a tuple), the values of the constexpr ones, num_warps, num_stages
+and the architecture (80, 90, 100). Pointers and i32 arguments are taken as multiples of 16.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +24,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+# `make test` installs it there; UNIFLOW_OLDEST_TRITON names another folder
+OLDEST = Path(os.environ.get("UNIFLOW_OLDEST_TRITON", Path(sys.prefix) / "triton-3.6.0"))
+
+ARCHES = (80, 90, 100)
+
+
+def arches(oldest: bool) -> tuple[int, ...]:
+    """What to compile for; by the oldest Triton for sm_90 alone, in a third of the time."""
+    return (90,) if oldest else ARCHES
 
 
 @dataclass(frozen=True)
@@ -51,27 +63,32 @@ class Compiled:
     spills: int
     wgmma: dict[str, int] = field(default_factory=dict)
     mma: int = 0
+    tcgen05: int = 0
     tma: int = 0
     wide: dict[str, int] = field(default_factory=dict)
     instructions: int = 0
 
 
-def compile_all(requests: list[Request]) -> list[Compiled]:
-    """Compile in a fresh process without the interpreter; an error in it is raised here with its output."""
+def compile_all(requests: list[Request], oldest: bool = False) -> list[Compiled]:
+    """Compile in a fresh process without the interpreter; an error in it is raised here with its output.
+
+    Args:
+        requests: what to compile.
+        oldest: by the oldest Triton that is supported, not by the installed one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "requests.json", Path(folder) / "results.json"
         asked.write_text(json.dumps([asdict(request) for request in requests]))
         command = [sys.executable, "-m", "tests.compile.compiling", str(asked), str(answered)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment(oldest))
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
         return [Compiled(**result) for result in json.loads(answered.read_text())]
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _environment(oldest: bool) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | ({"PYTHONPATH": f"{OLDEST}{os.pathsep}{kept.get('PYTHONPATH', '')}"} if oldest else {})
 
 
 def compile_one(request: Request) -> Compiled:
@@ -103,7 +120,9 @@ def compile_one(request: Request) -> Compiled:
         usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
         sass = _output(tools / "cuobjdump", "-sass", cubin)
         target = f"sm_{request.arch}{'a' if request.arch >= 90 else ''}"
-        said = _output(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+        # only wgmma is ever serialised: elsewhere there is no need to wait for ptxas once more
+        again = [tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null"]
+        said = _output(*again) if "wgmma" in compiled.asm["ptx"] else ""
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert numbers is not None, usage
     return Compiled(
@@ -114,6 +133,7 @@ def compile_one(request: Request) -> Compiled:
         spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         wgmma=dict(Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)", compiled.asm["ptx"]))),
         mma=len(re.findall(r"\bHMMA\b", sass)),
+        tcgen05=len(re.findall(r"\btcgen05\.mma\.", compiled.asm["ptx"])),
         tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
         wide=dict(Counter(re.findall(r"\b((?:LDG|STG)\.E[.\w]*)", sass))),
         instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),

@@ -2,10 +2,9 @@
 
 import pytest
 
-from tests.compile.compiling import Request, compile_all
+from tests.compile.compiling import Request, arches, compile_all
 
 MODULE = "uniflow_kernels.triton_kernels.flow_head"
-ARCHES = (80, 90, 100)
 # per thread; no more than these were needed when the kernels were written
 REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 184, "activation": 40, "activation_backward": 136}
 
@@ -67,9 +66,9 @@ def request(name, arch, signature, constants, elements):
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compiled(oldest):
     asked = {}
-    for arch in ARCHES:
+    for arch in arches(oldest):
         asked["norm_modulate", arch, 1024] = norm_modulate(1024, arch, "bf16")
         asked["norm_modulate", arch, 1536] = norm_modulate(1536, arch, "fp32", residual=False, rms=True)
         asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
@@ -78,7 +77,7 @@ def compiled():
         asked["norm_modulate_backward", arch, 768] = norm_modulate_backward(768, arch, "fp32", residual=False, rms=True)
         asked["activation", arch, 1024] = activation(1024, arch, "bf16", swiglu=True)
         asked["activation_backward", arch, 1024] = activation_backward(1024, arch, "bf16", swiglu=True)
-    return dict(zip(asked, compile_all(list(asked.values())), strict=True))
+    return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
 
 
 def test_no_spills_and_few_registers(compiled):

@@ -10,19 +10,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.compile.compiling import Request, compile_all
+from tests.compile.compiling import ARCHES, Request, arches, compile_all
 
-ARCHS = (80, 90, 100)
 CSRC = Path(__file__).parents[2] / "csrc"
-VELOCITY, DISTILLATION = "uniflow_kernels.triton_kernels.velocity", "uniflow_kernels.triton_kernels.distillation"
+KERNELS = "uniflow_kernels.triton_kernels"
 
 
-def flow_requests(kernel, seeded):
-    """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4."""
+def flow_request(arch, kernel, seeded, held=False):
+    """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4. The seed may be held by the device."""
     pointers = {
         **{"images": "*fp32", "t": "*fp32", "noise": "constexpr" if seeded else "*fp32", "x_t": "*bf16"},
         **{"velocity": "*bf16", "gradient": "*bf16", "coefficients": "*fp32", "losses": "*fp32"},
-        "scale_and_shift": "constexpr",
+        **{"scale_and_shift": "constexpr", "seed": "*i64" if held else "constexpr", "coefficient": "fp32"},
     }
     constants = {
         **{"PATCH": 14, "NORMALIZED": False, "SEEDED": seeded, "UNIT": 4, "TOKENS": 16, "QUADS": 32},
@@ -33,11 +32,11 @@ def flow_requests(kernel, seeded):
     strides += [f"{rows}_{name}" for rows in ("noise", "velocity") for name in ("row", "token")]
     names = ["key0", "key1", "offset0", "offset1", *sizes, *strides]
     signature = {**dict.fromkeys(names, "i32"), **pointers, **dict.fromkeys(constants, "constexpr")}
-    missing = {"scale_and_shift": None, **({"noise": None} if seeded else {})}
-    return [Request(f"{VELOCITY}:{kernel}", signature, {**constants, **missing}, arch) for arch in ARCHS]
+    missing = {"scale_and_shift": None, **({"noise": None} if seeded else {}), **({} if held else {"seed": None})}
+    return Request(f"{KERNELS}.velocity:{kernel}", signature, {**constants, **missing}, arch)
 
 
-def cosine_requests():
+def cosine_request(arch):
     """24 layers of bf16, width 1024."""
     layers = ["*bf16"] * 24
     constants = {
@@ -52,22 +51,41 @@ def cosine_requests():
         "distances": "*fp32",
         **dict.fromkeys(constants, "constexpr"),
     }
-    return [Request(f"{DISTILLATION}:cosine_kernel", signature, constants, arch) for arch in ARCHS]
+    return Request(f"{KERNELS}.distillation:cosine_kernel", signature, constants, arch)
 
 
-def test_triton_kernels():
-    requests = [
-        *flow_requests("interpolate_kernel", True),
-        *flow_requests("velocity_loss_kernel", True),
-        *flow_requests("velocity_loss_kernel", False),
-        *cosine_requests(),
-    ]
-    for request, compiled in zip(requests, compile_all(requests), strict=True):
+def patches_request(arch, cut):
+    """Elements of 2 bytes, patches of 14: images to rows, or back."""
+    numbers = ["tokens_in_all", "batch", "down", "across", "length", "stride_image", "stride_channel", "stride_row"]
+    signature = {
+        **dict.fromkeys((*numbers, "rows_image", "rows_token"), "i32"),
+        **dict.fromkeys(("images", "rows"), "*i16"),
+        **dict.fromkeys(("stride_column", "rows_column", "PATCH", "CUT", "UNIT", "TOKENS", "COLUMNS"), "constexpr"),
+    }
+    constants = {"stride_column": 1, "rows_column": 1, "PATCH": 14, "UNIT": 4, "TOKENS": 16, "COLUMNS": 128}
+    return Request(f"{KERNELS}.patches:patches_kernel", signature, {**constants, "CUT": cut}, arch)
+
+
+def test_triton_kernels(oldest):
+    requests = []
+    for arch in arches(oldest):
+        requests.append(flow_request(arch, "interpolate_kernel", True))
+        requests.append(flow_request(arch, "interpolate_kernel", True, held=True))
+        requests.append(flow_request(arch, "velocity_loss_kernel", True))
+        requests.append(flow_request(arch, "velocity_loss_kernel", False))
+        requests.append(cosine_request(arch))
+        requests += [patches_request(arch, cut) for cut in (True, False)]
+    for request, compiled in zip(requests, compile_all(requests, oldest), strict=True):
         what = f"{request.kernel} sm_{request.arch} {compiled}"
         assert compiled.spills == 0, what
         assert compiled.stack == 0, what
         assert compiled.registers <= 128, what
         assert compiled.shared <= 16 << 10, what
+        if "patches" in request.kernel:
+            # rows in wide accesses, pixels one by one
+            access = "STG.E.128" if request.constexprs["CUT"] else "LDG.E.128"
+            assert any(access in kind for kind in compiled.wide), what
+            continue
         assert any("STG.E.128" in access for access in compiled.wide), what
         if "interpolate" not in request.kernel:  # which reads nothing but pixels, and those one by one
             assert any("LDG.E.128" in access for access in compiled.wide), what
@@ -94,7 +112,7 @@ def cubins(tmp_path_factory):
         subprocess.run([nvcc, *flags, str(CSRC / f"{name}.cu"), "-o", str(cubin)], check=True)
         return cubin
 
-    jobs = [(name, arch) for name in ("velocity", "distillation") for arch in ARCHS]
+    jobs = [(name, arch) for name in ("velocity", "distillation", "patches") for arch in ARCHES]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(jobs, pool.map(build, jobs), strict=True))
 
@@ -108,7 +126,7 @@ def test_cuda_kernels(cubins):
     for (name, arch), cubin in cubins.items():
         usage = output(tool("cuobjdump"), "--dump-resource-usage", cubin)
         kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
-        assert len(kernels) == (12 if name == "velocity" else 15)
+        assert len(kernels) == {"velocity": 12, "distillation": 15, "patches": 32}[name]
         for kernel, registers, stack, _, local in kernels:
             assert int(stack) == int(local) == 0, (kernel, arch)
             # what keeps a row of 2048 float32 elements in registers may take twice as many
@@ -120,6 +138,11 @@ def test_cuda_kernels(cubins):
         for kernel, code in functions.items():
             # a mangled name ends its template arguments in Lb1E, or in Li<elements>ELi<kept>E
             wide = "scale_kernel" in kernel or "Lb1E" in kernel or re.search(r"Li[48]ELi\d", kernel)
-            if wide:
+            if name == "patches":  # which are wide on the side of the images, of the rows, or of both
+                images, rows, cut = re.search(r"Lb(\d)ELb(\d)ELb(\d)E", kernel).groups()
+                reads, writes = (images, rows) if cut == "1" else (rows, images)
+                assert bool(re.search(r"\bLDG\.E\.128", code)) == (reads == "1"), (kernel, arch)
+                assert bool(re.search(r"\bSTG\.E\.128", code)) == (writes == "1"), (kernel, arch)
+            elif wide:
                 assert re.search(r"\bLDG\.E\.128", code), (kernel, arch)
                 assert re.search(r"\bSTG\.E\.128", code), (kernel, arch)

@@ -19,7 +19,7 @@ void philox_words(uint64_t number, uint32_t key0, uint32_t key1, uint32_t offset
 }
 
 void normals_of(uint64_t first, int64_t count, uint64_t seed, uint64_t offset, float* out) {
-  const Seed words{uint32_t(seed), uint32_t(seed >> 32), uint32_t(offset), uint32_t(offset >> 32)};
+  const Seed words = seed_of(seed, offset);
   for (int64_t i = 0; i < count; ++i) normals(first + i, words, out + 4 * i);
 }
 
@@ -36,18 +36,10 @@ int wrong_quotients() {
   return wrong;
 }
 
-static Tiling tiling_of(int64_t batch, int channels, int down, int across, int patch, int width) {
-  Tiling tiling{};
-  tiling.batch = batch, tiling.channels = channels, tiling.down = down, tiling.across = across, tiling.patch = patch;
-  tiling.width = width, tiling.tiles_across = (across + width - 1) / width;
-  tiling.length = channels * patch * patch, tiling.quads = (tiling.length + 3) / 4;
-  tiling.by_patch = SmallDivisor(patch);
-  return tiling;
-}
-
-// Index arithmetic alone: the tile `number`, the offset of one of its pixels, its place in the rows, the first row.
-void place(int64_t batch, int channels, int down, int across, int patch, int width, const int64_t* strides, int64_t number,
-           uint32_t row, uint32_t x, int repeat, int64_t* out) {
+// Index arithmetic alone: the tile `number`, the offset of one of its pixels, its place in the tile's rows, the first row,
+// and the pixel's offset in rows of their own.
+void place(int64_t batch, int channels, int down, int across, int patch, int width, const int64_t* strides,
+           const int64_t* row_strides, int64_t number, uint32_t row, uint32_t x, int repeat, int64_t* out) {
   const Tiling tiling = tiling_of(batch, channels, down, across, patch, width);
   const Tile tile = tile_at(tiling, number);
   out[0] = pixel_offset(tiling, tile, {strides[0], strides[1], strides[2], strides[3]}, row, x);
@@ -55,6 +47,36 @@ void place(int64_t batch, int channels, int down, int across, int patch, int wid
   out[2] = first_row(tiling, tile, repeat);
   out[3] = tile.count;
   out[4] = tiling.tiles();
+  const RowStrides to{row_strides[0], row_strides[1], row_strides[2]};
+  out[5] = row_offset(tiling, tile, to, x / patch, row * patch + x % patch);
+}
+
+// Images to rows and back, tile by tile through memory like the kernels' shared one.
+void move_patches(int64_t batch, int channels, int down, int across, int patch, int width, const int64_t* strides, float* images,
+                  const int64_t* row_strides, float* rows, int cut) {
+  const Tiling tiling = tiling_of(batch, channels, down, across, patch, width);
+  const RowStrides to{row_strides[0], row_strides[1], row_strides[2]};
+  std::vector<float> shared(size_t(width) * 4 * tiling.quads);
+  for (int64_t number = 0; number < tiling.tiles(); ++number) {
+    const Tile tile = tile_at(tiling, number);
+    for (int pass = 0; pass < 2; ++pass) {
+      if (bool(pass) != bool(cut)) {
+        for (uint32_t row = 0; row < uint32_t(channels * patch); ++row)
+          for (uint32_t x = 0; x < uint32_t(tile.count * patch); ++x) {
+            float& pixel = images[pixel_offset(tiling, tile, {strides[0], strides[1], strides[2], strides[3]}, row, x)];
+            float& place = shared[place_in_rows(tiling, row, x)];
+            cut ? place = pixel : pixel = place;
+          }
+      } else {
+        for (uint32_t g = 0; g < uint32_t(tile.count); ++g)
+          for (uint32_t column = 0; column < uint32_t(tiling.length); ++column) {
+            float& there = rows[row_offset(tiling, tile, to, g, column)];
+            float& here = shared[g * 4 * tiling.quads + column];
+            cut ? there = here : here = there;
+          }
+      }
+    }
+  }
 }
 
 // x_t and the loss of seeded noise, tile by tile, as the kernels take them.
@@ -62,7 +84,7 @@ void flow(int64_t batch, int channels, int down, int across, int patch, int widt
           int repeats, uint64_t seed, uint64_t offset, const float* t, const float* velocity, const float* coefficients,
           float* x_t, float* gradient, float* losses) {
   const Tiling tiling = tiling_of(batch, channels, down, across, patch, width);
-  const Seed words{uint32_t(seed), uint32_t(seed >> 32), uint32_t(offset), uint32_t(offset >> 32)};
+  const Seed words = seed_of(seed, offset);
   std::vector<float> rows(size_t(width) * 4 * tiling.quads), partials(size_t(tiling.quads));
   for (int64_t number = 0; number < tiling.tiles(); ++number) {
     const Tile tile = tile_at(tiling, number);

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from uniflow_kernels import seeded_noise
-from uniflow_kernels.ops.distillation import plain_cosine_distance
+from uniflow_kernels.ops.distillation import plain_cosine_distances
+from uniflow_kernels.ops.patches import plain_patchify
 from uniflow_kernels.ops.velocity import plain_interpolate, plain_velocity_loss
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -106,12 +107,35 @@ def test_flow(host, within_twice, shape, patch, width, repeats):
         ctypes.c_uint64(7), ctypes.c_uint64(2), *map(address, (t, velocity, coefficients, x_t, gradient, losses)),
     )  # fmt: skip
     grid = (repeats * batch, down * across)
-    plain = plain_interpolate(images, t.view(grid), None, None, None, 7, 2, patch, repeats, length, torch.float32)
+    how = (None, None, 7, 2, patch, repeats)
+    plain, plain_gradient, plain_losses = (torch.empty(*grid, *row) for row in ((length,), (length,), ()))
+    plain_interpolate(images, t.view(grid), None, *how, plain)
     assert (x_t.view_as(plain) - plain).abs().max() < 2e-6
-    arguments = (velocity.view(*grid, length), images, None, coefficients.view(grid), None, None, 7, 2, patch, repeats)
-    plain_losses, plain_gradient = plain_velocity_loss(*arguments, True)
+    velocity, coefficients = velocity.view(*grid, length), coefficients.view(grid)
+    plain_velocity_loss(velocity, images, None, coefficients, *how, plain_gradient, plain_losses)
     assert torch.allclose(losses.view(grid), plain_losses, rtol=1e-5)
     assert (gradient.view_as(plain_gradient) - plain_gradient).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "width"), [((2, 3, 8, 20), 4, 2), ((3, 1, 9, 15), 3, 4), ((1, 2, 5, 7), 1, 7)]
+)
+def test_patches_there_and_back(host, shape, patch, width):
+    """Of images with channels last to padded rows, tile by tile; what is between the rows stays as it was."""
+    batch, channels, height, across = shape
+    images = torch.randn(batch, height, across, channels, generator=torch.Generator().manual_seed(0))
+    images = images.permute(0, 3, 1, 2)
+    down, across, length = height // patch, across // patch, channels * patch * patch
+    padded = torch.full((batch, down * across, length + 3), torch.nan)
+    rows, back = padded[..., :length], torch.full_like(images, torch.nan)
+    for pixels, cut in ((images, 1), (back, 0)):
+        strides, row_strides = (np.array(x.stride(), np.int64) for x in (pixels, rows))
+        host.move_patches(
+            i64(batch), channels, down, across, patch, width, *map(address, (strides, pixels, row_strides, rows)), cut
+        )
+        assert torch.equal(rows, plain_patchify(images, patch))
+        assert padded[..., length:].isnan().all()
+    assert torch.equal(back, images)
 
 
 def test_places_beyond_2_to_the_31(host):
@@ -119,14 +143,15 @@ def test_places_beyond_2_to_the_31(host):
     batch, channels, height, patch, width = 3000, 3, 1792, 14, 8
     across = height // patch
     strides = np.array([channels * height * height, height * height, height, 1], np.int64)
-    out = np.zeros(5, np.int64)
+    row_strides = np.array([across * across * 600, 600, 1], np.int64)
+    out = np.zeros(6, np.int64)
     random = np.random.default_rng(0)
     tiles = batch * across * (across // width)
     for number in [0, tiles - 1, *random.integers(0, tiles, 200)]:
         row, x, repeat = (int(random.integers(0, n)) for n in (channels * patch, width * patch, 4))
         host.place(
-            i64(batch), channels, across, across, patch, width, address(strides), i64(int(number)), row, x, repeat,
-            address(out),
+            i64(batch), channels, across, across, patch, width, address(strides), address(row_strides),
+            i64(int(number)), row, x, repeat, address(out),
         )  # fmt: skip
         image, rest = divmod(int(number), across * (across // width))
         line, tile = divmod(rest, across // width)
@@ -138,6 +163,8 @@ def test_places_beyond_2_to_the_31(host):
         assert out[2] == (repeat * batch + image) * across * across + line * across + tile * width
         assert out[3] == width
         assert out[4] == tiles
+        token = image * across * across + line * across + tile * width + x // patch
+        assert out[5] == token * 600 + row * patch + x % patch
 
 
 @pytest.mark.parametrize("width", [1, 24, 100])
@@ -160,7 +187,7 @@ def test_cosine(host, width, dtype):
         address(gradient),
     )
     plain_distances, plain_gradient = torch.empty(1, 40), torch.empty(1, 40, width, dtype=dtype)
-    plain_cosine_distance(student[None], teacher[None], 0, plain_distances, plain_gradient)
+    plain_cosine_distances([student[None]], [teacher[None]], 0, [plain_gradient], plain_distances[None])
     assert torch.allclose(distances, plain_distances[0], rtol=1e-5, atol=1e-6)
     scale = (1 / student.norm(dim=1, keepdim=True).clamp(min=1e-8)).clamp(max=largest)
     assert ((gradient - plain_gradient[0].float()).abs() / scale).max() < (1e-5 if dtype == torch.float32 else 1e-3)

@@ -12,6 +12,7 @@ from uniflow_kernels import (
     noise_seed,
     patchify,
     seeded_noise,
+    unpatchify,
     velocity_loss,
 )
 
@@ -96,6 +97,54 @@ def test_seeded_noise_is_the_definition(kernels):
     assert (ours.cpu().view(-1, 588) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    ("size", "patch"), [((448, 448), 14), ((224, 336), 16), ((21, 35), 7), ((6, 10), 1), ((9, 15), 3)]
+)
+def test_patches(kernels, dtype, size, patch):
+    """To the bit, of images of any strides and rows of any strides, and as each other's gradient."""
+    dense = torch.randint(0, 256, (3, 3, size[0] + 2, size[1] + 6), device="cuda").to(dtype)
+    for images in (
+        dense[:, :, : size[0], : size[1]].contiguous(),
+        dense[:, :, : size[0], : size[1]].contiguous(memory_format=torch.channels_last),
+        dense[:, :, 2:, 3:-3],
+        dense[:1, :, 1:-1, 6:].expand(3, -1, -1, -1),
+    ):
+        with backend("eager"):
+            expected = patchify(images, patch)
+        with backend(kernels):
+            rows = patchify(images, patch)
+            assert torch.equal(rows, expected)
+            padded = torch.cat([rows, rows], -1)[..., : rows.shape[-1]]
+            turned = rows.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+            for given in (rows, padded, turned):
+                assert torch.equal(unpatchify(given, patch, size), images)
+    if dtype.is_floating_point:
+        with backend(kernels):
+            leaf, incoming = images.clone().requires_grad_(), torch.randn_like(rows.float()).to(dtype)
+            (gradient,) = torch.autograd.grad(patchify(leaf, patch), leaf, incoming)
+            assert torch.equal(gradient, unpatchify(incoming, patch, size))
+
+
+def test_a_cuda_graph_replays_with_the_seed_it_then_finds(kernels):
+    images = pictures(2, (56, 56), torch.float32)
+    t, held = torch.rand(2, device="cuda"), torch.tensor(0, device="cuda")
+    velocity = torch.randn(2, 16, 588, device="cuda")
+    with backend(kernels):
+
+        def step(seed):
+            return interpolate(images, t, 14, seed=seed), velocity_loss(velocity, images, 14, seed=seed)
+
+        step(held)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(held)
+        for seed in (5, 2**62 + 2**40 + 1):
+            held.fill_(seed)
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(captured, step(seed), strict=True))
+
+
 def test_both_backends_agree():
     if cuda_kernels.why_not_built():
         pytest.skip(cuda_kernels.why_not_built())
@@ -160,11 +209,13 @@ def test_nothing_waits_for_the_device(kernels):
     velocity = torch.randn(2, 16, 588, device="cuda", requires_grad=True)
     states = [torch.randn(2, 17, 64, device="cuda", requires_grad=True) for _ in range(3)]
     mask = torch.rand(2, 16, device="cuda") < 0.5
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator, held = torch.Generator("cuda").manual_seed(0), torch.tensor(3, device="cuda")
 
     def step():
         seed = noise_seed(generator)
         interpolate(images, torch.rand(2, device="cuda"), 14, seed=seed, **NORMALIZATION)
+        interpolate(images, torch.rand(2, device="cuda"), 14, seed=held, **NORMALIZATION)
+        unpatchify(patchify(images, 14), 14)
         loss = velocity_loss(velocity, images, 14, seed=seed, mask=mask, **NORMALIZATION)
         (loss + layerwise_distillation(states, [s.detach() for s in states], skip_tokens=1)[0]).backward()
 
@@ -210,6 +261,22 @@ def test_more_than_2_to_the_31_elements(kernels):
         noise = seeded_noise(1024, 588, 1, device="cuda", first_row=(repeats - 1) * 1024)
         expected = interpolate(images, t[-1:], 14, noise[None])
         assert torch.allclose(x_t[-1:].float(), expected.float(), atol=2**-7)
+        many = images.expand(repeats, -1, -1, -1)
+        rows = patchify(many, 14)
+        assert torch.equal(rows[-1], patchify(images, 14)[0])
+        assert torch.equal(unpatchify(rows, 14)[-1], images[0])
+        del rows
         losses = velocity_loss(x_t, images, 14, seed=1, repeats=repeats, reduction="none")
         alone = velocity_loss(x_t[-1:], images, 14, noise[None], reduction="none")
     assert torch.allclose(losses[-1:], alone, rtol=1e-4)
+
+
+def test_compute_sanitizer(sanitized, kernels):
+    sanitized(
+        "import torch; from uniflow_kernels import backend, interpolate, layerwise_distillation, velocity_loss;"
+        f"backend({kernels!r}).__enter__(); images = torch.rand(2, 3, 21, 35, device='cuda');"
+        "t = torch.rand(2, 15, device='cuda'); x = interpolate(images, t, 7, seed=1, columns=150);"
+        "velocity_loss(x.requires_grad_(), images, 7, seed=1, columns=150).backward();"
+        "student, teacher = torch.randn(2, 3, 2, 5, 40, device='cuda').requires_grad_();"
+        "layerwise_distillation(student, teacher.detach())[0].backward(); torch.cuda.synchronize()"
+    )

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -72,7 +73,12 @@ def test_keep_size_rounds_to_the_patch(capsys, picture_folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [[], ["--keep-size"]])
 @pytest.mark.parametrize(
-    "sampling", [[], ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2]]
+    "sampling",
+    [
+        [],
+        ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2],
+        ["--steps", 2, "--schedule", "shifted_2", "--solver", "heun", "--temperature", 0.5],
+    ],
 )
 def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path, keep, sampling):
     same = [*CHECKPOINT, "--batch-size", 2]
@@ -94,11 +100,33 @@ def test_the_seeds_noise_does_not_depend_on_the_batches(capsys, picture_folder, 
         assert np.abs(one - three).max() <= 1  # the order of sums may round differently
 
 
-def test_steps_and_dtype_reach_the_model(capsys, picture_folder, tmp_path):
+def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
     one = [picture_folder / "a.png", *CHECKPOINT]
-    for name, options in {"1": [], "4": ["--steps", 4], "bf16": ["--dtype", "bfloat16"]}.items():
+    variants = {
+        "1": [],
+        "4": ["--steps", 4],
+        "bf16": ["--dtype", "bfloat16"],
+        "heun": ["--steps", 4, "--solver", "heun"],
+        "cold": ["--temperature", 0.5],
+    }
+    for name, options in variants.items():
         ok(capsys, "reconstruct", *one, *options, "--out", tmp_path / name)
-    assert len({(tmp_path / name / "a.png").read_bytes() for name in ("1", "4", "bf16")}) == 3
+    assert len({(tmp_path / name / "a.png").read_bytes() for name in variants}) == len(variants)
+
+
+def test_pictures_in_less_memory_are_the_same(capsys, picture_folder, tmp_path):
+    for command, memory in (("reconstruct", "10MB"), ("reconstruct", "250KB"), ("decode", "200 kb")):
+        source = picture_folder
+        if command == "decode":
+            source = tmp_path / "latents.safetensors"
+            ok(capsys, "encode", picture_folder, *CHECKPOINT, "--out", source)
+        out = tmp_path / memory
+        ok(capsys, command, source, *CHECKPOINT, "--out", out, "--max-memory", memory, "--workers", 1)
+    whole = tmp_path / "10MB"
+    for name in files(whole):
+        for memory in ("250KB", "200 kb"):
+            a, b = (np.asarray(Image.open(folder / name), int) for folder in (whole, tmp_path / memory))
+            assert np.abs(a - b).max() <= 1
 
 
 def test_force_overwrites(capsys, picture_folder, tmp_path):
@@ -124,34 +152,107 @@ def test_evaluate_is_the_mean_of_reconstruct(capsys, picture_folder, tmp_path):
     assert db in ok(capsys, "evaluate", picture_folder, *CHECKPOINT)
 
 
-def test_train_writes_a_checkpoint(capsys, picture_folder, tmp_path):
-    out = tmp_path / "model"
-    ok(capsys, "train", picture_folder, "--out", out, "--steps", 3, "--batch-size", 2)
-    assert files(out) == ["config.json", "model.safetensors"]
-    model = UniFlow.from_pretrained(out)
-    assert model.config.hidden_size == 128
+@pytest.fixture
+def train_file(picture_folder, tmp_path):
+    """Write a configuration of a quick run; changes are lines that replace those of the same key."""
+
+    def write(name="run.yaml", **changes):
+        lines = {
+            "model": "{preset: tiny, config: {image_size: 16, hidden_size: 48, vit_hidden_size: 48}}",
+            "data": f"{{folder: {picture_folder}, validation: {picture_folder}}}",
+            "out": tmp_path / "run",
+            "tensorboard": "false",
+            "recipe": "{stages: [{steps: 5}], batch_size: 4, log_every: 1, save_every: 2, validate_every: 2}",
+            **changes,
+        }
+        path = tmp_path / name
+        path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+        return path
+
+    return write
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_train_writes_checkpoints_logs_and_samples(capsys, train_file, tmp_path):
+    out, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-00000005"
+    printed = ok(capsys, "train", train_file())
+    assert f"trained at step 5, last loss {losses(out)[5]:.4f}; checkpoint in {checkpoint}" in printed
+    assert list(losses(out)) == [1, 2, 3, 4, 5]
+    assert len(list((out / "checkpoints").iterdir())) == 3
+    assert {"samples/step-00000002.png", "samples/step-00000004.png"} <= set(files(out))
+    model = UniFlow.from_pretrained(checkpoint)
     # the flow head starts at zero and has learned something
     assert model.flow_head.net.final_layer.linear.weight.abs().max() > 0
-    ok(
-        capsys,
-        "train",
-        picture_folder,
-        "--out",
-        tmp_path / "more",
-        "--checkpoint",
-        out,
-        "--steps",
-        2,
-        "--batch-size",
-        2,
-    )
-    assert "exists; --force" in fails(capsys, "train", picture_folder, "--out", out, "--steps", 1)
+
+    assert "is no sharded checkpoint" in fails(capsys, "gather", checkpoint, "--out", tmp_path / "gathered")
+    assert not (tmp_path / "gathered").exists()
+
+    before = contents(out)
+    assert "exists; --resume auto goes on from there, --force starts anew" in fails(capsys, "train", train_file())
+    assert contents(out) == before
+    ok(capsys, "train", train_file(), "--force")
+    after = contents(out)
+    weights = "checkpoints/step-00000005/model.safetensors"
+    assert after[weights] == before[weights]  # the same seed
+
+    # the encoder of a checkpoint teaches, be it the student's own or another
+    recipe = "{stages: [{steps: 1}], log_every: 1, seed: 1}"
+    for name, changes in {
+        "own": {"model": f"{{checkpoint: {checkpoint}}}"},
+        "other": {"objective": f"{{teacher: {checkpoint}, distill_weight: 2}}"},
+    }.items():
+        ok(capsys, "train", train_file(recipe=recipe, **changes), "--out", tmp_path / name)
+        line = json.loads((tmp_path / name / "log.jsonl").read_text())
+        assert len(line["alpha"]) == 2
+        assert (max(line["alpha"]) > 0.1) == (name == "other")
+        weight = 2 if name == "other" else 1
+        assert line["loss"] == pytest.approx(line["flow"] + weight * line["distill"], rel=1e-5)
 
 
-def test_train_is_reproducible(capsys, picture_folder, tmp_path):
-    for name in ("one", "two"):
-        ok(capsys, "train", picture_folder, "--out", tmp_path / name, "--steps", 2, "--batch-size", 2, "--seed", 3)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+def test_train_on_shards(capsys, train_file, picture_folder, tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            tar.add(picture_folder / "a.png", "a.png")
+            tar.add(picture_folder / "b.jpg", "b.jpg")
+    recipe = "{stages: [{steps: 1}], batch_size: 2}"
+    for name, shards in (("braces", "{0..1}.tar"), ("stars", "*.tar")):
+        config = train_file(data=f"{{shards: '{tmp_path}/{shards}'}}", recipe=recipe)
+        ok(capsys, "train", config, "--out", tmp_path / name)
+    state = "checkpoints/step-00000001/model.safetensors"
+    assert (tmp_path / "braces" / state).read_bytes() == (tmp_path / "stars" / state).read_bytes()
+
+
+def test_resume_names_a_damaged_checkpoint(capsys, train_file, tmp_path):
+    out = tmp_path / "run"
+    ok(capsys, "train", train_file())
+    complete = losses(out)
+    newest = out / "checkpoints" / "step-00000005"
+    (newest / "optimizer.pt").write_bytes(b"")
+    status = run(["train", str(train_file()), "--resume", "auto"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert f"{newest} is damaged: optimizer.pt is not as it was written; going on from" in captured.err
+    assert "step-00000004" in captured.err
+    assert losses(out) == complete
+
+    # an older checkpoint, by name
+    older = out / "checkpoints" / "step-00000002"
+    assert "step-00000005 is newer than" in fails(capsys, "train", train_file(), "--resume", older)
+    ok(capsys, "train", train_file(), "--resume", older, "--force")
+    assert losses(out) == complete
+
+    # a finished one; a folder without one
+    ok(capsys, "train", train_file(), "--resume", newest, "--out", tmp_path / "other")
+    assert "is no checkpoint of a training run" in fails(capsys, "train", train_file(), "--resume", tmp_path)
+    for manifest in out.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert "is whole" in fails(capsys, "train", train_file(), "--resume", "auto")
+    ok(capsys, "train", train_file(), "--resume", "auto", "--out", tmp_path / "new")  # nothing there yet
+    assert losses(tmp_path / "new") == complete
 
 
 def test_doctor(capsys):
@@ -214,8 +315,11 @@ def pictures(picture_folder, tmp_path):
             "does not hold this model; keys missing (8): chal_proj.c_fc.weight",
         ),
         (["{p}/pictures", *CHECKPOINT, "--steps", "0"], "Invalid value for '--steps'"),
-        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear' or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--schedule", "cosine"], "schedule: expected 'linear', or 'pow_'"),
+        (["{p}/pictures", *CHECKPOINT, "--solver", "rk4"], "solver: expected one of euler, heun, midpoint"),
         (["{p}/pictures", *CHECKPOINT, "--cfg-interval", "2", "1"], "cfg_interval: expected"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "lots"], "--max-memory: expected a number of bytes as in 2GB"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
         (["{p}/pictures", *CHECKPOINT, "--bogus"], "No such option"),
@@ -260,15 +364,31 @@ def test_bad_latents(capsys, pictures, tmp_path):
     assert not out.exists()
 
 
-def test_bad_training_input(capsys, pictures):
-    out = pictures / "model"
-    assert "no such folder" in fails(capsys, "train", pictures / "none", "--out", out)
-    assert "no pictures in" in fails(capsys, "train", pictures / "empty", "--out", out)
-    assert "expected one of tiny, small, base, got 'huge'" in fails(
-        capsys, "train", pictures / "pictures", "--out", out, "--preset", "huge"
-    )
-    (pictures / "pictures" / "bad.png").write_text("x")
-    assert "bad.png is not a picture" in fails(capsys, "train", pictures / "pictures", "--out", out)
+def test_bad_training_input(capsys, pictures, train_file, tmp_path):
+    out = tmp_path / "run"
+    assert "no such file: " in fails(capsys, "train", pictures / "none.yaml")
+    cases = [
+        ({"data": "{folder: none}"}, "no such folder: none"),
+        ({"data": f"{{folder: {pictures / 'empty'}}}"}, "no pictures in"),
+        ({"data": "{shards: none-*.tar}"}, "no such file: none-*.tar"),
+        ({"model": "{preset: huge}"}, "expected one of tiny, small, base, got 'huge'"),
+        ({"model": "{preset: tiny, config: {image_size: 17}}"}, "image_size: expected a multiple of patch_size"),
+        ({"model": "{preset: tiny, config: {colour: 1}}"}, "colour"),
+        ({"model": "{checkpoint: none}"}, "no such checkpoint folder: none"),
+        ({"recipe": "{stages: []}"}, "recipe: stages: expected at least one"),
+        ({"recipe": "{stages: [{steps: 1}], batch_size: 3, micro_batch_size: 2}"}, "micro_batch_size: expected a div"),
+        ({"recipe": "{stages: [{steps: 1}], parallel: fsdp}"}, "parallel: fsdp needs torchrun"),
+        ({"objective": "{t_distribution: normal}"}, "t_distribution: expected one of"),
+        ({"extra": "1"}, "extra: Unexpected keyword argument"),
+        ({"out": "null"}, "out: expected a folder here or as --out"),
+    ]
+    for changes, message in cases:
+        assert message in fails(capsys, "train", train_file(**changes))
+    bad = pictures / "pictures" / "bad.png"
+    bad.write_text("x")
+    assert "bad.png is not a picture" in fails(capsys, "train", train_file())  # one to validate on
+    assert not out.exists()
+    assert "is no checkpoint of a training run" in fails(capsys, "gather", pictures / "other", "--out", out)
     assert not out.exists()
 
 
@@ -280,7 +400,7 @@ def test_no_gpu(capsys, pictures):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "reconstruct", "encode", "decode", "evaluate", "doctor"):
+    for command in ("demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "doctor"):
         assert "--help" in ok(capsys, command, "--help")
 
 
@@ -319,9 +439,13 @@ def test_a_full_disk_leaves_nothing(tmp_path, command):
         )
         if command == "reconstruct":
             break
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{preset: tiny}}\ndata: {{folder: {pictures}}}\ntensorboard: false\nrecipe: {{stages: [{{steps: 1}}]}}"
+    )
     arguments = {
         "encode": ["encode", pictures, *CHECKPOINT, "--out", out / "latents.safetensors"],
-        "train": ["train", pictures, "--out", out, "--steps", "1", "--batch-size", "1"],
+        "train": ["train", config, "--out", out],
         "reconstruct": ["reconstruct", pictures, *CHECKPOINT, "--keep-size", "--out", out],
     }[command]
     done = subprocess.run(
@@ -330,7 +454,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, command):
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("uniflow: ")
-    assert not out.exists() or files(out) == []
+    assert not out.exists() or set(files(out)) <= {"log.jsonl"}
 
 
 # each sends the interrupt to its own process at one exact moment, however slow the machine is
@@ -343,29 +467,51 @@ class Interrupting(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Interrupting())
 """
 WHILE_TRAINING = """
-import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-passes = itertools.count()
+steps = itertools.count(1)
 
 def interrupt(*_):
-    if next(passes) == 500:
-        signal.raise_signal(signal.SIGINT)
+    if next(steps) == 3:
+        signal.raise_signal(signal.SIGNAL)
 
-torch.nn.modules.module.register_module_forward_hook(interrupt)
+register_optimizer_step_post_hook(interrupt)
 """
+
+
+def interrupted(prepared, *arguments):
+    """Run the command in a process that first executes `prepared`."""
+    program = f"import importlib.abc, itertools, signal, sys\n{prepared}\nfrom uniflow.cli import main\nmain()"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prepared", [WHILE_IMPORTING, WHILE_TRAINING], ids=["importing", "training"])
-def test_an_interrupt_ends_with_130_and_leaves_nothing(picture_folder, tmp_path, prepared):
-    out = tmp_path / "model"
-    program = f"import importlib.abc, itertools, signal, sys\n{prepared}\nfrom uniflow.cli import main\nmain()"
-    arguments = ["train", picture_folder, "--out", out, "--steps", "100000", "--batch-size", "2"]
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def test_an_interrupt_ends_with_130(train_file, picture_folder, tmp_path, prepared):
+    config = train_file(data=f"{{folder: {picture_folder}}}")
+    done = interrupted(prepared.replace("SIGNAL", "SIGINT"), "train", config)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    assert not out.exists()
+    if prepared is WHILE_IMPORTING:
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(capsys, train_file, picture_folder, tmp_path, name):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    config = train_file(data=f"{{folder: {picture_folder}}}")
+    done = interrupted(WHILE_TRAINING.replace("SIGNAL", name), "train", config, "--out", killed)
+    assert done.returncode == {"SIGKILL": -9, "SIGTERM": 0}[name], done.stderr
+    # killed, the checkpoint before the third step is the last; ended, the third step is saved
+    saved = sorted(path.name for path in (killed / "checkpoints").iterdir())
+    assert saved[-1] == {"SIGKILL": "step-00000002", "SIGTERM": "step-00000003"}[name]
+    ok(capsys, "train", config, "--out", killed, "--resume", "auto")
+    ok(capsys, "train", config, "--out", whole)
+    assert losses(killed) == losses(whole)
+    weights = "checkpoints/step-00000005/model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
 
 
 def test_importing_takes_no_time_and_needs_no_triton():

@@ -84,17 +84,26 @@ def test_sampling_is_reproducible(tiny):
     assert torch.equal(model.decode(latents, noise=noise), one)
 
 
-def plain_decode(model, latents, noise, steps, cfg=1.0, guided_steps=None):
+def plain_decode(model, latents, noise, steps, cfg=1.0, guided=lambda t: True, solver="euler"):
     """The release's sampler: a time for every row, a null condition for every row, two full passes."""
     condition = model.condition(latents).flatten(0, 1)
-    net, x = model.flow_head.net, noise.flatten(0, 1)
-    for i in range(steps):
-        t = torch.full((len(x),), 1000 * i / steps)
-        v = net(x, t, condition)
-        if cfg != 1.0 and (guided_steps is None or i in guided_steps):
-            null = net(x, t, torch.zeros_like(condition))
+    net, x, dt = model.flow_head.net, noise.flatten(0, 1), 1 / steps
+
+    def velocity(x, t):
+        times = torch.full((len(x),), 1000 * t)
+        v = net(x, times, condition)
+        if cfg != 1.0 and guided(t):
+            null = net(x, times, torch.zeros_like(condition))
             v = null + cfg * (v - null)
-        x = x + v / steps
+        return v
+
+    for t in (i / steps for i in range(steps)):
+        v = velocity(x, t)
+        if solver == "heun":
+            v = (v + velocity(x + dt * v, t + dt)) / 2
+        if solver == "midpoint":
+            v = velocity(x + dt / 2 * v, t + dt / 2)
+        x = x + dt * v
     x = x.view(len(latents), 4, 4, 3, 4, 4)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), 3, 16, 16)
 
@@ -113,13 +122,34 @@ def test_guidance_interval(tiny):
     latents, noise = model.encode(images(16, 16)), torch.randn(2, 16, 48)
     # noise levels of 4 steps: 1, .75, .5, .25; sigma 1 to 3 is noise level .5 to .75
     guided = model.decode(latents, steps=4, cfg=3.0, cfg_interval=(1.0, 3.0), noise=noise)
-    assert torch.allclose(guided, plain_decode(model, latents, noise, 4, 3.0, {1, 2}), rtol=1e-4, atol=1e-4)
+    expected = plain_decode(model, latents, noise, 4, 3.0, lambda t: 0.25 <= t <= 0.5)
+    assert torch.allclose(guided, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(
         model.decode(latents, steps=4, cfg=3.0, cfg_interval=(0.0, math.inf), noise=noise),
         model.decode(latents, steps=4, cfg=3.0, noise=noise),
     )
     never = model.decode(latents, steps=4, cfg=3.0, cfg_interval=(0.0, 0.01), noise=noise)
     assert torch.equal(never, model.decode(latents, steps=4, noise=noise))
+
+
+@pytest.mark.parametrize("solver", ["heun", "midpoint"])
+def test_solvers_with_guidance_and_its_interval(tiny, solver):
+    model = tiny()
+    latents, noise = model.encode(images(16, 16)), torch.randn(2, 16, 48)
+    for interval, guided in ((None, lambda t: True), ((0.5, 3.0), lambda t: 0.25 <= t <= 2 / 3)):
+        out = model.decode(latents, 4, cfg=2.0, cfg_interval=interval, noise=noise, solver=solver)
+        expected = plain_decode(model, latents, noise, 4, 2.0, guided, solver)
+        assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(out, model.decode(latents, 4, cfg=2.0, noise=noise), rtol=1e-2, atol=1e-2)
+
+
+def test_temperature_multiplies_the_noise(tiny):
+    model = tiny()
+    latents, noise = model.encode(images(16, 16)), torch.randn(2, 16, 48)
+    expected = model.decode(latents, noise=0.5 * noise)
+    assert torch.equal(model.decode(latents, noise=noise, temperature=0.5), expected)
+    drawn = model.decode(latents, generator=torch.Generator().manual_seed(7), temperature=0.0)
+    assert torch.equal(drawn, model.decode(latents, noise=torch.zeros_like(noise)))
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.3, 0.3]), torch.full((2, 16), 0.3)])
@@ -160,6 +190,7 @@ def test_no_pictures(tiny):
         (lambda m: m.decode(torch.zeros(1, 16, 8), noise=torch.zeros(16, 48)), ValueError, "noise: expected shape"),
         (lambda m: m.decode(torch.zeros(1, 16, 8), steps=0), ValueError, "steps: expected at least 1"),
         (lambda m: m.decode(torch.zeros(1, 16, 8), schedule="cosine"), ValueError, "schedule: "),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), solver="rk4"), ValueError, "solver: expected one of euler"),
         (
             lambda m: m.velocity(torch.zeros(1, 16, 48), torch.zeros(2), torch.zeros(1, 16, 64)),
             ValueError,
@@ -232,6 +263,17 @@ def test_autocast_in_bfloat16_is_close(tiny):
     model.float()
     with torch.autocast("cpu", torch.bfloat16):
         out = model(x, noise=noise)
+    assert (out - exact).abs().max() / exact.abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_guidance_in_one_pass_under_autocast(tiny):
+    model, noise = tiny(), torch.randn(2, 16, 48)
+    latents = model.encode(images(16, 16))
+    exact = model.double().decode(latents.double(), 3, cfg=2.0, noise=noise.double())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.decode(latents, 3, cfg=2.0, noise=noise)
     assert (out - exact).abs().max() / exact.abs().max() < 0.05
 
 

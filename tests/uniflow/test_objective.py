@@ -1,9 +1,12 @@
 import copy
+import weakref
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from uniflow import UniFlowObjective
+from uniflow import EncoderTeacher, UniFlowObjective
 from uniflow_kernels import layerwise_distillation, patchify
 
 
@@ -44,6 +47,94 @@ def test_both_losses_against_their_formulas(tiny, per_image):
     assert torch.allclose(losses.weights, weights, atol=1e-6)
     assert losses.alpha.shape == losses.weights.shape == (2,)
     assert losses.distill > 0
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_chunks_change_nothing(tiny, per_image):
+    """Losses and every gradient, of pictures that are no squares too."""
+    student = tiny()
+    teacher = EncoderTeacher.copy_of(student)
+    perturb(student)
+    images = torch.randn(3, 3, 8, 24)
+    t, noise = torch.rand(3, 12), torch.randn(3, 12, 48)
+    results = []
+    for chunk_tokens in (None, 8, 8192):
+        student.zero_grad()
+        losses = UniFlowObjective(student, teacher, chunk_tokens=chunk_tokens)(
+            images, t[:, 0] if per_image else t, noise
+        )
+        (losses.total * 3).backward()
+        results.append([losses.flow, *(p.grad for p in student.parameters())])
+    for found in results[1:]:
+        for ours, theirs in zip(found, results[0], strict=True):
+            # float32 sums in another order, and products that PyTorch splits by the number of rows and threads
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1e-3)
+
+
+def test_uniform_weights(tiny):
+    student = tiny()
+    objective = UniFlowObjective(student, layer_weights="uniform")
+    perturb(student)
+    losses = objective(*batch())
+    assert torch.equal(losses.weights, torch.tensor([0.5, 0.5]))
+    assert torch.allclose(losses.distill, losses.alpha.mean())
+
+
+def test_layers_are_compared_as_they_come_and_let_go(tiny):
+    """When the teacher runs a layer, at most the one before is still there."""
+    student = tiny(num_hidden_layers=5)
+    objective = UniFlowObjective(student)
+    order, alive, most = [], set(), []
+
+    def watch(name, layer):
+        def hook(module, inputs, output):
+            order.append((name, layer))
+            if name == "teacher":
+                most.append(len(alive))
+                alive.add(layer)
+                weakref.finalize(output, alive.discard, layer)
+
+        return hook
+
+    for name, model in (("student", student), ("teacher", objective.teacher)):
+        for layer, module in enumerate(model.encoder.layers):
+            module.register_forward_hook(watch(name, layer))
+    objective(*batch()).total.backward()
+    assert order == [(name, layer) for layer in range(5) for name in ("student", "teacher")]
+    assert max(most) <= 2
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_a_teacher_with_other_tokens_at_the_front(tiny, prefix):
+    """Only the patches' tokens are compared, wherever they lie."""
+    student = tiny()
+    features = torch.randn(2, 2, 4 + 16, 64)
+
+    class Teacher(torch.nn.Module):
+        prefix_tokens = prefix
+
+        def states(self, images):
+            yield from features[:, :, 4 - prefix :]
+
+    losses = UniFlowObjective(student, Teacher())(*batch())
+    states = [h[:, 1:] for h in student.hidden_states(batch()[0])[1:]]
+    _, alpha, _ = layerwise_distillation(states, list(features[:, :, 4:]))
+    assert torch.allclose(losses.alpha, alpha, atol=1e-6)
+
+
+def test_a_teacher_in_bfloat16(tiny):
+    student = tiny()
+    exact = UniFlowObjective(student)
+    rounded = UniFlowObjective(student, EncoderTeacher.copy_of(student, torch.bfloat16))
+    perturb(student)
+    assert torch.allclose(exact(*batch()).alpha, rounded(*batch()).alpha, rtol=0.05)
+    assert next(rounded.teacher.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("layers", "message"), [(2, "gives 1 layers, expected"), (4, "gives more layers than")])
+def test_a_teacher_of_another_depth(tiny, layers, message):
+    with pytest.raises(ValueError, match=f"^teacher: {message} the student's 2"):
+        UniFlowObjective(tiny(), lambda images: [torch.ones(2, 17, 64)] * layers)(*batch())
 
 
 def test_the_teacher_is_the_encoder_as_it_was(tiny):
@@ -104,9 +195,49 @@ def test_bad_options(tiny):
         UniFlowObjective(tiny(), t_per="batch")
     with pytest.raises(ValueError, match="t_distribution: expected one of"):
         UniFlowObjective(tiny(), t_distribution="normal")
+    with pytest.raises(ValueError, match="layer_weights: expected one of adaptive, uniform, got 'mean'"):
+        UniFlowObjective(tiny(), layer_weights="mean")
 
 
 def test_compiles_whole(tiny):
     objective = UniFlowObjective(tiny())
     compiled = torch.compile(objective, fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(*batch()).total, objective(*batch()).total, rtol=1e-5)
+    results = []
+    for function in (compiled, objective):
+        objective.student.zero_grad()
+        total = function(*batch()).total
+        total.backward()
+        results.append([total.detach(), *(p.grad for p in objective.student.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def shard(objective):
+    student = objective.student
+    for part in (*student.encoder.layers, *student.global_blocks, student.flow_head.net):
+        fully_shard(part)
+    return fully_shard(objective)
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, shard])
+def test_distributed(process_group, tiny, wrap):
+    objective = UniFlowObjective(tiny(), chunk_tokens=8)
+    perturb(objective.student)
+    wrapped = wrap(copy.deepcopy(objective))
+    results = []
+    for function in (wrapped, objective):
+        for _ in range(2):  # gradients accumulate
+            losses = function(*batch())
+            losses.total.backward()
+        gradients = [p.grad for p in function.parameters() if p.requires_grad]
+        results.append([losses.total.detach(), *(getattr(g, "full_tensor", lambda g=g: g)() for g in gradients)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)

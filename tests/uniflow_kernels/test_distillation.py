@@ -1,21 +1,11 @@
 import math
-import os
 
 import pytest
 import torch
 
-from uniflow_kernels import LayerwiseDistillation, backend, layerwise_distillation
+from uniflow_kernels import LayerwiseDistillation, layerwise_distillation
 
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
-    """Plain PyTorch, and the Triton kernels in the interpreter."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("tests/gpu runs the kernels on a GPU")
-    with backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("on_each_backend")
 
 
 def layers(count=4, dtype=torch.float32, seed=0):
@@ -134,7 +124,7 @@ def test_pieces_on_a_cpu_do_not_show(monkeypatch):
     student, teacher = [s.requires_grad_() for s in layers(2)], layers(2, seed=1)
     whole = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
     for chunk in (1, 20, 50):
-        monkeypatch.setattr("uniflow_kernels.ops.distillation._CPU_CHUNK", chunk)
+        monkeypatch.setattr("uniflow_kernels.ops.pieces.CPU_CHUNK", chunk)
         pieces = torch.autograd.grad(layerwise_distillation(student, teacher, skip_tokens=1)[0], student)
         assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(whole, pieces, strict=True))
 

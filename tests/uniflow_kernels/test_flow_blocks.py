@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
-from uniflow_kernels.ops.flow_head import Affine, Block, _in_order, _Pass
+from uniflow_kernels.ops import flow_head
+from uniflow_kernels.ops.flow_head import PATHS, Affine, Block, _in_order, _Pass, _path, forced_path
+from uniflow_kernels.triton_kernels import flow_products
 
 OPTIONS = {
     "canonical": {},
@@ -22,6 +26,7 @@ OPTIONS = {
     "SphereAR": {"mlp": "swiglu", "hidden": 96, "modulation_order": "scale-shift-gate", "modulation_groups": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+paths = pytest.mark.parametrize("path", PATHS)
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +209,9 @@ def test_tensors_that_do_not_fit():
         fused_flow_blocks(x, y, blocks, modulations, final, norm="rms")
 
 
-def against_definition(within_twice, head, rows, conditions, dtype=torch.float32, recompute="none", floor=2e-6):
+def against_definition(
+    within_twice, head, rows, conditions, dtype=torch.float32, recompute="none", floor=2e-6, path="rows"
+):
     """Kernels in `dtype` against the definition in the same dtype and in float64, forward and every gradient."""
     width = head.model_channels
     results = []
@@ -212,7 +219,7 @@ def against_definition(within_twice, head, rows, conditions, dtype=torch.float32
         # every form is given the numbers of `dtype`
         x, y = (t.detach().to(precision).requires_grad_() for t in inputs(rows, conditions, width, dtype))
         weights, every = tensors_of(head.to(dtype), precision)
-        with backend(name):
+        with backend(name), forced_path(path):
             results.append(run(fused_flow_blocks, x, y, weights, every, **keywords(head), recompute=recompute))
     for ours, plain, exact in zip(*results, strict=True):
         assert ours.dtype == dtype
@@ -222,26 +229,65 @@ def against_definition(within_twice, head, rows, conditions, dtype=torch.float32
 recomputes = pytest.mark.parametrize("recompute", ["none", "gate", "block"])
 
 
+def head_for(path, width=64, **options):
+    """A head of two blocks; of four, if blocks share a modulation."""
+    groups = options.get("modulation_groups")
+    if groups and path == "products":
+        pytest.skip("blocks share a modulation")
+    return make_head(width, 4 if groups else 2, **options)
+
+
 @options
-def test_kernels(within_twice, options):
-    against_definition(within_twice, make_head(**{"hidden": 40, **options}), (17,), (17,))
+@paths
+def test_kernels(within_twice, options, path):
+    against_definition(within_twice, head_for(path, **{"hidden": 40, **options}), (17,), (17,), path=path)
 
 
 @recomputes
+@paths
 @pytest.mark.parametrize("name", ["canonical", "SphereAR", "no final modulation"])
-def test_recomputing(within_twice, name, recompute):
-    against_definition(within_twice, make_head(24, **OPTIONS[name]), (9,), (9,), recompute=recompute)
+def test_recomputing(within_twice, name, recompute, path):
+    head = head_for(path, 24, **OPTIONS[name])
+    against_definition(within_twice, head, (9,), (9,), recompute=recompute, path=path)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 1536), (17, 588), (129, 100), (1000, 40), (5, 768)])
-def test_kernels_at_odd_sizes(within_twice, rows, width):
-    against_definition(within_twice, make_head(width, depth=1), (rows,), (rows,))
+@pytest.mark.parametrize(
+    ("rows", "width", "path"),
+    [
+        *[(1, 1536, "rows"), (17, 588, "rows"), (129, 100, "rows"), (1000, 40, "rows"), (5, 768, "rows")],
+        *[(1, 588, "products"), (129, 100, "products"), (1000, 40, "products")],
+    ],
+)
+def test_kernels_at_odd_sizes(within_twice, rows, width, path):
+    against_definition(within_twice, make_head(width, depth=1), (rows,), (rows,), path=path)
 
 
+@pytest.mark.parametrize(("target", "width", "rows"), [(16, 24, 1000), (588, 100, 17), (768, 72, 5), (588, 1536, 2)])
+def test_targets_of_the_module(within_twice, target, width, rows):
+    head = randomize(FlowHead(target, width, target, 40, 1))
+    data = torch.randn(rows, target), 1000 * torch.rand(rows), torch.randn(rows, 40)
+    with backend("triton"), forced_path("rows"):
+        ours = module_results(head, *data)
+    plain = module_results(head, *data)
+    exact = module_results(head.double(), *(t.double() for t in data))
+    for results in zip(ours, plain, exact, strict=True):
+        within_twice(*results, floor=2e-6)
+
+
+@paths
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["canonical", "VibeVoice"])
-def test_kernels_in_half_precision(within_twice, dtype, name):
-    against_definition(within_twice, make_head(96, depth=2, **OPTIONS[name]), (70,), (70,), dtype, floor=1e-3)
+def test_kernels_in_half_precision(within_twice, dtype, name, path):
+    head = make_head(96, depth=2, **OPTIONS[name])
+    against_definition(within_twice, head, (70,), (70,), dtype, floor=1e-3, path=path)
+
+
+@pytest.mark.parametrize(("arch", "name"), [(80, "VibeVoice"), (90, "VibeVoice"), (90, "canonical")])
+def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch, name):
+    """Its tiles, and descriptors where it has them, in the interpreter; the widths end inside a tile."""
+    monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[arch])
+    head = make_head(136, depth=1, **{**OPTIONS[name], "hidden": 264 if name == "canonical" else 144})
+    against_definition(within_twice, head, (130,), (130,), torch.float16, floor=1e-3, path="products")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +308,8 @@ def test_shared_conditions(within_twice, rows, conditions):
         against_definition(within_twice, head, rows, conditions, recompute=recompute)
 
 
-def test_strided_inputs_and_expanded_gradients():
+@paths
+def test_strided_inputs_and_expanded_gradients(path):
     head = make_head(depth=2)
     weights, every = tensors_of(head)
     x, y = inputs((20,), (20,))
@@ -278,7 +325,7 @@ def test_strided_inputs_and_expanded_gradients():
     def transposed(t):
         return t.detach().t().contiguous().t().requires_grad_()
 
-    with backend("triton"):
+    with backend("triton"), forced_path(path):
         expected = gradients(x, y)
         for change in (strided, transposed):
             for ours, theirs in zip(gradients(change(x), change(y)), expected, strict=True):
@@ -297,39 +344,43 @@ def test_no_rows(conditions):
     assert all(not gradient.any() for gradient in gradients)
 
 
-def test_every_output_is_written():
+@paths
+def test_every_output_is_written(path):
     """Memory that nobody wrote is NaN here."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
         head = make_head(40, depth=2)
-        for rows, conditions, recompute in (((33,), (33,), "none"), ((2, 17), (2, 1), "gate"), ((5,), (5,), "block")):
+        shared = ((2, 17), (2, 1)) if path == "rows" else ((34,), (34,))
+        for rows, conditions, recompute in (((33,), (33,), "none"), (*shared, "gate"), ((5,), (5,), "block")):
             weights, every = tensors_of(head)
-            with backend("triton"):
+            with backend("triton"), forced_path(path):
                 results = run(fused_flow_blocks, *inputs(rows, conditions, 40), weights, every, recompute=recompute)
             assert all(torch.isfinite(result).all() for result in results)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_runs_are_equal_to_the_bit():
+@paths
+def test_runs_are_equal_to_the_bit(path):
     head = make_head(40, depth=2)
     weights, every = tensors_of(head)
-    with backend("triton"):
+    with backend("triton"), forced_path(path):
         first = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every)
         for recompute in ("none", "gate", "block"):
             again = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, recompute=recompute)
-            # products of gate and of shift and scale, apart or together, may round differently
-            exact = recompute != "gate"
+            # products of gate and of shift and scale, apart or together or by another kernel, may round differently
+            exact = recompute == "none" or (recompute == "block" and path == "rows")
             for one, other in zip(first, again, strict=True):
                 assert torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_inference_and_frozen_weights():
+@paths
+def test_inference_and_frozen_weights(path):
     head = make_head(depth=3)
     weights, every = tensors_of(head)
     x, y = inputs()
-    with backend("triton"):
+    with backend("triton"), forced_path(path):
         out, dx, dy, *_ = run(fused_flow_blocks, x, y, weights, every)
         with torch.inference_mode():
             before = x.clone()
@@ -377,6 +428,39 @@ def test_autocast(within_twice):
         within_twice(*results, floor=1e-3)
 
 
+def test_autocast_casts_once_while_nothing_changes(monkeypatch):
+    """Without gradients; a step between two calls is seen. Weights of autocast's own dtype are taken as they are."""
+    head = make_head(depth=2)
+    x, y = (t.detach() for t in inputs())
+    plain = flow_head.flow_blocks
+    given = []
+    monkeypatch.setattr(flow_head, "flow_blocks", lambda *what: given.append(what) or plain(*what))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, fused=True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused_flow_blocks(x, y, *head.tensors())
+
+    with torch.no_grad():
+        first, again = run(), run()
+    run().sum().backward()
+    gradient = head.res_blocks[0].mlp[0].weight.grad
+    optimizer.step()
+    with torch.no_grad():
+        changed = run()
+        head.bfloat16()
+        run()
+    ups = [what[2][0].up.weight for what in given]
+    assert ups[0].dtype == torch.bfloat16
+    assert ups[0] is ups[1]
+    assert ups[2].requires_grad
+    assert gradient.any()
+    assert torch.equal(ups[3], head.res_blocks[0].mlp[0].weight)
+    assert ups[4] is head.res_blocks[0].mlp[0].weight
+    assert torch.equal(first, again)
+    assert not torch.equal(first, changed)
+
+
 def test_gradient_checkpointing_and_functional_call():
     head = make_head(depth=2)
     data = torch.randn(21, 24), torch.rand(21), torch.randn(21, 40)
@@ -416,17 +500,42 @@ def test_submodules_that_are_more_than_their_tensors():
     def replace(head):
         head.res_blocks[0].mlp[1] = torch.nn.GELU()
 
+    def replace_by_a_part_of_another_place(head):
+        head.res_blocks[1].mlp[1] = torch.nn.Sequential()
+
+    def remove(head):
+        head.res_blocks = head.res_blocks[:1]
+
+    def change_eps(head):
+        head.res_blocks[1].in_ln.eps = 10.0
+
     def wrap(head):
         block = head.res_blocks[0]
         block.forward = lambda *args: type(block).forward(block, *args) * torch.linspace(-1, 1, 64)
 
-    for change in (hook, replace, wrap):
+    for change in (hook, replace, replace_by_a_part_of_another_place, remove, change_eps, wrap):
         head = make_head(depth=2)
         before = head(*data)
         change(head)
         assert not torch.allclose(head(*data), before)
         with backend("triton"), pytest.raises(ValueError, match="a submodule was replaced, wrapped or given a hook"):
             head(*data)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_replicas_that_hold_their_parameters_as_attributes(bias):
+    """As those of DataParallel do, which needs GPUs."""
+    head = make_head(depth=2, bias=bias)
+    data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
+    with backend("triton"):
+        before = head(*data)
+        for module in head.modules():
+            held = {name: p for name, p in module._parameters.items() if p is not None}
+            for name, parameter in held.items():
+                delattr(module, name)
+                setattr(module, name, parameter.detach())
+        assert not list(head.parameters())
+        assert torch.equal(head(*data), before)
 
 
 def test_what_the_kernels_cannot_serve_is_said():
@@ -446,8 +555,15 @@ def test_what_the_kernels_cannot_serve_is_said():
     assert torch.equal(out, fused_flow_blocks(x, y, blocks, modulations, final))
 
 
-@pytest.mark.parametrize(("recompute", "shared"), [("none", False), ("gate", True), ("block", False)])
-def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute, shared):
+@pytest.mark.parametrize(
+    ("recompute", "shared", "products_from"),
+    [("none", False, None), ("gate", True, None), ("block", False, None), ("none", False, 20)],
+)
+def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypatch, recompute, shared, products_from):
+    """Nor for another path: each pass chooses it while it runs."""
+    if products_from:
+        choice = "uniflow_kernels.ops.flow_head._path"
+        monkeypatch.setattr(choice, lambda arch, dtype, width, rows, _: PATHS[rows >= products_from])
     head = make_head(32, depth=2, recompute=recompute)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
 
@@ -462,20 +578,121 @@ def test_compiles_whole_without_recompiling_for_another_number_of_rows(recompute
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("keep", ["nothing", "all", "no gate", "inputs"])
-@pytest.mark.parametrize("options", [OPTIONS["canonical"], OPTIONS["SphereAR"]])
-def test_registered_ops(options, keep):
+@pytest.mark.parametrize(
+    ("options", "keep", "path"),
+    [
+        *[(OPTIONS["canonical"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
+        *[(OPTIONS["SphereAR"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
+        *[(OPTIONS["canonical"], keep, "products") for keep in ("nothing", "all")],
+    ],
+)
+def test_registered_ops(options, keep, path):
     head = make_head(16, depth=2, **{**options, **({"modulation_groups": 1} if options else {})})
     (blocks, modulations, final), _ = tensors_of(head)
     weights = [t for pair in _in_order(blocks, modulations, final) for t in pair]
     weights = [None if t is None else t.detach() for t in weights]
-    x, y = (t.detach() for t in inputs((6,), (3,), 16))
-    how = (2, 2, *head.form, keep)
+    repeat = 2 if path == "rows" else 1
+    x, y = (t.detach() for t in inputs((6,), (6 // repeat,), 16))
+    how = (2, repeat, *head.form, keep)
     ops = torch.ops.uniflow_kernels
-    torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
-    if keep != "nothing":
-        _, kept = ops.flow_blocks(x, y, weights, *how)
-        torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+    with forced_path(path):
+        torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
+        if keep != "nothing":
+            _, kept = ops.flow_blocks(x, y, weights, *how)
+            torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+
+
+def test_the_paths_of_a_forward_and_a_backward_pass_are_chosen_apart(within_twice):
+    """What is kept is the same."""
+    head = make_head(40, depth=2)
+    exact_weights, exact_every = tensors_of(head, torch.float64)
+    exact = run(fused_flow_blocks, *inputs((9,), (9,), 40, torch.float64), exact_weights, exact_every)
+    weights, every = tensors_of(head)
+    plain = run(fused_flow_blocks, *inputs((9,), (9,), 40), weights, every)
+    for recompute, first, second in (("none", *PATHS), ("gate", *PATHS), ("none", *PATHS[::-1])):
+        x, y = inputs((9,), (9,), 40)
+        with backend("triton"), forced_path(first):
+            out = fused_flow_blocks(x, y, *weights, recompute=recompute)
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        with forced_path(second):
+            ours = [out, *torch.autograd.grad(out, [x, y, *every], cotangent)]
+        for triple in zip(ours, plain, exact, strict=True):
+            within_twice(*triple, floor=2e-6)
+
+
+def test_the_path():
+    """Products where they were counted to win, rows elsewhere."""
+    assert _path(90, torch.bfloat16, 1024, 4096, False) == _path(90, torch.float16, 1536, 32768, True) == "products"
+    for arch, dtype, width, rows in (
+        (90, torch.bfloat16, 1024, 4095),
+        (90, torch.float32, 1024, 32768),
+        (90, torch.bfloat16, 64, 32768),
+        (80, torch.bfloat16, 1024, 32768),
+        (100, torch.bfloat16, 1024, 32768),
+    ):
+        assert _path(arch, dtype, width, rows, False) == _path(arch, dtype, width, rows, True) == "rows"
+
+
+def test_why_there_are_no_products(monkeypatch):
+    """A path asked for by name says why it cannot serve; where it was only preferred, the other one does."""
+
+    def reason(head, x, y, weights=None):
+        weights = tensors_of(head)[0] if weights is None else weights
+        with backend("triton"):
+            with forced_path("products"), pytest.raises(ValueError, match=r"^flow_head: path 'products' cannot") as no:
+                fused_flow_blocks(x, y, *weights, **keywords(head))
+            with monkeypatch.context() as preferred:
+                preferred.setattr("uniflow_kernels.ops.flow_head._path", lambda *_: "products")
+                by_rows = fused_flow_blocks(x, y, *weights, **keywords(head))
+            assert torch.equal(by_rows, fused_flow_blocks(x, y, *weights, **keywords(head)))
+        return str(no.value).partition(": path 'products' cannot serve this input: ")[2]
+
+    head = make_head(depth=2)
+    blocks, modulations, final = tensors_of(head)[0]
+    assert reason(head, *inputs(conditions=(1,))) == "rows share a condition"
+    assert reason(make_head(depth=2, modulation_groups=1), *inputs()) == "blocks share a modulation"
+    turned = final._replace(weight=final.weight.detach().t().contiguous().t())
+    assert "do not follow each other" in reason(head, *inputs(), (blocks, modulations, turned))
+    monkeypatch.setitem(
+        flow_products.ARCHITECTURES,
+        0,
+        flow_products.ARCHITECTURES[90]._replace(dtypes=(torch.float16, torch.float32)),
+    )
+    assert reason(make_head(66, depth=1), *inputs(width=66)).startswith("TMA takes rows that begin at")
+    assert reason(make_head(depth=1, hidden=41), *inputs()).startswith("TMA takes rows that begin at")
+    x, y = inputs()
+    assert reason(head, torch.cat([x.flatten(), x[0]])[1 : 1 + x.numel()].view(x.shape), y).startswith("TMA takes")
+    assert reason(head, x[:1].detach().expand(19, 64), y) == "TMA takes rows that do not overlap"
+    monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[80])
+    assert "not torch.float32" in reason(head, x, y)
+    monkeypatch.delitem(flow_products.ARCHITECTURES, 0)
+    assert "no tiles for compute capability" in reason(head, x, y)
+
+
+@triton.jit
+def place_kernel(places_p, rows, columns: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
+    row, col = flow_products._place(rows, columns, height, width)
+    tl.store(places_p + 2 * tl.program_id(0), row)
+    tl.store(places_p + 2 * tl.program_id(0) + 1, col)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (256, 96), (290, 70)])
+def test_every_tile_is_made_once(rows, columns):
+    """In groups of eight rows of tiles, of which the last may have fewer."""
+    tiles = [[row, column] for row in range(0, rows, 16) for column in range(0, columns, 32)]
+    places = torch.empty(len(tiles), 2, dtype=torch.int32)
+    place_kernel[(len(tiles),)](places, rows, columns, height=16, width=32)
+    assert sorted(places.tolist()) == tiles
+
+
+def test_moments_of_rows_far_from_zero(within_twice):
+    """Sums of squares are never subtracted: a mean a thousand times the spread costs no digits."""
+    x = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)) + 1000
+    moments = flow_products.moments(x, rms=False).values[0]
+    exact = torch.stack([x.double().mean(1), x.double().var(1, unbiased=False) * 100])
+    plain = torch.stack([x.mean(1), x.var(1, unbiased=False) * 100])
+    for triple in zip(moments, plain, exact, strict=True):
+        within_twice(*triple, floor=1e-6)
 
 
 @pytest.fixture
@@ -517,7 +734,7 @@ def test_explain():
     head = make_head(depth=2)
     assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
     with backend("triton"):
-        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products: unmeasured on this GPU"
+        assert head.explain() == "flow_head: Triton row kernels, cuBLAS products; unmeasured on this GPU"
         head.res_blocks[0].register_forward_hook(lambda *_: None)
         assert "given a hook" in head.explain()
         assert "not torch.float64" in head.double().explain()

@@ -1,20 +1,9 @@
-import os
-
 import pytest
 import torch
 
-from uniflow_kernels import backend, interpolate, patchify, seeded_noise, velocity_loss
+from uniflow_kernels import interpolate, noise_seed, patchify, seeded_noise, velocity_loss
 
-
-@pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
-    """Plain PyTorch, and the Triton kernels in the interpreter."""
-    if request.param == "triton":
-        pytest.importorskip("triton")
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            pytest.skip("tests/gpu runs the kernels on a GPU")
-    with backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("on_each_backend")
 
 
 def inputs(dtype=torch.float32):
@@ -135,6 +124,64 @@ def test_seeded_noise_is_the_noise_that_was_passed():
     assert torch.allclose(*both, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_seed_in_a_tensor_gives_the_same_numbers(shape):
+    """Whatever it holds at the time: large numbers, and what is written into it later."""
+    images, _, prediction = inputs()
+    t = torch.rand(2, 6)
+    held = torch.zeros(shape, dtype=torch.int64)
+    for seed in (7, 2**62 + 2**40 + 5):
+        held.fill_(seed)
+        assert torch.equal(
+            interpolate(images, t, 4, seed=held, offset=3), interpolate(images, t, 4, seed=seed, offset=3)
+        )
+        both = (velocity_loss(prediction, images, 4, seed=s, reduction="none") for s in (held, seed))
+        assert torch.equal(*both)
+
+
+def test_the_gradient_of_t_with_a_seed_in_a_tensor():
+    images, _, _ = inputs()
+    t = torch.rand(2, 6, requires_grad=True)
+    both = [torch.autograd.grad(interpolate(images, t, 4, seed=s).sum(), t)[0] for s in (7, torch.tensor(7))]
+    assert torch.equal(*both)
+    held = torch.tensor(7)
+    x_t = interpolate(images, t, 4, seed=held)
+    held.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x_t.sum().backward()
+
+
+def test_a_generator_is_a_seed_and_advances():
+    images, _, prediction = inputs()
+    t = torch.zeros(2)
+    first, second = (torch.Generator().manual_seed(3) for _ in range(2))
+    x_t = interpolate(images, t, 4, seed=first)
+    seed = noise_seed(second)
+    assert torch.equal(x_t, interpolate(images, t, 4, seed=seed))
+    assert not torch.equal(x_t, interpolate(images, t, 4, seed=first))
+    second.manual_seed(3)
+    assert torch.equal(
+        velocity_loss(prediction, images, 4, seed=second), velocity_loss(prediction, images, 4, seed=seed)
+    )
+
+
+def test_a_seed_in_a_tensor_compiles_once():
+    """Without being told that anything is dynamic."""
+
+    def step(velocity, images, t, seed):
+        x_t = interpolate(images, t, 4, seed=seed)
+        return velocity_loss(velocity + 0 * x_t, images, 4, seed=seed)
+
+    images, _, prediction = inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for attempt in range(3):
+        seed = torch.tensor(100 + attempt)
+        with torch._dynamo.config.patch(error_on_recompile=attempt > 0):
+            ours = compiled(prediction, images, torch.full((2,), 0.5), seed)
+        assert torch.equal(ours, step(prediction, images, torch.full((2,), 0.5), seed))
+
+
 @pytest.mark.parametrize("chunk", [1, 100, 300])
 def test_pieces_on_a_cpu_do_not_show(monkeypatch, chunk):
     images, noise, prediction = inputs()
@@ -145,7 +192,7 @@ def test_pieces_on_a_cpu_do_not_show(monkeypatch, chunk):
         lambda: velocity_loss(prediction, images, 4, seed=1, reduction="none"),
     )
     whole = [call() for call in calls]
-    monkeypatch.setattr("uniflow_kernels.ops.velocity._CPU_CHUNK", chunk)
+    monkeypatch.setattr("uniflow_kernels.ops.pieces.CPU_CHUNK", chunk)
     for call, expected in zip(calls, whole, strict=True):
         assert torch.allclose(call(), expected, rtol=1e-6)
 
@@ -187,6 +234,14 @@ def test_two_backward_passes_over_one_graph():
     assert torch.equal(first, second)
 
 
+def test_a_second_derivative_is_refused():
+    images, noise, prediction = inputs()
+    prediction.requires_grad_()
+    loss = velocity_loss(prediction, images, 4, noise)
+    with pytest.raises(RuntimeError, match="velocity_loss: it has no second derivative"):
+        torch.autograd.grad(loss, prediction, create_graph=True)
+
+
 def test_masked_tokens_may_hold_anything():
     images, noise, prediction = inputs()
     mask = torch.ones(2, 6, dtype=torch.bool)
@@ -216,10 +271,11 @@ def test_registered_ops_are_sound():
     interpolate_op, loss_op = torch.ops.uniflow_kernels.interpolate, torch.ops.uniflow_kernels.velocity_loss
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for x0, mean, std in ((noise.clone().requires_grad_(), None, None), (None, [0.5] * 3, [0.2] * 3)):
-        arguments = (images, t, x0, mean, std, 5, 0, 4, 1, 52, torch.float32)
+        held = torch.tensor(3) if x0 is None else None
+        arguments = (images, t, x0, held, mean, std, 5, 0, 4, 1, 52, torch.float32)
         torch.library.opcheck(interpolate_op, arguments, test_utils=tests)
         for reduction in ("mean", "none"):
-            arguments = (prediction.clone().requires_grad_(), images, x0, None, None, mean, std, 5, 0, 4, 1)
+            arguments = (prediction.clone().requires_grad_(), images, x0, held, None, None, mean, std, 5, 0, 4, 1)
             torch.library.opcheck(loss_op, (*arguments, reduction, True), test_utils=tests)
 
 
@@ -251,7 +307,9 @@ def test_compiles_whole_and_once():
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4), ValueError, "noise, seed: expected exactly one"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, 3), ValueError, "noise, seed: expected exactly one"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=-1), ValueError, r"seed: expected an integer in"),
-        (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=torch.Generator()), TypeError, "seed: .*noise_seed"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=torch.tensor(1.0)), TypeError, "seed: .*torch.int64"),
+        (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.zeros(2).long()), ValueError, r"seed: .*\[\] or \[1\]"),
+        (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.tensor(1, device="meta")), ValueError, "seed: .*device"),
         (lambda i, n, v: interpolate(i.long(), torch.zeros(2), 4, n), TypeError, "images: .*uint8, got torch.int64"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, columns=40), ValueError, "columns: .*48, got 40"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, repeats=0), ValueError, "repeats: expected at least 1"),

@@ -49,7 +49,9 @@ def _explain(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # Typer's usage errors; where their class lives depends on its version
         return error.format_message()
     if type(error).__name__ == "OutOfMemoryError":
-        return "the GPU's memory does not hold this; use a smaller --batch-size"
+        return "the GPU's memory does not hold this; use a smaller --batch-size, or micro_batch_size in training"
+    if type(error).__name__ == "ProcessLostError":
+        return str(error)
     return None
 
 

@@ -22,7 +22,9 @@ KeepSize = Annotated[
     bool, typer.Option("--keep-size", help="Keep each picture's size (to the nearest multiple of the patch).")
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own if not given.")]
-Schedule = Annotated[str, typer.Option(help="linear, or pow_ and a number, as in pow_0.25.")]
+Schedule = Annotated[str, typer.Option(help="linear, or pow_ or shifted_ and a number, as in pow_0.25.")]
+Solver = Annotated[str, typer.Option(help="euler, heun or midpoint; the last two work twice in a step.")]
+Temperature = Annotated[float, typer.Option(min=0, help="What the noise is multiplied by.")]
 Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 CfgInterval = Annotated[
     tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
@@ -30,6 +32,11 @@ CfgInterval = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory for the model's work beside weights and pictures, as in 2GB.", show_default=False),
+]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that read pictures, and as many that write them.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
 
 
@@ -49,29 +56,34 @@ def demo(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.", show_default=False)],
-    preset: Annotated[str, typer.Option(help="Size of a model trained from scratch: tiny, small or base.")] = "tiny",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Start from this checkpoint instead; its encoder is the teacher.")
+    config: Annotated[Path, typer.Argument(help="YAML file, as examples/train.yaml.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints and logs, instead of the file's.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
-    batch_size: BatchSize = 16,
-    learning_rate: Annotated[float, typer.Option(min=0, help="The highest; it warms up and falls as a cosine.")] = 1e-3,
-    distill_weight: Annotated[
-        float | None, typer.Option(min=0, help="Of the distillation loss; 1 with --checkpoint, 0 without.")
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto (the newest checkpoint in --out, if any) or a checkpoint folder.", show_default=False),
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the weights, the crops, the times and the noise.")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Train a UniFlow on a folder of pictures and write a checkpoint folder."""
+    """Train a UniFlow as a configuration says; under torchrun with all its processes."""
     from uniflow.cli.train import train
 
-    train(
-        folder, out, preset, checkpoint, steps, batch_size, learning_rate, distill_weight, workers, seed, device, force
-    )
+    train(config, out, resume, device, force)
+
+
+@app.command()
+def gather(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a run with parallel: fsdp.", show_default=False)],
+    out: OutFolder,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of the weights instead.")] = False,
+    force: Force = False,
+) -> None:
+    """Write the model of a sharded checkpoint in the official format."""
+    from uniflow.cli.train import gather
+
+    gather(checkpoint, out, ema, force)
 
 
 @app.command()
@@ -81,20 +93,25 @@ def reconstruct(
     out: OutFolder,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
-    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, dtype, device, force)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force)
 
 
 @app.command()
@@ -121,19 +138,24 @@ def decode(
     out: OutFolder,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Decode a file of latents into pictures."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, decode
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
-    decode(latents, checkpoint, out, sampling, batch_size, dtype, device, force)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    decode(latents, checkpoint, out, sampling, batch_size, workers, dtype, device, force)
 
 
 @app.command()
@@ -142,22 +164,27 @@ def evaluate(
     checkpoint: Checkpoint,
     steps: Steps = None,
     schedule: Schedule = "linear",
+    solver: Solver = "euler",
     cfg: Cfg = 1.0,
     cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
     seed: Seed = 0,
     fid_weights: Annotated[
         Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.", show_default=False)
     ] = None,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
-    sampling = Sampling(steps, schedule, cfg, cfg_interval, seed)
-    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, dtype, device)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device)
 
 
 @app.command()

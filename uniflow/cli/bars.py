@@ -1,40 +1,9 @@
-"""Progress bars, on stderr so that stdout holds results alone."""
+"""The progress bar over pictures, on stderr so that stdout holds results alone."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from uniflow.training import Progress as TrainingProgress
-
-
-class TrainingBar:
-    """A bar with the share of the budget spent, loss, images/s and time left; a context manager."""
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[state]}"),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        self._task = self._progress.add_task("training", total=1.0, state="")
-
-    def __enter__(self) -> TrainingBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def report(self, now: TrainingProgress) -> None:
-        """Show where the run is."""
-        minutes, seconds = divmod(round(now.seconds_left), 60)
-        state = (
-            f"step {now.step}  loss {now.loss:.3f}  {now.images_per_second:.0f} images/s  {minutes}:{seconds:02} left"
-        )
-        self._progress.update(self._task, completed=now.spent, state=state)
 
 
 def picture_bar(description: str) -> Progress:

@@ -11,19 +11,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from uniflow.atomic import replacing
-from uniflow.cli.bars import TrainingBar
 from uniflow.cli.inputs import InputError, check_folder, check_outputs, choose_device
+from uniflow.cli.training_bar import TrainingBar
 from uniflow.config import UniFlowConfig
-from uniflow.data import RandomCrops
+from uniflow.data import PictureList, RandomCrops
 from uniflow.metrics import psnr, ssim
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize, to_uint8
 from uniflow.objective import UniFlowObjective
 from uniflow.pictures import center_crop, open_picture, to_tensor
-from uniflow.training import Recipe, train
+from uniflow.training import Recipe, Stage, Trainer
 
 # package -> pictures in it; photographs of people, animals, things and landscapes under free licences
 TRAINED_ON = {
@@ -62,10 +61,10 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     torch.manual_seed(seed)
     model = UniFlow(UniFlowConfig.preset("tiny")).to(chosen)
     size = model.config.image_size
-    batches = DataLoader(RandomCrops(list(trained_on.values()), size, seed), batch_size=BATCH)
-    recipe = Recipe(steps=20_000, seconds=seconds, learning_rate=4e-3)
+    crops = RandomCrops(PictureList(trained_on), size, seed)
+    recipe = Recipe((Stage(steps=20_000, seconds=seconds, learning_rate=4e-3),), batch_size=BATCH, seed=seed)
     with TrainingBar() as bar:
-        losses = train(UniFlowObjective(model, distill_weight=0.0), batches, recipe, bar.report)
+        losses = Trainer(UniFlowObjective(model, distill_weight=0.0), crops, recipe, logs=[bar]).run()
 
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out / "checkpoint")
@@ -110,8 +109,8 @@ def _reconstruct(model: UniFlow, name: str, picture: Image.Image, seed: int) -> 
 
 def _scores(model: UniFlow, pictures: dict[str, Image.Image], seed: int) -> dict[str, float]:
     """Mean PSNR and SSIM over random crops of the trained size."""
-    crops = iter(RandomCrops(list(pictures.values()), model.config.image_size, seed + 1))
-    originals = torch.stack([next(crops) for _ in range(CROPS_SCORED)])
+    crops = RandomCrops(PictureList(pictures), model.config.image_size, seed + 1)
+    originals = torch.stack([crops[position].pixels for position in range(CROPS_SCORED)])
     scores = {}
     for steps in STEPS:
         results = _decode(model, originals, steps, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +62,20 @@ def load_model(checkpoint: Path, device: str, dtype: str) -> UniFlow:
         return UniFlow.from_pretrained(checkpoint, chosen, DTYPES.get(dtype))
 
 
+def parse_memory(text: str | None) -> int | None:
+    """Bytes of "2GB", "500 MB" or "1.5e9"; None for None."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    except ValueError:
+        number = 0.0
+    if number < 1:
+        raise InputError(f"--max-memory: expected a number of bytes as in 2GB or 500MB, got {text!r}")
+    return int(number)
+
+
 @dataclass(frozen=True)
 class Source:
     """A picture to read and the name, relative to the output folder, to write its reconstruction to."""
@@ -98,7 +113,7 @@ def picture_files(folder: Path) -> list[Path]:
     Raises:
         InputError: if there are none.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = picture_suffixes()
     files = [
         file
         for file in sorted(folder.rglob("*"))
@@ -107,6 +122,11 @@ def picture_files(folder: Path) -> list[Path]:
     if not files:
         raise InputError(f"no pictures in {folder}")
     return files
+
+
+def picture_suffixes() -> tuple[str, ...]:
+    """Suffixes (".jpg", ...) of the kinds that Pillow reads."""
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,12 +29,14 @@ from uniflow.cli.inputs import (
     load_model,
     read_picture,
 )
+from uniflow.cli.workers import Workers
 from uniflow.config import UniFlowConfig
-from uniflow.flow import Interval, guides_at, schedule_steps
+from uniflow.decoding import Decoder
+from uniflow.flow import Interval, Plan
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.metrics import ReconstructionFID, psnr, ssim
 from uniflow.model import UniFlow
-from uniflow.normalization import normalize, to_uint8
+from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, fit_to_patches, save_picture, to_tensor
 
 T = TypeVar("T")
@@ -38,19 +44,40 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to decode: the sampler's settings and the seed of its noise."""
+    """How to decode: the sampler's settings, the seed of its noise, and the memory for it in bytes."""
 
     steps: int | None
     schedule: str
+    solver: str
     cfg: float
     cfg_interval: Interval | None
+    temperature: float
     seed: int
+    max_memory: int | None
 
     def check(self) -> None:
         """Find a bad value before any work is done."""
         with explained():
-            schedule_steps(1, self.schedule)
-            guides_at(0.0, self.cfg_interval)
+            Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
+
+    def decoder(self, model: UniFlow, batch: int, size: tuple[int, int] | None) -> Decoder:
+        """For batches of pictures of a size; the model's own if not given."""
+        with explained():
+            return model.compile_decoder(
+                batch,
+                size,
+                self.steps,
+                self.schedule,
+                self.cfg,
+                self.cfg_interval,
+                self.solver,
+                self.temperature,
+                max_memory=self.max_memory,
+            )
+
+    def noise(self) -> torch.Generator:
+        """Draws noise picture after picture on the CPU: the same whatever the batches, command and device."""
+        return torch.Generator().manual_seed(self.seed)
 
 
 def reconstruct(
@@ -60,6 +87,7 @@ def reconstruct(
     sampling: Sampling,
     keep_size: bool,
     batch_size: int,
+    workers: int,
     dtype: str,
     device: str,
     force: bool,
@@ -73,12 +101,14 @@ def reconstruct(
     scores = _Scores()
     table = Table("picture", "size", "PSNR (dB)", "SSIM")
     start = time.perf_counter()
-    for batch, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size):
-        for source, original, result, db, similarity in zip(
-            batch, originals, results, *scores.add(results, originals), strict=True
-        ):
-            _save(result, out / source.name)
-            table.add_row(source.name, f"{original.shape[2]}x{original.shape[1]}", f"{db:.2f}", f"{similarity:.4f}")
+    with Workers(workers) as files:
+        for batch, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size, files):
+            for source, original, result, db, similarity in zip(
+                batch, originals, results, *scores.add(results, originals), strict=True
+            ):
+                files.write(_save, result, out / source.name)
+                size = f"{original.shape[2]}x{original.shape[1]}"
+                table.add_row(source.name, size, f"{db:.2f}", f"{similarity:.4f}")
     seconds = time.perf_counter() - start
     table.add_row("mean", "", *scores.means(), style="bold")
     Console().print(table)
@@ -102,8 +132,9 @@ def encode(
     model = load_model(checkpoint, device, dtype)
     latents: list[Tensor] = []
     encoded: list[EncodedPicture] = []
+    pictures_of = (_fit(model.config, keep_size, source) for source in sources)
     with torch.inference_mode(), picture_bar("encoding") as bar:
-        for batch, originals in _batches(model.config, sources, keep_size, batch_size, bar):
+        for batch, originals in _batches(model, pictures_of, len(sources), batch_size, None, bar):
             latents.extend(model.encode(normalize(originals.to(model.device))).cpu())
             encoded.extend(EncodedPicture(source.name, *originals.shape[-2:]) for source in batch)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +148,7 @@ def decode(
     out: Path,
     sampling: Sampling,
     batch_size: int,
+    workers: int,
     dtype: str,
     device: str,
     force: bool,
@@ -128,14 +160,15 @@ def decode(
     with explained():
         tensors, pictures = read_latents(latents, model)
     check_outputs([out / picture.name for picture in pictures], force)
-    noise = _Noise(model, sampling.seed)
-    with torch.inference_mode(), picture_bar("decoding") as bar:
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    groups = list(_runs(range(len(pictures)), lambda _: batch_size, lambda i: sizes[i]))
+    batches = ((torch.stack([tensors[i] for i in group]), sizes[group[0]]) for group in groups)
+    with torch.inference_mode(), picture_bar("decoding") as bar, Workers(workers) as files, explained():
         task = bar.add_task("", total=len(pictures))
-        for group in _runs(list(range(len(pictures))), batch_size, lambda i: (pictures[i].height, pictures[i].width)):
-            size = pictures[group[0]].height, pictures[group[0]].width
-            batch = torch.stack([tensors[i] for i in group]).to(model.device)
-            for i, result in zip(group, to_uint8(_decode(model, batch, sampling, noise, size)).cpu(), strict=True):
-                _save(result, out / pictures[i].name)
+        decoder = sampling.decoder(model, len(groups[0]), sizes[0]) if groups else None
+        for group, results in zip(groups, decoder.stream(batches, sampling.noise()) if decoder else (), strict=True):
+            for i, result in zip(group, results, strict=True):
+                files.write(_save, result, out / pictures[i].name)
             bar.advance(task, len(group))
     print(f"{len(pictures)} pictures in {out}")
 
@@ -147,6 +180,7 @@ def evaluate(
     fid_weights: Path | None,
     keep_size: bool,
     batch_size: int,
+    workers: int,
     dtype: str,
     device: str,
 ) -> None:
@@ -159,10 +193,11 @@ def evaluate(
     fid, why_not = _fid(fid_weights, len(sources), model.device)
     scores = _Scores()
     start = time.perf_counter()
-    for _, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size):
-        scores.add(results, originals)
-        if fid is not None:
-            fid.update(results, originals)
+    with Workers(workers) as files:
+        for _, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size, files):
+            scores.add(results, originals)
+            if fid is not None:
+                fid.update(results, originals)
     seconds = time.perf_counter() - start
     db, similarity = scores.means()
     table = Table("pictures", "PSNR (dB)", "SSIM", "rFID", "images/s")
@@ -209,64 +244,70 @@ class _Scores:
         return int(torch.cat(self._ssim).isnan().sum())
 
 
-class _Noise:
-    """Noise drawn picture after picture on the CPU: the same for a seed whatever the batches, command and device."""
-
-    def __init__(self, model: UniFlow, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._row = model.config.patch_values
-
-    def draw(self, pictures: int, tokens: int) -> Tensor:
-        """[pictures, tokens, C*P*P], float32."""
-        return torch.stack([torch.randn(tokens, self._row, generator=self._generator) for _ in range(pictures)])
-
-
-def _decode(model: UniFlow, latents: Tensor, sampling: Sampling, noise: _Noise, size: tuple[int, int]) -> Tensor:
-    return model.decode(
-        latents,
-        sampling.steps,
-        sampling.schedule,
-        sampling.cfg,
-        sampling.cfg_interval,
-        noise=noise.draw(*latents.shape[:2]),
-        size=size,
-    )
-
-
 def _reconstructions(
-    model: UniFlow, sources: Sequence[Source], sampling: Sampling, keep_size: bool, batch_size: int
+    model: UniFlow, sources: Sequence[Source], sampling: Sampling, keep_size: bool, batch_size: int, files: Workers
 ) -> Iterator[tuple[list[Source], Tensor, Tensor]]:
     """Batches of sources, their pictures and their reconstructions, both uint8 [B, 3, H, W] on the CPU."""
-    noise = _Noise(model, sampling.seed)
+    decoder = sampling.decoder(model, min(batch_size, len(sources)), None)
+    waiting: deque[tuple[list[Source], Tensor]] = deque()
     with torch.inference_mode(), picture_bar("reconstructing") as bar:
-        for batch, originals in _batches(model.config, sources, keep_size, batch_size, bar):
-            latents = model.encode(normalize(originals.to(model.device)))
-            size = originals.shape[-2], originals.shape[-1]
-            yield batch, originals, to_uint8(_decode(model, latents, sampling, noise, size)).cpu()
+        pictures = files.read(partial(_fit, model.config, keep_size), sources)
+
+        def latents() -> Iterator[tuple[Tensor, tuple[int, int]]]:
+            for batch, originals in _batches(model, pictures, len(sources), batch_size, sampling.max_memory, bar):
+                waiting.append((batch, originals))
+                yield model.encode(normalize(originals.to(model.device))), (originals.shape[-2], originals.shape[-1])
+
+        with explained():
+            for results in decoder.stream(latents(), sampling.noise()):
+                yield *waiting.popleft(), results
+
+
+def _fit(config: UniFlowConfig, keep_size: bool, source: Source) -> tuple[Source, Tensor]:
+    """A source and its picture, uint8 [3, H, W], as the model takes it."""
+    picture = read_picture(source.path)
+    fit = fit_to_patches(picture, config.patch_size) if keep_size else center_crop(picture, config.image_size)
+    return source, to_tensor(fit)
 
 
 def _batches(
-    config: UniFlowConfig, sources: Sequence[Source], keep_size: bool, batch_size: int, bar: Progress
+    model: UniFlow,
+    pictures: Iterable[tuple[Source, Tensor]],
+    total: int,
+    batch_size: int,
+    max_memory: int | None,
+    bar: Progress,
 ) -> Iterator[tuple[list[Source], Tensor]]:
     """Sources and their pictures, uint8 [B, 3, H, W]; pictures of one size that follow each other share a batch."""
-    task = bar.add_task("", total=len(sources))
+    task = bar.add_task("", total=total)
 
-    def fitted() -> Iterator[tuple[Source, Tensor]]:
-        for source in sources:
-            picture = read_picture(source.path)
-            fit = fit_to_patches(picture, config.patch_size) if keep_size else center_crop(picture, config.image_size)
-            yield source, to_tensor(fit)
+    def longest(item: tuple[Source, Tensor]) -> int:
+        return min(batch_size, _most_encoded(model, item[1].shape[-2:], max_memory))
 
-    for run in _runs(fitted(), batch_size, lambda item: tuple(item[1].shape)):
+    for run in _runs(pictures, longest, lambda item: tuple(item[1].shape)):
         yield [source for source, _ in run], torch.stack([pixels for _, pixels in run])
         bar.advance(task, len(run))
 
 
-def _runs(items: Iterable[T], longest: int, key: Callable[[T], object]) -> Iterator[list[T]]:
-    """Split into runs of neighbours with the same key, at most `longest` long."""
+def _most_encoded(model: UniFlow, size: Sequence[int], max_memory: int | None) -> int:
+    """How many pictures of a size can be encoded together."""
+    if max_memory is None:
+        return sys.maxsize
+    tokens = 1 + math.prod(size) // model.config.patch_size**2
+    needed = tokens * model.encoding_bytes_per_token()
+    if needed > max_memory:
+        raise InputError(
+            f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.0f} MB, got "
+            f"{max_memory / 1e6:.0f} MB"
+        )
+    return max_memory // needed
+
+
+def _runs(items: Iterable[T], longest: Callable[[T], int], key: Callable[[T], object]) -> Iterator[list[T]]:
+    """Split into runs of neighbours with the same key, at most `longest(first)` long."""
     run: list[T] = []
     for item in items:
-        if run and (len(run) == longest or key(item) != key(run[0])):
+        if run and (len(run) == longest(run[0]) or key(item) != key(run[0])):
             yield run
             run = []
         run.append(item)

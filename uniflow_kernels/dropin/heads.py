@@ -29,6 +29,7 @@ from uniflow_kernels.ops.flow_head import (
     flow_block,
     flow_blocks,
     fused_flow_blocks,
+    rows_known,
     served_by,
     swiglu,
 )
@@ -222,9 +223,8 @@ class Head:
 
     def _fused(self, x: Tensor, y: Tensor, whole: bool) -> bool:
         """Whether the blocks run as one op; `whole`: whether all inside is as it was when it was looked at."""
-        if served_by(x.device, x.dtype, self.width) == "eager":
-            return False
-        return served_by(x.device, x.dtype, self.width, self._why_not_fused(x, y, whole)) != "eager"
+        what = x.device, x.dtype, self.width, rows_known(x)
+        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused(x, y, whole)) != "eager"
 
     def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
         if self.why_not_fused is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import cast
 
 import torch
@@ -15,23 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from uniflow_kernels.modules.sampling import sample
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
-    RUNS_FUSED,
-    RUNS_PLAIN,
-    UNMEASURED,
     Affine,
     Block,
     Form,
     check_choice,
+    explain,
     final_norm,
     flow_block,
     fused_flow_blocks,
+    rows_known,
     served_by,
     split_modulation,
     swiglu,
-    why_not_triton,
 )
+from uniflow_kernels.solvers import Interval, Plan
 
 
 class TimestepEmbedding(nn.Module):
@@ -51,7 +52,7 @@ class TimestepEmbedding(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the MLP's weights; the sinusoids are rounded to it."""
-        return next(self.mlp.parameters()).dtype
+        return cast(nn.Linear, self.mlp[0]).weight.dtype  # replicas of DataParallel have no parameters()
 
     def forward(self, t: Tensor) -> Tensor:
         """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W]."""
@@ -80,7 +81,9 @@ def _norm(form: Form, width: int, affine: bool) -> nn.Module:
 
 
 def _affine(layer: nn.Module) -> Affine:
-    return Affine(cast(Tensor, layer.weight), cast("Tensor | None", getattr(layer, "bias", None)))
+    # not layer.weight: a module finds its attributes slowly. Replicas of DataParallel hold them as plain ones
+    held = layer._parameters if "weight" in layer._parameters else vars(layer)
+    return Affine(cast(Tensor, held["weight"]), held.get("bias"))
 
 
 class FlowBlock(nn.Module):
@@ -122,7 +125,7 @@ class FlowBlock(nn.Module):
 
     def tensors(self) -> Block:
         """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
-        up, down = (self.mlp.w12, self.mlp.w3) if isinstance(self.mlp, SwiGLU) else (self.mlp[0], self.mlp[2])
+        up, *_, down = self.mlp.children()
         return Block(_affine(self.in_ln), _affine(up), _affine(down))
 
     def forward(self, x: Tensor, a: Tensor, modulation: Tensor | None = None) -> Tensor:
@@ -237,6 +240,7 @@ class FlowHead(nn.Module):
             for i in range(num_res_blocks)
         )
         self.final_layer = FinalLayer(model_channels, out_channels, form, bias, final_modulation)
+        self._built = {whole: [type(part) for part in self._parts(whole)] for whole in (False, True)}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -274,6 +278,70 @@ class FlowHead(nn.Module):
         if c.ndim != 2 or c.shape[1] != self.z_channels or c.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"c: expected shape [{x.shape[0]} or 1, {self.z_channels}], got {tuple(c.shape)}")
         return self.from_embedding(x, self.time_embed(t) + self.cond_embed(c))
+
+    def sample(
+        self,
+        condition: Tensor,
+        steps: int,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        schedule: str = "linear",
+        solver: str = "euler",
+        cfg: float = 1.0,
+        cfg_interval: Interval | None = None,
+        null_condition: Tensor | None = None,
+        temperature: float = 1.0,
+        time_scale: float = 1000.0,
+    ) -> Tensor:
+        """Draw rows under a condition: follow the velocity from noise at t = 0 to t = 1.
+
+        On CUDA all steps become one graph, captured the second time that a kind of input comes (shapes, dtypes,
+        settings); the last eight kinds are kept. Weights are read where they are, so a training step between two calls
+        is seen. Where a graph cannot serve, the steps run one by one: while gradients are wanted, inside torch.compile
+        or another capture; and, with a warning, where modules have hooks or were replaced, or the capture fails.
+
+        Args:
+            condition: [..., z_channels], in the head's dtype.
+            steps: number of steps, at least 1.
+            noise: [..., in_channels] to start from; drawn in float32 if not given. The state between the steps is
+                float32 (float64 for a head in float64).
+            generator: to draw it with, on any device.
+            schedule: "linear", "pow_p" or "shifted_a", see `uniflow_kernels.solvers.schedule_steps`.
+            solver: "euler", "heun" or "midpoint"; the last two evaluate the head twice in a step.
+            cfg: guidance scale; 1 is none.
+            cfg_interval: the sigmas at which to guide, see `uniflow_kernels.solvers.guides_at`.
+            null_condition: what guidance leads away from: [1, z_channels] for all rows, or like `condition`; zeros if
+                not given.
+            temperature: what the noise is multiplied by.
+            time_scale: the head was trained on time_scale * t (UniFlow: 1000).
+
+        Returns:
+            [..., in_channels], in the condition's dtype.
+
+        Raises:
+            ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
+        """
+        plan = Plan(steps, schedule, solver, cfg, cfg_interval)
+        plan.check()
+        if condition.ndim == 0 or condition.shape[-1] != self.z_channels:
+            raise ValueError(f"condition: expected shape [..., {self.z_channels}], got {tuple(condition.shape)}")
+        if self.out_channels != self.in_channels:
+            raise ValueError(f"out_channels: a velocity has those of x, {self.in_channels}, not {self.out_channels}")
+        if null_condition is not None and null_condition.shape not in ((1, self.z_channels), condition.shape):
+            raise ValueError(
+                f"null_condition: expected shape (1, {self.z_channels}) or {tuple(condition.shape)}, "
+                f"got {tuple(null_condition.shape)}"
+            )
+        shape = (*condition.shape[:-1], self.in_channels)
+        if noise is None:
+            drawn_on = condition.device if generator is None else generator.device
+            noise = torch.randn(shape, device=drawn_on, generator=generator)
+        elif noise.shape != shape:
+            raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+        noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
+        null_condition = null_condition if cfg != 1.0 else None
+        return sample(self, noise, condition, null_condition, plan, time_scale, self._why_not_captured)
 
     def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
         """The head behind its embeddings.
@@ -320,22 +388,37 @@ class FlowHead(nn.Module):
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
-        weight = self.input_proj.weight
-        reason = why_not_triton(weight.device, weight.dtype, self.model_channels) or self._why_not_fused()
-        return f"flow_head: {RUNS_PLAIN}; Triton: {reason}" if reason else f"flow_head: {RUNS_FUSED}: {UNMEASURED}"
+        weight, reason = self.input_proj.weight, self._why_not_fused()
+        hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
+        shared = "blocks share a modulation" if self.blocks_per_group > 1 else None
+        return "flow_head: {}; {}".format(
+            *explain(weight.device, weight.dtype, self.model_channels, hidden, reason, shared)
+        )
 
     def _fused(self, x: Tensor) -> bool:
         """Whether the blocks run as one op."""
-        if served_by(x.device, x.dtype, self.model_channels) == "eager":
-            return False
-        return served_by(x.device, x.dtype, self.model_channels, self._why_not_fused()) != "eager"
+        what = x.device, x.dtype, self.model_channels, rows_known(x)
+        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused()) != "eager"
 
     def _why_not_fused(self) -> str | None:
         if not self.res_blocks:
             return "there are no blocks"
-        if all(_is_plain(module) for part in (self.res_blocks, self.final_layer) for module in part.modules()):
-            return None
-        return "a submodule was replaced, wrapped or given a hook"
+        return None if self._is_as_built(whole=False) else _CHANGED
+
+    def _why_not_captured(self) -> str | None:
+        return None if self._is_as_built(whole=True) else _CHANGED
+
+    def _is_as_built(self, whole: bool) -> bool:
+        """Whether calling the fused op's parts, or the whole head's, does nothing but what they were built to do."""
+        parts, built = self._parts(whole), self._built[whole]
+        return len(parts) == len(built) and all(map(_is_plain, parts, built, repeat(self.form.eps)))
+
+    def _parts(self, whole: bool) -> list[nn.Module]:
+        """All that the fused op stands for, or all there is: found in every call, thrice as fast as `modules()` is."""
+        parts: list[nn.Module] = list(self.children()) if whole else [self.res_blocks, self.final_layer]
+        for part in parts:  # which grows
+            parts += [child for child in part._modules.values() if child is not None]
+        return parts
 
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
@@ -353,35 +436,35 @@ class FlowHead(nn.Module):
     def _plain_together(self, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:
         """`_plain` for each condition a; norms and products run on the rows of all of them, xs [len, ..., W]."""
         order, final = self.form.modulation_order, self.final_layer
-        xs = x.expand(len(conditions), *x.shape)
+        xs = torch.stack([x] * len(conditions))
         for i, block in enumerate(self._blocks()):
             if i % self.blocks_per_group == 0:
                 parts = [split_modulation(block.modulation(a), order, 3) for a in conditions]
-            normed = zip(block.in_ln(xs), parts, strict=True)
-            h = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale, _) in normed])
-            moved = zip(xs, block.mlp(h), parts, strict=True)
-            xs = torch.stack([torch.addcmul(before, gate, q) for before, q, (_, _, gate) in moved])
+            h = _modulate_each(block.in_ln(xs), parts)
+            for before, q, (_, _, gate) in zip(xs, block.mlp(h), parts, strict=True):
+                before.addcmul_(gate, q)
         xs = final.norm_final(xs)
         if final.adaLN_modulation is not None:
-            ends = [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions]
-            xs = torch.stack([torch.addcmul(shift, n, 1 + scale) for n, (shift, scale) in zip(xs, ends, strict=True)])
+            xs = _modulate_each(xs, [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions])
         return list(final.linear(xs))
 
 
-_PARTS = (
-    FlowBlock,
-    FinalLayer,
-    SwiGLU,
-    nn.LayerNorm,
-    nn.Linear,
-    nn.ModuleList,
-    nn.RMSNorm,
-    nn.Sequential,
-    nn.SiLU,
-)
+_CHANGED = "a submodule was replaced, wrapped or given a hook"
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it does nothing but its own class's forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in _PARTS and not any(hooks) and "forward" not in vars(module)
+def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Shift + normed * (1 + scale) for each of normed [len, ..., W]."""
+    h = torch.empty_like(normed)
+    for n, into, (shift, scale, *_) in zip(normed, h, parts, strict=True):
+        torch.addcmul(shift, n, 1 + scale, out=into)
+    return h
+
+
+def _is_plain(module: nn.Module, built: type, eps: float) -> bool:
+    """Whether calling it does nothing but the forward of the class it was built with."""
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
+        return False
+    if state["_backward_pre_hooks"] or "forward" in state:
+        return False
+    return type(module) is built and state.get("eps", eps) == eps

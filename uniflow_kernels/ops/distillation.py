@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.choice import choose
+from uniflow_kernels.ops.pieces import chunk, part
+from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
 
+LAYER_WEIGHTS = ("adaptive", "uniform")
 EPS = 1e-8  # the least norm, as in F.cosine_similarity
-_CPU_CHUNK = 1 << 17  # elements at a time on a CPU: the temporaries stay in the cache
-_GPU_CHUNK = 1 << 27
 
 
 def layerwise_distillation(
@@ -25,6 +25,7 @@ def layerwise_distillation(
     detach_weights: bool = True,
     *,
     skip_tokens: int = 0,
+    layer_weights: str = "adaptive",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine distance per layer, where deeper and worse-aligned layers weigh more.
 
@@ -37,6 +38,7 @@ def layerwise_distillation(
         beta: how strongly badly aligned layers are preferred (the paper's ablation finds 2 best).
         detach_weights: whether the weights are constants for the gradient. The paper does not say.
         skip_tokens: how many tokens at the front do not count: 1 leaves a class token out without a copy.
+        layer_weights: "adaptive", as above, or "uniform", 1/L each.
 
     Returns:
         (loss, alpha, weights): a scalar, [L] and [L], all float32; `alpha` and `weights` are detached. None of them is
@@ -44,8 +46,8 @@ def layerwise_distillation(
 
     Raises:
         TypeError: if a dtype is none of floating point.
-        ValueError: if there is no layer, the two sides differ in number of layers or in shape, or `skip_tokens` leaves
-            less than nothing.
+        ValueError: if there is no layer, the two sides differ in number of layers or in shape, `skip_tokens` leaves
+            less than nothing, or `layer_weights` is unknown.
 
     Source: the UniFlow paper, layer-wise adaptive self-distillation.
     """
@@ -59,7 +61,8 @@ def layerwise_distillation(
                 f"student: layer {layer} has shape {tuple(s.shape)}, expected layer 1's {tuple(student[0].shape)}"
             )
         _check_layer(layer, s, t, skip_tokens)
-    return _weigh(_alphas(list(student), list(teacher), skip_tokens), beta, detach_weights)
+    check_layer_weights(layer_weights)
+    return _weigh(_alphas(list(student), list(teacher), skip_tokens), beta, detach_weights, layer_weights)
 
 
 class LayerwiseDistillation:
@@ -75,18 +78,27 @@ class LayerwiseDistillation:
 
     Args:
         layers: L.
-        beta, detach_weights, skip_tokens: see `layerwise_distillation`.
+        beta, detach_weights, skip_tokens, layer_weights: see `layerwise_distillation`.
 
     Raises:
-        ValueError: if there is no layer.
+        ValueError: if there is no layer, or for unknown `layer_weights`.
     """
 
-    def __init__(self, layers: int, beta: float = 2.0, detach_weights: bool = True, *, skip_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        layers: int,
+        beta: float = 2.0,
+        detach_weights: bool = True,
+        *,
+        skip_tokens: int = 0,
+        layer_weights: str = "adaptive",
+    ) -> None:
         if layers < 1:
             raise ValueError(f"layers: expected at least 1, got {layers}")
         self.beta = beta
         self.detach_weights = detach_weights
         self.skip_tokens = skip_tokens
+        self.layer_weights = check_layer_weights(layer_weights)
         self._alphas: list[Tensor | None] = [None] * layers
 
     def push(self, layer: int, student: Tensor, teacher: Tensor) -> None:
@@ -118,7 +130,7 @@ class LayerwiseDistillation:
             raise ValueError(f"layer: {', '.join(map(str, missing))} of {len(self._alphas)} not pushed yet")
         alpha = torch.cat([alpha for alpha in self._alphas if alpha is not None])
         self._alphas = [None] * len(self._alphas)
-        return _weigh(alpha, self.beta, self.detach_weights)
+        return _weigh(alpha, self.beta, self.detach_weights, self.layer_weights)
 
 
 def _check_layer(layer: int, student: Tensor, teacher: Tensor, skip_tokens: int) -> None:
@@ -138,103 +150,110 @@ def _check_layer(layer: int, student: Tensor, teacher: Tensor, skip_tokens: int)
 def _alphas(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> Tensor:
     """The mean cosine distance of each layer, [L] in float32, differentiable in the student."""
     with_gradient = torch.is_grad_enabled() and any(s.requires_grad for s in student)
-    distances = torch.ops.uniflow_kernels.cosine_distances(
-        student, [t.detach() for t in teacher], skip_tokens, with_gradient
-    )[0]
-    return distances
+    constants = [t.detach() if t.requires_grad else t for t in teacher]
+    return cosine_distances_op(student, constants, skip_tokens, with_gradient)
 
 
-def _weigh(alpha: Tensor, beta: float, detach_weights: bool) -> tuple[Tensor, Tensor, Tensor]:
-    depth = torch.arange(1, len(alpha) + 1, device=alpha.device, dtype=alpha.dtype) / len(alpha)
-    # (l/L) exp(beta*alpha), normalised, is a softmax with the depth as log-prior: no overflow for any beta
-    weights = torch.softmax(beta * (alpha.detach() if detach_weights else alpha) + depth.log(), dim=0)
-    return (weights * alpha).sum(), alpha.detach(), weights.detach()
+def check_layer_weights(name: str) -> str:
+    """`name`, or a ValueError that lists the choices if it is none of them."""
+    if name not in LAYER_WEIGHTS:
+        raise ValueError(f"layer_weights: expected one of {', '.join(LAYER_WEIGHTS)}, got {name!r}")
+    return name
+
+
+def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    constant = alpha.detach()
+    if kind == "uniform":
+        return alpha.mean(), constant, torch.full_like(constant, 1 / alpha.numel())
+    depth = torch.arange(1, alpha.numel() + 1, device=alpha.device, dtype=alpha.dtype)
+    # (l/L) exp(beta*alpha), normalised, is a softmax with the depth as log-prior: no overflow for any beta, and no L
+    weights = torch.softmax(depth.log_().add(constant if detach_weights else alpha, alpha=beta), dim=0)
+    return (weights * alpha).sum(), constant, weights.detach()
 
 
 # --- in plain PyTorch ---
 
 
-def plain_cosine_distance(
-    student: Tensor, teacher: Tensor, skip_tokens: int, distances: Tensor, gradient: Tensor | None
+def plain_cosine_distances(
+    student: list[Tensor], teacher: list[Tensor], skip_tokens: int, gradients: list[Tensor], distances: Tensor
 ) -> None:
-    """1 - cosine of every token of a layer, and its gradient, a piece at a time.
+    """Write 1 - cosine of every token of every layer, and its gradient, a piece at a time.
 
     Args:
-        student, teacher: [B, S, D].
+        student, teacher: L tensors [B, S, D].
         skip_tokens: how many at the front do not count.
-        distances: [B, S - skip_tokens], float32; written.
-        gradient: None, or [B, S, D]; written: each token's gradient of its own distance.
+        gradients: none, or L tensors [B, S, D]; each token's gradient of its own distance.
+        distances: [L, B, S - skip_tokens], float32.
     """
-    limit = _CPU_CHUNK if student.device.type == "cpu" else _GPU_CHUNK
-    batch, length, width = student.shape
-    counted = length - skip_tokens
-    images = max(1, limit // max(1, counted * width))
-    tokens = max(1, limit // max(1, width))
-    for b in range(0, batch, images):
-        for start in range(skip_tokens, length, tokens):
-            rows = slice(b, b + images), slice(start, start + tokens)
-            s, t = student[rows].float(), teacher[rows].float()
-            s_norm = s.norm(dim=-1, keepdim=True)
-            s_least, t_least = s_norm.clamp(min=EPS), t.norm(dim=-1, keepdim=True).clamp_(min=EPS)
-            s_unit, t_unit = s / s_least, t / t_least
-            cosine = (s_unit * t_unit).sum(-1, keepdim=True)
-            distances[rows[0], start - skip_tokens : start - skip_tokens + tokens] = 1 - cosine[..., 0]
-            if gradient is not None:
-                # below the least norm the denominator is a constant
-                along = s_unit.mul_(cosine * (s_norm > EPS))
-                largest = torch.finfo(gradient.dtype).max
-                gradient[rows] = along.sub_(t_unit).div_(s_least).clamp_(-largest, largest)
-    if gradient is not None:
+    limit = chunk(distances.device)
+    batch, length, width = student[0].shape
+    at_once = max(1, limit // max(1, student[0].numel()))  # a piece is of several layers, or of a part of one
+    images, tokens = max(1, limit // max(1, (length - skip_tokens) * width)), max(1, limit // max(1, width))
+    starts = range(0, len(student), at_once), range(0, batch, images), range(skip_tokens, length, tokens)
+    for layer, image, token in itertools.product(*starts):
+        layers, here = slice(layer, layer + at_once), (slice(image, image + images), slice(token, token + tokens))
+        place = None if skip_tokens == 0 and images >= batch and tokens >= length else here
+        sides = [
+            (part(s, place).float(), part(t, place).float())
+            for s, t in zip(student[layers], teacher[layers], strict=True)
+        ]
+        written = [part(gradient, place) for gradient in gradients[layers]]
+        # what will be the gradient holds the products first, unless it is in another dtype
+        memory = [w if w.dtype == torch.float32 else None for w in written] or [None] * len(sides)
+        s_norm, t_norm, product = sums = distances.new_empty(3, len(sides), *sides[0][0].shape[:2], 1)
+        for (s, t), own, *of_layer in zip(sides, memory, *sums, strict=True):
+            torch.linalg.vector_norm(s, dim=-1, keepdim=True, out=of_layer[0])
+            torch.linalg.vector_norm(t, dim=-1, keepdim=True, out=of_layer[1])
+            torch.sum(torch.mul(s, t, out=own), -1, keepdim=True, out=of_layer[2])
+        s_least, t_least = s_norm.clamp(min=EPS), t_norm.clamp_(min=EPS)
+        # two divisions: the product of two least norms is not far from the smallest float
+        cosine = product.div_(s_least).div_(t_least)
+        distances[layers, here[0], token - skip_tokens : token - skip_tokens + tokens] = 1 - cosine[..., 0]
+        if written:
+            # below the least norm the denominator is a constant
+            along = (cosine / s_least).div_(s_least).mul_(s_norm > EPS)
+            across = s_least.reciprocal_().div_(t_least)
+            for (s, t), own, to, a, b in zip(sides, memory, written, along, across, strict=True):
+                value = torch.mul(s, a, out=own).addcmul_(t, b, value=-1)
+                if own is None:
+                    largest = torch.finfo(to.dtype).max
+                    to.copy_(value.clamp_(-largest, largest))
+    for gradient in gradients if skip_tokens else ():
         gradient[:, :skip_tokens] = 0
 
 
 # --- the registered op ---
 
-_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "cosine_distances(Tensor[] student, Tensor[] teacher, SymInt skip_tokens, bool with_gradient) -> (Tensor, Tensor[])"
-)
 
-
-def _choose(student: list[Tensor], teacher: list[Tensor]) -> Any:
+def _kernels(student: list[Tensor], teacher: list[Tensor]) -> Any:
     """The module whose kernels serve such layers, or None for plain PyTorch."""
-    sides = (*student, *teacher)
-    layout = None
-    if any(side.stride(-1) != 1 and side.shape[-1] > 1 for side in sides):
-        layout = "the elements of a token are not neighbours in memory"
-    elif any(side.dtype != student[0].dtype for side in sides):
-        layout = "the layers differ in dtype"
-    triton = triton_kernels.why_not(*sides) or layout
-    if triton is None and student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
-        triton = f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
-    chosen = choose("layerwise_distillation", {"triton": triton, "cuda": cuda_kernels.why_not(*sides) or layout})
-    if chosen == "triton":
-        return importlib.import_module("uniflow_kernels.triton_kernels.distillation")
-    return cuda_kernels if chosen == "cuda" else None
+
+    def why_not() -> tuple[str | None, str | None]:
+        sides, layout, wide = (*student, *teacher), None, None
+        if any(side.stride(-1) != 1 and side.shape[-1] > 1 for side in sides):
+            layout = "the elements of a token are not neighbours in memory"
+        elif any(side.dtype != student[0].dtype for side in sides):
+            layout = "the layers differ in dtype"
+        if student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
+            wide = f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
+        return triton_kernels.why_not(*sides) or layout or wide, cuda_kernels.why_not(*sides) or layout
+
+    return kernels_for("layerwise_distillation", "distillation", student[0].device, why_not)
 
 
-@torch.library.impl(_LIBRARY, "cosine_distances", "CompositeExplicitAutograd")
 def _cosine_distances(
     student: list[Tensor], teacher: list[Tensor], skip_tokens: int, with_gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     batch, length, _ = student[0].shape
     gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
     distances = torch.empty(len(student), batch, length - skip_tokens, device=student[0].device)
-    kernels = _choose(student, teacher)
-    if kernels is not None:
-        kernels.cosine_distances(student, teacher, skip_tokens, gradients, distances)
-        return _mean(distances), gradients
-    for layer, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        plain_cosine_distance(s, t, skip_tokens, distances[layer], gradients[layer] if with_gradient else None)
-    return _mean(distances), gradients
+    kernels = _kernels(student, teacher)
+    compute = plain_cosine_distances if kernels is None else kernels.cosine_distances
+    compute(student, teacher, skip_tokens, gradients, distances)
+    # the mean over the tokens of each layer; 0 where there is none
+    return distances.sum((1, 2)).div_(max(1, distances[0].numel())), gradients
 
 
-def _mean(distances: Tensor) -> Tensor:
-    """Over the tokens of each layer; 0 where there is none."""
-    return distances.flatten(1).sum(1) / max(1, distances[0].numel())
-
-
-@torch.library.register_fake("uniflow_kernels::cosine_distances", lib=_LIBRARY)
 def _cosine_distances_fake(
     student: list[Tensor], teacher: list[Tensor], skip_tokens: int, with_gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
@@ -250,7 +269,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
     ctx.tokens = student[0].shape[0] * (student[0].shape[1] - skip_tokens)
 
 
-def _backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, ...]:
     factors = incoming / max(1, ctx.tokens)
     gradients = [
         scaled(gradient, factor) if wanted else None
@@ -259,4 +278,11 @@ def _backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
     return gradients, [None] * ctx.layers, None, None
 
 
-torch.library.register_autograd("uniflow_kernels::cosine_distances", _backward, setup_context=_setup, lib=_LIBRARY)
+cosine_distances_op = register(
+    "cosine_distances(Tensor[] student, Tensor[] teacher, SymInt skip_tokens, bool with_gradient) "
+    "-> (Tensor, Tensor[])",
+    _cosine_distances,
+    _cosine_distances_fake,
+    _setup,
+    _backward,
+)

@@ -7,7 +7,8 @@ Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from uniflow_kernels.choice import choose
-from uniflow_kernels.triton_kernels import why_not_on
+from uniflow_kernels.choice import choose, requested
+from uniflow_kernels.measured import fastest_first, measured
+from uniflow_kernels.packing import packed
+from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
     from uniflow_kernels.triton_kernels.flow_head import Rows
@@ -26,9 +29,13 @@ NORMS = ("layer", "rms")
 MLPS = ("silu", "swiglu")
 MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
 RECOMPUTE = ("none", "gate", "block")
+PATHS = ("rows", "products")
 
-RUNS_PLAIN = "plain PyTorch"
-RUNS_FUSED = "Triton row kernels, cuBLAS products"
+RUNS = {
+    "eager": "plain PyTorch",
+    "rows": "Triton row kernels, cuBLAS products",
+    "products": "Triton products with the row kernels' work in them",
+}
 UNMEASURED = "unmeasured on this GPU"
 
 
@@ -195,11 +202,9 @@ def fused_flow_blocks(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a = x.to(dtype), a.to(dtype)
-        blocks = [Block(block.norm, _cast(block.up, dtype), _cast(block.down, dtype)) for block in blocks]
-        modulations = [_cast(modulation, dtype) for modulation in modulations]
-        final_modulation = None if final_modulation is None else _cast(final_modulation, dtype)
+        blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, dtype)
     why_not = _why_not_tensors(x, a, blocks, modulations, final_modulation)
-    if served_by(x.device, x.dtype, x.shape[-1], why_not) == "eager" or x.numel() == 0:
+    if served_by(x.device, x.dtype, x.shape[-1], rows_known(x), why_not) == "eager" or x.numel() == 0:
         return flow_blocks(x, a, blocks, modulations, final_modulation, form)
     rows, conditions, repeat = _flatten(x, a)
     weights = [tensor for affine in _in_order(blocks, modulations, final_modulation) for tensor in affine]
@@ -220,7 +225,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, width: int) -> str 
     return why_not_on(device, dtype)
 
 
-def served_by(device: torch.device, dtype: torch.dtype, width: int, why_not: str | None = None) -> str:
+def served_by(
+    device: torch.device, dtype: torch.dtype, width: int, rows: int | None, why_not: str | None = None
+) -> str:
     """The backend, "triton" or "eager". A compiled graph keeps the one it was compiled with.
 
     The choice is made before the registered op and not inside it, so that the plain form stays open to torch.compile,
@@ -230,15 +237,29 @@ def served_by(device: torch.device, dtype: torch.dtype, width: int, why_not: str
         device: of all tensors.
         dtype: of the products.
         width: W.
+        rows: R; None where a compiled graph is to serve any number.
         why_not: a further reason against the kernels, known to the caller.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         why_not = "the Triton kernels have no rules for the transforms of torch.func"
-    return choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
+    chosen = choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
+    if chosen == "eager" or rows is None or requested() != "auto":
+        return chosen
+    paths = _fastest_first(architecture(device), dtype, width, rows, torch.is_grad_enabled())
+    return "eager" if paths[:1] == ("eager",) else chosen
 
 
 # what torch.compiler.assume_constant_result does, which would import the whole compiler for it
 served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def rows_known(x: Tensor) -> int | None:
+    """R of x [..., W], by which the path is chosen; None where a graph is compiled, to serve any number."""
+    return None if torch.compiler.is_compiling() else x.shape[:-1].numel()
+
+
+def _fastest_first(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> tuple[str, ...]:
+    return fastest_first("flow_head", arch, str(dtype).removeprefix("torch."), width, rows, training)
 
 
 def _why_not_tensors(
@@ -257,8 +278,27 @@ def _why_not_tensors(
 _MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
 
 
-def _cast(affine: Affine, dtype: torch.dtype) -> Affine:
-    return Affine(affine.weight.to(dtype), None if affine.bias is None else affine.bias.to(dtype))
+def _cast(
+    blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None, dtype: torch.dtype
+) -> tuple[list[Block], list[Affine], Affine | None]:
+    """All tensors of products in `dtype`; without gradients they are cast once and kept while no parameter changes."""
+    products = [*(affine for block in blocks for affine in (block.up, block.down)), *modulations]
+    tensors = [tensor for affine in (*products, final or (None, None)) for tensor in affine]
+
+    def cast(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if tensor is None else tensor.to(dtype, copy=not torch.is_grad_enabled()) for tensor in tensors]
+
+    if torch.is_grad_enabled():
+        tensors = cast(*tensors)
+    elif any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
+        tensors = packed(("cast", dtype), tensors, cast)
+    pairs = [Affine(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]  # type: ignore[arg-type]
+    depth = len(blocks)
+    return (
+        [Block(block.norm, *pairs[2 * i : 2 * i + 2]) for i, block in enumerate(blocks)],
+        pairs[2 * depth : -1],
+        None if final is None else pairs[-1],
+    )
 
 
 def _flatten(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -328,6 +368,93 @@ def _in_order(
     return [final_modulation or (None, None), *(affine for block in blocks for affine in block), *modulations]
 
 
+# Tests and benchmarks force a path. No context variable: a GPU's backward pass runs in autograd's own thread.
+_forced_path: str | None = None
+
+
+@contextmanager
+def forced_path(path: str) -> Iterator[None]:
+    """Every pass takes this path inside the block, "rows" or "products"; one that it cannot serve is a ValueError.
+
+    The backward pass of a forward pass inside the block takes it too.
+    """
+    global _forced_path  # noqa: PLW0603
+    check_choice("path", path, PATHS)
+    before, _forced_path = _forced_path, path
+    try:
+        yield
+    finally:
+        _forced_path = before
+
+
+def _path(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> str:
+    """Which path serves where both can, "rows" or "products": the faster one where it was measured.
+
+    Else, counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which needs its tensor cores
+    and enough tiles for all of its processors.
+
+    Args:
+        arch: compute capability times ten.
+        dtype: of the products.
+        width: W.
+        rows: R.
+        training: whether a backward pass follows, or is this one.
+    """
+    for path in _fastest_first(arch, dtype, width, rows, training):
+        if path in PATHS:
+            return path
+    counted = arch == 90 and dtype.itemsize == 2 and width >= 256 and rows >= _PRODUCTS_FROM
+    return "products" if counted else "rows"
+
+
+_PRODUCTS_FROM = 4096  # rows
+
+
+def explain(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    hidden: int,
+    why_not: str | None = None,
+    why_not_products: str | None = None,
+) -> tuple[str, str]:
+    """What serves a head by its number of rows, and why: where that was measured, or the reason against the kernels.
+
+    Args:
+        device: of all tensors.
+        dtype: of the products.
+        width: W.
+        hidden: H.
+        why_not: a further reason against the kernels, known to the caller.
+        why_not_products: a further reason against the path "products".
+    """
+    reason = why_not_triton(device, dtype, width) or why_not
+    if reason is not None:
+        return RUNS["eager"], f"Triton: {reason}"
+    from uniflow_kernels.triton_kernels import flow_products as products
+
+    arch = architecture(device)
+    why_not_products = products.why_not(device, dtype, (width, hidden), []) or why_not_products
+    known = measured("flow_head", arch, str(dtype).removeprefix("torch."), width)
+
+    def path(rows: int, training: bool) -> str:
+        if requested() == "auto" and _fastest_first(arch, dtype, width, rows, training)[:1] == ("eager",):
+            return "eager"
+        return _path(arch, dtype, width, rows, training) if why_not_products is None else "rows"
+
+    served = ""
+    last = None
+    for rows in sorted({0, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
+        inference, training = RUNS[path(rows, False)], RUNS[path(rows, True)]
+        now = inference if inference == training else f"{inference} (training: {training})"
+        if now != last:
+            served += f"; from {rows} rows {now}" if served else now
+            last = now
+    if not known:
+        return served, UNMEASURED
+    return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}"
+
+
 class _Kept(NamedTuple):
     """What is kept: sums after each block, modulations (their shift replaced by h, if `_Pass.in_place`), h, p, q."""
 
@@ -349,7 +476,11 @@ class _Activations(NamedTuple):
 
 
 class _Pass:
-    """One forward or backward pass over x [R, W] and a [C, W] with row kernels around the library's products."""
+    """One forward or backward pass over x [R, W] and a [C, W], on one of two paths.
+
+    "rows" has row kernels around the library's products; "products" has the row kernels' work in the epilogues of its
+    own. Both keep the same, so that each pass chooses for itself, by the number of rows at run time.
+    """
 
     def __init__(
         self,
@@ -410,8 +541,81 @@ class _Pass:
         tensors = iter(kept)
         return _Kept(*([next(tensors) for _ in range(count)] for count in self.counts()))
 
+    def why_not_products(self) -> str | None:
+        """Why the path "products" cannot serve; None if it can."""
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        if self.a.shape[0] != self.x.shape[0]:
+            return "rows share a condition"
+        if self.per_group != 1:
+            return "blocks share a modulation"
+        every = [self.x, self.a, *(t for affine in self.modulations for t in affine if t is not None)]
+        every += [t for block in self.blocks for affine in block for t in affine if t is not None]
+        every += [] if self.final is None else [t for t in self.final if t is not None]
+        hidden = self.blocks[0].down.weight.shape[1]
+        return products.why_not(self.x.device, self.x.dtype, (self.width, hidden), every)
+
+    def path(self) -> str:
+        """The path of this pass, "rows" or "products"."""
+        arch = architecture(self.x.device)
+        training = self.keep != "nothing"
+        wanted = _forced_path or _path(arch, self.x.dtype, self.width, self.x.shape[0], training)
+        why_not = self.why_not_products() if wanted == "products" else None
+        if why_not is not None and _forced_path is not None:
+            raise ValueError(f"flow_head: path 'products' cannot serve this input: {why_not}")
+        return wanted if why_not is None else "rows"
+
     def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """The output [R, W] and what is kept."""
+        """The output [R, W] and what is kept, flat."""
+        out, kept = self.forward_by_rows() if self.path() == "rows" else self.forward_by_products()
+        return out, [tensor for kind in kept for tensor in kind]
+
+    def forward_by_products(self) -> tuple[Tensor, _Kept]:
+        """Three launches a block; shift, scale and gate are written only where they are kept."""
+        from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        rows, width = self.x.shape
+        first = self.blocks[0]
+        rms, eps, keep = self.form.norm == "rms", self.form.eps, self.keep
+        scale_first = self.form.modulation_order == "scale-shift-gate"
+        kept = _Kept([], [], [], [], [])
+        h, u = self.empty(rows, width), self.empty(rows, first.down.weight.shape[1])
+        scale = gate = p = q = None
+        x, moments = self.x, products.moments(self.x, rms)
+        for i, block in enumerate(self.blocks):
+            modulation = self.modulations[i]
+            if keep in ("all", "no gate"):
+                kept.modulations.append(self.empty(rows, (3 if keep == "all" else 2) * width))
+                h, scale, *gates = self.split(kept.modulations[i])  # h where shift would be
+                gate = gates[0] if gates else None
+                p = self.empty(rows, block.up.weight.shape[0])
+                kept.p.append(p)
+            if keep == "all":
+                q = self.empty(rows, width)
+                kept.q.append(q)
+            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, eps)
+            products.up(h, block.up, u, p)
+            total = self.empty(rows, width) if i == 0 or keep != "nothing" else x
+            gate_affine = self.rows_of(modulation, slice(2 * width, None))
+            moments = products.down(x, self.a, gate_affine, u, block.down, total, gate, q, rms)
+            x = total
+            if keep != "nothing":
+                kept.sums.append(x)
+        out = self.empty(rows, width)
+        if self.final is None:
+            which = kernels.Rows(rows, rows, 1)
+            kernels.norm_modulate(x, None, (None, None), None, None, out, which, rms, eps)
+            return out, kept
+        if keep in ("all", "no gate"):
+            kept.modulations.append(self.empty(rows, 2 * width))
+            shift, scale = self.split(kept.modulations[-1])
+            shift.zero_()  # nobody reads it; but what an op returns is the same in every run
+        products.modulated(x, moments, self.a, self.final, (None, None), out, scale, scale_first, rms, eps)
+        return out, kept
+
+    def forward_by_rows(self) -> tuple[Tensor, _Kept]:
+        """Five launches a block."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
 
         which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
@@ -451,7 +655,7 @@ class _Pass:
         kernels.norm_modulate(x, residual, (None, None), last, total, out, which, rms, eps)
         if keep != "nothing":
             kept.sums.append(total)
-        return out, [tensor for kind in kept for tensor in kind]
+        return out, kept
 
     def modulate(self, modulation: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shift, scale and gate [C, W], and the tensor of them that is kept: all three, or shift and scale."""
@@ -470,12 +674,21 @@ class _Pass:
     def rows_of(affine: Affine, rows: slice) -> Affine:
         return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
 
-    def activations(self, i: int, x: Tensor, kept: _Kept) -> _Activations:
+    def activations(self, i: int, x: Tensor, kept: _Kept, path: str) -> _Activations:
         """Those of block i, whose input is x, kept or computed again."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
 
         block, modulation = self.blocks[i], self.modulations[i // self.per_group]
         hidden = block.down.weight.shape[1]
+        if self.keep == "inputs" and path == "products":
+            rms, scale_first = self.form.norm == "rms", self.form.modulation_order == "scale-shift-gate"
+            h, scale, p = self.empty(*x.shape), self.empty(*x.shape), self.empty(len(x), block.up.weight.shape[0])
+            u = self.empty(len(x), hidden)
+            moments = products.moments(x, rms)
+            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, self.form.eps)
+            products.up(h, block.up, u, p)
+            return _Activations(h, scale, self.gate(modulation), p, F.linear(u, *block.down))
         if self.keep == "inputs":
             which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
             shift, scale, gate, _ = self.modulate(modulation)
@@ -494,7 +707,9 @@ class _Pass:
     def backward(self, dout: Tensor, kept: _Kept, weight_gradients: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Gradients of x [R, W], of a [C, W] and, if wanted, of the weights that are there, in their order."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels import flow_products as products
 
+        path = self.path()
         which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
         rms, eps = self.form.norm == "rms", self.form.eps
         inputs = [self.x, *kept.sums]
@@ -507,7 +722,7 @@ class _Pass:
             whole = self.empty(which.rows, parts * self.width)
             return whole, self.split(whole)
 
-        now = self.activations(self.depth - 1, inputs[-2], kept)
+        now = self.activations(self.depth - 1, inputs[-2], kept, path)
         dlast, last_places = places(2) if self.final is not None else (None, [])
         dmodulation, columns = places(3)
         last = None
@@ -532,12 +747,15 @@ class _Pass:
         for i in reversed(range(self.depth)):
             block = self.blocks[i]
             assert dq is not None
-            dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
+            if path == "products":
+                dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
+            else:
+                dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
             if weight_gradients:
                 gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
                 gradients.affine(block.up, dp, now.h, dup)
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight
-            before = self.activations(i - 1, inputs[i - 1], kept) if i else None
+            before = self.activations(i - 1, inputs[i - 1], kept, path) if i else None
             dbefore, columns_before = places(3) if i else (None, [])
             dgate = sums[:, 4:5]
             dx, dq, sums = kernels.norm_modulate_backward(
@@ -716,7 +934,7 @@ class _FlowBlocks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, how: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
         out, kept = torch.ops.uniflow_kernels.flow_blocks(x, a, weights, *how)
         ctx.save_for_backward(x, a, *weights, *kept)
-        ctx.how, ctx.count = how, len(weights)
+        ctx.how, ctx.count, ctx.forced_path = how, len(weights), _forced_path
         return out
 
     @staticmethod
@@ -725,6 +943,7 @@ class _FlowBlocks(torch.autograd.Function):
         x, a, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.count], rest[ctx.count :]
         wanted = any(ctx.needs_input_grad[3:])
-        dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *ctx.how, wanted)
+        with nullcontext() if ctx.forced_path is None else forced_path(ctx.forced_path):
+            dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *ctx.how, wanted)
         gradients = iter(found)
         return dx, da, None, *(next(gradients) if wanted and w is not None else None for w in weights)

@@ -24,11 +24,12 @@ def noise_seed(generator: torch.Generator | None = None) -> int:
     """A seed for `interpolate` and `velocity_loss`, drawn from a generator, which advances.
 
     Args:
-        generator: on any device; PyTorch's default one for the CPU if not given. Nothing waits for a GPU: a CUDA
-            generator's own seed and position are known to the host.
+        generator: on any device; PyTorch's default one for the CPU if not given.
 
     Returns:
-        An integer in [0, 2^63). Give the same one to both functions.
+        An integer in [0, 2^63). Give the same one to both functions. A generator on a CPU gives its next number. One on
+        a GPU gives the Philox number of its seed at its position, which moves on by 4: the host knows both, so nothing
+        waits for the GPU.
     """
     if generator is None or generator.device.type == "cpu":
         return int(torch.randint(2**63 - 1, (), generator=generator))
@@ -40,13 +41,19 @@ def noise_seed(generator: torch.Generator | None = None) -> int:
 
 
 def seeded_noise(
-    rows: int, columns: int, seed: int, offset: int = 0, device: torch.device | str = "cpu", first_row: int = 0
+    rows: int,
+    columns: int,
+    seed: int | Tensor | torch.Generator,
+    offset: int = 0,
+    device: torch.device | str = "cpu",
+    first_row: int = 0,
 ) -> Tensor:
     """The normals that `seed` and `offset` stand for.
 
     Args:
         rows, columns: the shape.
-        seed: which sequence, in [0, 2^63).
+        seed: which sequence, in [0, 2^63); a number, a tensor that holds one (int64, of shape [] or [1], on `device`),
+            or a generator to draw one from, which advances.
         offset: which part of it, in [0, 2^63): another offset gives other, independent numbers.
         device: where to make them.
         first_row: the number of the first row: rows can be made piece by piece.
@@ -55,9 +62,12 @@ def seeded_noise(
         [rows, columns], float32, standard normal.
 
     Raises:
-        ValueError: if `seed` or `offset` is out of range.
+        TypeError: if `seed` is a tensor of another dtype.
+        ValueError: if `seed` or `offset` is out of range, or `seed` a tensor of another shape or device. What a tensor
+            holds is not looked at, since that would wait for its device: all its 64 bits count.
     """
-    check_seed(seed, offset)
+    value, held = seed_of(seed, offset, torch.device(device))
+    key = value if held is None else held
     quads = -(-columns // 4)
     normals = torch.empty(rows * quads, 4, device=device)
     step = _CHUNK if normals.device.type == "cpu" else 1 << 24
@@ -67,19 +77,38 @@ def seeded_noise(
         counter = [number & _LOW, number >> 32, number & 0, number & 0]
         counter[2] += offset & _LOW
         counter[3] += offset >> 32
-        box_muller(philox(counter, seed), part)
+        box_muller(philox(counter, key), part)
     return normals.view(rows, quads * 4)[:, :columns]
 
 
-def check_seed(seed: int, offset: int) -> None:
-    """Raise a ValueError if `seed` or `offset` is not in [0, 2^63)."""
-    for name, value in (("seed", seed), ("offset", offset)):
-        if not 0 <= value < 2**63:
-            raise ValueError(f"{name}: expected an integer in [0, 2^63), got {value}")
+def seed_of(
+    seed: int | Tensor | torch.Generator | None, offset: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """A seed as a number, or 0 and the tensor [] that holds it on `device`; raises what `seeded_noise` does."""
+    if not 0 <= offset < 2**63:
+        raise ValueError(f"offset: expected an integer in [0, 2^63), got {offset}")
+    if seed is None:
+        return 0, None
+    if isinstance(seed, torch.Generator):
+        return noise_seed(seed), None
+    if not isinstance(seed, Tensor):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
+        return seed, None
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed: expected a tensor of torch.int64, got {seed.dtype}")
+    if seed.shape not in ((), (1,)):
+        raise ValueError(f"seed: expected one number, a tensor of shape [] or [1], got shape {tuple(seed.shape)}")
+    if seed.device.type != device.type or (device.index is not None and seed.device != device):
+        raise ValueError(f"seed: expected a tensor on the device it is used on, {device}, got one on {seed.device}")
+    return 0, seed.view(())
 
 
-def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
-    """Philox 4x32-10: four int64 tensors of 32-bit counter words to four of 32-bit random words."""
+def philox(counter: list[Tensor], seed: int | Tensor) -> list[Tensor]:
+    """Philox 4x32-10: four int64 tensors of 32-bit counter words to four of 32-bit random words.
+
+    The seed is the key; it may be a tensor [] of int64.
+    """
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(_ROUNDS):

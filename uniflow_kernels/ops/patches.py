@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from einops import rearrange
+import torch
 from torch import Tensor
+
+from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.ops.registration import kernels_for, register
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -30,7 +34,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         raise ValueError(
             f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
         )
-    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+    return plain_patchify(images, patch_size) if _is_plain(images.device) else patchify_op(images, patch_size)
 
 
 def unpatchify(rows: Tensor, patch_size: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -51,8 +55,10 @@ def unpatchify(rows: Tensor, patch_size: int, size: tuple[int, int] | None = Non
     """
     if rows.ndim != 3 or rows.shape[-1] % (patch_size * patch_size):
         raise ValueError(f"rows: expected [B, N, C*{patch_size}*{patch_size}], got shape {tuple(rows.shape)}")
-    height, width = patch_grid(rows.shape[1], patch_size, size)
-    return rearrange(rows, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=patch_size, q=patch_size)
+    down, across = patch_grid(rows.shape[1], patch_size, size)
+    if _is_plain(rows.device):
+        return plain_unpatchify(rows, patch_size, down, across)
+    return unpatchify_op(rows, patch_size, down, across)
 
 
 def patch_grid(tokens: int, patch_size: int, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -73,3 +79,134 @@ def patch_grid(tokens: int, patch_size: int, size: tuple[int, int] | None = None
     if grid[0] * grid[1] != tokens:
         raise ValueError(f"size: {height}x{width} has {grid[0] * grid[1]} patches of {patch_size}, got {tokens} tokens")
     return grid
+
+
+# --- in plain PyTorch ---
+
+
+def plain_patchify(images: Tensor, patch_size: int) -> Tensor:
+    """`patchify` by views and one copy."""
+    cut = _cut(images, patch_size)
+    batch, channels, down, _, across, _ = cut.shape
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, down * across, channels * patch_size**2)
+
+
+def plain_unpatchify(rows: Tensor, patch_size: int, down: int, across: int) -> Tensor:
+    """`unpatchify` by views and one copy."""
+    cut = _cut_rows(rows, down, across, patch_size)
+    return cut.reshape(*cut.shape[:2], down * patch_size, across * patch_size)
+
+
+def patches_into(rows: Tensor, images: Tensor, patch_size: int) -> None:
+    """`patchify` into memory that is there, in its dtype: rows [B, N, C*P*P], of any strides."""
+    cut = _cut(images, patch_size)
+    _cut_rows(rows, cut.shape[2], cut.shape[4], patch_size).copy_(cut)
+
+
+def _cut(images: Tensor, patch_size: int) -> Tensor:
+    """A view [B, C, H/P, P, W/P, P]."""
+    batch, channels, height, width = images.shape
+    return images.view(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+
+
+def _cut_rows(rows: Tensor, down: int, across: int, patch_size: int) -> Tensor:
+    """The same view of rows: [B, C, down, P, across, P]."""
+    channels = rows.shape[2] // patch_size**2
+    cut = rows.view(rows.shape[0], down, across, channels, patch_size, patch_size)
+    return cut.permute(0, 3, 1, 4, 2, 5)
+
+
+# --- registered ops: each is the other's gradient ---
+
+
+def _is_plain(device: torch.device) -> bool:
+    """Whether nothing but plain PyTorch moves patches on this device. A compiled graph keeps the answer.
+
+    Asked before the registered op and not inside it, so that the plain form stays open to torch.compile, torch.func and
+    double backward.
+    """
+    return _kernels("patchify", device) is None
+
+
+# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
+_is_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _kernels(op: str, device: torch.device, channels: int = 1, patch_size: int = 1, itemsize: int = 4) -> Any:
+    """The module whose kernels move such patches, or None for plain PyTorch. The dtype does not count, but its size."""
+
+    def why_not() -> tuple[str | None, str | None]:
+        size = None if itemsize <= 8 else f"it moves elements of up to 8 bytes, not of {itemsize}"
+        triton = triton_kernels.why_not_on(device, torch.float32) or size
+        cuda = cuda_kernels.why_not_on(device) or size
+        return triton, cuda or cuda_kernels.why_not_patch(channels, patch_size, itemsize=itemsize)
+
+    return kernels_for(op, "patches", device, why_not)
+
+
+def _patchify(images: Tensor, patch_size: int) -> Tensor:
+    rows = _patchify_fake(images, patch_size)
+    kernels = _kernels("patchify", images.device, images.shape[1], patch_size, images.itemsize)
+    if kernels is None:
+        patches_into(rows, images, patch_size)
+    else:
+        kernels.patchify(images, rows, patch_size)
+    return rows
+
+
+def _patchify_fake(images: Tensor, patch_size: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    return images.new_empty(batch, (height // patch_size) * (width // patch_size), channels * patch_size**2)
+
+
+def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ctx.patch_size = inputs
+    ctx.grid = images.shape[2] // ctx.patch_size, images.shape[3] // ctx.patch_size
+
+
+def _patchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
+    return unpatchify_op(incoming, ctx.patch_size, *ctx.grid), None
+
+
+patchify_op = register(
+    "patchify(Tensor images, SymInt patch_size) -> Tensor",
+    _patchify,
+    _patchify_fake,
+    _patchify_setup,
+    _patchify_backward,
+    linear=True,
+)
+
+
+def _unpatchify(rows: Tensor, patch_size: int, down: int, across: int) -> Tensor:
+    images = _unpatchify_fake(rows, patch_size, down, across)
+    kernels = _kernels("unpatchify", rows.device, images.shape[1], patch_size, rows.itemsize)
+    if kernels is None:
+        _cut(images, patch_size).copy_(_cut_rows(rows, down, across, patch_size))
+    else:
+        kernels.unpatchify(rows, images, patch_size)
+    return images
+
+
+def _unpatchify_fake(rows: Tensor, patch_size: int, down: int, across: int) -> Tensor:
+    return rows.new_empty(
+        rows.shape[0], rows.shape[2] // (patch_size * patch_size), down * patch_size, across * patch_size
+    )
+
+
+def _unpatchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.patch_size, *_ = inputs
+
+
+def _unpatchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
+    return patchify_op(incoming, ctx.patch_size), None, None, None
+
+
+unpatchify_op = register(
+    "unpatchify(Tensor rows, SymInt patch_size, SymInt down, SymInt across) -> Tensor",
+    _unpatchify,
+    _unpatchify_fake,
+    _unpatchify_setup,
+    _unpatchify_backward,
+    linear=True,
+)

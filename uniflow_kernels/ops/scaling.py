@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.choice import choose
+from uniflow_kernels.ops.registration import is_watched, kernels_for
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -23,7 +23,8 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
     if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)
-    torch.ops.uniflow_kernels.scale_(gradient, factor)
+    scale = torch.ops.uniflow_kernels.scale_ if is_watched(gradient, factor) else _scale
+    scale(gradient, factor)
     return gradient
 
 
@@ -37,14 +38,14 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
         return
     # on a GPU looking at the number would wait for the device: the kernels look at it there
-    triton, cuda = (kernels.why_not(gradient) for kernels in (triton_kernels, cuda_kernels))
-    chosen = choose("scale_", {"triton": triton, "cuda": cuda})
-    if chosen == "triton":
-        from uniflow_kernels.triton_kernels.distillation import scale
-
-        scale(gradient, factor)
-    elif chosen == "cuda":
-        cuda_kernels.scale(gradient, factor)
+    kernels = kernels_for(
+        "scale_",
+        "distillation",
+        gradient.device,
+        lambda: (triton_kernels.why_not(gradient), cuda_kernels.why_not(gradient)),
+    )
+    if kernels is not None:
+        kernels.scale(gradient, factor)
     elif gradient.device.type != "cpu" or factor.item() != 1:
         gradient.mul_(factor)
 

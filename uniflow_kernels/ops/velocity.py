@@ -7,7 +7,7 @@ gradient in the same pass, so that nothing of the size of the prediction is stor
 from __future__ import annotations
 
 import functools
-import importlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.choice import choose
-from uniflow_kernels.ops.noise import check_seed, seeded_noise
-from uniflow_kernels.ops.patches import patchify, unpatchify
+from uniflow_kernels.ops.noise import seed_of, seeded_noise
+from uniflow_kernels.ops.patches import patches_into, unpatchify
+from uniflow_kernels.ops.pieces import Place, chunk, head, part
+from uniflow_kernels.ops.registration import is_watched, kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
 
 REDUCTIONS = ("mean", "sum", "none")
-_CPU_CHUNK = 1 << 20  # elements at a time on a CPU: the temporaries stay small
-_GPU_CHUNK = 1 << 27
 
 
 def interpolate(
@@ -30,7 +29,7 @@ def interpolate(
     t: Tensor,
     patch_size: int,
     noise: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     *,
     offset: int = 0,
     mean: Sequence[float] | None = None,
@@ -46,8 +45,11 @@ def interpolate(
         t: [k*B] or [k*B, N], in [0, 1]; 0 is noise, 1 the image.
         patch_size: P, in pixels.
         noise: x0, [k*B, N, C*P*P].
-        seed: instead of `noise`: x0 is `seeded_noise(k*B*N, C*P*P, seed, offset)` and is never stored. `noise_seed`
-            draws one.
+        seed: instead of `noise`: x0 is `seeded_noise(k*B*N, C*P*P, seed, offset)` and is never stored. A number;
+            `noise_seed` draws one. Or a tensor of int64 that holds it on the device of `images`: then nothing waits for
+            the device, and a CUDA graph replays with what the tensor holds by then. Or a generator to draw it from,
+            which advances: another call then has other noise, so for x_t and its loss draw one number and give it to
+            both.
         offset: which part of the seed's numbers.
         mean, std: C numbers each: pixels become (pixel - mean) / std, uint8 after the division by 255.
         repeats: k, how often every token is used, each time with its own t and noise: as if the images were
@@ -66,7 +68,8 @@ def interpolate(
 
     Source: rectified flow (Liu et al. 2022) in the release's direction of time.
     """
-    rows = _check(images, patch_size, noise, seed, offset, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
+    number, held = seed_of(seed, offset, images.device)
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     if dtype is None:
@@ -74,9 +77,7 @@ def interpolate(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
     columns = _check_columns(columns, rows)
-    return torch.ops.uniflow_kernels.interpolate(
-        images, t, noise, mean, std, seed or 0, offset, patch_size, repeats, columns, dtype
-    )
+    return interpolate_op(images, t, noise, held, mean, std, number, offset, patch_size, repeats, columns, dtype)
 
 
 def velocity_loss(
@@ -84,7 +85,7 @@ def velocity_loss(
     images: Tensor,
     patch_size: int,
     noise: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
     *,
     offset: int = 0,
     mean: Sequence[float] | None = None,
@@ -118,7 +119,8 @@ def velocity_loss(
 
     Source: the flow matching objective of the UniFlow paper; weights, masks and repeats as in MAR's diffusion loss.
     """
-    rows = _check(images, patch_size, noise, seed, offset, mean, std, repeats)
+    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
+    number, held = seed_of(seed, offset, images.device)
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
         raise ValueError(
@@ -139,18 +141,17 @@ def velocity_loss(
         )
     wanted = (velocity, images) if noise is None else (velocity, images, noise)
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    return torch.ops.uniflow_kernels.velocity_loss(
-        velocity, images, noise, weights, mask, mean, std,
-        seed or 0, offset, patch_size, repeats, reduction, with_gradient,
-    )[0]  # fmt: skip
+    return velocity_loss_op(
+        velocity, images, noise, held, weights, mask, mean, std,
+        number, offset, patch_size, repeats, reduction, with_gradient,
+    )  # fmt: skip
 
 
-def _check(
+def check_rows(
     images: Tensor,
     patch_size: int,
     noise: Tensor | None,
-    seed: int | None,
-    offset: int,
+    seed: int | Tensor | torch.Generator | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     repeats: int,
@@ -174,16 +175,6 @@ def _check(
         (height // patch_size) * (width // patch_size),
         channels * patch_size * patch_size,
     )
-    _check_noise(noise, seed, offset, rows)
-    if (mean is None) != (std is None):
-        raise ValueError("mean, std: expected both or neither")
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) != channels:
-            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(value)}")
-    return rows
-
-
-def _check_noise(noise: Tensor | None, seed: int | None, offset: int, rows: tuple[int, int, int]) -> None:
     if (noise is None) == (seed is None):
         raise ValueError("noise, seed: expected exactly one of them")
     if noise is not None:
@@ -191,10 +182,12 @@ def _check_noise(noise: Tensor | None, seed: int | None, offset: int, rows: tupl
             raise ValueError(f"noise: expected shape {rows}, one row a patch, got {tuple(noise.shape)}")
         if not noise.is_floating_point():
             raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
-    if isinstance(seed, torch.Generator):
-        raise TypeError("seed: expected an integer; draw one with noise_seed(generator) and give it to both functions")
-    if seed is not None:
-        check_seed(seed, offset)
+    if (mean is None) != (std is None):
+        raise ValueError("mean, std: expected both or neither")
+    for name, value in (("mean", mean), ("std", std)):
+        if value is not None and len(value) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(value)}")
+    return rows
 
 
 def _check_columns(columns: int | None, rows: tuple[int, int, int]) -> int:
@@ -214,238 +207,210 @@ def pixel_scale_and_shift(images: Tensor, mean: Sequence[float] | None, std: Seq
         return None
     channels = images.shape[1]
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    return _scale_and_shift(
-        tuple(mean or [0.0] * channels), tuple(std or [1.0] * channels), unit, images.device.type, images.device.index
-    )
+    # kept, since to copy it to a GPU takes longer than to use it; what a compiler traces with must not be kept
+    make = _scale_and_shift.__wrapped__ if is_watched(images) else _scale_and_shift
+    return make(tuple(mean or [0.0] * channels), tuple(std or [1.0] * channels), unit, images.device)
 
 
 @functools.lru_cache(64)
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: str, index: int | None
-) -> Tensor:
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device) -> Tensor:
     pairs = [(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)]
-    return torch.tensor(pairs).reshape(-1, 2).to(torch.device(device, index) if index is not None else device)
+    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
+        return torch.tensor(pairs, device=device).reshape(-1, 2)
 
 
 def plain_interpolate(
-    images: Tensor,
-    t: Tensor,
-    noise: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    seed: int,
-    offset: int,
-    patch_size: int,
-    repeats: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`interpolate` in plain PyTorch, a piece at a time."""
-    tokens = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
-    x_t = torch.empty(repeats * images.shape[0], tokens, columns, dtype=dtype, device=images.device)
-    for piece in _pieces(images, patch_size, repeats, noise, mean, std, seed, offset):
-        rows, band, x1, x0 = piece
-        times = t[rows, band] if t.ndim == 2 else t[rows, None]
-        times = times.float()[..., None]
-        part = x_t[rows, band, : x1.shape[-1]]
-        if dtype == torch.float32:
-            torch.lerp(x0, x1, times, out=part)
-        else:
-            part.copy_(torch.lerp(x0, x1, times))
-        x_t[rows, band, x1.shape[-1] :] = 0
-    return x_t
+    images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int,
+    patch_size: int, repeats: int, x_t: Tensor,
+) -> None:  # fmt: skip
+    """`interpolate` in plain PyTorch: write x_t, a piece at a time."""
+    times = (t if t.ndim == 2 else t[:, None]).float().expand(x_t.shape[:2])
+    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats, x_t):
+        torch.lerp(x0, x1, part(times, place)[..., None], out=x1)
+        _store(x1, part(x_t, place))
 
 
 def plain_velocity_loss(
-    velocity: Tensor,
-    images: Tensor,
-    noise: Tensor | None,
-    coefficients: Tensor,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    seed: int,
-    offset: int,
-    patch_size: int,
-    repeats: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Each token's coefficient * sum of squared errors, and the gradient of their sum, in plain PyTorch.
+    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float, mean: Any, std: Any,
+    seed: int | Tensor, offset: int, patch_size: int, repeats: int, gradient: Tensor | None, losses: Tensor,
+) -> None:  # fmt: skip
+    """Write each token's coefficient * sum of squared errors, and the gradient of their sum unless it is None.
 
     A coefficient of 0 leaves a token out.
     """
-    losses = torch.empty(velocity.shape[:2], device=velocity.device)
-    gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
-    same_for_all = coefficients.numel() == 1
-    coefficients = coefficients.expand(losses.shape)
-    for rows, band, x1, x0 in _pieces(images, patch_size, repeats, noise, mean, std, seed, offset):
-        length = x1.shape[-1]
-        # in float32 the errors become the gradient where they stand
-        in_place = with_gradient and gradient.dtype == torch.float32
-        difference = torch.sub(x0, x1, out=gradient[rows, band, :length] if in_place else None)
-        difference.add_(velocity[rows, band, :length])
-        coefficient = coefficients[rows, band]
-        if not same_for_all:
-            difference.masked_fill_((coefficient == 0)[..., None], 0)
-        losses[rows, band] = torch.linalg.vector_norm(difference, dim=-1).square_().mul_(coefficient)
-        if with_gradient:
-            torch.mul(difference, 2 * coefficient[..., None], out=gradient[rows, band, :length])
-            gradient[rows, band, length:] = 0
-    return losses, gradient
+    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats, gradient):
+        # the error stands where x1 stood
+        error = torch.sub(x0, x1, out=x1).add_(head(part(velocity, place), x1.shape[-1]))
+        here = coefficients
+        if isinstance(coefficients, Tensor):
+            here = part(coefficients, place)[..., None]
+            error.masked_fill_(here == 0, 0)
+        torch.linalg.vector_norm(error, dim=-1, out=part(losses, place))
+        if gradient is not None:
+            _store(error.mul_(2 * here), part(gradient, place))
+    losses.square_().mul_(coefficients)
 
 
 def _pieces(
-    images: Tensor,
-    patch_size: int,
-    repeats: int,
-    noise: Tensor | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    seed: int,
-    offset: int,
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Which rows and tokens a piece holds, and its patches x1 and noise x0 [rows, tokens, C*P*P] in float32."""
+    images: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int,
+    patch_size: int, repeats: int, into: Tensor | None = None,
+) -> Iterator[tuple[Place, Tensor, Tensor]]:  # fmt: skip
+    """Which rows and tokens a piece holds, and its patches x1 and noise x0 [rows, tokens, C*P*P] in float32.
+
+    x1 may be overwritten: it lies in `into` [k*B, N, columns] where that is in float32, else in memory that every piece
+    uses again.
+    """
     batch, channels, height, width = images.shape
     across, down = width // patch_size, height // patch_size
     length = channels * patch_size * patch_size
-    limit = _CPU_CHUNK if images.device.type == "cpu" else _GPU_CHUNK
-    at_once = max(1, limit // max(1, down * across * length))
-    lines = min(down, max(1, limit // max(1, across * length)))
+    in_line = max(1, across * length)
+    limit = chunk(images.device)
+    at_once = max(1, min(batch, limit // max(1, down * in_line)))
+    lines = max(1, min(down, limit // in_line))
+    if into is None or into.dtype != torch.float32:
+        scratch, into = torch.empty(at_once, lines * across, length, device=images.device), None
     affine = pixel_scale_and_shift(images, mean, std)
-    for start in range(0, batch, at_once):
-        for top in range(0, down, lines):
-            stop, bottom = min(batch, start + at_once), min(down, top + lines)
-            pixels = images[start:stop, :, top * patch_size : bottom * patch_size].float()
+    for start, top in itertools.product(range(0, batch, at_once), range(0, down, lines)):
+        stop, bottom = min(batch, start + at_once), min(down, top + lines)
+        pixels, tokens = images, (bottom - top) * across
+        if (stop - start, bottom - top) != (batch, down):
+            pixels = images[start:stop, :, top * patch_size : bottom * patch_size]
+        for repeat in range(repeats):
+            rows, band = slice(repeat * batch + start, repeat * batch + stop), slice(top * across, bottom * across)
+            place = None if pixels is images and repeats == 1 else (rows, band)
+            x1 = scratch[: stop - start, :tokens] if into is None else head(part(into, place), length)
+            patches_into(x1, pixels, patch_size)
             if affine is not None:
-                pixels = pixels * affine[:, 0, None, None] + affine[:, 1, None, None]
-            x1 = patchify(pixels, patch_size)
-            band = slice(top * across, bottom * across)
-            for repeat in range(repeats):
-                rows = slice(repeat * batch + start, repeat * batch + stop)
-                if noise is not None:
-                    x0 = noise[rows, band].float()
-                else:
-                    # whole images follow each other, a band is one image's: the rows are consecutive either way
-                    count, first = (stop - start) * (band.stop - band.start), rows.start * down * across + band.start
-                    x0 = seeded_noise(count, length, seed, offset, images.device, first_row=first)
-                    x0 = x0.view(stop - start, band.stop - band.start, length)
-                yield rows, band, x1, x0
+                x1.unflatten(-1, (channels, -1)).mul_(affine[:, :1]).add_(affine[:, 1:])
+            if noise is not None:
+                x0 = part(noise, place).float()
+            else:
+                # whole images follow each other, a band is one image's: the rows are consecutive either way
+                first = rows.start * down * across + band.start
+                x0 = seeded_noise((stop - start) * tokens, length, seed, offset, images.device, first).view(x1.shape)
+            yield place, x1, x0
+
+
+def _store(values: Tensor, rows: Tensor) -> None:
+    """Write float32 `values` and then zeros into `rows`, unless that is where they are."""
+    length = values.shape[-1]
+    if rows.dtype != values.dtype:
+        rows[..., :length] = values
+    if rows.shape[-1] > length:
+        rows[..., length:] = 0
 
 
 # --- registered ops ---
 
-_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "interpolate(Tensor images, Tensor t, Tensor? noise, float[]? mean, float[]? std, SymInt seed, SymInt offset, "
-    "SymInt patch_size, SymInt repeats, SymInt columns, ScalarType dtype) -> Tensor"
-)
-_LIBRARY.define(
-    "velocity_loss(Tensor velocity, Tensor images, Tensor? noise, Tensor? weights, Tensor? mask, float[]? mean, "
-    "float[]? std, SymInt seed, SymInt offset, SymInt patch_size, SymInt repeats, str reduction, bool with_gradient) "
-    "-> (Tensor, Tensor)"
-)
+# `held` is the tensor that holds the seed, or None: then `number` is the seed
 
 
-def _choose(op: str, images: Tensor, patch_size: int, columns: int, rows: tuple[Tensor | None, ...]) -> Any:
+def _kernels(op: str, images: Tensor, patch_size: int, columns: int, *rows: Tensor | None) -> Any:
     """The module whose kernels serve such an input, or None for plain PyTorch."""
-    # of images in uint8 only the device counts
-    pixels = images.new_empty(0, dtype=torch.float32) if images.dtype == torch.uint8 else images
-    apart = next((x for x in rows if x is not None and x.stride(-1) != 1 and x.shape[-1] > 1), None)
-    layout = None if apart is None else "the elements of a row are not neighbours in memory"
-    triton = triton_kernels.why_not(pixels, *rows) or layout
-    cuda = cuda_kernels.why_not(pixels, *rows) or layout
-    cuda = cuda or cuda_kernels.why_not_patch(images.shape[1], patch_size, columns)
-    chosen = choose(op, {"triton": triton, "cuda": cuda})
-    if chosen == "triton":
-        return importlib.import_module("uniflow_kernels.triton_kernels.velocity")
-    return cuda_kernels if chosen == "cuda" else None
+
+    def why_not() -> tuple[str | None, str | None]:
+        # of images in uint8 only the device counts
+        pixels = images.new_empty(0, dtype=torch.float32) if images.dtype == torch.uint8 else images
+        apart = any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in rows)
+        layout = "the elements of a row are not neighbours in memory" if apart else None
+        triton = triton_kernels.why_not(pixels, *rows) or layout
+        cuda = cuda_kernels.why_not(pixels, *rows) or layout
+        return triton, cuda or cuda_kernels.why_not_patch(images.shape[1], patch_size, columns)
+
+    return kernels_for(op, "velocity", images.device, why_not)
 
 
-@torch.library.impl(_LIBRARY, "interpolate", "CompositeExplicitAutograd")
 def _interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int, offset: int,
-    patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
+    images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
+    offset: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    x_t = _interpolate_fake(images, t, noise, mean, std, seed, offset, patch_size, repeats, columns, dtype)
-    kernels = _choose("interpolate", images, patch_size, columns, (x_t, noise))
+    x_t = _interpolate_fake(images, t, noise, held, mean, std, number, offset, patch_size, repeats, columns, dtype)
+    seed = number if held is None else held
+    kernels = _kernels("interpolate", images, patch_size, columns, x_t, noise)
     if kernels is None:
-        return plain_interpolate(images, t, noise, mean, std, seed, offset, patch_size, repeats, columns, dtype)
-    affine = pixel_scale_and_shift(images, mean, std)
-    kernels.interpolate(images, t, noise, affine, seed, offset, patch_size, repeats, columns, x_t)
+        plain_interpolate(images, t, noise, mean, std, seed, offset, patch_size, repeats, x_t)
+    else:
+        affine = pixel_scale_and_shift(images, mean, std)
+        kernels.interpolate(images, t, noise, affine, seed, offset, patch_size, repeats, columns, x_t)
     return x_t
 
 
-@torch.library.register_fake("uniflow_kernels::interpolate", lib=_LIBRARY)
 def _interpolate_fake(
-    images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int, offset: int,
-    patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
+    images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
+    offset: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     tokens = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
     return images.new_empty(repeats * images.shape[0], tokens, columns, dtype=dtype)
 
 
 def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, t, noise, *ctx.options = inputs
-    ctx.save_for_backward(images, t, noise)
+    images, t, noise, held, *ctx.options = inputs
+    # only the gradient of t needs the noise once more
+    ctx.save_for_backward(images, t, noise, held if t.requires_grad else None)
+    ctx.wanted = [x is not None and x.requires_grad for x in (images, t, noise)]
 
 
 def _interpolate_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    images, t, noise = ctx.saved_tensors
-    mean, std, seed, offset, patch_size, repeats = ctx.options[:6]
+    images, t, noise, held = ctx.saved_tensors
+    mean, std, number, offset, patch_size, repeats, *_ = ctx.options
     length = images.shape[1] * patch_size * patch_size
     gradient = gradient[..., :length].float()
     times = t.float().reshape(*t.shape, *(1,) * (3 - t.ndim))
     for_images = for_t = for_noise = None
-    if ctx.needs_input_grad[0]:
-        for_images = _into_images(gradient * times, images, std, patch_size, repeats)
-    if ctx.needs_input_grad[1]:
-        shape, columns = (t.shape if t.ndim == 2 else gradient.shape[:2]), length
-        ends = [
-            plain_interpolate(images, gradient.new_full(shape[:1], end), noise, mean, std, seed, offset, patch_size,
-                              repeats, columns, torch.float32)
-            for end in (1.0, 0.0)
-        ]  # fmt: skip
-        for_t = (gradient * (ends[0] - ends[1])).sum(-1)
+    if ctx.wanted[0]:
+        for_images = _into_images(gradient * times, images, mean, std, patch_size, repeats)
+    if ctx.wanted[1]:
+        for_t = gradient.new_empty(gradient.shape[:2])
+        seed = number if held is None else held
+        for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats):
+            torch.sum(x1.sub_(x0).mul_(part(gradient, place)), -1, out=part(for_t, place))
         for_t = (for_t if t.ndim == 2 else for_t.sum(1)).to(t.dtype)
-    if noise is not None and ctx.needs_input_grad[2]:
+    if ctx.wanted[2]:
         for_noise = (gradient * (1 - times)).to(noise.dtype)
-    return for_images, for_t, for_noise, *[None] * len(ctx.options)
+    return for_images, for_t, for_noise, None, *[None] * len(ctx.options)
 
 
-torch.library.register_autograd(
-    "uniflow_kernels::interpolate", _interpolate_backward, setup_context=_interpolate_setup, lib=_LIBRARY
+interpolate_op = register(
+    "interpolate(Tensor images, Tensor t, Tensor? noise, Tensor? held, float[]? mean, float[]? std, SymInt number, "
+    "SymInt offset, SymInt patch_size, SymInt repeats, SymInt columns, ScalarType dtype) -> Tensor",
+    _interpolate,
+    _interpolate_fake,
+    _interpolate_setup,
+    _interpolate_backward,
 )
 
 
-@torch.library.impl(_LIBRARY, "velocity_loss", "CompositeExplicitAutograd")
 def _velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, weights: Tensor | None, mask: Tensor | None,
-    mean: Any, std: Any, seed: int, offset: int, patch_size: int, repeats: int, reduction: str, with_gradient: bool,
+    velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
+    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, patch_size: int, repeats: int, reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    seed = number if held is None else held
     coefficients = _coefficients(velocity, images, patch_size, weights, mask, reduction)
-    kernels = _choose("velocity_loss", images, patch_size, velocity.shape[-1], (velocity, noise))
+    losses = velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
+    gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
+    given = gradient if with_gradient else None
+    kernels = _kernels("velocity_loss", images, patch_size, velocity.shape[-1], velocity, noise)
     if kernels is None:
-        losses, gradient = plain_velocity_loss(
-            velocity, images, noise, coefficients, mean, std, seed, offset, patch_size, repeats, with_gradient
+        plain_velocity_loss(
+            velocity, images, noise, coefficients, mean, std, seed, offset, patch_size, repeats, given, losses
         )
     else:
-        losses = velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
-        gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
         affine = pixel_scale_and_shift(images, mean, std)
         kernels.velocity_loss(
-            velocity, images, noise, coefficients, affine, seed, offset, patch_size, repeats,
-            gradient if with_gradient else None, losses,
-        )  # fmt: skip
+            velocity, images, noise, coefficients, affine, seed, offset, patch_size, repeats, given, losses
+        )
     return losses if reduction == "none" else losses.sum(), gradient
 
 
 def _coefficients(
     velocity: Tensor, images: Tensor, patch_size: int, weights: Tensor | None, mask: Tensor | None, reduction: str
-) -> Tensor:
-    """What each token's sum of squared errors is multiplied by, in float32: [k*B, N], or one value for all, [1, 1]."""
+) -> Tensor | float:
+    """What each token's sum of squared errors is multiplied by: [k*B, N] in float32, or one number for all."""
     each = 1 / max(1, images.shape[1] * patch_size * patch_size)
     if weights is None and mask is None:
         over = velocity.shape[0] * velocity.shape[1] if reduction == "mean" else 1
-        return torch.full((1, 1), each / max(1, over), device=velocity.device)
+        return each / max(1, over)
     if mask is None:
         assert weights is not None
         over = max(1, weights.numel()) if reduction == "mean" else 1
@@ -455,44 +420,52 @@ def _coefficients(
     return coefficients / mask.sum().clamp(min=1) if reduction == "mean" else coefficients
 
 
-@torch.library.register_fake("uniflow_kernels::velocity_loss", lib=_LIBRARY)
 def _velocity_loss_fake(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, weights: Tensor | None, mask: Tensor | None,
-    mean: Any, std: Any, seed: int, offset: int, patch_size: int, repeats: int, reduction: str, with_gradient: bool,
+    velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
+    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, patch_size: int, repeats: int, reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     losses = velocity.new_empty(velocity.shape[:2] if reduction == "none" else (), dtype=torch.float32)
     return losses, velocity.new_empty(velocity.shape if with_gradient else 0)
 
 
 def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, images, noise, _, _, _, std, _, _, patch_size, repeats, *_ = inputs
+    _, images, noise, _, _, _, mean, std, _, _, patch_size, repeats, *_ = inputs
+    # of the images only shape, dtype and device are needed, and those only for their gradient
     ctx.save_for_backward(output[1], images if images.requires_grad else None)
-    ctx.std, ctx.patch_size, ctx.repeats = std, patch_size, repeats
-    ctx.image_like = images.shape[1]
-    ctx.noise_dtype = None if noise is None else noise.dtype
+    ctx.normalization, ctx.patch_size, ctx.repeats = (mean, std), patch_size, repeats
+    ctx.length = images.shape[1] * patch_size**2
+    ctx.noise_dtype = noise.dtype if noise is not None and noise.requires_grad else None
 
 
-def _velocity_loss_backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, ...]:
     gradient, images = ctx.saved_tensors
     gradient = scaled(gradient, incoming)
     for_images = for_noise = None
-    rows = gradient[..., : ctx.image_like * ctx.patch_size**2]
-    if ctx.needs_input_grad[1]:
-        for_images = _into_images(-rows.float(), images, ctx.std, ctx.patch_size, ctx.repeats)
-    if ctx.needs_input_grad[2]:
-        for_noise = rows.to(ctx.noise_dtype)
-    return gradient, for_images, for_noise, *[None] * 10
+    if images is not None:
+        rows, (mean, std) = head(gradient, ctx.length), ctx.normalization
+        for_images = -_into_images(rows, images, mean, std, ctx.patch_size, ctx.repeats)
+    if ctx.noise_dtype is not None:
+        for_noise = head(gradient, ctx.length).to(ctx.noise_dtype)
+    return gradient, for_images, for_noise, *[None] * 11
 
 
-torch.library.register_autograd(
-    "uniflow_kernels::velocity_loss", _velocity_loss_backward, setup_context=_velocity_loss_setup, lib=_LIBRARY
+velocity_loss_op = register(
+    "velocity_loss(Tensor velocity, Tensor images, Tensor? noise, Tensor? held, Tensor? weights, Tensor? mask, "
+    "float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt patch_size, SymInt repeats, str reduction, "
+    "bool with_gradient) -> (Tensor, Tensor)",
+    _velocity_loss,
+    _velocity_loss_fake,
+    _velocity_loss_setup,
+    _velocity_loss_backward,
 )
 
 
-def _into_images(rows: Tensor, images: Tensor, std: Sequence[float] | None, patch_size: int, repeats: int) -> Tensor:
+def _into_images(rows: Tensor, images: Tensor, mean: Any, std: Any, patch_size: int, repeats: int) -> Tensor:
     """The gradient of the patches, [k*B, N, C*P*P], as that of the images."""
-    summed = rows.unflatten(0, (repeats, images.shape[0])).sum(0)
-    pixels = unpatchify(summed, patch_size, (images.shape[2], images.shape[3]))
-    if std is not None:
-        pixels = pixels / torch.tensor(std, device=pixels.device)[:, None, None]
+    summed = rows.unflatten(0, (repeats, images.shape[0])).sum(0, dtype=torch.float32) if repeats > 1 else rows
+    pixels = unpatchify(summed, patch_size, (images.shape[2], images.shape[3])).float()
+    affine = pixel_scale_and_shift(images, mean, std)
+    if affine is not None:
+        pixels = pixels * affine[:, :1, None]
     return pixels.to(images.dtype)

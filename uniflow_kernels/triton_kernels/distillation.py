@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uniflow_kernels.triton_kernels import unit_of
+
 _MOST_LAYERS = 32  # a launch
 _WARPS = 4
 _ELEMENTS = 4096  # of a program's tile
@@ -96,7 +98,7 @@ def _launch(
     shape: tuple[int, int, int, int], strides: tuple[int, ...],
 ) -> None:  # fmt: skip
     batch, length, width, skip = shape
-    unit = next(unit for unit in (8, 4, 1) if all(number % unit == 0 for number in (width, *strides)))
+    unit = unit_of(width, *strides)
     columns = triton.next_power_of_2(width)
     tokens = max(1, _ELEMENTS // columns)
     with torch.cuda.device_of(student[0]):

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -75,9 +76,18 @@ def normals(number, key0, key1, offset0, offset1):
     return tl.reshape(pairs, (number.shape[0], number.shape[1] * 4))
 
 
-def words_of(seed: int, offset: int) -> tuple[int, int, int, int]:
-    """Seed and offset as signed 32-bit words, low before high, so that their size makes no other kernel."""
-    low, high, *offsets = (
-        word - (word >> 31 << 32) for word in (seed & 0xFFFFFFFF, seed >> 32, offset & 0xFFFFFFFF, offset >> 32)
-    )
-    return low, high, offsets[0], offsets[1]
+@triton.jit
+def key_of(seed, key0, key1):
+    """The key: the words of the number that `seed` points to, or the ones given where it is None."""
+    if seed is not None:
+        value = tl.load(seed)
+        key0, key1 = value.to(tl.int32), (value >> 32).to(tl.int32)
+    return key0, key1
+
+
+def words_of(seed: int | Tensor, offset: int) -> tuple[Tensor | None, int, int, int, int]:
+    """The seed if it is a tensor; then seed and offset as signed 32-bit words, whose size makes no other kernel."""
+    number = 0 if isinstance(seed, Tensor) else seed
+    words = (number & 0xFFFFFFFF, number >> 32, offset & 0xFFFFFFFF, offset >> 32)
+    low, high, *offsets = (word - (word >> 31 << 32) for word in words)
+    return seed if isinstance(seed, Tensor) else None, low, high, offsets[0], offsets[1]

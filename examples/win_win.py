@@ -1,0 +1,208 @@
+"""Does distillation keep an encoder able to understand while it learns to reconstruct? The paper's claim, made small.
+
+A small ViT learns to classify scikit-learn's handwritten digits (8x8 pixels, in patches of 2). A tokenizer is then
+trained around it in four ways: without distillation; with a frozen copy of the ViT as the teacher and one weight for
+all layers; with the paper's adaptive weights; and with the encoder frozen. Each is scored on digits that neither has
+seen: how well a linear classifier does on the encoder's last layer, and how close one-step reconstructions come.
+
+    python examples/win_win.py --out out/win_win      # needs uniflow-kernels[demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow.encoder import Embeddings, Encoder
+from uniflow.pretrained import PretrainedEncoder
+
+CONFIG = UniFlowConfig(
+    image_size=8,
+    patch_size=2,
+    num_channels=1,
+    hidden_size=64,
+    vit_hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    latent_ch=8,
+    global_blocks_depth=1,
+    num_decoder_layers=2,
+    initializer_range=0.1,  # about 1/sqrt(width)
+)
+BATCH = 32
+LEARNING_RATE = 2e-3
+# what differs: arguments of the objective, and whether the encoder learns
+WAYS = {
+    "no distillation": ({"distill_weight": 0.0}, True),
+    "uniform weights": ({"layer_weights": "uniform"}, True),
+    "adaptive weights": ({"layer_weights": "adaptive", "beta": 2.0}, True),
+    "frozen encoder": ({"distill_weight": 0.0}, False),
+}
+
+
+class Digits(NamedTuple):
+    """Images [N, 1, 8, 8] in [-1, 1] and their labels [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def digits() -> tuple[Digits, Digits]:
+    """1,197 to train on and 600 to test on, the same ones every time."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    images = torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(data.target[order])
+    return Digits(images[:-600], labels[:-600]), Digits(images[-600:], labels[-600:])
+
+
+def optimise(parameters: Sequence[Tensor], loss_of: nn.Module, train: Digits, steps: int, seed: int) -> None:
+    """AdamW with warmup and cosine; `loss_of(images, labels)` is called with one batch a step."""
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(train.labels), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        loss_of(train.images[rows], train.labels[rows]).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+class Classifier(nn.Module):
+    """A ViT of UniFlow's layers, and a linear layer on the mean of its patches' tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = UniFlow(CONFIG)  # its way to initialise
+        self.embeddings: Embeddings | nn.Module = whole.embeddings
+        self.encoder: Encoder | nn.Module = whole.encoder
+        self.head = nn.Sequential(nn.LayerNorm(CONFIG.hidden_size), nn.Linear(CONFIG.hidden_size, 10))
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar."""
+        last = self.encoder.last(self.embeddings(images))[:, 1:]
+        return F.cross_entropy(self.head(last.mean(1)), labels)
+
+
+class Tokenizer(nn.Module):
+    """The objective as a function of a batch; labels are not used."""
+
+    def __init__(self, objective: UniFlowObjective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss, a scalar."""
+        return self.objective(images).total
+
+
+class Score(NamedTuple):
+    """Linear-probe accuracy in percent, PSNR of one-step reconstructions in dB."""
+
+    accuracy: float
+    psnr: float
+
+
+@torch.inference_mode()
+def score(model: UniFlow, train: Digits, test: Digits) -> Score:
+    """Both on the test digits; the probe is fitted on the training digits."""
+    model.eval()
+    features = [model.hidden_states(part.images)[-1][:, 1:].mean(1).numpy() for part in (train, test)]
+    center, spread = features[0].mean(0), features[0].std(0) + 1e-6
+    fitted, unseen = ((part - center) / spread for part in features)
+    probe = LogisticRegression(max_iter=2000).fit(fitted, train.labels.numpy())
+    images = model(test.images, steps=1, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    error = ((images - test.images) / 2).square().mean((1, 2, 3))  # pixels in [0, 1]
+    return Score(100 * probe.score(unseen, test.labels.numpy()), float((-10 * error.log10()).mean()))
+
+
+def run(seed: int, steps: int, teacher_steps: int) -> dict[str, Score]:
+    """One teacher, and a tokenizer around it in each of the ways; all ways see the same batches."""
+    train, test = digits()
+    torch.manual_seed(seed)
+    teacher = Classifier()
+    optimise(list(teacher.parameters()), teacher, train, teacher_steps, seed)
+    scores = {}
+    for way, (arguments, learns) in WAYS.items():
+        torch.manual_seed(seed)
+        encoder = PretrainedEncoder(copy.deepcopy(teacher.embeddings), copy.deepcopy(teacher.encoder), {})  # type: ignore[arg-type]
+        model = UniFlow(CONFIG, encoder)
+        if not scores:
+            scores["the teacher"] = Score(score(model, train, test).accuracy, float("nan"))
+        objective = UniFlowObjective(model, **arguments)  # type: ignore[arg-type]
+        for part in (model.embeddings, model.encoder):
+            part.requires_grad_(learns)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimise(trained, Tokenizer(objective.train()), train, steps, seed)
+        scores[way] = score(model, train, test)
+        print(f"seed {seed}: {way}: accuracy {scores[way].accuracy:.1f} %, PSNR {scores[way].psnr:.2f} dB", flush=True)
+    return scores
+
+
+def table(runs: list[dict[str, Score]]) -> str:
+    """Mean and standard deviation over the seeds, in Markdown."""
+    lines = ["| | linear probe, % | PSNR, dB |", "|---|---|---|"]
+    for way in runs[0]:
+        columns = []
+        for values in zip(*(scores[way] for scores in runs), strict=True):
+            spread = f" ± {np.std(values, ddof=1):.2f}" if len(runs) > 1 else ""
+            columns.append("" if np.isnan(values[0]) else f"{np.mean(values):.2f}{spread}")
+        lines.append(f"| {way} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict[str, Score]], path: Path) -> None:
+    """Accuracy against PSNR, a point for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for way in WAYS:
+        accuracy, psnr = zip(*(scores[way] for scores in runs), strict=True)
+        axes.scatter(psnr, accuracy, label=way)
+    teachers = np.mean([scores["the teacher"].accuracy for scores in runs])
+    axes.axhline(teachers, color="gray", linewidth=1, linestyle="--", label="the teacher, mean")
+    axes.set(xlabel="PSNR of one-step reconstructions, dB", ylabel="linear-probe accuracy, %")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, run every seed, print the table and draw the plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=300, help="of each tokenizer")
+    parser.add_argument("--teacher-steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("out/win_win"), help="folder for the plot and the table")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Score]] = []
+    for seed in range(options.seeds):
+        runs.append(run(seed, options.steps, options.teacher_steps))
+        (options.out / "table.md").write_text(table(runs) + "\n", encoding="utf-8")
+        plot(runs, options.out / "win_win.png")
+    print(f"\n{table(runs)}\n\nplot and table in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+import json
+
+from benchmarks import choices
+from benchmarks.__main__ import main
+from benchmarks.cases import CASES
+from uniflow_kernels.ops.flow_head import PATHS, _Pass
+
+GPU = {"machine": "some H100", "environment": {"GPU": "some H100 (sm_90, 79 GiB)"}}
+
+
+def entry(tokens, status="measured", dtype="bfloat16", **milliseconds):
+    """Times of each form, forward and both, on the wall clock; the GPU's clock has them in the other order."""
+
+    def times(median):
+        return {"wall_ms": {"median": median}, "gpu_ms": {"median": -median}}
+
+    forms = {label: {"forward": times(pair[0]), "both": times(pair[1])} for label, pair in milliseconds.items()}
+    size = {"tokens": tokens, "width": 1024, "depth": 12, "dtype": dtype}
+    return {"case": "flow_head_paths", "size": size, "status": status, "forms": forms}
+
+
+def written(path):
+    return json.loads(path.read_text())["flow_head"]
+
+
+def test_the_table_has_the_paths_by_their_times(results_file, tmp_path):
+    entries = [
+        entry(512, ours=(2, 3), plain=(1, 4), products=(3, 2)),
+        entry(64, ours=(2, 3), plain=(1, 4)),
+        entry(4096, "wrong", ours=(2, 3), plain=(1, 4)),
+        entry(512, dtype="float32", ours=(1, 1), plain=(2, 2)) | {"case": "flow_head"},
+    ]
+    out = tmp_path / "table.json"
+    assert main(["choices", str(results_file(entries=entries, **GPU)), "--out", str(out)]) == 0
+    known = {"arch": 90, "dtype": "bfloat16", "width": 1024, "gpu": "some H100"}
+    known |= {"date": "2026-01-02T03:04:05Z", "commit": "0" * 12}
+    assert written(out) == [
+        known | {"rows": 64, "inference": ["eager", "rows"], "training": ["rows", "eager"]},
+        known | {"rows": 512, "inference": ["eager", "rows", "products"], "training": ["products", "rows", "eager"]},
+    ]
+    assert len(out.read_text().splitlines()) == 2 + 4  # one size a line
+
+
+def test_the_later_of_two_measurements_counts(results_file, tmp_path):
+    old = results_file("old.json", entries=[entry(64, ours=(1, 1), plain=(2, 2))], **GPU)
+    new = results_file("new.json", entries=[entry(64, ours=(2, 2), plain=(1, 1))], **GPU, date="2026-02-01T00:00:00Z")
+    out = tmp_path / "table.json"
+    for files in ((old, new), (new, old)):
+        assert main(["choices", *map(str, files), "--out", str(out)]) == 0
+        (only,) = written(out)
+        assert only["inference"] == ["eager", "rows"]
+
+
+def test_nothing_is_written_where_no_gpu_was_measured(results_file, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    cpu = results_file(entries=[entry(64, ours=(1, 1), plain=(2, 2))])
+    assert main(["choices", str(cpu), "--out", str(out)]) == 2
+    assert "no GPU's paths were measured" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_case_holds_every_form_to_its_path(monkeypatch):
+    """The backward pass too, which is called outside the form."""
+    problem = CASES[choices.CASE].problem("cpu", {"tokens": 5, "width": 16, "depth": 2, "dtype": "float32"})
+    taken = []
+    path = _Pass.path
+    monkeypatch.setattr(_Pass, "path", lambda self: taken.append(path(self)) or taken[-1])
+    expected = {"ours": ["rows", "rows"], "products": ["products", "products"], "plain": []}
+    libraries = {label: load() for label, load in problem.libraries.items()}
+    for label, form in {"ours": problem.ours, "plain": problem.plain, **libraries}.items():
+        form(*problem.inputs).sum().backward()
+        assert taken == expected[label]
+        taken.clear()
+    assert {choices.PATHS[label] for label in expected} == {*PATHS, "eager"}

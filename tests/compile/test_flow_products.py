@@ -1,0 +1,112 @@
+"""The flow head's products in every tile that is shipped, compiled for GPUs that are not there."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.compile.compiling import ARCHES, Request, compile_all
+from uniflow_kernels.triton_kernels import flow_products as products
+
+pytestmark = pytest.mark.slow
+
+W = H = 1024
+SHARED = {80: 163, 90: 227, 100: 227}  # KiB that a block of threads may have
+# per thread; no more than these were needed when the kernels were written
+REGISTERS = {
+    "modulated": 240,
+    "up": 239,
+    "gated up": 242,
+    "down": 238,
+    "down backward": 255,
+    "gated down backward": 254,
+}
+PAIRS = ("modulated", "gated up")
+
+
+def request(name, arch):
+    """A product of a canonical head of width 1024 in bfloat16, which keeps all that training wants."""
+    tma, _, tiles = products.ARCHITECTURES[arch]
+    tile = tiles[name]
+    gated = name.startswith("gated")
+    left, rows = (tile.rows, tile.depth), (tile.rows, tile.piece)
+    weight = (2,) * (name in PAIRS) + (tile.columns, tile.depth)
+    ups = ("up_p", "dup_p") if gated else ()
+    kernel, operands, vectors, constants = {
+        "modulated": (
+            "modulation_kernel",
+            {"a_p": left, "m_p": weight, **dict.fromkeys(("x_p", "h_p", "scale_p"), rows)},
+            {**dict.fromkeys(("mbias_p", "weight_p", "bias_p"), "*bf16"), "moments_p": "*fp32"},
+            {"W": W, "PART": 64, "SCALE_FIRST": False, "RMS": False},
+        ),
+        "up": (
+            "up_kernel",
+            {"h_p": left, "w_p": weight, **dict.fromkeys(("p_p", "u_p", *ups[:1]), rows)},
+            {"bias_p": "*bf16"},
+            {"up_p": None, "H": H, "K": W, "GATED": gated},
+        ),
+        "down": (
+            "down_kernel",
+            {
+                **{"a_p": left, "g_p": weight, "u_p": left, "w_p": weight},
+                **dict.fromkeys(("x_p", "sum_p", "gate_p", "q_p"), rows),
+            },
+            {**dict.fromkeys(("gbias_p", "bias_p"), "*bf16"), "moments_p": "*fp32"},
+            {"W": W, "H": H, "RMS": False},
+        ),
+        "down backward": (
+            "down_backward_kernel",
+            {"dq_p": left, "w_p": (tile.depth, tile.columns), **dict.fromkeys(("p_p", "dp_p", "u_p", *ups), rows)},
+            {"partial_p": "*fp32"},
+            {"up_p": None, "dup_p": None, "H": H, "K": W, "GATED": gated},
+        ),
+    }[name.removeprefix("gated ")]
+    constants = {name: value for name, value in constants.items() if name not in operands}
+    constants |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BP": tile.piece, "TMA": tma}
+    described = {
+        name: f"tensordesc<bf16[{', '.join(map(str, block))}]>" if tma else "*bf16" for name, block in operands.items()
+    }
+    strides = [f"{operand.removesuffix('_p')}_s" for operand in operands]
+    known = {**dict.fromkeys(strides, "i32"), **described, **vectors, "eps": "fp32"}
+    arguments = getattr(products, kernel).arg_names
+    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in arguments}
+    return Request(f"{products.__name__}:{kernel}", signature, constants, arch, tile.warps, tile.stages)
+
+
+@pytest.fixture(scope="module")
+def compiled(oldest):
+    # what the compiler makes of these depends on its release most: every architecture on both
+    asked = {(name, arch): request(name, arch) for arch in SHARED for name in products.ARCHITECTURES[arch].tiles}
+    return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
+
+
+def test_every_architecture_that_is_shipped_is_compiled():
+    assert {arch for arch in products.ARCHITECTURES if arch} == set(ARCHES) == set(SHARED)
+
+
+def test_no_spills_few_registers_and_room_in_shared_memory(compiled):
+    for (name, arch), result in compiled.items():
+        what = name, arch, result
+        assert result.spills == result.stack == 0, what
+        assert result.registers <= REGISTERS[name], what
+        assert result.shared <= SHARED[arch] << 10, what
+
+
+def test_tensor_cores_run_one_product_after_the_other(compiled):
+    """wgmma as wide as the tile and never serialised; the tensor cores' instructions of each architecture."""
+    for (name, arch), result in compiled.items():
+        what = name, arch, result
+        columns = products.ARCHITECTURES[arch].tiles[name].columns * (2 if name in PAIRS else 1)
+        assert not result.serialised, what
+        assert set(result.wgmma) == ({f"m64n{columns}k16"} if arch == 90 else set()), what
+        assert bool(result.mma) == (arch == 80), what
+        assert bool(result.tcgen05) == (arch == 100), what
+
+
+def test_tiles_are_read_and_written_by_tma_or_16_bytes_at_a_time(compiled):
+    for (name, arch), result in compiled.items():
+        what = name, arch, result
+        assert bool(result.tma) == (arch >= 90), what
+        if arch == 80:
+            assert "STG.E.128" in result.wide, what
+        # but for vectors of columns, and for moments and sums of rows, of which there are few
+        assert set(result.wide) <= {"LDG.E.128", "STG.E.128", "LDG.E", "STG.E"}, what

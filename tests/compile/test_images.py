@@ -1,0 +1,32 @@
+"""The kernel that writes images, compiled for sm_80, sm_90 and sm_100."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.compile.compiling import Request, compile_all
+
+ARCHS = (80, 90, 100)
+WRITTEN = {"u8": "STG.E", "bf16": "STG.E.64"}  # of the four neighbours that a thread holds
+
+
+def request(arch, written):
+    constants = {
+        **{"PATCH": 14, "MOVES": True, "AFFINE": True, "CLAMP": True, "BYTES": written == "u8"},
+        **{"NEAREST": 12582912.0, "BLOCK": 512},
+    }
+    signature = {"rows": "*fp32", "velocity": "*bf16", "images": f"*{written}", "mean_and_std": "*fp32", "dt": "fp32"}
+    sizes = ("channels", "down", "width", "rows_image", "rows_token", "velocity_image", "velocity_token")
+    signature |= {**dict.fromkeys(sizes, "i32"), **dict.fromkeys(constants, "constexpr")}
+    return Request("uniflow_kernels.triton_kernels.images:to_images_kernel", signature, constants, arch)
+
+
+def test_no_spills_few_registers_and_whole_words():
+    requests = {(arch, written): request(arch, written) for arch in ARCHS for written in WRITTEN}
+    for (arch, written), compiled in zip(requests, compile_all(list(requests.values())), strict=True):
+        what = f"sm_{arch} {written} {compiled}"
+        assert compiled.spills == 0, what
+        assert compiled.stack == 0, what
+        assert compiled.registers <= 64, what
+        stores = {access for access in compiled.wide if access.startswith("STG")}
+        assert stores == {WRITTEN[written]}, what

@@ -1,0 +1,236 @@
+"""Decoder: the pictures of `decode`, in pieces and streams, within its memory; graphs with a stand-in."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from tests.live_bytes import LiveBytes
+from tests.uniflow_kernels.test_graphs import StandIn, stand_in
+from uniflow import decoding
+from uniflow.normalization import denormalize, normalize, to_uint8
+
+__all__ = ["stand_in"]  # a fixture
+
+GOLDEN = {
+    "linear_1": {"steps": 1},
+    "linear_4": {"steps": 4},
+    "pow_0.25_4": {"steps": 4, "schedule": "pow_0.25"},
+    "linear_4_cfg_2": {"steps": 4, "cfg": 2.0},
+}
+
+
+def inputs(model, batch=3, size=(16, 16)):
+    generator = torch.Generator().manual_seed(0)
+    tokens = size[0] * size[1] // 16
+    return torch.randn(batch, tokens, 8, generator=generator), torch.randn(batch, tokens, 48, generator=generator)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("pieces", [False, True])
+def test_golden_images(golden_model, golden, name, pieces):
+    noise = golden["in.noise"].view(2, 16, 588)
+    expected = golden[f"out.image.{name}"]
+    memory = 16 * max(golden_model.bytes_per_token(guided="cfg" in name)) if pieces else None
+    decoder = golden_model.compile_decoder(2, dtype=torch.float32, max_memory=memory, **GOLDEN[name])
+    pictures = decoder(golden["out.latent"], noise=noise)
+    exact = denormalize(expected).clamp(0, 1)
+    assert (pictures - exact).abs().max() < 1e-5 * expected.abs().max()
+    images = golden_model.decode(golden["out.latent"], noise=noise, max_memory=memory, **GOLDEN[name])
+    assert (images - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 3, "solver": "heun", "cfg": 2.0, "cfg_interval": (0.1, 5.0)}])
+def test_pictures_are_those_of_decode(tiny, options):
+    model = tiny()
+    latents, noise = inputs(model)
+    with torch.no_grad():
+        images = model.decode(latents, noise=noise, temperature=0.9, **options)
+    decoder = model.compile_decoder(3, temperature=0.9, **options)
+    assert (decoder(latents, noise=noise).int() - to_uint8(images).int()).abs().max() <= 1
+    assert decoder(latents, noise=noise).dtype == torch.uint8
+    floats = model.compile_decoder(3, temperature=0.9, dtype=torch.float32, **options)(latents, noise=noise)
+    assert torch.allclose(floats, denormalize(images).clamp(0, 1), atol=1e-5)
+    assert not floats.requires_grad
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24), (32, 8)])
+def test_pieces_change_nothing(tiny, size):
+    """Pictures one by one, and lines of patches one by one."""
+    model = tiny()
+    latents, noise = inputs(model, size=size)
+    tokens, (in_blocks, in_head) = latents.shape[1], model.bytes_per_token(False)
+    across = size[1] // 4
+    one_picture = tokens * max(in_blocks, in_head)
+    one_line = max(tokens * in_blocks, tokens * (64 * 4 + 8 * 48) + across * in_head)
+    assert one_line < one_picture
+    calls = []
+    model.flow_head.net.input_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[:2].numel()))
+    with torch.no_grad():
+        whole = model.decode(latents, noise=noise, size=size)
+        for memory, rows in ((3 * one_picture, [3 * tokens]), (one_picture, [tokens] * 3)):
+            calls.clear()
+            assert torch.allclose(model.decode(latents, noise=noise, size=size, max_memory=memory), whole, atol=1e-5)
+            assert calls == rows
+        calls.clear()
+        assert torch.allclose(model.decode(latents, noise=noise, size=size, max_memory=one_line), whole, atol=1e-5)
+        assert sum(calls) == 3 * tokens
+        assert max(calls) < tokens
+    with pytest.raises(ValueError, match=f"max_memory: a picture of {size[0]}x{size[1]} needs at least"):
+        model.decode(latents, noise=noise, size=size, max_memory=one_line - 1)
+
+
+WIDE = {"image_size": 28, "patch_size": 14, "hidden_size": 192, "vit_hidden_size": 192}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "cfg", "solver", "batch"),
+    [
+        ({}, torch.float32, 1.0, "euler", 64),
+        ({}, torch.float32, 2.0, "heun", 4),
+        ({}, torch.bfloat16, 2.0, "midpoint", 4),
+        (WIDE, torch.float32, 1.0, "heun", 4),
+        (WIDE, torch.bfloat16, 1.0, "euler", 4),
+        (WIDE, torch.float32, 2.0, "euler", 4),
+    ],
+)
+def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
+    """The bytes of all live tensors are counted: without a bound, with one for some pictures, with one for lines."""
+    model = tiny(**shape).to(dtype)
+    tokens = model.config.tokens
+    latents = torch.randn(batch, tokens, 8).to(dtype)
+    per_token = max(model.bytes_per_token(cfg != 1.0))
+    peaks = []
+    for memory in (None, batch // 2 * tokens * per_token, tokens * per_token - 1 if batch < 64 else None):
+        decoder = model.compile_decoder(batch, steps=2, cfg=cfg, solver=solver, temperature=0.9, max_memory=memory)
+        with LiveBytes() as live:
+            pictures = decoder(latents, generator=torch.Generator().manual_seed(0))
+        peaks.append(live.peak - pictures.nbytes)
+        assert peaks[-1] <= (memory or batch * tokens * per_token)
+    whole, some, lines = peaks
+    assert whole > batch * tokens * per_token / 2  # the estimate is no guess from far above
+    assert some < 0.6 * whole
+    assert batch == 64 or lines < some
+
+
+@pytest.mark.parametrize("shape", [{}, WIDE, {"intermediate_size": 512}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoding_stays_within_its_bound(tiny, shape, dtype):
+    model = tiny(**shape).to(dtype)
+    size = model.config.image_size
+    pictures = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    with torch.inference_mode(), LiveBytes() as live:
+        model.encode(normalize(pictures))
+    bound = 4 * (1 + model.config.tokens) * model.encoding_bytes_per_token()
+    assert bound / 2.5 < live.peak <= bound
+
+
+def test_noise_does_not_depend_on_batches_and_pieces(tiny):
+    model = tiny()
+    latents, _ = inputs(model, batch=4)
+    seed = torch.Generator().manual_seed
+    noise = torch.stack([torch.randn(16, 48, generator=g) for g in [seed(5)] for _ in range(4)])
+    decoder = model.compile_decoder(4, dtype=torch.float32)
+    expected = decoder(latents, noise=noise)
+    assert torch.equal(decoder(latents, generator=seed(5)), expected)
+    small = model.compile_decoder(4, dtype=torch.float32, max_memory=16 * max(model.bytes_per_token(False)))
+    assert torch.allclose(small(latents, generator=seed(5)), expected, atol=1e-5)
+    generator = seed(5)
+    parts = [decoder(part, generator=generator) for part in latents.split(3)]
+    assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
+
+
+def test_other_batches_and_sizes(tiny):
+    model = tiny()
+    decoder = model.compile_decoder(3, size=(16, 16))
+    for batch, size in ((3, (16, 16)), (1, (16, 16)), (2, (8, 24)), (0, (16, 16))):
+        latents, noise = inputs(model, batch, size)
+        with torch.no_grad():
+            expected = to_uint8(model.decode(latents, noise=noise, size=size))
+        pictures = decoder(latents, noise=noise, size=size)
+        assert pictures.shape == (batch, 3, *size)
+        assert batch == 0 or (pictures.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_stream_gives_batches_in_order_and_takes_what_it_needs(tiny):
+    model = tiny()
+    decoder = model.compile_decoder(2)
+    batches = [inputs(model, 2)[0], (inputs(model, 1, (8, 24))[0], (8, 24)), 2 * inputs(model, 2)[0]]
+    generator = torch.Generator().manual_seed(1)
+    expected = [decoder(batches[0], generator=generator)]
+    expected.append(decoder(batches[1][0], generator=generator, size=(8, 24)))
+    expected.append(decoder(batches[2], generator=generator))
+    taken = []
+    stream = decoder.stream(
+        (taken.append(i) or batch for i, batch in enumerate(batches)), torch.Generator().manual_seed(1)
+    )
+    assert taken == []
+    for i, pictures in enumerate(stream):
+        assert torch.equal(pictures, expected[i])
+        assert len(taken) <= i + 2
+    assert taken == [0, 1, 2]
+
+
+def test_from_several_threads(tiny):
+    model = tiny()
+    decoder = model.compile_decoder(2)
+    given = [tuple(i * x for x in inputs(model, 2)) for i in range(4)]
+    expected = [decoder(latents, noise=noise) for latents, noise in given]
+    wrong = []
+
+    def work(i):
+        results = [decoder(given[i][0], noise=given[i][1]) for _ in range(5)]
+        wrong.extend(i for result in results if not torch.equal(result, expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "why_not_graph", lambda device, read: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    model = tiny()
+    latents, noise = inputs(model)
+    decoder, plain = model.compile_decoder(3), tiny().compile_decoder(3)
+    for i in range(4):
+        assert torch.equal(decoder(i * latents, noise=noise), decoder._decode(i * latents, noise.__getitem__, (16, 16)))
+    assert StandIn.captures == 1
+    before = decoder(latents, noise=noise)
+    with torch.no_grad():
+        model.chal_unproj.c_fc.bias.add_(1)
+    assert not torch.equal(decoder(latents, noise=noise), before)
+    assert torch.equal(copy.deepcopy(model).compile_decoder(3)(latents, noise=noise), decoder(latents, noise=noise))
+    calls = []
+    model.global_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        decoder(latents, noise=noise)
+    assert len(calls) == 3
+    assert plain(latents, noise=noise).shape == (3, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.compile_decoder(0), ValueError, "batch: expected at least 1, got 0"),
+        (lambda m: m.compile_decoder(1, (16, 18)), ValueError, r"size: expected positive multiples of the patch \(4\)"),
+        (lambda m: m.compile_decoder(1, steps=0), ValueError, "steps: expected at least 1"),
+        (lambda m: m.compile_decoder(1, solver="rk4"), ValueError, "solver: expected one of"),
+        (lambda m: m.compile_decoder(1, dtype=torch.int32), TypeError, "dtype: expected a floating point dtype or"),
+        (lambda m: m.compile_decoder(1, max_memory=10), ValueError, "max_memory: a picture of 16x16 needs at least"),
+        (lambda m: m.compile_decoder(1)(torch.zeros(1, 15, 8)), ValueError, "size: 16x16 has 16 patches of 4, got 15"),
+        (lambda m: m.compile_decoder(1)(torch.zeros(1, 16, 9)), ValueError, r"latents: expected shape \[B, N, 8\]"),
+        (
+            lambda m: m.compile_decoder(1)(torch.zeros(1, 16, 8), noise=torch.zeros(1, 16, 3)),
+            ValueError,
+            r"noise: expected shape \(1, 16, 48\)",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(tiny, call, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        call(tiny())

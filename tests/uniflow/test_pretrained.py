@@ -1,0 +1,196 @@
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.conftest import randomize
+from uniflow import CheckpointError, EncoderTeacher, UniFlow, UniFlowObjective
+from uniflow.encoder import Embeddings
+from uniflow.pretrained import pretrained_encoder
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
+DECODER = {"latent_ch": 8, "global_blocks_depth": 1, "num_decoder_layers": 2}
+PREFIX = {"ViT": 1, "ViTForImageClassification": 1, "Dinov2": 1, "Dinov2WithRegisters": 4, "CLIPVision": 1}
+PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0}
+
+pytestmark = pytest.mark.filterwarnings("ignore:vit_hidden_size. a flow head of width 32:UserWarning")
+
+
+def hugging_face(kind, **changes):
+    transformers = pytest.importorskip("transformers")
+    size = {"num_patches": 16} if kind == "Siglip2Vision" else {"image_size": 16}
+    if kind == "Dinov2WithRegisters":
+        size["num_register_tokens"] = 3
+    name = kind.replace("ForImageClassification", "")
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **size, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, kind if "For" in kind else f"{kind}Model")(config).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def hidden_states(model, images):
+    arguments = {"pixel_values": images}
+    if type(model).__name__ == "Siglip2VisionModel":  # rows of pixels, channels last
+        rows = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, 48)
+        mask, grid = torch.ones(2, 16, dtype=torch.long), torch.full((2, 2), 4)
+        arguments = {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": grid}
+    return model(**arguments, output_hidden_states=True).hidden_states
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_the_states_are_those_of_the_transformers_package(kind, images):
+    model = hugging_face(kind)
+    with torch.no_grad():
+        expected = hidden_states(model, images)
+    found = UniFlow.from_encoder(model, **DECODER).hidden_states(images)
+    assert len(found) == len(expected) == 3
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (2, PREFIX[kind] + 16, 32)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "Siglip2Vision"])
+def test_a_tokenizer_around_it(kind, images):
+    """Encodes, decodes, trains beside a copy of its encoder, and is kept as a state_dict."""
+    model = UniFlow.from_encoder(hugging_face(kind), **DECODER)
+    objective = UniFlowObjective(model, chunk_tokens=16)
+    assert model.encode(images).shape == (2, 16, 8)
+    assert model(images, steps=1).shape == images.shape
+    assert model(torch.randn(2, 3, 8, 24), steps=1).shape == (2, 3, 8, 24)
+    for part in (model.chal_proj, model.chal_unproj, model.global_blocks, model.flow_head):
+        randomize(part)  # a new head's output is zero: the encoder would learn from the second step on
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = objective(images)
+    assert losses.distill.abs() < 1e-6
+    losses.total.backward()
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    optimizer.step()
+    assert objective(images).distill > 1e-6
+    again = UniFlow.from_encoder(hugging_face(kind), **DECODER)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.encode(images), model.encode(images))
+    with pytest.raises(ValueError, match="save_pretrained: the official format holds encoders of the InternViT kind"):
+        model.save_pretrained("nowhere")
+
+
+def test_its_own_statistics(images):
+    model, mean, std = hugging_face("CLIPVision"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    pixels = (
+        images * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    )
+    own = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        expected = hidden_states(model, own)
+    found = EncoderTeacher.from_pretrained(model, mean, std)(images)
+    assert torch.allclose(found[-1], expected[-1], atol=1e-5)
+
+
+def test_a_folder_of_the_transformers_package(tmp_path, images):
+    model = hugging_face("Dinov2")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(EncoderTeacher.from_pretrained(tmp_path)(images)[-1], hidden_states(model, images)[-1])
+
+
+def test_the_same_encoder_in_both_roles_keeps_its_mode():
+    model = hugging_face("ViT").train()
+    pretrained_encoder(model)
+    assert model.embeddings.training
+    assert model.training
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_internvit(golden_folder, golden_model, tmp_path, prefix):
+    """The encoder goes into UniFlow's own, and the result is saved and read like any other."""
+    state = load_file(golden_folder / "model.safetensors")
+    own = {prefix + k: v for k, v in state.items() if k.startswith(("embeddings.", "encoder."))}
+    config = json.loads((golden_folder / "config.json").read_text())
+    config = {**config, "model_type": "intern_vit_6b"}
+    source = tmp_path / "internvit"
+    source.mkdir()
+    save_file(own | {"language_model.weight": torch.ones(2)}, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"vision_config": config} if prefix else config))
+
+    model = UniFlow.from_encoder(source, latent_ch=8, global_blocks_depth=1, num_decoder_layers=2).eval()
+    images = torch.randn(1, 3, config["image_size"], config["image_size"])
+    for ours, theirs in zip(model.hidden_states(images), golden_model.hidden_states(images), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(EncoderTeacher.from_pretrained(source)(images), model.hidden_states(images), strict=True):
+        assert torch.equal(ours, theirs)
+    model.save_pretrained(tmp_path / "saved")
+    again = UniFlow.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.encode(images), model.encode(images))
+    assert again.config.latent_ch == 8
+
+
+def test_an_official_folder_is_a_teacher(golden_folder, golden_model):
+    teacher = EncoderTeacher.from_pretrained(golden_folder, dtype=torch.bfloat16)
+    size = golden_model.config.image_size
+    states = list(teacher.states(torch.randn(1, 3, size, size)))
+    assert len(states) == golden_model.config.num_hidden_layers
+    assert states[0].dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_damaged_and_wrong_folders(golden_folder, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        pretrained_encoder(tmp_path)
+    shutil.copy(golden_folder / "config.json", tmp_path)
+    save_file({"other.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no encoder: no key begins with"):
+        pretrained_encoder(tmp_path)
+    save_file({"encoder.layers.0.ls1": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing .*embeddings.class_embedding.*of another shape"):
+        pretrained_encoder(tmp_path)
+    with pytest.raises(ValueError, match="mean, std: encoders of the InternViT kind"):
+        pretrained_encoder(tmp_path, mean=(0.5, 0.5, 0.5))
+    (tmp_path / "config.json").write_text('{"model_type": "intern_vit_6b", "hidden_size": 8}')
+    with pytest.raises(ValueError, match=r"config.json lacks image_size"):
+        pretrained_encoder(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"config.json is no configuration"):
+        pretrained_encoder(tmp_path)
+
+
+def test_without_the_transformers_package(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'uniflow-kernels\[hf\]'"):
+        pretrained_encoder(tmp_path)
+
+
+class Backwards(nn.Module):
+    """Embeddings that give the patches from the last to the first."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(images).flip(1)
+
+
+def test_what_is_no_such_encoder_is_refused():
+    with pytest.raises(ValueError, match=r"^encoder: expected a vision transformer .* Linear has neither"):
+        pretrained_encoder(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"^from_encoder: expected fields of the decoder .*, got hidden_size"):
+        UniFlow.from_encoder(hugging_face("ViT"), hidden_size=64)
+    model = hugging_face("SiglipVision")
+    model.embeddings = Backwards(model.embeddings)
+    with pytest.raises(ValueError, match=r"in raster order .* of its 16 tokens patch 0 changes \[15\]"):
+        pretrained_encoder(model)
+    model.config = SimpleNamespace(patch_size=4)
+    with pytest.raises(ValueError, match="SiglipVisionModel has no num_channels in its config"):
+        pretrained_encoder(model)
+
+
+def test_native_embeddings_say_what_their_prefix_is(tiny):
+    assert Embeddings.prefix_tokens == tiny().prefix_tokens == 1

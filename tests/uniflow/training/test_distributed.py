@@ -1,0 +1,134 @@
+"""Two gloo processes make the run of one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.uniflow.training import two
+from uniflow import CheckpointError
+from uniflow.cli import run
+from uniflow.training.processes import Processes, joined
+
+pytestmark = pytest.mark.slow
+
+
+def environment(rank, world, port):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process did alone ("alone"), and two together; see two.py."""
+    folder = tmp_path_factory.mktemp("two")
+    made, heard = two.trainer(Processes(), folder / "alone")
+    (folder / "alone-0.json").write_text(json.dumps(two.results(made, heard)))
+    port = free_port()
+    command = [sys.executable, "-m", "tests.uniflow.training.two", str(folder)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **environment(rank, 2, port)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in started]
+    (folder / "ends.json").write_text(json.dumps(ends))
+    return folder
+
+
+def read(folder, name, rank=0):
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+def weights(checkpoint):
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same_weights(one, two):
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_make_the_steps_of_one(folder, parallel):
+    alone, together = read(folder, "alone"), read(folder, parallel)
+    assert len(alone["losses"]) == 5
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert read(folder, parallel, 1)["losses"] == together["losses"]  # everyone's mean
+    assert read(folder, parallel, 1)["norms"] == []  # the first process alone reports
+
+
+def test_weights_are_those_of_one_process(folder):
+    last = "checkpoints/step-00000005"
+    same_weights(folder / "alone" / last, folder / "ddp" / last)
+    same_weights(folder / "alone" / last / "ema", folder / "ddp" / last / "ema")
+    for options, part in (([], ""), (["--ema"], "ema")):
+        assert run(["gather", str(folder / "fsdp" / last), "--out", str(folder / f"gathered{part}"), *options]) == 0
+        same_weights(folder / "alone" / last / part, folder / f"gathered{part}")
+
+
+def test_damaged_shards_are_not_gathered(folder, capsys):
+    damaged = folder / "fsdp" / "checkpoints" / "step-00000003"
+    shard = next((damaged / "shards").glob("__1_*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    for options in ([], ["--ema"]):
+        assert run(["gather", str(damaged), "--out", str(folder / "none"), *options]) == 2
+        assert f"step-00000003 is damaged: shards/{shard.name} is not as it was written" in capsys.readouterr().err
+    assert not (folder / "none").exists()
+    # a run without a moving average
+    assert run(["gather", str(folder / "half/checkpoints/step-00000005"), "--out", str(folder / "none"), "--ema"]) == 2
+    assert "does not hold ema" in capsys.readouterr().err
+
+
+def test_two_go_on_from_one(folder):
+    assert read(folder, "resumed")["losses"] == pytest.approx(read(folder, "alone")["losses"][2:], rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 2, 4])  # in the first stage, between the two, in the second
+def test_one_goes_on_from_two(folder, step):
+    made, heard = two.trainer(Processes(), folder / f"ddp-alone-{step}")
+    made.resume(folder / "ddp" / "checkpoints" / f"step-{step:08}")
+    assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
+
+
+def test_one_goes_on_from_the_shards_of_two(folder, monkeypatch):
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with joined(torch.device("cpu")) as (processes, _):
+        for step in (1, 2, 4):
+            made, heard = two.trainer(processes, folder / f"fsdp-alone-{step}", parallel="fsdp")
+            made.resume(folder / "fsdp" / "checkpoints" / f"step-{step:08}")
+            assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
+        # averages that were not kept cannot go on
+        with pytest.raises(
+            CheckpointError, match="does not hold this model: Missing key in checkpoint state_dict: ema"
+        ):
+            made.resume(folder / "half" / "checkpoints" / "step-00000005")
+
+
+def test_mixed_precision(folder):
+    half, whole = read(folder, "half")["losses"], read(folder, "alone")["losses"]
+    assert half != whole
+    assert half == pytest.approx(whole, rel=0.02)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_a_message(folder):
+    (message, status), (_, killed) = json.loads((folder / "ends.json").read_text())
+    assert killed == -signal.SIGKILL
+    assert status == 1
+    assert "ProcessLostError: another process of the job has ended, and so does this one; --resume auto" in message
+    assert not any((folder / "killed").rglob("*.safetensors"))

@@ -1,0 +1,87 @@
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from uniflow.training import Recipe, Stage
+from uniflow.training.recipe import read_run
+
+RUN = """
+model: {preset: tiny, config: {image_size: 16}}
+data: {folder: pictures}
+recipe:
+  stages: [{steps: 5, learning_rate: 1e-3, train: decoder}, {steps: 7}]
+  ema_decay: 0.99
+"""
+
+
+def test_a_file_becomes_a_run(tmp_path):
+    (tmp_path / "run.yaml").write_text(RUN)
+    run = read_run(tmp_path / "run.yaml")
+    assert run.recipe == Recipe((Stage(5, "decoder", learning_rate=1e-3), Stage(7)), ema_decay=0.99)
+    assert run.model.config == {"image_size": 16}
+    assert str(run.data.folder) == "pictures"
+    assert run.objective.distill_weight is None
+
+
+def test_the_example_shows_every_key_and_its_default():
+    path = Path(__file__).parents[3] / "examples" / "train.yaml"
+    run = read_run(path)
+    text = path.read_text()
+    for part in (run, run.model, run.objective, run.data, run.recipe, run.recipe.stages[1]):
+        for key in fields(part):
+            (line,) = [line for line in text.splitlines() if re.match(rf"[\s#-]*{key.name}:", line)][-1:]
+            if re.search(r"# default(;|$)", line):
+                assert getattr(part, key.name) == key.default, line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ema_decay: 0.99", "ema_decey: 0.99", "recipe.ema_decey: Unexpected keyword argument"),
+        ("steps: 7", "steps: many", "recipe.stages.1.steps: Input should be a valid integer.* got 'many'"),
+        ("steps: 7", "steps: 0", "recipe.stages.1: steps: expected at least 1, got 0"),
+        ("train: decoder", "train: head", "recipe.stages.0.train: Input should be 'all' or 'decoder', got 'head'"),
+        ("ema_decay: 0.99", "ema_decay: 2", "recipe: ema_decay: expected a number between 0 and 1, got 2"),
+        ("{folder: pictures}", "{}", "data: expected either folder or shards"),
+        ("preset: tiny, ", "", "model: expected one of preset, checkpoint and encoder"),
+        ("preset: tiny,", "checkpoint: x,", "model: config: changes a preset"),
+        (RUN, "model: {preset: tiny}", "data: Field required"),
+        (RUN, "- a list", "Input should be"),
+        (RUN, "a: [", "run.yaml is no YAML"),
+    ],
+)
+def test_errors_name_the_key(tmp_path, old, new, message):
+    assert old in RUN
+    (tmp_path / "run.yaml").write_text(RUN.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        read_run(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stages": ()},
+        {"batch_size": 0},
+        {"precision": "float16"},
+        {"parallel": "tp"},
+        {"max_gradient_norm": 0},
+        {"keep": 0},
+    ],
+)
+def test_recipes_are_checked_without_a_file_too(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        Recipe(**{"stages": (Stage(1),), **options})
+
+
+def test_micro_batches_of_the_processes():
+    recipe = Recipe((Stage(1),), batch_size=12, micro_batch_size=3)
+    assert recipe.micro_batches(1) == (4, 3)
+    assert recipe.micro_batches(2) == (2, 3)
+    assert Recipe((Stage(1),), batch_size=12).micro_batches(3) == (1, 4)
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 5 processes, got 12"):
+        recipe.micro_batches(5)
+    with pytest.raises(ValueError, match="micro_batch_size: expected a divisor"):
+        recipe.micro_batches(3 * 2)

@@ -1,0 +1,366 @@
+import functools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tests.uniflow.training.conftest import Heard, small_crops, small_objective
+from uniflow import UniFlow
+from uniflow.data import PictureList, RandomCrops, Sample
+from uniflow.metrics import psnr, ssim
+from uniflow.normalization import normalize, to_uint8
+from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.training import Stage
+from uniflow.training.processes import Processes
+from uniflow.training.validation import Validator
+
+
+def parameters(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.student.named_parameters()}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def in_encoder(name):
+    return name.startswith(("embeddings.", "encoder."))
+
+
+# the loop
+
+
+def test_training_reduces_the_loss(make):
+    trainer = make(steps=40, log_every=100)
+    losses = trainer.run()
+    assert len(losses) == 40
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+    assert not trainer.objective.training
+    assert trainer.finished
+
+
+def test_the_seed_decides(make):
+    one, two, other = (make(steps=3, seed=seed).run() for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_what_is_drawn_elsewhere_changes_nothing(make):
+    torch.manual_seed(1)
+    trainer = make(steps=3)
+    torch.manual_seed(2)
+    assert trainer.run() == make(steps=3).run()
+
+
+def test_a_stage_ends_when_its_seconds_are_spent(make):
+    trainer = make(Stage(10**6, seconds=0.5), Stage(2))
+    assert 3 < len(trainer.run()) < 10**4
+    assert trainer.finished
+
+
+def test_stop_finishes_the_step_and_saves(make, tmp_path):
+    trainer = make(steps=50, out=tmp_path)
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.stop() if trainer.progress.step == 3 else None)
+    assert len(trainer.run()) == 3
+    assert not trainer.finished
+    assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
+
+
+def test_a_step_is_adamw_on_the_mean_gradient(make):
+    trainer = make(Stage(2, learning_rate=1e-3, warmup_steps=0), max_gradient_norm=0.1, weight_decay=0.1)
+    stop_after(trainer, 1)
+    student = small_objective().student
+    decays, others = ([p for p in student.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    objective = small_objective()
+    objective.student = student
+    torch.manual_seed(trainer_seed(trainer, step=1))
+    images = torch.stack([trainer.crops[position].pixels for position in range(4)])
+    losses = objective.train()(normalize(images))
+    losses.total.backward()
+    nn.utils.clip_grad_norm_(student.parameters(), 0.1)
+    torch.optim.AdamW(groups, lr=0.5e-3, betas=(0.9, 0.95)).step()  # the middle of the cosine
+    assert trainer.run() == [losses.total.item()]
+    for name, parameter in student.named_parameters():
+        assert torch.allclose(parameter, trainer.student.get_parameter(name), atol=1e-6), name
+
+
+def trainer_seed(trainer, step, number=0):
+    trainer.progress.step = step
+    seed = trainer._seed(number)
+    trainer.progress.step = 0
+    return seed
+
+
+def stop_after(trainer, steps):
+    trainer.optimizer.register_step_post_hook(lambda *_: trainer.stop() if trainer.progress.step == steps else None)
+
+
+class WithoutChance(nn.Module):
+    """An objective whose loss depends on nothing but student and images."""
+
+    def __init__(self):
+        super().__init__()
+        self.student = small_objective().student
+
+    def forward(self, images):
+        states = self.student.hidden_states(images)
+        condition = self.student.condition(self.student.latents(states[-1]))
+        rows = torch.zeros(*condition.shape[:2], 48)
+        velocity = self.student.velocity(rows, torch.full((len(images),), 0.5), condition)
+        total = (condition.mean() - 1).square() + (velocity - images.mean((1, 2, 3))[:, None, None]).square().mean()
+        zero, none = total.detach() * 0, torch.zeros(0)
+        return SimpleNamespace(total=total, flow=zero, distill=zero, alpha=none, weights=none)
+
+
+def test_micro_batches_add_up_to_the_batch(make):
+    class Linear(WithoutChance):
+        def forward(self, images):
+            losses = super().forward(images)
+            losses.total = self.student.encode(images).square().mean()  # a mean over the images
+            return losses
+
+    whole, parts = make(objective=Linear(), steps=4), make(objective=Linear(), steps=4, micro_batch_size=1)
+    assert parts.micro_batches == 4
+    assert parts.run() == pytest.approx(whole.run(), rel=1e-5)
+    for name, parameter in whole.student.named_parameters():
+        assert torch.allclose(parameter, parts.student.get_parameter(name), atol=1e-5), name
+
+
+def test_the_moving_average(make):
+    trainer = make(steps=4, ema_decay=0.7)
+    expected = parameters(trainer)
+
+    def follow(*_):
+        for name, parameter in parameters(trainer).items():
+            expected[name].lerp_(parameter, 0.3)
+
+    trainer.optimizer.register_step_post_hook(follow)
+    trainer.run()
+    assert all(torch.allclose(trainer.average.values[name], expected[name], atol=1e-6) for name in expected)
+    own = parameters(trainer)
+    with trainer.average.in_model():
+        assert not changed(parameters(trainer), trainer.average.values)
+    assert not changed(parameters(trainer), own)
+
+
+def test_autocast_and_its_dtypes(make):
+    seen = []
+
+    class Looking(WithoutChance):
+        def forward(self, images):
+            seen.append((images.dtype, self.student.encode(images).dtype))
+            return super().forward(images)
+
+    trainer = make(steps=1, objective=Looking(), precision="bfloat16")
+    trainer.run()
+    assert seen == [(torch.float32, torch.bfloat16)]
+    assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
+
+
+def test_compile_runs_the_objective_compiled(make, monkeypatch):
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    counters.clear()
+    losses = make(steps=2, compile=True).run()
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert losses == pytest.approx(make(steps=2).run(), rel=1e-5)
+
+
+def test_the_recipe_must_fit(make):
+    with pytest.raises(ValueError, match="micro_batch_size: expected a divisor of a process's share"):
+        make(micro_batch_size=3)
+    with pytest.raises(ValueError, match="parallel: fsdp needs torchrun"):
+        make(parallel="fsdp")
+
+
+# stages, groups and rates
+
+
+def test_stages_train_the_decoder_then_all(make):
+    trainer = make(Stage(4, train="decoder", warmup_steps=0), Stage(2, warmup_steps=0))
+    start = parameters(trainer)
+    seen = []
+    trainer.optimizer.register_step_post_hook(lambda *_: seen.append(parameters(trainer)))
+    heard = Heard()
+    trainer.logs.append(heard)
+    trainer.run()
+    assert len(seen) == 4  # the second stage has an optimizer of its own
+    decoder = {name for name in start if not in_encoder(name)}
+    assert changed(start, seen[-1]) == decoder
+    assert all(parameter.requires_grad for parameter in trainer.student.parameters())
+    assert any(in_encoder(name) for name in changed(seen[-1], parameters(trainer)))
+    assert [report.stage for report in heard.reports] == [0, 0, 0, 0, 1, 1]
+    assert [report.encoder_learning_rate is None for report in heard.reports] == [True] * 4 + [False] * 2
+
+
+def test_the_encoder_has_its_own_rate_and_norms_and_biases_no_decay(make):
+    trainer = make(Stage(3, learning_rate=0.0, encoder_learning_rate=1e-2), weight_decay=0.5)
+    names = {parameter: name for name, parameter in trainer.student.named_parameters()}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.5 if parameter.ndim > 1 else 0.0)
+            assert group["peak"] == (1e-2 if in_encoder(names[parameter]) else 0.0)
+    start = parameters(trainer)
+    trainer.run()
+    assert changed(start, parameters(trainer))
+    assert all(map(in_encoder, changed(start, parameters(trainer))))
+
+
+def test_warmup_and_cosine(make):
+    heard = Heard()
+    make(Stage(8, learning_rate=1e-3, encoder_learning_rate=1e-4, warmup_steps=4), logs=[heard]).run()
+    expected = [min(1, n / 4) * 0.5 * (1 + math.cos(math.pi * n / 8)) for n in range(1, 9)]
+    assert [report.learning_rate for report in heard.reports] == pytest.approx([1e-3 * x for x in expected])
+    assert [report.encoder_learning_rate for report in heard.reports] == pytest.approx([1e-4 * x for x in expected])
+
+
+# what is reported
+
+
+def test_reports(make):
+    heard = Heard()
+    losses = make(steps=7, log_every=3, logs=[heard]).run()
+    assert [report.step for report in heard.reports] == [3, 6, 7]
+    assert [report.loss for report in heard.reports] == [losses[2], losses[5], losses[6]]
+    for report in heard.reports:
+        assert report.loss == pytest.approx(report.flow + 0.5 * report.distill, rel=1e-5)
+        assert len(report.alpha) == len(report.weights) == 1
+        assert report.weights == pytest.approx([1.0])
+        assert report.images_per_second > 0
+        assert report.gradient_norm > 0
+        assert report.memory > 10**7
+        assert report.mfu is None
+    assert heard.reports[-1].spent == 1
+    assert heard.reports[-1].seconds_left == 0
+
+
+def test_skipped_pictures_are_counted_and_named(make, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    good = dict(zip(small_crops(3).pictures.names, small_crops(3).pictures.pictures, strict=True))
+    crops = RandomCrops(PictureList({**good, "bad.png": tmp_path / "bad.png"}), 16)
+    heard = Heard()
+    trainer = make(steps=3, crops=crops, logs=[heard])
+    trainer.run()
+    assert trainer.progress.skipped == heard.reports[-1].skipped == 3  # once in an epoch of four
+    assert [names for _, names in heard.skips] == [["bad.png"]] * 3
+
+
+def test_validation_scores_center_crops(make, picture_folder):
+    files = sorted(path for path in picture_folder.rglob("*") if path.is_file())
+    heard = Heard()
+    trainer = make(steps=4, validate_every=4, ema_decay=0.9, validator=Validator(files, 2), logs=[heard])
+    assert trainer.run() == make(steps=4, ema_decay=0.9).run()  # training does not notice
+    (validation,) = heard.validations
+    originals = torch.stack([to_tensor(center_crop(open_picture(file), 16)) for file in files])
+    noise = torch.stack([torch.randn(16, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    with trainer.average.in_model(), torch.no_grad():
+        results = to_uint8(trainer.student(normalize(originals), noise=noise))
+    assert validation.step == 4
+    assert validation.psnr == pytest.approx(psnr(results, originals).mean().item(), abs=1e-2)
+    assert validation.ssim == pytest.approx(ssim(results, originals).mean().item(), abs=1e-2)
+    assert validation.samples.shape == (3, 32, 32)  # the first batch: two pictures above two
+    assert torch.equal(validation.samples[:, :16, 16:], originals[1])
+
+
+def test_processes_share_the_pictures_to_validate_on(picture_folder):
+    files = sorted(path for path in picture_folder.rglob("*") if path.is_file())
+    student = small_objective().student
+
+    class Counted(Processes):
+        def average(self, values):
+            totals.append(values)
+            return values / self.world
+
+    totals = []
+    for rank in (0, 1):
+        Validator(files, 1).score(student, 1, Counted(rank, 2))  # the second has one picture less
+    alone = Validator(files, 1).score(student, 1, Processes())
+    psnr_sum, ssim_sum, pictures = sum(totals).tolist()
+    assert pictures == 3
+    assert psnr_sum / 3 == pytest.approx(alone.psnr)
+    assert ssim_sum / 3 == pytest.approx(alone.ssim)
+
+
+# losses that are not finite
+
+
+class Poisoned(torch.utils.data.Dataset):
+    """Good crops, but one is white; the objective below cannot stand white pictures."""
+
+    def __init__(self, at):
+        self.crops, self.at = small_crops(), at
+
+    def __getitem__(self, position):
+        sample = self.crops[position]
+        return Sample(torch.full_like(sample.pixels, 255), "white.png", []) if position == self.at else sample
+
+
+class AfraidOfWhite(nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.inner, self.value = small_objective(), value
+
+    @property
+    def student(self):
+        return self.inner.student
+
+    def forward(self, images):
+        losses = self.inner(images)
+        white = (images > 2).flatten(1).all(1).any()
+        poison = torch.where(white, self.value, 1.0)
+        return SimpleNamespace(**{**vars(losses), "total": losses.total * poison})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(make, tmp_path, value):
+    trainer = make(objective=AfraidOfWhite(value), crops=Poisoned(9), out=tmp_path, ema_decay=0.9, save_every=1)
+    with pytest.raises(FloatingPointError) as raised:
+        trainer.run()
+    assert f"the loss is {value} at step 3" in str(raised.value)
+    assert "white.png" in str(raised.value)
+    assert "a lower learning rate may help" in str(raised.value)
+    good = make(objective=AfraidOfWhite(value), out=tmp_path / "good", ema_decay=0.9)
+    stop_after(good, 2)
+    good.run()
+    folder = tmp_path / "failure-00000003"
+    assert not changed(parameters(good), dict(UniFlow.from_pretrained(folder).named_parameters()))
+    batch = torch.load(folder / "batch-0.pt", weights_only=True)
+    assert batch["names"][1] == "white.png"
+    assert (batch["images"][1] == 255).all()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+    # the step can be made again
+    objective = AfraidOfWhite(value).train()
+    objective.student.load_state_dict(UniFlow.from_pretrained(folder).state_dict())
+    torch.manual_seed(batch["seeds"][0])
+    assert not math.isfinite(objective(normalize(batch["images"])).total.item())
+
+
+def test_steps_made_before_the_host_notices_change_nothing(make, monkeypatch):
+    from uniflow.training import trainer as module
+
+    # as on a GPU whose numbers come late
+    monkeypatch.setattr(module._Arriving, "here", lambda self: False)
+    trainer = make(objective=AfraidOfWhite(math.nan), crops=Poisoned(9), steps=6, ema_decay=0.9)
+    with pytest.raises(FloatingPointError, match="at step 3"):
+        trainer.run()
+    assert trainer.progress.step == 6
+    good = make(objective=AfraidOfWhite(math.nan), ema_decay=0.9, steps=6)
+    stop_after(good, 2)
+    good.run()
+    assert not changed(parameters(good), parameters(trainer))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(make):
+    class Broken(WithoutChance):
+        def forward(self, images):
+            losses = super().forward(images)
+            # sqrt has an infinite slope at 0
+            losses.total = losses.total + (self.student.chal_proj.c_fc.bias.sum() * 0).sqrt()
+            return losses
+
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 1, of the pictures"):
+        make(objective=Broken()).run()

@@ -1,0 +1,57 @@
+"""One of two processes: what they do together, each with its own results; started by test_distributed.py."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from tests.uniflow.training.conftest import Heard, small_crops, small_objective
+from uniflow.training import Recipe, Stage, Trainer
+from uniflow.training.processes import Processes, joined
+
+STAGES = (Stage(2, train="decoder", warmup_steps=0), Stage(3, encoder_learning_rate=1e-3, warmup_steps=0))
+
+
+def trainer(processes: Processes, out: Path, **options: object) -> tuple[Trainer, Heard]:
+    """The run that one process and two shall make alike."""
+    recipe = Recipe(
+        STAGES, **{"batch_size": 4, "micro_batch_size": 1, "log_every": 1, "ema_decay": 0.9, "save_every": 1, **options}
+    )
+    heard = Heard()
+    made = Trainer(small_objective(), small_crops(), recipe, out, [heard], processes=processes)
+    made.checkpoints.keep = 9
+    return made, heard
+
+
+def results(made: Trainer, heard: Heard) -> dict[str, object]:
+    return {
+        "losses": made.run(),
+        "norms": [report.gradient_norm for report in heard.reports],
+    }
+
+
+def main(folder: Path) -> None:
+    def together(name: str, processes: Processes, start: Path | None = None, **options: object) -> None:
+        made, heard = trainer(processes, folder / name, **options)
+        if start is not None:
+            made.resume(start)
+        found = results(made, heard)
+        (folder / f"{name}-{processes.rank}.json").write_text(json.dumps(found))
+
+    torch.set_num_threads(1)
+    with joined(torch.device("cpu")) as (processes, _):
+        together("ddp", processes)
+        together("fsdp", processes, parallel="fsdp")
+        together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002", save_every=9)
+        together("half", processes, parallel="fsdp", precision="bfloat16", save_every=9, ema_decay=None)
+        if processes.rank == 1:
+            register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        together("killed", processes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

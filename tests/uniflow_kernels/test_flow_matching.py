@@ -1,0 +1,366 @@
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.conftest import randomize
+from uniflow_kernels import FlowHead, backend, flow_matching_loss, patchify, seeded_noise
+
+PATCH, GRID, WIDTH, Z = 4, (2, 3), 32, 24
+NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+
+
+def make_head(dtype=torch.float32, depth=2, **options):
+    return randomize(FlowHead(3 * PATCH**2, WIDTH, 3 * PATCH**2, Z, depth, **options)).to(dtype)
+
+
+def make_batch(batch=3, grid=GRID, per_token=True, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    tokens = grid[0] * grid[1]
+    condition, noise = (torch.randn(batch, tokens, width, generator=generator) for width in (Z, 3 * PATCH**2))
+    images = torch.randn(batch, 3, grid[0] * PATCH, grid[1] * PATCH, generator=generator)
+    t = torch.rand(batch, tokens, generator=generator)
+    return condition.to(dtype).requires_grad_(), images, t if per_token else t[:, 0], noise
+
+
+def results(head, condition, images, t, noise, chunk_tokens=None, function=flow_matching_loss, incoming=1.0, **options):
+    """Loss and gradients of condition and parameters."""
+    options = {"noise": noise, "time_scale": 1000.0, **options}
+    loss = function(head, condition, images, t, PATCH, **options, chunk_tokens=chunk_tokens)
+    return [loss.detach(), *torch.autograd.grad(incoming * loss, [condition, *head.parameters()])]
+
+
+def exactly(head, condition, images, t, noise, weights=1.0, mask=None):
+    """The same in float64, by the formula."""
+    head = copy.deepcopy(head).double()
+    condition = condition.detach().double().requires_grad_()
+    x1, x0 = patchify(images.double(), PATCH), noise.double()
+    s = (t if t.ndim == 2 else t[:, None]).double().expand(condition.shape[:2])
+    x_t = s[..., None] * x1 + (1 - s[..., None]) * x0
+    velocity = head(x_t.flatten(0, 1), 1000 * s.flatten(), condition.flatten(0, 1)).unflatten(0, s.shape)
+    losses = (velocity - (x1 - x0)).square().mean(-1) * weights
+    loss = losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
+    return [loss.detach(), *torch.autograd.grad(loss, [condition, *head.parameters()])]
+
+
+def same(found, expected, tolerance=2e-6):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 6, 13, 100])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_against_float64(within_twice, chunk_tokens, per_token):
+    """Chunks of a line of patches, of an image, of two images and of all."""
+    head, batch = make_head(), make_batch(per_token=per_token)
+    ours, plain = results(head, *batch, chunk_tokens), results(head, *batch)
+    for each in zip(ours, plain, exactly(head, *batch), strict=True):
+        within_twice(*each)
+
+
+def test_weights_mask_and_normalisation(within_twice):
+    head, (condition, _, t, noise) = make_head(), make_batch()
+    images = torch.randint(0, 256, (3, 8, 12, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    weights, mask = torch.rand(3, 6), torch.rand(3, 6) < 0.6
+    mean, std = (torch.tensor(values).double()[:, None, None] for values in NORMALIZATION.values())
+    exact = exactly(head, condition, (images.double() / 255 - mean) / std, t, noise, weights, mask)
+    options = {"weights": weights, "mask": mask, **NORMALIZATION}
+    ours = results(head, condition, images, t, noise, 6, **options)
+    plain = results(head, condition, images, t, noise, **options)
+    for each in zip(ours, plain, exact, strict=True):
+        within_twice(*each)
+    nothing = results(head, condition, images, t, noise, 6, mask=torch.zeros(3, 6, dtype=torch.bool))
+    assert not any(x.any() for x in nothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(within_twice, dtype, autocast):
+    head, batch = (
+        make_head(torch.float32 if autocast else dtype),
+        make_batch(dtype=torch.float32 if autocast else dtype),
+    )
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        ours, plain = results(head, *batch, 6), results(head, *batch)
+    for ours_, plain_, exact in zip(ours, plain, exactly(head, *batch), strict=True):
+        assert ours_.dtype == plain_.dtype
+        within_twice(ours_, plain_, exact, floor=2 * torch.finfo(dtype).eps)
+
+
+def test_float16_gradients_do_not_vanish(within_twice):
+    """The mean over many tokens makes a token's gradient smaller than float16 can hold; the sum's is not."""
+    head, batch = make_head(torch.float16), make_batch(16, (8, 8), dtype=torch.float16)
+    ours, exact = results(head, *batch, 256, incoming=2.0**16), exactly(head, *batch)
+    assert all(torch.isfinite(x).all() for x in ours)
+    for found, expected in zip(ours[1:], exact[1:], strict=True):
+        assert (found.double() / 2**16 - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 7), (5, 1)])
+def test_seeded_noise_is_the_same_in_chunks(grid):
+    head = make_head()
+    condition, images, t, _ = make_batch(grid=grid)
+    tokens = grid[0] * grid[1]
+    noise = seeded_noise(3 * tokens, 48, 11, 2).view(3, tokens, 48)
+    given = results(head, condition, images, t, noise)
+    for chunk_tokens in (1, 4, 7, 14, 100):
+        same(results(head, condition, images, t, None, chunk_tokens, seed=11, offset=2), given)
+
+
+@pytest.mark.parametrize(
+    "options", [{"recompute": "block"}, {"norm": "rms", "mlp": "swiglu", "bias": False}, {"modulation_groups": 1}]
+)
+def test_every_kind_of_head(options):
+    head, batch = make_head(**options), make_batch()
+    same(results(head, *batch, 6), results(head, *batch))
+
+
+def test_on_the_fused_head():
+    head, batch = make_head(), make_batch()
+    plain = results(head, *batch)
+    with backend("triton"):
+        same(results(head, *batch, 6), plain)
+
+
+def test_any_module_will_do():
+    """One with a buffer, shared parameters, one frozen and one that nothing depends on."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(48 + Z, WIDTH), nn.Linear(WIDTH, 48)
+            self.again, self.unused = self.down, nn.Parameter(torch.ones(3))
+            self.register_buffer("shift", torch.randn(WIDTH))
+            self.up.bias.requires_grad_(False)
+
+        def forward(self, x, t, c):
+            h = torch.tanh(self.up(torch.cat([x, c], 1)) + self.shift + t[:, None])
+            return self.down(h) + self.again(h.square())
+
+    head, (condition, images, t, noise) = Head(), make_batch()
+    for chunk_tokens in (None, 6):
+        head.zero_grad()
+        flow_matching_loss(head, condition, images, t, PATCH, noise, chunk_tokens=chunk_tokens).backward()
+        if chunk_tokens is None:
+            expected = {name: p.grad for name, p in head.named_parameters()}
+    assert head.up.bias.grad is None
+    assert not head.unused.grad.any()
+    names = ("up.weight", "down.weight", "down.bias")
+    same([head.get_parameter(name).grad for name in names], [expected[name] for name in names])
+
+
+def test_what_wants_no_gradient_gets_none():
+    head, (condition, images, t, noise) = make_head(), make_batch()
+    full = results(head, condition, images, t, noise, 6)
+    arguments = images, t, PATCH, noise
+    options = {"time_scale": 1000.0, "chunk_tokens": 6}
+    flow_matching_loss(head, condition.detach(), *arguments, **options).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(head.parameters(), full[2:], strict=True))
+    head.requires_grad_(False)
+    loss = flow_matching_loss(head, condition, *arguments, **options)
+    assert torch.equal(torch.autograd.grad(loss, condition)[0], full[1])
+    assert not flow_matching_loss(head, condition.detach(), *arguments, **options).requires_grad
+    for no_gradient in (torch.no_grad, torch.inference_mode):
+        with no_gradient():
+            assert torch.allclose(flow_matching_loss(head.requires_grad_(), condition, *arguments, **options), full[0])
+
+
+def test_hooks_of_parameters_see_one_gradient_a_step():
+    head, (condition, images, t, noise) = make_head(), make_batch()
+    seen, accumulated = [], []
+    head.input_proj.weight.register_hook(lambda g: seen.append(g) or 2 * g)
+    head.input_proj.weight.register_post_accumulate_grad_hook(accumulated.append)
+    expected = results(make_head(), condition, images, t, noise, 6)
+    loss = flow_matching_loss(head, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=6)
+    assert not seen
+    assert all(p.grad is None for p in head.parameters())
+    loss.backward()
+    assert len(seen) == len(accumulated) == 1
+    position = [name for name, _ in head.named_parameters()].index("input_proj.weight")
+    assert torch.equal(head.input_proj.weight.grad, 2 * expected[2 + position])
+
+
+def test_gradient_accumulation_and_a_graph_that_is_kept():
+    head, (condition, images, t, noise) = make_head(), make_batch()
+    expected = results(head, condition, images, t, noise, 6)
+    for scale in (1.0, 2.0**16):
+        loss = flow_matching_loss(head, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=6)
+        (scale * loss).backward(retain_graph=True)
+        (scale * loss).backward()
+        found = [condition.grad, *(p.grad for p in head.parameters())]
+        same(found, [2 * scale * g for g in expected[1:]])
+        condition.grad = None
+        head.zero_grad()
+
+
+def test_the_same_bits_every_time():
+    head, batch = make_head(), make_batch()
+    first = results(head, *batch, 6)
+    assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, results(head, *batch, 6), strict=True))
+
+
+def test_an_empty_batch():
+    head, batch = make_head(), make_batch(0)
+    found = results(head, *batch, 6)
+    assert all(x.eq(0).all() for x in found)
+    assert found[1].shape == batch[0].shape
+
+
+class Saved:
+    """The bytes that autograd holds, counted storage by storage; `most` is the largest number there was at a time.
+
+    Parameters and inputs, which are there anyway, do not count.
+    """
+
+    def __init__(self, head):
+        self.given = {p.untyped_storage().data_ptr() for p in head.parameters()}
+        self.holders, self.now, self.most = {}, 0, 0
+
+    class Box:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.given:
+            return tensor
+        box, key = self.Box(tensor), storage.data_ptr()
+        if self.holders.setdefault(key, 0) == 0:
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+        self.holders[key] += 1
+        weakref.finalize(box, self.release, key, storage.nbytes())
+        return box
+
+    def release(self, key, nbytes):
+        self.holders[key] -= 1
+        self.now -= nbytes if self.holders[key] == 0 else 0
+
+    def unpack(self, box):
+        return box.tensor if isinstance(box, self.Box) else box
+
+    def of(self, head, batch, chunk_tokens):
+        """(most bytes at a time, bytes still held when the loss is there)."""
+        condition, images, t, noise = make_batch(batch)
+        self.given |= {x.untyped_storage().data_ptr() for x in (condition, images, t, noise)}
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            loss = flow_matching_loss(head, condition, images, t, PATCH, noise, chunk_tokens=chunk_tokens)
+        held = self.now
+        loss.backward()
+        return self.most, held
+
+
+def test_kept_activations_do_not_grow_with_tokens():
+    head = make_head(depth=4)
+    gradients = sum(p.nbytes for p in head.parameters()) + 4
+    most, plain = {}, {}
+    for batch in (8, 16, 32):
+        most[batch], held = Saved(head).of(head, batch, 8 * 6)
+        plain[batch], _ = Saved(head).of(head, batch, None)
+        assert held == gradients + batch * 6 * Z * 4  # the gradients, and nothing else
+    assert most[8] == most[16] == most[32]
+    assert plain[32] > 3.5 * plain[8]
+    assert most[32] < 1.1 * plain[8]
+
+
+def test_registered_op_is_sound():
+    from uniflow_kernels.modules.flow_matching import _remember
+
+    head, (condition, images, t, noise) = make_head(depth=1), make_batch()
+    arguments = (condition, list(head.parameters()), images, t, noise, None, None, None, None, 0, 0, PATCH, 1.0, 6)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = torch.ops.uniflow_kernels.flow_matching
+    torch.library.opcheck(op, (*arguments, _remember(head), True, None), test_utils=tests)
+
+
+def test_compiles_whole_and_once():
+    """One node in the graph of what is around it, for any number of tokens; another head is another graph."""
+    around = nn.Linear(Z, Z)
+
+    def step(head, condition, images, t, noise):
+        with torch.autocast("cpu", torch.bfloat16):
+            condition = around(condition).float()
+            return 2 * flow_matching_loss(head, condition, images, t, PATCH, noise, chunk_tokens=6)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    head, other = make_head(depth=1), make_head(depth=1, eps=0.5)
+    for attempt, (head_, size) in enumerate([(head, 2), (head, 3), (head, 5), (other, 3)]):
+        condition, images, t, noise = make_batch(size)
+        leaves = [condition, *around.parameters(), *head_.parameters()]
+        with torch._dynamo.config.patch(error_on_recompile=0 < attempt < 3):
+            found = torch.autograd.grad(compiled(head_, condition, images, t, noise), leaves)
+        expected = torch.autograd.grad(step(head_, condition, images, t, noise), leaves)
+        assert all(torch.equal(*each) for each in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def full(gradient):
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_distributed(process_group, wrap):
+    head, (condition, images, t, noise) = make_head(), make_batch()
+    expected = results(head, condition, images, t, noise, 6)
+    wrapped = wrap(copy.deepcopy(head))
+    for steps in (1, 2):  # the second time the gradients accumulate
+        loss = flow_matching_loss(wrapped, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=6)
+        loss.backward()
+        found = [condition.grad, *(full(p.grad) for p in wrapped.parameters())]
+        same([loss.detach(), *found], [expected[0], *(steps * g for g in expected[1:])])
+    with torch.no_grad():
+        again = flow_matching_loss(wrapped, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=6)
+    assert torch.allclose(again, expected[0])
+
+
+def test_fsdp_in_mixed_precision(process_group):
+    head, (condition, images, t, noise) = make_head(), make_batch()
+    expected = results(head, condition, images, t, noise)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    sharded = fully_shard(copy.deepcopy(head), mp_policy=policy)
+    flow_matching_loss(sharded, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=6).backward()
+    found = [condition.grad, *(full(p.grad) for p in sharded.parameters())]
+    same(found, expected[1:], 0.1)
+    assert found[0].dtype == torch.float32
+
+
+def test_a_head_sharded_in_parts_is_refused(process_group):
+    head, batch = make_head(), make_batch()
+    fully_shard(head.res_blocks[0])
+    with pytest.raises(ValueError, match=r"^head: its parameter .* is sharded; call fully_shard on the"):
+        flow_matching_loss(head, *batch[:3], PATCH, batch[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"condition": torch.zeros(3, 5, Z)}, ValueError, r"condition: expected shape \(3, 6, 'Z'\)"),
+        ({"t": torch.zeros(2)}, ValueError, r"t: expected shape \(3,\) or \(3, 6\), got \(2,\)"),
+        ({"noise": None}, ValueError, "noise, seed: expected exactly one"),
+        ({"weights": torch.ones(3)}, ValueError, r"weights: expected shape \(3, 6\)"),
+        ({"mask": torch.ones(4, 6)}, ValueError, r"mask: expected shape \(3, 6\)"),
+        ({"mask": torch.ones(3, 6)}, TypeError, "mask: expected torch.bool"),
+        ({"patch_size": 5}, ValueError, "images: height and width"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected at least 1, or None"),
+        ({"t": torch.zeros(3, requires_grad=True)}, ValueError, "t: expected constants; chunk_tokens=None"),
+    ],
+)
+def test_wrong_inputs_name_the_argument(changes, error, message):
+    condition, images, t, noise = make_batch()
+    arguments = {"condition": condition, "images": images, "t": t, "patch_size": PATCH, "noise": noise, **changes}
+    with pytest.raises(error, match=f"^{message}"):
+        flow_matching_loss(make_head(), **arguments)

@@ -1,0 +1,235 @@
+"""Sampling heads that were trained to predict noise, as MAR's are: DDPM, DDIM, and DPM-Solver++ by way of diffusers.
+
+Time runs the other way than in `uniflow.flow`: timestep 0 is nearly the data, the last one noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uniflow_kernels import FlowHead
+from uniflow_kernels.modules.sampling import Conditioned
+from uniflow_kernels.solvers import guide
+
+METHODS = ("ddpm", "ddim", "dpm-solver++")
+BETAS = ("cosine", "linear")
+
+# x and a timestep to the noise in x, and where the head was trained to give it the variance's place v in [-1, 1]
+Predictor = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A diffusion of 1000 steps (or another number) and which of them a sampler takes.
+
+    Args:
+        steps: how many steps are sampled: all, or as many spread evenly from the first to the last (MAR's respacing of
+            one number, as in "100").
+        betas: "cosine" (Nichol & Dhariwal 2021, what MAR uses) or "linear" (Ho et al. 2020).
+        trained_steps: how many the head was trained on.
+
+    Raises:
+        ValueError: for an unknown name, or steps that are not in [1, trained_steps].
+    """
+
+    steps: int = 100
+    betas: str = "cosine"
+    trained_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.betas not in BETAS:
+            raise ValueError(f"betas: expected one of {', '.join(BETAS)}, got {self.betas!r}")
+        if not 1 <= self.steps <= self.trained_steps:
+            raise ValueError(f"steps: expected between 1 and {self.trained_steps}, got {self.steps}")
+
+    def trained_betas(self) -> list[float]:
+        """The variance that each trained step adds."""
+        n = self.trained_steps
+        if self.betas == "linear":  # 1e-4 to 0.02 for 1000 steps
+            return [(0.1 + (20 - 0.1) * i / max(1, n - 1)) / n for i in range(n)]
+        signal = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        return [min(1 - signal[i + 1] / signal[i], 0.999) for i in range(n)]
+
+    def timesteps(self) -> list[int]:
+        """The sampled steps, ascending."""
+        if self.steps == 1:
+            return [0]
+        return [round(i * (self.trained_steps - 1) / (self.steps - 1)) for i in range(self.steps)]
+
+    def signals(self) -> list[float]:
+        """At each of `timesteps`, the share of the data's variance in x: the product of all 1 - beta up to it."""
+        signal, at = 1.0, []
+        for beta in self.trained_betas():
+            signal *= 1 - beta
+            at.append(signal)
+        return [at[timestep] for timestep in self.timesteps()]
+
+
+def sample(
+    head: FlowHead,
+    condition: Tensor,
+    diffusion: Diffusion,
+    method: str = "ddpm",
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    cfg: float = 1.0,
+    null_condition: Tensor | None = None,
+    temperature: float = 1.0,
+    eta: float = 0.0,
+) -> Tensor:
+    """Draw rows from a head that predicts noise.
+
+    Args:
+        head: out_channels is in_channels, or twice that: the second half is then where the variance lies between its
+            bounds (learn_sigma in MAR); the timestep is an integer.
+        condition: [M, z_channels].
+        diffusion: betas and respacing.
+        method: "ddpm"; "ddim"; or "dpm-solver++", of second order, which needs diffusers.
+        noise: [M, in_channels] to start from; drawn if not given.
+        generator: to draw it and the noise of the steps with, on the condition's device.
+        cfg: guidance scale of the predicted noise; 1 is none.
+        null_condition: [M, z_channels] or [1, z_channels], what guidance leads away from.
+        temperature: what the noise of the steps is multiplied by (MAR's); the first noise is not.
+        eta: of DDIM: 0 adds no noise, 1 as much as DDPM's lower bound.
+
+    Returns:
+        [M, in_channels], in the condition's dtype; the state is float32.
+
+    Raises:
+        ModuleNotFoundError: for "dpm-solver++" without diffusers, naming the extra.
+        ValueError: for an unknown method, a head of other channels, guidance without a null condition, eta out of
+            range, shapes that do not fit.
+
+    Source: `p_sample` and `ddim_sample` of MAR's diffusion (from ADM), and `forward_with_cfg` of its head: the guided
+    noise goes with the conditional variance.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if head.out_channels not in (head.in_channels, 2 * head.in_channels):
+        raise ValueError(
+            f"head: expected out_channels {head.in_channels} or {2 * head.in_channels}, got {head.out_channels}"
+        )
+    if cfg != 1.0 and null_condition is None:
+        raise ValueError("null_condition: expected a tensor, since cfg is not 1")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
+    shape = (*condition.shape[:-1], head.in_channels)
+    if noise is None:
+        noise = torch.randn(shape, generator=generator, device=condition.device)
+    elif noise.shape != shape:
+        raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    x = noise.to(torch.promote_types(condition.dtype, torch.float32))
+    predict = predictor(head, condition, diffusion.timesteps(), cfg, null_condition)
+    if method == "ddpm":
+        x = ddpm(predict, x, diffusion, temperature, generator)
+    elif method == "ddim":
+        x = ddim(predict, x, diffusion, eta, temperature, generator)
+    else:
+        x = dpm_solver(predict, x, diffusion)
+    return x.to(condition.dtype)
+
+
+def predictor(
+    head: FlowHead, condition: Tensor, timesteps: list[int], cfg: float = 1.0, null_condition: Tensor | None = None
+) -> Predictor:
+    """What the methods call, of a head under a condition; see `sample`."""
+    conditioned = Conditioned(head, condition, timesteps, None if cfg == 1.0 else null_condition)
+
+    def predict(x: Tensor, timestep: int) -> tuple[Tensor, Tensor | None]:
+        outputs = [conditioned(x, timestep)] if cfg == 1.0 else conditioned.both(x, timestep)
+        noise, *rest = outputs[0].split(head.in_channels, dim=-1)
+        if cfg != 1.0:
+            noise = guide(noise, outputs[1][..., : head.in_channels], cfg)
+        return noise, rest[0] if rest else None
+
+    return predict
+
+
+def ddpm(
+    predict: Predictor,
+    x: Tensor,
+    diffusion: Diffusion,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020) from noise x, with the variance that the head gives, else the lower bound.
+
+    The logarithm of the variance lies between those of the lower bound, beta * (1 - previous) / (1 - signal), and of
+    beta (Nichol & Dhariwal 2021, eq. 15).
+    """
+    for timestep, signal, previous in _steps_down(diffusion):
+        alpha = signal / previous
+        beta = 1 - alpha
+        noise, place = predict(x, timestep)
+        data = _data(x, noise, signal)
+        mean = data * (beta * previous**0.5 / (1 - signal)) + x * ((1 - previous) * alpha**0.5 / (1 - signal))
+        if previous == 1.0:
+            return mean
+        low, high = math.log(beta * (1 - previous) / (1 - signal)), math.log(beta)
+        deviation = math.exp(0.5 * low)
+        if place is None:
+            x = mean + temperature * deviation * _noise_like(x, generator)
+        else:
+            share = (place.to(x.dtype) + 1) / 2
+            x = mean + temperature * deviation * torch.exp(0.5 * (high - low) * share) * _noise_like(x, generator)
+    return x
+
+
+def ddim(
+    predict: Predictor,
+    x: Tensor,
+    diffusion: Diffusion,
+    eta: float = 0.0,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Implicit sampling (Song et al. 2021, eq. 12) from noise x; with eta = 0 it draws nothing."""
+    for timestep, signal, previous in _steps_down(diffusion):
+        noise, _ = predict(x, timestep)
+        data = _data(x, noise, signal)
+        variance = eta**2 * (1 - previous) / (1 - signal) * (1 - signal / previous)
+        x = previous**0.5 * data + (1 - previous - variance) ** 0.5 * noise
+        if variance:
+            x = x + temperature * variance**0.5 * _noise_like(x, generator)
+    return x
+
+
+def dpm_solver(predict: Predictor, x: Tensor, diffusion: Diffusion) -> Tensor:
+    """DPM-Solver++ of second order (Lu et al. 2022) from noise x, by the scheduler of diffusers; it draws nothing.
+
+    Raises:
+        ModuleNotFoundError: without diffusers, naming the extra.
+    """
+    try:
+        from diffusers import DPMSolverMultistepScheduler
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "dpm-solver++ needs diffusers: pip install 'uniflow-kernels[diffusers]'", name=error.name
+        ) from None
+    scheduler = DPMSolverMultistepScheduler(diffusion.trained_steps, trained_betas=diffusion.trained_betas())
+    scheduler.set_timesteps(timesteps=diffusion.timesteps()[::-1])
+    for timestep in reversed(diffusion.timesteps()):
+        noise, _ = predict(x, timestep)
+        x = scheduler.step(noise.to(x.dtype), timestep, x).prev_sample
+    return x
+
+
+def _steps_down(diffusion: Diffusion) -> list[tuple[int, float, float]]:
+    """Each sampled timestep from the last to the first, its signal and that of the step that it leads to."""
+    signals = diffusion.signals()
+    return list(zip(diffusion.timesteps(), signals, [1.0, *signals[:-1]], strict=True))[::-1]
+
+
+def _data(x: Tensor, noise: Tensor, signal: float) -> Tensor:
+    """The data that x holds beside the noise."""
+    return (x - (1 - signal) ** 0.5 * noise) / signal**0.5
+
+
+def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

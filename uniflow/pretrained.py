@@ -1,0 +1,265 @@
+"""Encoders from elsewhere, as UniFlow's own: embeddings, then layers that map tokens to tokens.
+
+InternViT, which UniFlow is built on, has the layers of UniFlow. Vision transformers of the transformers package (ViT,
+DINOv2, CLIP, SigLIP, SigLIP2 and their relatives) are adapted by what their modules have in common.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from uniflow.checkpoint import CheckpointError, assign_state, read_state
+from uniflow.config import UniFlowConfig
+from uniflow.encoder import Embeddings, Encoder, LayerStack
+from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+
+_INTERNVIT_FIELDS = (
+    "image_size",
+    "patch_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "qkv_bias",
+    "qk_normalization",
+    "norm_type",
+)
+_INTERNVIT_CHOICES = (
+    "num_channels",
+    "layer_norm_eps",
+    "hidden_act",
+    "dropout",
+    "attention_dropout",
+    "drop_path_rate",
+    "initializer_factor",
+    "use_flash_attn",
+)
+
+
+class PretrainedEncoder(NamedTuple):
+    """An encoder, and what the fields of a `UniFlowConfig` around it are."""
+
+    embeddings: Embeddings | HuggingFaceEmbeddings
+    encoder: LayerStack
+    fields: dict[str, Any]
+
+
+def pretrained_encoder(
+    source: str | Path | nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> PretrainedEncoder:
+    """An encoder for `UniFlow.from_encoder` or `EncoderTeacher`.
+
+    Args:
+        source: a checkpoint folder, official, of an InternViT, or one that transformers' AutoModel reads; or a vision
+            model of the transformers package, which is taken as it is.
+        mean, std: what the encoder's images are normalised with. It is given those of `uniflow.normalize`, as every
+            encoder here, and brings them to its own statistics.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if it does not hold what its config.json says.
+        ImportError: if it takes the transformers package, and this is not installed.
+        ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix.
+    """
+    if isinstance(source, nn.Module):
+        return _from_huggingface(source, mean, std)
+    path = Path(source) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config = config.get("vision_config", config)
+        kind = config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration: {error}") from None
+    if kind in ("uniflow", "intern_vit_6b"):
+        if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError("mean, std: encoders of the InternViT kind are trained on ImageNet's, expected those")
+        return _from_internvit(Path(source), config)
+    return _from_huggingface(_transformers().AutoModel.from_pretrained(source), mean, std)
+
+
+# --- InternViT: the layers are UniFlow's own ---
+
+
+def _from_internvit(folder: Path, values: dict[str, Any]) -> PretrainedEncoder:
+    missing = [name for name in _INTERNVIT_FIELDS if name not in values]
+    if missing:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}")
+    fields = {name: values[name] for name in (*_INTERNVIT_FIELDS, *_INTERNVIT_CHOICES) if name in values}
+    fields["vit_hidden_size"] = fields["hidden_size"]
+    config = UniFlowConfig(**fields)
+    with torch.device("meta"):
+        parts = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
+    # within an InternVL the encoder's keys have a prefix
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in read_state(folder).items()}
+    own = {name: tensor for name, tensor in state.items() if name.startswith(("embeddings.", "encoder."))}
+    if not own:
+        raise CheckpointError(f"{folder} holds no encoder: no key begins with 'embeddings.' or 'encoder.'")
+    assign_state(parts, own, str(folder))
+    return PretrainedEncoder(parts["embeddings"], parts["encoder"], fields)  # type: ignore[arg-type]
+
+
+# --- the transformers package ---
+
+
+class HuggingFaceEmbeddings(nn.Module):
+    """What a vision transformer of the transformers package does before its first layer.
+
+    Args:
+        model: the vision model.
+        patch_size: P, in pixels.
+        image_size: the side it was trained at, in pixels.
+        channels: of an image.
+        mean, std: see `pretrained_encoder`.
+
+    Raises:
+        ValueError: if the tokens are not one a patch, in raster order behind the prefix.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        patch_size: int,
+        image_size: int,
+        channels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.embed = _part(model, "embeddings")
+        self.norm = getattr(model, "pre_layrnorm", nn.Identity())  # CLIP's, under the name that it has there
+        self.patch_size = patch_size
+        self.image_size = image_size
+        accepted = inspect.signature(self.embed.forward).parameters
+        self.takes_patches = "spatial_shapes" in accepted  # SigLIP2: rows of pixels, and how they lie
+        self.can_interpolate = "interpolate_pos_encoding" in accepted
+        # from ImageNet's statistics to its own: x*scale + shift
+        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)])[:, :, None, None]
+        self.rescales = not torch.equal(statistics[:2], statistics[2:])
+        self.register_buffer("scale", statistics[1] / statistics[3], persistent=False)
+        self.register_buffer("shift", (statistics[0] - statistics[2]) / statistics[3], persistent=False)
+        self.prefix_tokens = 0
+        self.prefix_tokens = self._find_prefix(channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, prefix + (H/P)*(W/P), D]."""
+        size = (images.shape[-2], images.shape[-1])
+        if self.rescales:
+            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
+        images = images.to(next(self.embed.parameters()).dtype)
+        patch = self.patch_size
+        if self.takes_patches:
+            rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(len(images), 2)
+            return self.norm(self.embed(rows, grid))
+        if self.can_interpolate:
+            return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))
+        return self.norm(self.embed(images))
+
+    @torch.no_grad()
+    def _find_prefix(self, channels: int) -> int:
+        """How many tokens come before those of the patches, found by changing a patch at a time."""
+        lines = self.image_size // self.patch_size
+        device = next(self.embed.parameters()).device
+        places = sorted({0, min(1, lines * lines - 1), lines * lines - 1})
+        images = torch.zeros(1 + len(places), channels, self.image_size, self.image_size, device=device)
+        for image, place in zip(images[1:], places, strict=True):
+            top, left = (self.patch_size * at for at in divmod(place, lines))
+            image[:, top : top + self.patch_size, left : left + self.patch_size] = 1.0
+        training = self.training
+        tokens = self.eval()(images)
+        self.train(training)
+        prefix = tokens.shape[1] - lines * lines
+        for place, changed in zip(places, (tokens[1:] != tokens[:1]).any(-1), strict=True):
+            found = changed.nonzero().flatten().tolist()
+            if prefix < 0 or found != [prefix + place]:
+                raise ValueError(
+                    f"encoder: expected a token for each of the {lines}x{lines} patches, in raster order behind the "
+                    f"class and register tokens; of its {tokens.shape[1]} tokens patch {place} changes {found}"
+                )
+        return prefix
+
+
+class HuggingFaceLayer(nn.Module):
+    """A layer of the transformers package as one of tokens to tokens: no mask, and nothing but the tokens returned."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        out = self.layer(x, None)
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> PretrainedEncoder:
+    model = getattr(model, "base_model", model)  # without the head of a classifier
+    model = getattr(model, "vision_model", model)  # of a pair of image and text encoder
+    config = getattr(model, "config", None)
+    layers = _layers(model)
+    try:
+        patch, channels, width = config.patch_size, config.num_channels, config.hidden_size  # type: ignore[union-attr]
+        heads = config.num_attention_heads  # type: ignore[union-attr]
+        # SigLIP2 has no size of its own, only the grid of its position embeddings
+        size = getattr(config, "image_size", None) or math.isqrt(config.num_patches) * patch  # type: ignore[union-attr]
+    except AttributeError as error:
+        raise ValueError(
+            f"encoder: expected a vision transformer of the transformers package, but {type(model).__name__} has no "
+            f"{error.name} in its config"
+        ) from None
+    for name, value in (("patch_size", patch), ("image_size", size)):
+        if not isinstance(value, int):
+            raise ValueError(f"encoder: expected a square {name}, got {value}")
+    fields = {
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": channels,
+        "hidden_size": width,
+        "vit_hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "intermediate_size": getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4)),
+    }
+    embeddings = HuggingFaceEmbeddings(model, patch, size, channels, mean, std)
+    return PretrainedEncoder(embeddings, LayerStack(map(HuggingFaceLayer, layers)), fields)
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    for place in (model, getattr(model, "encoder", None)):
+        for name in ("layers", "layer"):
+            layers = getattr(place, name, None)
+            if isinstance(layers, nn.ModuleList) and len(layers):
+                return layers
+    raise ValueError(
+        f"encoder: expected a vision transformer of the transformers package, with its layers as `layers` or "
+        f"`encoder.layer`; {type(model).__name__} has neither"
+    )
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    part = getattr(model, name, None)
+    if not isinstance(part, nn.Module):
+        raise ValueError(f"encoder: expected a vision transformer, but {type(model).__name__} has no {name}")
+    return part
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            "this checkpoint is read by the transformers package: pip install 'uniflow-kernels[hf]'"
+        ) from None
+    return transformers

@@ -1,0 +1,72 @@
+"""What teaches the student: a frozen encoder, run layer by layer beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from uniflow.encoder import LayerStack
+from uniflow.model import UniFlow
+from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.pretrained import pretrained_encoder
+
+
+class EncoderTeacher(nn.Module):
+    """A frozen encoder; always in evaluation mode.
+
+    Any module with a `states(images)` that yields the outputs of layers 1..L, [B, prefix_tokens + N, D], and with
+    `prefix_tokens` can stand in for it.
+
+    Args:
+        embeddings: images [B, C, H, W] to tokens [B, prefix_tokens + N, D].
+        encoder: its layers. Neither is copied.
+        dtype: to run in; the parameters' own if not given.
+    """
+
+    def __init__(self, embeddings: nn.Module, encoder: LayerStack, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.encoder = encoder
+        self.requires_grad_(False).eval().to(dtype)
+
+    @classmethod
+    def copy_of(cls, model: UniFlow, dtype: torch.dtype | None = None) -> EncoderTeacher:
+        """The encoder of a UniFlow as it is now."""
+        return cls(copy.deepcopy(model.embeddings), copy.deepcopy(model.encoder), dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | nn.Module,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        dtype: torch.dtype | None = None,
+    ) -> EncoderTeacher:
+        """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen."""
+        pretrained = pretrained_encoder(source, mean, std)
+        return cls(pretrained.embeddings, pretrained.encoder, dtype)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens come before those of the patches."""
+        return self.embeddings.prefix_tokens  # type: ignore[return-value]
+
+    def train(self, mode: bool = True) -> EncoderTeacher:
+        """Stay in evaluation mode, whatever the student does."""
+        return super().train(False)
+
+    def states(self, images: Tensor) -> Iterator[Tensor]:
+        """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient."""
+        return self.encoder.states(self._embed(images))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B, C, H, W] to the L+1 states [B, prefix_tokens + N, D] of the encoder."""
+        return self.encoder(self._embed(images))
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.embeddings(images.to(next(self.encoder.parameters()).dtype))

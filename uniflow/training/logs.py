@@ -1,0 +1,228 @@
+"""What a run reports: a line of JSON a report, TensorBoard, and how much of the GPU is used."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from uniflow.atomic import replacing
+from uniflow.pictures import save_picture
+
+# dense bfloat16 products a second, from the makers' data sheets; the first name that is part of the device's counts
+_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step as it is logged; losses are means over all processes and micro-batches.
+
+    `spent` is the share of the stage's budget, `seconds_left` what remains of it at this pace; `mfu` the share of the
+    GPU's peak that the model's products make up, None where the peak is not known; `memory` the highest so far, in
+    bytes, of the GPU or else of the process; `skipped` the damaged pictures so far, in this process.
+    """
+
+    step: int
+    stage: int
+    spent: float
+    seconds_left: float
+    loss: float
+    flow: float
+    distill: float
+    alpha: list[float]
+    weights: list[float]
+    gradient_norm: float
+    learning_rate: float
+    encoder_learning_rate: float | None
+    images_per_second: float
+    mfu: float | None
+    memory: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean PSNR in dB and SSIM (None for pictures too small for it).
+
+    `samples` is one picture, uint8 [3, H, W]: some originals in a row, above their reconstructions.
+    """
+
+    step: int
+    psnr: float
+    ssim: float | None
+    samples: Tensor
+
+
+class Log:
+    """Whatever wants to know how a run goes. All but `skipped` is told to the first process only."""
+
+    def report(self, report: Report) -> None:
+        """A step."""
+
+    def validation(self, validation: Validation) -> None:
+        """A validation."""
+
+    def skipped(self, step: int, names: list[str]) -> None:
+        """Pictures that this process could not read."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class JsonLines(Log):
+    """One JSON object a line; lines of steps after `start`, which will come again, are taken out."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        if path.exists():
+            with replacing(path) as kept:
+                kept.write_text("".join(line + "\n" for line in _lines_until(path, start)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def report(self, report: Report) -> None:
+        """Every field."""
+        self._write(asdict(report))
+
+    def validation(self, validation: Validation) -> None:
+        """The scores."""
+        self._write({"step": validation.step, "psnr": validation.psnr, "ssim": validation.ssim})
+
+    def skipped(self, step: int, names: list[str]) -> None:
+        """The names."""
+        self._write({"step": step, "skipped_pictures": names})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, values: dict[str, object]) -> None:
+        # a line at a time, so that a run that is killed leaves what it has seen
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+    return kept
+
+
+class TensorBoard(Log):
+    """Scalars and sample reconstructions for TensorBoard; steps after `start` are taken out."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def report(self, report: Report) -> None:
+        """One curve a number; alpha and weights have one a layer."""
+        for name, value in asdict(report).items():
+            if isinstance(value, list):
+                for layer, layers in enumerate(value, start=1):
+                    self._writer.add_scalar(f"{name}/{layer}", layers, report.step)
+            elif value is not None and name != "step":
+                self._writer.add_scalar(f"train/{name}", value, report.step)
+
+    def validation(self, validation: Validation) -> None:
+        """Scores and pictures."""
+        self._writer.add_scalar("validation/psnr", validation.psnr, validation.step)
+        if validation.ssim is not None:
+            self._writer.add_scalar("validation/ssim", validation.ssim, validation.step)
+        self._writer.add_image("validation/samples", validation.samples, validation.step)
+
+    def skipped(self, step: int, names: list[str]) -> None:
+        """The names, as text."""
+        self._writer.add_text("skipped", ", ".join(names), step)
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self._writer.close()
+
+
+class SamplePictures(Log):
+    """A PNG for every validation, the originals above."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def validation(self, validation: Validation) -> None:
+        """Write it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_picture(validation.samples, self.folder / f"step-{validation.step:08}.png")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of bfloat16 products in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def count_flops(objective: nn.Module, image_shape: Sequence[int]) -> float | None:
+    """FLOPs of the products in a forward and backward pass for one image [C, H, W].
+
+    Counted on the meta device, where nothing is computed and fused operations take their plain forms; None for an
+    objective that does not run there.
+    """
+    tensors = chain(objective.named_parameters(), objective.named_buffers())
+    meta = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors}
+    try:
+        with _FlopCounter() as counter:
+            functional_call(objective, meta, (torch.empty(1, *image_shape, device="meta"),)).total.backward()
+    except (NotImplementedError, RuntimeError):
+        return None
+    return counter.total
+
+
+class _FlopCounter(TorchDispatchMode):
+    """The sum of torch's FlopCounterMode, whose hooks on modules bear no gradient that is taken in a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """The highest use so far in bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_finite(*values: float) -> bool:
+    """Whether all values are."""
+    return all(map(math.isfinite, values))

@@ -1,0 +1,98 @@
+"""What a step changes and by how much: frozen parts, parameter groups, the learning rate, moving averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from uniflow.training.recipe import Recipe, Stage
+
+_ENCODER = ("embeddings.", "encoder.")
+
+
+def freeze(student: nn.Module, stage: Stage) -> None:
+    """Let the parameters that the stage trains have gradients, and no others."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(stage.train == "all" or not name.startswith(_ENCODER))
+
+
+def make_optimizer(student: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
+    """A fused AdamW for what the stage trains; the rest is frozen.
+
+    The encoder's groups have its own learning rate; parameters of one dimension (norms, biases, scales) do not decay.
+    A group's `peak` is the learning rate that the schedule scales.
+    """
+    freeze(student, stage)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith(_ENCODER), parameter.ndim > 1), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": stage.encoder_rate if in_encoder else stage.learning_rate,
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+            }
+            for (in_encoder, decays), parameters in groups.items()
+        ],
+        lr=stage.learning_rate,
+        betas=recipe.betas,
+        fused=True,
+    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # as AdamW would at its first step; a checkpoint then has the same entries at any step
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, spent: float) -> float:
+    """Warmup and cosine for step `step` (from 1) of a stage, `spent` being the share of its budget: the factor."""
+    warm = min(1.0, step / stage.warmup_steps) if stage.warmup_steps else 1.0
+    factor = warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return factor
+
+
+class MovingAverage:
+    """An exponential moving average of a model's parameters, by name in `values`."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = list(model.parameters())
+        self._update = get_ema_multi_avg_fn(decay)
+        self.values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the parameters as they are now."""
+        self._update(list(self.values.values()), self._parameters, 0)
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Inside the block the model holds the averages; then its own values again, to the bit."""
+        own = [parameter.detach().clone() for parameter in self._parameters]
+        self._set(list(self.values.values()))
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def averaged(average: MovingAverage | None) -> Iterator[None]:
+    """Inside the block the model holds its averages, if there are any."""
+    with average.in_model() if average is not None else nullcontext():
+        yield

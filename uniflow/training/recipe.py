@@ -1,0 +1,246 @@
+"""How to train, as dataclasses: what the Trainer takes, and the whole run as a YAML file describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
+_NO_UNKNOWN_KEYS = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with its own optimizer and schedule.
+
+    The learning rate rises for `warmup_steps` and falls as a half cosine over the budget that is further spent: `steps`
+    or, if given, `seconds`. The stage ends when either is spent.
+
+    Attributes:
+        steps: optimizer steps.
+        train: "all", or "decoder", everything but the encoder, which is frozen.
+        learning_rate: the highest.
+        encoder_learning_rate: the encoder's highest, if it is another.
+        warmup_steps: may be 0.
+        seconds: of training; runs that end by the clock are not repeated to the bit.
+    """
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    steps: int
+    train: Literal["all", "decoder"] = "all"
+    learning_rate: float = 1e-3
+    encoder_learning_rate: float | None = None
+    warmup_steps: int = 50
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
+        _at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps")
+        _above_zero(self, "seconds")
+        _one_of(self, "train", ("all", "decoder"))
+
+    @property
+    def encoder_rate(self) -> float:
+        """The encoder's highest learning rate."""
+        return self.learning_rate if self.encoder_learning_rate is None else self.encoder_learning_rate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the Trainer trains.
+
+    Attributes:
+        stages: one after the other.
+        batch_size: pictures in a step, over all processes.
+        micro_batch_size: pictures in a forward pass of one process; a step makes as many as it needs and adds up their
+            gradients. The times and noise of a micro-batch depend on its place in the step, so that the same steps come
+            out whatever the number of processes. None: a process's whole share.
+        weight_decay: of parameters with more than one dimension; norms and biases have none.
+        betas: of AdamW.
+        max_gradient_norm: gradients are scaled down to it.
+        ema_decay: of an exponential moving average of the parameters, kept and validated where given.
+        precision: "bfloat16" runs the forward pass under autocast; parameters and their updates stay in their dtype.
+        compile: run the objective through torch.compile.
+        parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
+        seed: of times and noise (that of crops belongs to the data).
+        workers: processes that read pictures, for each process that trains.
+        log_every, save_every, validate_every: in steps.
+        keep: how many checkpoints; older ones are deleted.
+    """
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    stages: tuple[Stage, ...]
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_gradient_norm: float = 1.0
+    ema_decay: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    seed: int = 0
+    workers: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 3
+    validate_every: int = 1000
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages: expected at least one")
+        _at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "save_every", "keep", "validate_every")
+        _at_least(self, 0, "weight_decay", "workers", "seed")
+        _above_zero(self, "max_gradient_norm")
+        _one_of(self, "precision", ("float32", "bfloat16"))
+        _one_of(self, "parallel", ("ddp", "fsdp"))
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
+
+    def micro_batches(self, world: int) -> tuple[int, int]:
+        """Number and size of the micro-batches that each of `world` processes goes through in a step.
+
+        Raises:
+            ValueError: if the batch cannot be divided so.
+        """
+        if self.batch_size % world:
+            raise ValueError(f"batch_size: expected a multiple of the {world} processes, got {self.batch_size}")
+        share = self.batch_size // world
+        size = self.micro_batch_size or share
+        if share % size:
+            raise ValueError(
+                f"micro_batch_size: expected a divisor of a process's share ({self.batch_size} / {world} = {share}), "
+                f"got {size}"
+            )
+        return share // size, size
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model to train: a preset from scratch, a checkpoint folder, or a new decoder around a pretrained encoder.
+
+    `encoder` is a folder that holds an encoder of the InternViT kind, see `UniFlow.from_encoder`. `config` changes
+    fields of a preset's config, or of the decoder's around an encoder.
+    """
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    preset: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    encoder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
+            raise ValueError("expected one of preset, checkpoint and encoder")
+        if self.checkpoint is not None and self.config:
+            raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
+
+
+@dataclass(frozen=True)
+class ObjectiveChoice:
+    """The arguments of `UniFlowObjective`.
+
+    `teacher` is a folder whose encoder teaches (see `EncoderTeacher.from_pretrained`); without one it is the student's
+    own as it was at the start. `distill_weight` is 1 if not given, or 0 for a preset without a teacher: an encoder that
+    knows nothing has nothing to teach.
+    """
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    teacher: Path | None = None
+    distill_weight: float | None = None
+    flow_weight: float = 1.0
+    beta: float = 2.0
+    t_distribution: str = "fat_lognormal"
+    t_per: Literal["token", "image"] = "token"
+    layer_weights: Literal["adaptive", "uniform"] = "adaptive"
+    chunk_tokens: int | None = 4096
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Where pictures come from, and how they are cropped.
+
+    Attributes:
+        folder: of pictures, at any depth.
+        shards: WebDataset tar files, as in "data/train-{0000..0099}.tar" or "data/*.tar".
+        validation: folder of pictures for PSNR, SSIM and sample reconstructions.
+        smallest_crop, flip: see `uniflow.data.RandomCrops`.
+    """
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    folder: Path | None = None
+    shards: str | None = None
+    validation: Path | None = None
+    smallest_crop: float = 0.25
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.shards is None):
+            raise ValueError("expected either folder or shards")
+        if not 0 < self.smallest_crop <= 1:
+            raise ValueError(f"smallest_crop: expected a share in (0, 1], got {self.smallest_crop}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run, as the YAML file of `uniflow train` describes it; paths are relative to where the command runs."""
+
+    __pydantic_config__ = _NO_UNKNOWN_KEYS
+
+    model: ModelChoice
+    data: DataChoice
+    recipe: Recipe
+    objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
+    out: Path | None = None
+    tensorboard: bool = True
+
+
+def read_run(path: Path) -> Run:
+    """Read a YAML file.
+
+    Raises:
+        ModuleNotFoundError: if yaml or pydantic is not installed.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no YAML, or naming the first key that is wrong, unknown or missing.
+    """
+    import pydantic
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {error}") from None
+    try:
+        return pydantic.TypeAdapter(Run).validate_python(values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        raise ValueError(f"{path}: {key + ': ' if key else ''}{message}{got}") from None
+
+
+def _at_least(recipe: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _above_zero(recipe: object, name: str) -> None:
+    value = getattr(recipe, name)
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")
+
+
+def _one_of(recipe: object, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(recipe, name) not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")

@@ -1,0 +1,383 @@
+"""The training loop. It never waits for the GPU: what a step measured is looked at when it has arrived."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from uniflow.data import Batch, Positions, Sample, load
+from uniflow.model import UniFlow
+from uniflow.normalization import normalize
+from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
+from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
+from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
+from uniflow.training.processes import Processes, gathered, replicate, shard, synchronized
+from uniflow.training.recipe import Recipe, Stage
+from uniflow.training.state import Progress, read_training, read_weights, write_training, write_weights
+from uniflow.training.validation import Validator
+
+_NAMED = 8  # pictures in an error message
+
+
+class Trainer:
+    """Trains `objective.student` as a recipe says.
+
+    A step takes `recipe.batch_size` samples from `crops`, at positions that follow each other; its times and noise are
+    seeded by step and micro-batch. So a run that goes on from a checkpoint makes the steps of one that never stopped,
+    to the bit where the device's sums are reproducible.
+
+    A step whose loss or gradient is not finite changes nothing, nor does any later one: the run stops when the host
+    learns of it, with the weights as they were before.
+
+    Args:
+        objective: a module with a `student` (see `UniFlow`), on the device to train on; called with normalised images
+            [B, 3, H, W] it gives `total`, `flow`, `distill`, `alpha` and `weights`, as `UniFlowObjective` does.
+        crops: gives a `uniflow.data.Sample` for every position from 0.
+        recipe: see `Recipe`.
+        out: folder for checkpoints and what is left of failures; nothing is written without one.
+        logs: told of every `recipe.log_every`-th step and of a stage's last.
+        validator: scores the student every `recipe.validate_every` steps.
+        processes: this process's place among others.
+
+    Raises:
+        ValueError: if the recipe does not fit the number of processes.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        crops: Dataset[Sample],
+        recipe: Recipe,
+        out: Path | None = None,
+        logs: Sequence[Log] = (),
+        validator: Validator | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.objective = objective
+        self.student = cast(UniFlow, objective.student)
+        self.crops = crops
+        self.recipe = recipe
+        self.out = out
+        self.logs = list(logs)
+        self.validator = validator
+        self.processes = processes or Processes()
+        self.device = self.student.device
+        self.micro_batches, self.micro_batch_size = recipe.micro_batches(self.processes.world)
+        self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, self.processes) if out else None
+        self.progress = Progress()
+        self.latest: Path | None = None  # checkpoint
+        self._saved = -1  # its step
+        self._losses: list[float] = []
+        self._under_way: deque[_Step] = deque()
+        self._failed: _Step | None = None
+        self._halted = torch.zeros((), device=self.device)  # 1 from the first step that is not finite
+        self._stop = False
+        self._peak = peak_flops(self.device) if recipe.precision == "bfloat16" else None
+        self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of an image
+        if recipe.parallel == "fsdp":
+            shard(objective, recipe.precision, self.processes)
+        if recipe.compile:
+            objective.compile()
+        self.average = MovingAverage(self.student, recipe.ema_decay) if recipe.ema_decay is not None else None
+        self._start_stage()
+
+    def run(self) -> list[float]:
+        """Train to the end of the recipe, or until `stop` is called; then save. The total loss of every step made here.
+
+        Raises:
+            FloatingPointError: if a loss or gradient is not finite, naming the step's pictures; they, the weights and
+                the random states are then in `out`/failure-STEP.
+        """
+        self._images, self._since = 0, time.perf_counter()
+        self._stage_began = self._since - self.progress.stage_seconds
+        positions = Positions(
+            self.progress.samples,
+            self.recipe.batch_size,
+            self.micro_batch_size,
+            self.processes.rank,
+            self.processes.world,
+        )
+        self._batches = load(self.crops, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
+        self.objective.train()
+        while not self.finished and self._advance():
+            pass
+        self.save()
+        del self._batches  # and with it the workers
+        self.objective.eval()
+        return self._losses
+
+    @property
+    def finished(self) -> bool:
+        """Whether all stages are done."""
+        return self.progress.stage == len(self.recipe.stages)
+
+    def stop(self) -> None:
+        """Finish the step under way, save, and return from `run`; for signal handlers."""
+        self._stop = True
+
+    def _advance(self) -> bool:
+        """A step and what is due after it, or False if the run shall stop."""
+        recipe, progress = self.recipe, self.progress
+        spent = max(
+            (progress.stage_step + 1) / self.stage.steps, self._seconds() / (self.stage.seconds or float("inf"))
+        )
+        spent, stop, failed = self.processes.largest(spent, self._stop, self._failed is not None)
+        if failed:
+            self._fail()
+        if stop:
+            return False
+        progress.step += 1
+        progress.stage_step += 1
+        progress.samples += recipe.batch_size
+        self._under_way.append(self._step(min(spent, 1.0)))
+        self._collect(wait=False)
+        if progress.step % recipe.validate_every == 0:
+            self.validate()
+        if spent >= 1:
+            self._collect(wait=True)
+            progress.stage, progress.stage_step = progress.stage + 1, 0
+            self._stage_began = time.perf_counter()
+            if not self.finished:
+                self._start_stage()
+        if progress.step % recipe.save_every == 0:
+            self.save()
+        return True
+
+    def _start_stage(self) -> None:
+        self.stage = self.recipe.stages[min(self.progress.stage, len(self.recipe.stages) - 1)]
+        self.optimizer = make_optimizer(self.student, self.stage, self.recipe)
+        self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # what is called to train: DDP looks at what is frozen when it is made
+        self.parallel = replicate(self.objective, self.processes)
+
+    def _count_flops(self, stage: Stage) -> float | None:
+        if self._peak is None:
+            return None
+        freeze(self.student, stage)
+        return count_flops(self.objective, self.crops[0].pixels.shape)
+
+    def _step(self, spent: float) -> _Step:
+        """Gradients of all micro-batches, and an update; nothing in here waits for the device."""
+        factor = set_learning_rates(self.optimizer, self.stage, self.progress.stage_step, spent)
+        batches, seeds, measured = [], [], []
+        for number in range(self.micro_batches):
+            batch, seed = next(self._batches), self._seed(number)
+            torch.manual_seed(seed)
+            with synchronized(self.parallel, last=number == self.micro_batches - 1):
+                with self._autocast():
+                    losses = self.parallel(normalize(batch.images.to(self.device, non_blocking=True)))
+                (losses.total / self.micro_batches).backward()
+            scalars = torch.stack([losses.total.detach(), losses.flow, losses.distill])
+            measured.append(torch.cat([scalars, losses.alpha, losses.weights]).float())
+            batches.append(batch)
+            seeds.append(seed)
+        own = torch.stack(measured).mean(0)
+        skipped = own.new_full((1,), sum(len(batch.skipped) for batch in batches))
+        everyone = self.processes.average(torch.cat([own, skipped]))
+        norm = self._update(everyone[0])
+        numbers = _Arriving(torch.cat([own[:1], norm.view(1), everyone]))
+        return _Step(self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers)
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Clip, update, average; the gradient's norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self.trained, self.recipe.max_gradient_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._halted = torch.maximum(self._halted, 1 - (loss.isfinite() & norm.isfinite()).float())
+        # as GradScaler does: the fused kernel then leaves everything as it is
+        self.optimizer.found_inf = self._halted  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update()
+        return norm
+
+    def _seed(self, number: int) -> int:
+        place = self.processes.rank * self.micro_batches + number
+        words = np.random.SeedSequence((self.recipe.seed, self.progress.step, place)).generate_state(1, np.uint64)
+        return int(words[0])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._stage_began
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """What happens in the block is no training: it counts neither for the stage's budget nor for images/s."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._stage_began += seconds
+        self._since += seconds
+
+    # what steps have measured
+
+    def _collect(self, wait: bool) -> None:
+        """Look at the steps whose numbers have arrived, or at all."""
+        while self._under_way and (wait or self._under_way[0].numbers.here()):
+            step = self._under_way.popleft()
+            _, norm, loss, flow, distill, *layers, skipped = step.numbers.values()
+            if self._failed is None and not is_finite(loss, norm):
+                self._failed = step
+            if self._failed is not None:
+                continue
+            self._losses.append(loss)
+            self._images += self.recipe.batch_size
+            self.progress.skipped += round(skipped * self.processes.world)
+            names = [name for batch in step.batches for name in batch.skipped]
+            if names:
+                for log in self.logs:
+                    log.skipped(step.number, names)
+            if self.processes.first and (step.number % self.recipe.log_every == 0 or step.spent >= 1):
+                self._report(step, norm, loss, flow, distill, layers)
+
+    def _report(self, step: _Step, norm: float, loss: float, flow: float, distill: float, layers: list[float]) -> None:
+        stage, flops = self.recipe.stages[step.stage], self._flops[step.stage]
+        now = time.perf_counter()
+        rate = self._images / (now - self._since)
+        self._images, self._since = 0, now
+        report = Report(
+            step=step.number,
+            stage=step.stage,
+            spent=step.spent,
+            seconds_left=step.seconds * (1 / step.spent - 1),
+            loss=loss,
+            flow=flow,
+            distill=distill,
+            alpha=layers[: len(layers) // 2],
+            weights=layers[len(layers) // 2 :],
+            gradient_norm=norm,
+            learning_rate=stage.learning_rate * step.factor,
+            encoder_learning_rate=stage.encoder_rate * step.factor if stage.train == "all" else None,
+            images_per_second=rate,
+            mfu=rate / self.processes.world * flops / self._peak if flops and self._peak else None,
+            memory=peak_memory(self.device),
+            skipped=self.progress.skipped,
+        )
+        for log in self.logs:
+            log.report(report)
+
+    def _fail(self) -> None:
+        """Keep what is needed to look into the step that was not finite, and raise. All processes come here."""
+        self._collect(wait=True)  # another process may have seen it first
+        step = self._failed
+        assert step is not None
+        kept = ""
+        if self.out is not None:
+            folder = self.out / f"failure-{step.number:08}"
+            kept = f"; batch, weights before the step and random states are in {folder}"
+            with replacing_folder(folder, self.processes) as temporary:
+                write_weights(temporary, self.student, None, self.optimizer, self.processes)
+                batch = {
+                    "images": torch.cat([batch.images for batch in step.batches]),
+                    "names": step.names,
+                    "seeds": step.seeds,  # of torch.manual_seed before each micro-batch
+                    **random_states(),
+                }
+                write_tensors(temporary / f"batch-{self.processes.rank}.pt", batch)
+        raise FloatingPointError(f"{step.what_is_wrong()}{kept}; a lower learning rate may help")
+
+    # checkpoints and validation
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step, unless there is one. All processes come here together.
+
+        Raises:
+            FloatingPointError: see `run`.
+            OSError: if it cannot be written; older checkpoints are then as they were.
+        """
+        self._collect(wait=True)
+        if self._failed is not None:  # the same step for all: its numbers are everyone's
+            self._fail()
+        if self.checkpoints is None or self._saved == self.progress.step:
+            return
+        self.progress.stage_seconds = self._seconds()
+        with self._off_the_clock(), self.checkpoints.writing(self.progress.step) as folder:
+            write_weights(folder, self.student, self.average, self.optimizer, self.processes)
+            write_training(folder, self.progress, self.processes)
+        self.latest, self._saved = self.checkpoints.path(self.progress.step), self.progress.step
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint when `run` is called.
+
+        Raises:
+            CheckpointError: if it is of another model or was written under another `recipe.parallel`.
+        """
+        self.progress = read_training(folder, self.processes)
+        self._start_stage()
+        read_weights(folder, self.student, self.average, self.optimizer, self.processes)
+        self.latest, self._saved = folder, self.progress.step
+
+    def validate(self) -> None:
+        """Score the student, with its averaged parameters where they are kept, and tell the logs."""
+        if self.validator is None:
+            return
+        with self._off_the_clock(), averaged(self.average), gathered(self.objective), torch.no_grad(), self._autocast():
+            self.student.eval()
+            validation = self.validator.score(self.student, self.progress.step, self.processes)
+            self.student.train()
+        if self.processes.first:
+            for log in self.logs:
+                log.validation(validation)
+
+
+@dataclass
+class _Step:
+    """A step that has been made but not looked at yet: what it was made of, and its numbers on their way."""
+
+    number: int
+    stage: int
+    spent: float
+    seconds: float  # of the stage
+    factor: float  # of the learning rates
+    batches: list[Batch]
+    seeds: list[int]
+    numbers: _Arriving
+
+    @property
+    def names(self) -> list[str]:
+        return [name for batch in self.batches for name in batch.names]
+
+    def what_is_wrong(self) -> str:
+        """Which number of a failed step is not finite, and the pictures it comes from."""
+        own, norm, loss, *_ = self.numbers.values()
+        if is_finite(own) and not is_finite(loss):
+            return f"the loss of another process is {loss} at step {self.number}"
+        what = f"the gradient's norm is {norm}" if is_finite(own) else f"the loss is {own}"
+        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
+        return f"{what} at step {self.number}, of the pictures {', '.join(self.names[:_NAMED])}{more}"
+
+
+class _Arriving:
+    """Numbers that are copied to the host without waiting for them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def here(self) -> bool:
+        """Whether they have arrived."""
+        return self._event is None or self._event.query()
+
+    def values(self) -> list[float]:
+        """The numbers, waited for if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers.tolist()

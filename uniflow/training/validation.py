@@ -1,0 +1,58 @@
+"""PSNR and SSIM on pictures that are not trained on, and some of their reconstructions to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from uniflow.model import UniFlow
+from uniflow.normalization import normalize, to_uint8
+from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.training.logs import Validation
+from uniflow.training.processes import Processes
+
+SHOWN = 8  # pictures beside their reconstructions
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Reconstructs center crops of picture files in the model's own number of steps, always from the same noise."""
+
+    files: Sequence[Path]
+    batch_size: int
+
+    def score(self, student: UniFlow, step: int, processes: Processes) -> Validation:
+        """Mean scores; the processes share the pictures, and call the student equally often."""
+        from uniflow.metrics import psnr, ssim  # torchmetrics takes seconds to import, and is an extra
+
+        totals = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, pictures
+        for first in range(0, len(self.files), self.batch_size * processes.world):
+            mine = range(first + processes.rank, first + self.batch_size * processes.world, processes.world)
+            numbers = [number for number in mine if number < len(self.files)]
+            # a process that has nothing left goes along with any picture, since the others may need its shards
+            originals = self._read(numbers or [0], student.config.image_size)
+            results = _reconstruct(student, originals, numbers or [0])
+            if numbers:
+                scores = torch.stack([psnr(results, originals).sum(), ssim(results, originals).sum()])
+                totals += torch.cat([scores.double(), scores.new_tensor([len(numbers)])])
+            if first == 0:
+                samples = rearrange([originals[:SHOWN], results[:SHOWN]], "rows n c h w -> c (rows h) (n w)")
+        db, similarity, pictures = processes.average(totals.to(student.device)).tolist()
+        too_small = math.isnan(similarity)  # for SSIM's window
+        return Validation(step, db / pictures, None if too_small else similarity / pictures, samples)
+
+    def _read(self, numbers: Sequence[int], size: int) -> Tensor:
+        return torch.stack([to_tensor(center_crop(open_picture(self.files[number]), size)) for number in numbers])
+
+
+def _reconstruct(student: UniFlow, originals: Tensor, numbers: Sequence[int]) -> Tensor:
+    # each picture has its own noise, whatever process it falls to
+    row = student.config.tokens, student.config.patch_values
+    noise = torch.stack([torch.randn(row, generator=torch.Generator().manual_seed(number)) for number in numbers])
+    return to_uint8(student(normalize(originals.to(student.device)), noise=noise)).cpu()

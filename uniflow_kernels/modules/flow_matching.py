@@ -1,0 +1,384 @@
+"""Flow matching of a per-token head, chunk by chunk: the loss and its gradients with the activations of one chunk.
+
+The head mixes no tokens, so the loss is a sum over tokens, and its gradient can be made for a few thousand of them at a
+time, right in the forward pass. What is kept is the gradient itself; the backward pass multiplies it by what comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from uniflow_kernels.ops.noise import seed_of, seeded_noise
+from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
+
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def flow_matching_loss(
+    head: nn.Module,
+    condition: Tensor,
+    images: Tensor,
+    t: Tensor,
+    patch_size: int,
+    noise: Tensor | None = None,
+    seed: int | Tensor | torch.Generator | None = None,
+    *,
+    offset: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    time_scale: float = 1.0,
+    chunk_tokens: int | None = 4096,
+) -> Tensor:
+    """`velocity_loss` of what the head makes of `interpolate`, without keeping the head's activations.
+
+    The head is called as it is, hooks and all, with x_t [M, C*P*P] in the dtype of `condition`, time_scale*t [M] and
+    the condition [M, Z], for M tokens at a time.
+
+    Args:
+        head: as `FlowHead`; it must treat every row by itself.
+        condition: [B, N, Z], float.
+        images, patch_size, noise, seed, offset, mean, std: see `interpolate`; the noise is the same for any chunk.
+        t: [B] or [B, N], in [0, 1].
+        weights, mask: [B, N], see `velocity_loss`.
+        time_scale: what t is multiplied by for the head (1000 in UniFlow).
+        chunk_tokens: how many tokens are worked on at a time: whole images, or whole lines of patches of one. None
+            takes all at once and keeps the activations for the backward pass, as plain autograd does.
+
+    Returns:
+        In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
+        parameters; with `chunk_tokens=None` also in images, t and noise, and more than once where the head is.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if the shapes do not fit together, `chunk_tokens` is less than 1, `images`, `t` or `noise` wants a
+            gradient although there are chunks, or FSDP2 holds a part of the head sharded.
+    """
+    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats=1)
+    number, held = seed_of(seed, offset, images.device)  # drawn once for all chunks
+    if condition.ndim != 3 or condition.shape[:2] != rows[:2]:
+        raise ValueError(f"condition: expected shape {(*rows[:2], 'Z')}, one row a patch, got {tuple(condition.shape)}")
+    if t.shape not in (rows[:1], rows[:2]):
+        raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
+    for name, value in (("weights", weights), ("mask", mask)):
+        if value is not None and value.shape != rows[:2]:
+            raise ValueError(f"{name}: expected shape {rows[:2]}, one value a token, got {tuple(value.shape)}")
+    batch = _Batch(images, t, noise, held, weights, mask, mean, std, number, offset, patch_size, time_scale)
+    if chunk_tokens is None:
+        return _loss(head, condition, batch, "mean")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
+    for name, value in (("images", images), ("t", t), ("noise", noise)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected constants; chunk_tokens=None gives them a gradient")
+    if _is_fsdp(head):
+        return _within_call(head, lambda c: _chunked(head, head.forward, c, batch, chunk_tokens), condition)
+    return _chunked(head, head, condition, batch, chunk_tokens)
+
+
+class _Batch(NamedTuple):
+    """What the loss is of, besides head and condition; the names are those of `flow_matching_loss`.
+
+    The seed is `number`, or what `held` holds on the device; without noise one of them counts.
+    """
+
+    images: Tensor
+    t: Tensor
+    noise: Tensor | None
+    held: Tensor | None
+    weights: Tensor | None
+    mask: Tensor | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    number: int
+    offset: int
+    patch_size: int
+    time_scale: float
+
+    @property
+    def seed(self) -> int | Tensor | None:
+        """As `interpolate` takes it."""
+        if self.noise is not None:
+            return None
+        return self.number if self.held is None else self.held
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Lines of patches, and patches a line."""
+        return self.images.shape[2] // self.patch_size, self.images.shape[3] // self.patch_size
+
+    def scale(self) -> Tensor:
+        """One over the number of tokens that count; a scalar in float32."""
+        if self.mask is not None:
+            return self.mask.sum().clamp(min=1).float().reciprocal()
+        lines, across = self.grid
+        return torch.full((), 1 / max(1, len(self.images) * lines * across), device=self.images.device)
+
+    def chunks(self, most: int) -> Iterator[tuple[slice, slice, _Batch]]:
+        """Images and tokens of each chunk of about `most` tokens, and the chunk; one empty chunk of an empty batch."""
+        lines, across = self.grid
+        at_once = max(1, most // max(1, lines * across))
+        height = max(1, lines if lines * across <= most else most // max(1, across))
+        for start in range(0, max(1, len(self.images)), at_once):
+            images = slice(start, min(start + at_once, len(self.images)))
+            for top in range(0, max(1, lines), height):
+                yield self._chunk(images, top, min(top + height, lines))
+
+    def _chunk(self, images: slice, top: int, bottom: int) -> tuple[slice, slice, _Batch]:
+        lines, across = self.grid
+        tokens = slice(top * across, bottom * across)
+        at = (images, tokens)
+        noise = None if self.noise is None else self.noise[at]
+        count = images.stop - images.start
+        if self.seed is not None and (count, bottom - top) != (len(self.images), lines):
+            # a chunk is whole images or a part of one: its rows follow each other
+            rows, columns = count * (tokens.stop - tokens.start), self.images.shape[1] * self.patch_size**2
+            first = images.start * lines * across + tokens.start
+            noise = seeded_noise(rows, columns, self.seed, self.offset, self.images.device, first)
+            noise = noise.view(count, -1, columns)
+        part = self._replace(
+            images=self.images[images, :, top * self.patch_size : bottom * self.patch_size],
+            t=self.t[at] if self.t.ndim == 2 else self.t[images],
+            noise=noise,
+            weights=None if self.weights is None else self.weights[at],
+            mask=None if self.mask is None else self.mask[at],
+        )
+        return images, tokens, part
+
+
+def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
+    """The definition: interpolate, head, velocity loss."""
+    pixels: dict[str, Any] = {"offset": batch.offset, "mean": batch.mean, "std": batch.std}
+    x_t = interpolate(batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, dtype=condition.dtype, **pixels)
+    t = batch.time_scale * (batch.t if batch.t.ndim == 2 else batch.t[:, None])
+    tokens = condition.shape[:2]
+    velocity = head(x_t.flatten(0, 1), t.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
+    return velocity_loss(
+        velocity, batch.images, batch.patch_size, batch.noise, batch.seed, **pixels,
+        weights=batch.weights, mask=batch.mask, reduction=reduction,
+    )  # fmt: skip
+
+
+# --- chunk by chunk ---
+
+
+def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chunk_tokens: int) -> Tensor:
+    parameters = _trained(head)
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled() or not (condition.requires_grad or parameters):
+        if compiling:
+            return _loss(call, condition, batch, "mean")
+        losses = [
+            _loss(call, condition[images, tokens], part, "sum") for images, tokens, part in batch.chunks(chunk_tokens)
+        ]
+        return torch.stack(losses).sum() * batch.scale()
+    if compiling:
+        device = condition.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return torch.ops.uniflow_kernels.flow_matching(
+            condition, parameters, *batch, chunk_tokens,
+            _remember(head), condition.requires_grad, autocast,
+        )[0]  # fmt: skip
+    step = _Step(head, call, parameters, batch, chunk_tokens)
+    return _FlowMatching.apply(step, condition, *parameters)
+
+
+def _trained(head: nn.Module) -> list[Tensor]:
+    """The parameters that want a gradient."""
+    for name, parameter in head.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"head: its parameter {name} is sharded; call fully_shard on the whole head that is given here and on "
+                "no part of it, or make the loss inside a call of the module that is sharded"
+            )
+    return [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+
+def _in_place_of_trained(head: nn.Module, stand_ins: list[Tensor]) -> dict[str, Tensor]:
+    """The stand-in for every place in `_HeadOf(head)` that holds a trained parameter: shared ones have several."""
+    of = dict(zip(map(id, _trained(head)), stand_ins, strict=True))
+    places = (
+        (path, module.named_parameters(recurse=False, remove_duplicate=False))
+        for path, module in head.named_modules(prefix="head")
+    )
+    return {f"{path}.{name}": of[id(p)] for path, own in places for name, p in own if id(p) in of}
+
+
+class _Step(NamedTuple):
+    """Loss and gradients of one batch."""
+
+    head: nn.Module
+    call: Head
+    parameters: Sequence[Tensor]
+    batch: _Batch
+    chunk_tokens: int
+
+    def run(self, condition: Tensor, for_condition: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The mean loss, one over the number of tokens that count, and the gradients of the sum of their losses.
+
+        The sum's, not the mean's: that would vanish in float16, where a head's activations may be. The gradients are
+        that of the condition, if it is wanted, and those of the parameters, half precision in float32.
+        """
+        # hooks on the parameters must see the one gradient that the backward pass brings, not those of the chunks
+        stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        arguments = (self._over_chunks, condition.detach(), for_condition, stand_ins)
+        with torch.enable_grad():
+            loss, gradients = functional_call(
+                _HeadOf(self.head), _in_place_of_trained(self.head, stand_ins), arguments, tie_weights=False
+            )
+        scale = self.batch.scale()
+        return loss * scale, scale, gradients
+
+    def _over_chunks(
+        self, condition: Tensor, for_condition: bool, parameters: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        for_parameters = [torch.zeros_like(p, dtype=_accumulated_in(p)) for p in parameters]
+        rows = [torch.empty_like(condition)] if for_condition else []
+        losses = []
+        for images, tokens, part in self.batch.chunks(self.chunk_tokens):
+            c = condition[images, tokens].requires_grad_(for_condition)
+            loss = _loss(self.call, c, part, "sum")
+            losses.append(loss.detach())
+            found = torch.autograd.grad(
+                loss, [c, *parameters] if for_condition else parameters, allow_unused=True, materialize_grads=True
+            )
+            if for_condition:
+                rows[0][images, tokens] = found[0]
+            if for_parameters:
+                torch._foreach_add_(for_parameters, found[-len(for_parameters) :])
+        return torch.stack(losses).sum(), rows + for_parameters
+
+
+class _HeadOf(nn.Module):
+    """Runs a function while `functional_call` has other tensors in the place of the head's parameters."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _accumulated_in(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _keep(ctx: Any, scale: Tensor, gradients: list[Tensor], for_condition: bool, parameters: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(scale, *gradients)
+    ctx.for_condition = for_condition
+    ctx.dtypes = [p.dtype for p in parameters]
+
+
+def _scaled(ctx: Any, incoming: Tensor, in_place: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """What was kept, as gradients of condition and parameters."""
+    scale, *gradients = ctx.saved_tensors
+    if in_place:
+        torch._foreach_mul_(gradients, incoming * scale)
+    else:
+        gradients = list(torch._foreach_mul(gradients, incoming * scale))
+    for_condition = gradients.pop(0) if ctx.for_condition else None
+    return for_condition, [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+
+
+class _FlowMatching(torch.autograd.Function):
+    """Condition and parameters to the loss; its parameters are inputs, so that their hooks see one gradient a step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, condition: Tensor, *parameters: Tensor) -> Tensor:
+        loss, scale, gradients = step.run(condition, condition.requires_grad)
+        _keep(ctx, scale, gradients, condition.requires_grad, parameters)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        for_condition, for_parameters = _scaled(ctx, incoming, in_place=not again)
+        return None, for_condition, *for_parameters
+
+
+# --- FSDP2 ---
+
+
+def _is_fsdp(head: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(head, FSDPModule)
+
+
+def _within_call(head: nn.Module, step: Callable[[Tensor], Tensor], condition: Tensor) -> Tensor:
+    """`step` as one call of a head under FSDP2: its hooks gather the parameters before, and reduce their gradients."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    name = "_flow_matching_step"
+    setattr(head, name, step)
+    try:
+        register_fsdp_forward_method(head, name)
+        return getattr(head, name)(condition)
+    finally:
+        delattr(head, name)
+
+
+# --- the registered op: what a compiled graph calls, where nothing looks into the head ---
+
+_heads: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+
+
+def _remember(head: nn.Module) -> int:
+    """A number that stands for the head in a graph, which is compiled again for another one."""
+    _heads[id(head)] = head
+    return id(head)
+
+
+_remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "flow_matching(Tensor condition, Tensor[] parameters, Tensor images, Tensor t, Tensor? noise, Tensor? held, "
+    "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt patch_size, "
+    "float time_scale, "
+    "SymInt chunk_tokens, int head, bool for_condition, ScalarType? autocast) -> (Tensor, Tensor, Tensor[])"
+)
+
+
+@torch.library.impl(_LIBRARY, "flow_matching", "CompositeExplicitAutograd")
+def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *fields, chunk_tokens, head_number, for_condition, autocast = rest
+    head = _heads[head_number]
+    step = _Step(head, head, parameters, _Batch(*fields), chunk_tokens)
+    # autograd works inside as it does outside of an op
+    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with autograd, torch.autocast(condition.device.type, dtype=autocast, enabled=autocast is not None):
+        return step.run(condition, for_condition)
+
+
+@torch.library.register_fake("uniflow_kernels::flow_matching", lib=_LIBRARY)
+def _flow_matching_fake(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    for_condition = rest[-2]
+    loss, scale = (condition.new_empty((), dtype=torch.float32) for _ in range(2))
+    gradients = [torch.empty_like(condition)] if for_condition else []
+    return loss, scale, gradients + [torch.empty_like(p, dtype=_accumulated_in(p)) for p in parameters]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    _, scale, gradients = output
+    _keep(ctx, scale, gradients, inputs[-2], inputs[1])
+    ctx.others = len(inputs) - 2
+
+
+def _backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
+    return *_scaled(ctx, incoming, in_place=False), *[None] * ctx.others
+
+
+torch.library.register_autograd("uniflow_kernels::flow_matching", _backward, setup_context=_setup, lib=_LIBRARY)

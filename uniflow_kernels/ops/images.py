@@ -1,0 +1,185 @@
+"""The end of a sampler: the last update, and rows of pixels put together into images that can be shown or written."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from uniflow_kernels.choice import choose
+from uniflow_kernels.ops.patches import patch_grid, unpatchify
+from uniflow_kernels.triton_kernels import why_not_on
+
+
+def to_images(
+    rows: Tensor,
+    patch_size: int,
+    size: tuple[int, int] | None = None,
+    *,
+    velocity: Tensor | None = None,
+    dt: float = 1.0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    clamp: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Images of rows + dt * velocity, denormalised, clamped and converted in one pass.
+
+    Args:
+        rows: [B, N, C*P*P], float: the state before the last update, or pixels.
+        patch_size: P, in pixels.
+        size: (H, W) of the images in pixels; without it the images are square.
+        velocity: [B, N, C*P*P], float; nothing is added if not given.
+        dt: of the last update.
+        mean, std: C numbers each: values become value * std + mean.
+        clamp: whether to [0, 1].
+        dtype: of the images; that of the rows if not given. torch.uint8 takes values in [0, 1], clamps them and stands
+            for 255 times the value, rounded to the nearest (a tie to the even one).
+
+    Returns:
+        [B, C, H, W], contiguous; computed in float32 (float64 if the rows are). Differentiable unless uint8.
+
+    Raises:
+        TypeError: if a dtype does not fit.
+        ValueError: if the shapes do not fit together, or only one of mean and std is given.
+
+    Source: `l2p_transform_tensor` of the official release after its sampler's last step, and the quick start's
+    denormalisation.
+    """
+    dtype = rows.dtype if dtype is None else dtype
+    height, width = _check(rows, patch_size, size, velocity, mean, std, dtype)
+    tensors = [rows] if velocity is None else [rows, velocity]
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if _served_by(rows.device, tuple(tensor.dtype for tensor in tensors), differentiated) == "eager":
+        return plain_to_images(rows, velocity, dt, mean, std, patch_size, (height, width), clamp, dtype)
+    return torch.ops.uniflow_kernels.to_images(
+        rows, velocity, dt, mean, std, patch_size, height, width, clamp or dtype == torch.uint8, dtype
+    )
+
+
+def plain_to_images(
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_size: int,
+    size: tuple[int, int],
+    clamp: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`to_images` in plain PyTorch."""
+    values = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if velocity is not None:
+        values = torch.add(values, velocity, alpha=dt)
+    images = unpatchify(values, patch_size, size)
+    if mean is not None and std is not None:
+        images = torch.addcmul(_filled(mean, images), images, _filled(std, images))
+    if dtype == torch.uint8:
+        return images.clamp(0, 1).mul_(255).round_().to(dtype)
+    return (images.clamp(0, 1) if clamp else images).to(dtype).contiguous()
+
+
+def _filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """[C, 1, 1]; a copy of a list would wait for the device."""
+    return torch.stack([like.new_full((1, 1), value) for value in values])
+
+
+def _check(
+    rows: Tensor,
+    patch_size: int,
+    size: tuple[int, int] | None,
+    velocity: Tensor | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+) -> tuple[int, int]:
+    """The height and width of the images in pixels."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size: expected a positive number of pixels, got {patch_size}")
+    if rows.ndim != 3 or rows.shape[-1] % (patch_size * patch_size):
+        raise ValueError(f"rows: expected [B, N, C*{patch_size}*{patch_size}], got shape {tuple(rows.shape)}")
+    if velocity is not None and velocity.shape != rows.shape:
+        raise ValueError(f"velocity: expected shape {tuple(rows.shape)}, as rows, got {tuple(velocity.shape)}")
+    for name, tensor in (("rows", rows), ("velocity", velocity)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
+    if not (dtype.is_floating_point or dtype == torch.uint8):
+        raise TypeError(f"dtype: expected a floating point dtype or torch.uint8, got {dtype}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean, std: expected both or neither")
+    channels = rows.shape[-1] // (patch_size * patch_size)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(values)}")
+    down, across = patch_grid(rows.shape[1], patch_size, size)
+    return down * patch_size, across * patch_size
+
+
+def _served_by(device: torch.device, dtypes: tuple[torch.dtype, ...], differentiated: bool) -> str:
+    """The backend, "triton" or "eager"; chosen before the registered op: the plain form stays differentiable."""
+    reason = next((reason for dtype in dtypes if (reason := why_not_on(device, dtype))), None)
+    if reason is None and differentiated:
+        reason = "a gradient is wanted, and the kernel has none"
+    if reason is None and torch._C._functorch.peek_interpreter_stack() is not None:
+        reason = "the kernel has no rules for the transforms of torch.func"
+    return choose("to_images", {"triton": reason})
+
+
+# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
+_served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _to_images(
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_size: int,
+    height: int,
+    width: int,
+    clamp: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    images = _to_images_fake(rows, velocity, dt, mean, std, patch_size, height, width, clamp, dtype)
+    affine = None if mean is None or std is None else _mean_and_std(tuple(mean), tuple(std), rows.device)
+    kernels = importlib.import_module("uniflow_kernels.triton_kernels.images")
+    kernels.to_images(rows, velocity, dt, affine, patch_size, clamp, images)
+    return images
+
+
+@functools.lru_cache(64)
+def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """[C, 2] in float32, as the kernel reads them; copied to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor([mean, std], device=device).t().contiguous()
+
+
+def _to_images_fake(
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    patch_size: int,
+    height: int,
+    width: int,
+    clamp: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return rows.new_empty(rows.shape[0], rows.shape[2] // patch_size**2, height, width, dtype=dtype)
+
+
+_library = torch.library.Library("uniflow_kernels", "FRAGMENT")
+_library.define(
+    "to_images(Tensor rows, Tensor? velocity, float dt, float[]? mean, float[]? std, int patch_size, SymInt height, "
+    "SymInt width, bool clamp, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("to_images", _to_images, _device)
+torch.library.register_fake("uniflow_kernels::to_images", _to_images_fake, lib=_library)

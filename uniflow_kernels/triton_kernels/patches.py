@@ -1,0 +1,84 @@
+"""Patches cut out of images, and put back: a program moves some columns of neighbouring tokens.
+
+The columns of a block are split into (channel, row, column) once for all its tokens. Offsets are 64-bit numbers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from uniflow_kernels.triton_kernels import unit_of
+
+_TOKENS = 16
+_COLUMNS = 128
+_WARPS = 4
+
+
+@triton.jit
+def first_pixels(
+    tokens, batch, down, across, stride_image, stride_row, stride_column,
+    PATCH: tl.constexpr,
+):  # fmt: skip
+    """Token numbers (int64) among k*B*N to (row among k*B, token in the image, offset of the patch's first pixel)."""
+    row = tokens // (down * across)
+    token = tokens - row * (down * across)
+    line = token // across
+    left = token - line * across
+    return row, token, (row % batch) * stride_image + line * PATCH * stride_row + left * PATCH * stride_column
+
+
+@triton.jit
+def pixels_of(columns, stride_channel, stride_row, stride_column, PATCH: tl.constexpr):
+    """Columns of a row to their channels and their offsets from the first pixel."""
+    channel = columns // (PATCH * PATCH)
+    within = columns - channel * (PATCH * PATCH)
+    line = within // PATCH
+    left = within - line * PATCH
+    return channel, channel.to(tl.int64) * stride_channel + (line * stride_row + left * stride_column)
+
+
+@triton.jit
+def patches_kernel(
+    images, rows, tokens_in_all, batch, down, across, length,
+    stride_image, stride_channel, stride_row, stride_column, rows_image, rows_token, rows_column,
+    PATCH: tl.constexpr, CUT: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Images to rows if CUT, else rows to images: TOKENS tokens and COLUMNS columns a program."""
+    length *= UNIT
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [C]
+    row, token, at = first_pixels(tokens, batch, down, across, stride_image, stride_row, stride_column, PATCH)
+    _, offsets = pixels_of(columns, stride_channel, stride_row, stride_column, PATCH)
+    pixels = images + at[:, None] + offsets[None, :]  # [G, C]
+    base = (row * rows_image + token * rows_token) * UNIT
+    places = rows + base[:, None] + columns.to(tl.int64)[None, :] * rows_column
+    inside = (tokens < tokens_in_all)[:, None] & (columns < length)[None, :]
+    if CUT:
+        tl.store(places, tl.load(pixels, inside), inside)
+    else:
+        tl.store(pixels, tl.load(places, inside), inside)
+
+
+def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
+    """Write `rows` [B, N, C*P*P]."""
+    _move(images, rows, patch_size, cut=True)
+
+
+def unpatchify(rows: Tensor, images: Tensor, patch_size: int) -> None:
+    """Write `images` [B, C, H, W]."""
+    _move(images, rows, patch_size, cut=False)
+
+
+def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
+    if not rows.numel():
+        return
+    batch, _, height, width = images.shape
+    tokens, length = rows.shape[0] * rows.shape[1], rows.shape[2]
+    unit = unit_of(length, *rows.stride()[:2])
+    with torch.cuda.device_of(images):
+        patches_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(length, _COLUMNS))](
+            images, rows, tokens, batch, height // patch_size, width // patch_size, length // unit,
+            *images.stride(), rows.stride(0) // unit, rows.stride(1) // unit, rows.stride(2),
+            PATCH=patch_size, CUT=cut, UNIT=unit, TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        )  # fmt: skip
