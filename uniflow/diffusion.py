@@ -6,14 +6,15 @@ Time runs the other way than in `uniflow.flow`: timestep 0 is nearly the data, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from uniflow_kernels import FlowHead
-from uniflow_kernels.modules.sampling import Conditioned
+from uniflow_kernels.modules.sampling import Conditioned, replayed
 from uniflow_kernels.solvers import guide
 
 METHODS = ("ddpm", "ddim", "dpm-solver++")
@@ -125,14 +126,24 @@ def sample(
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
-    predict = predictor(head, condition, diffusion.timesteps(), cfg, null_condition)
-    if method == "ddpm":
-        x = ddpm(predict, x, diffusion, temperature, generator)
-    elif method == "ddim":
-        x = ddim(predict, x, diffusion, eta, temperature, generator)
-    else:
-        x = dpm_solver(predict, x, diffusion)
-    return x.to(condition.dtype)
+    null_condition = None if cfg == 1.0 else null_condition
+    if method == "dpm-solver++":
+        predict = predictor(head, condition, diffusion.timesteps(), cfg, null_condition)
+        return dpm_solver(predict, x, diffusion).to(condition.dtype)
+    # all noise is drawn before the first step, which a CUDA graph needs
+    draws = 0 if method == "ddim" and eta == 0 else diffusion.steps - 1
+    drawn = torch.stack(list(islice(_drawn(x, generator), draws))) if draws else None
+
+    def steps_of(x: Tensor, condition: Tensor, null_condition: Tensor | None, drawn: Tensor | None) -> Tensor:
+        predict = predictor(head, condition, diffusion.timesteps(), cfg, null_condition)
+        noises = iter(() if drawn is None else drawn)
+        if method == "ddpm":
+            x = ddpm(predict, x, diffusion, temperature, noises)
+        else:
+            x = ddim(predict, x, diffusion, eta, temperature, noises)
+        return x.to(condition.dtype)
+
+    return replayed(head, steps_of, (x, condition, null_condition, drawn), (diffusion, method, cfg, temperature, eta))
 
 
 def predictor(
@@ -156,13 +167,14 @@ def ddpm(
     x: Tensor,
     diffusion: Diffusion,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    noises: Iterator[Tensor] | None = None,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020) from noise x, with the variance that the head gives, else the lower bound.
 
     The logarithm of the variance lies between those of the lower bound, beta * (1 - previous) / (1 - signal), and of
-    beta (Nichol & Dhariwal 2021, eq. 15).
+    beta (Nichol & Dhariwal 2021, eq. 15). `noises` gives that of each step but the last; drawn if not given.
     """
+    noises = _drawn(x) if noises is None else noises
     for timestep, signal, previous in _steps_down(diffusion):
         alpha = signal / previous
         beta = 1 - alpha
@@ -174,10 +186,10 @@ def ddpm(
         low, high = math.log(beta * (1 - previous) / (1 - signal)), math.log(beta)
         deviation = math.exp(0.5 * low)
         if place is None:
-            x = mean + temperature * deviation * _noise_like(x, generator)
+            x = mean + temperature * deviation * next(noises)
         else:
             share = (place.to(x.dtype) + 1) / 2
-            x = mean + temperature * deviation * torch.exp(0.5 * (high - low) * share) * _noise_like(x, generator)
+            x = mean + temperature * deviation * torch.exp(0.5 * (high - low) * share) * next(noises)
     return x
 
 
@@ -187,16 +199,17 @@ def ddim(
     diffusion: Diffusion,
     eta: float = 0.0,
     temperature: float = 1.0,
-    generator: torch.Generator | None = None,
+    noises: Iterator[Tensor] | None = None,
 ) -> Tensor:
-    """Implicit sampling (Song et al. 2021, eq. 12) from noise x; with eta = 0 it draws nothing."""
+    """Implicit sampling (Song et al. 2021, eq. 12) from noise x; with eta = 0 it takes no `noises`."""
+    noises = _drawn(x) if noises is None else noises
     for timestep, signal, previous in _steps_down(diffusion):
         noise, _ = predict(x, timestep)
         data = _data(x, noise, signal)
         variance = eta**2 * (1 - previous) / (1 - signal) * (1 - signal / previous)
         x = previous**0.5 * data + (1 - previous - variance) ** 0.5 * noise
         if variance:
-            x = x + temperature * variance**0.5 * _noise_like(x, generator)
+            x = x + temperature * variance**0.5 * next(noises)
     return x
 
 
@@ -231,5 +244,6 @@ def _data(x: Tensor, noise: Tensor, signal: float) -> Tensor:
     return (x - (1 - signal) ** 0.5 * noise) / signal**0.5
 
 
-def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+def _drawn(x: Tensor, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    while True:
+        yield torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import randomize
 from tests.uniflow_kernels.test_sampling import step_by_step
+from uniflow.diffusion import Diffusion, sample
 from uniflow_kernels import FlowHead, backend, to_images
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.solvers import SOLVERS
@@ -153,3 +154,15 @@ def test_images_are_those_of_plain_pytorch(dtype, size):
     assert error <= {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.uint8: 1}[dtype]
     if dtype != torch.float32:  # a multiplication joined with an addition may round otherwise, and seldom matters
         assert (ours != plain).double().mean() < 0.01
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+def test_diffusion_samplers_replay(method, eta):
+    _, _, condition = make()
+    learned = randomize(FlowHead(16, 256, 32, 256, 3)).to("cuda", torch.bfloat16)
+    how = {"method": method, "eta": eta, "cfg": 2.0, "null_condition": condition[:1]}
+    for _ in range(2):
+        seeded = [torch.Generator("cuda").manual_seed(5) for _ in range(3)]
+        first, *others = (sample(learned, condition, Diffusion(10), generator=g, **how) for g in seeded)
+        assert all(torch.equal(first, other) for other in others)
+    assert len(sampling._GRAPHS[learned]) == 1

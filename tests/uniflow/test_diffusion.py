@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from tests.conftest import randomize
+from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow.diffusion import METHODS, Diffusion, ddim, ddpm, dpm_solver, predictor, sample
 from uniflow_kernels import FlowHead
+from uniflow_kernels.modules import sampling
+
+__all__ = ["stand_in"]  # a fixture
 
 PROCESSES = [Diffusion(100), Diffusion(37, "linear"), Diffusion(7), Diffusion(1000, "linear"), Diffusion(1)]
 
@@ -86,7 +90,8 @@ def test_ddpm_of_gaussian_data_has_the_variance_that_follows(temperature):
         variance = factor**2 * variance + temperature**2 * (1 - alpha) * (1 - previous) / (1 - signal)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(200_000, generator=generator, dtype=torch.float64)
-    out = ddpm(of_a_gaussian(process, deviation), start, process, temperature, generator)
+    torch.manual_seed(1)
+    out = ddpm(of_a_gaussian(process, deviation), start, process, temperature)
     assert out.var().item() == pytest.approx(variance, rel=0.02)
 
 
@@ -104,7 +109,8 @@ def test_the_learned_variance_lies_between_its_bounds():
             seen.append(x)
             return torch.zeros_like(x), torch.full_like(x, place)
 
-        ddpm(predict, x, process, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        ddpm(predict, x, process)
         assert seen[1].var().item() == pytest.approx(variance, rel=0.03)
 
 
@@ -215,6 +221,21 @@ def test_draws_are_reproducible_and_in_the_heads_dtype(method):
     assert one.shape == (5, 6)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+@torch.no_grad()
+def test_replays_equal_the_first_call(monkeypatch, method, eta):
+    monkeypatch.setattr(sampling, "why_not_graph", lambda device, read: None)
+    head, condition, null = make_head(), torch.randn(5, 20), torch.randn(1, 20)
+    how = {"method": method, "eta": eta, "cfg": 2.0, "null_condition": null}
+    for seed in (1, 2):
+        first, *others = (
+            sample(head, condition, Diffusion(4), generator=torch.Generator().manual_seed(seed), **how)
+            for _ in range(3)
+        )
+        assert all(torch.equal(first, other) for other in others)
+    assert StandIn.captures == 1
 
 
 @pytest.mark.parametrize(

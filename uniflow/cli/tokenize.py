@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,8 +61,8 @@ class Sampling:
         with explained():
             Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
 
-    def decoder(self, model: UniFlow, batch: int, size: tuple[int, int] | None) -> Decoder:
-        """For batches of pictures of a size; the model's own if not given."""
+    def decoder(self, model: UniFlow, batch: int, size: tuple[int, int]) -> Decoder:
+        """For batches of pictures of a size, and others when they come."""
         with explained():
             return model.compile_decoder(
                 batch,
@@ -248,13 +249,16 @@ def _reconstructions(
     model: UniFlow, sources: Sequence[Source], sampling: Sampling, keep_size: bool, batch_size: int, files: Workers
 ) -> Iterator[tuple[list[Source], Tensor, Tensor]]:
     """Batches of sources, their pictures and their reconstructions, both uint8 [B, 3, H, W] on the CPU."""
-    decoder = sampling.decoder(model, min(batch_size, len(sources)), None)
     waiting: deque[tuple[list[Source], Tensor]] = deque()
     with torch.inference_mode(), picture_bar("reconstructing") as bar:
         pictures = files.read(partial(_fit, model.config, keep_size), sources)
+        first = next(pictures)
+        height, width = first[1].shape[-2:]
+        decoder = sampling.decoder(model, min(batch_size, len(sources)), (height, width))
 
         def latents() -> Iterator[tuple[Tensor, tuple[int, int]]]:
-            for batch, originals in _batches(model, pictures, len(sources), batch_size, sampling.max_memory, bar):
+            fitted = chain([first], pictures)
+            for batch, originals in _batches(model, fitted, len(sources), batch_size, sampling.max_memory, bar):
                 waiting.append((batch, originals))
                 yield model.encode(normalize(originals.to(model.device))), (originals.shape[-2], originals.shape[-1])
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow_kernels.modules.sampling import sample
+from uniflow_kernels.modules.sampling import follow, replayed
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
     Affine,
@@ -341,7 +341,11 @@ class FlowHead(nn.Module):
             raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
         null_condition = null_condition if cfg != 1.0 else None
-        return sample(self, noise, condition, null_condition, plan, time_scale, self._why_not_captured)
+
+        def steps_of(noise: Tensor, condition: Tensor, null_condition: Tensor | None) -> Tensor:
+            return follow(self, noise, condition, plan, null_condition, time_scale).taken().to(condition.dtype)
+
+        return replayed(self, steps_of, (noise, condition, null_condition), (plan, time_scale))
 
     def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
         """The head behind its embeddings.
@@ -405,7 +409,8 @@ class FlowHead(nn.Module):
             return "there are no blocks"
         return None if self._is_as_built(whole=False) else _CHANGED
 
-    def _why_not_captured(self) -> str | None:
+    def why_not_captured(self) -> str | None:
+        """Why a CUDA graph would leave something out that the modules do; None if it would not."""
         return None if self._is_as_built(whole=True) else _CHANGED
 
     def _is_as_built(self, whole: bool) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -88,33 +88,23 @@ def follow(
 _GRAPHS: WeakKeyDictionary[FlowHead, GraphCache] = WeakKeyDictionary()
 
 
-def sample(
-    head: FlowHead,
-    noise: Tensor,
-    condition: Tensor,
-    null_condition: Tensor | None,
-    plan: Plan,
-    time_scale: float,
-    why_not: Callable[[], str | None],
-) -> Tensor:
-    """`follow` to its end, as one CUDA graph where that can be.
+def replayed(head: FlowHead, sampler: Callable[..., Tensor], inputs: Sequence[Tensor | None], how: Hashable) -> Tensor:
+    """sampler(*inputs), all its steps as one CUDA graph where that can be.
 
     Args:
-        head, noise, condition, null_condition, plan, time_scale: see `follow`.
-        why_not: says why a graph would leave something out that the head's modules do; None if it would not.
+        head: what the sampler evaluates.
+        sampler: makes rows from the inputs and the head, and draws nothing.
+        inputs: the first one is a tensor.
+        how: the sampler's settings, to tell graphs apart.
     """
-
-    def run(noise: Tensor, condition: Tensor, null_condition: Tensor | None) -> Tensor:
-        return follow(head, noise, condition, plan, null_condition, time_scale).taken().to(condition.dtype)
-
-    inputs = (noise, condition, null_condition)
+    assert inputs[0] is not None
     parameters = list(head.parameters())
-    if why_not_graph(condition.device, (*inputs, *parameters)) is not None:
-        return run(*inputs)
-    if (reason := why_not()) is not None:
+    if why_not_graph(inputs[0].device, (*inputs, *parameters)) is not None:
+        return sampler(*inputs)
+    if (reason := head.why_not_captured()) is not None:
         warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
-        return run(*inputs)
+        return sampler(*inputs)
     graphs = _GRAPHS.get(head)
     if graphs is None:
         graphs = _GRAPHS.setdefault(head, GraphCache("FlowHead.sample"))
-    return graphs(run, inputs, parameters, (plan, time_scale))
+    return graphs(sampler, inputs, parameters, how)
