@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniflow_kernels.choice import backend
     from uniflow_kernels.diagnosis import doctor
+    from uniflow_kernels.dropin.patching import PatchReport, patch, patched, unpatch
+    from uniflow_kernels.dropin.verification import VerifyReport, verify
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.modules.flow_matching import flow_matching_loss
     from uniflow_kernels.ops.attention import attention
@@ -20,6 +22,8 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "FlowHead",
     "LayerwiseDistillation",
+    "PatchReport",
+    "VerifyReport",
     "attention",
     "backend",
     "doctor",
@@ -28,17 +32,23 @@ __all__ = [
     "interpolate",
     "layerwise_distillation",
     "noise_seed",
+    "patch",
+    "patched",
     "patchify",
     "seeded_noise",
     "to_images",
+    "unpatch",
     "unpatchify",
     "velocity_loss",
+    "verify",
 ]
 
 # where each name lives; loaded on first use, so that importing the package costs nothing
 _MODULES = {
     "FlowHead": "modules.flow_head",
     "LayerwiseDistillation": "ops.distillation",
+    "PatchReport": "dropin.patching",
+    "VerifyReport": "dropin.verification",
     "attention": "ops.attention",
     "backend": "choice",
     "doctor": "diagnosis",
@@ -47,11 +57,15 @@ _MODULES = {
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
     "noise_seed": "ops.noise",
+    "patch": "dropin.patching",
+    "patched": "dropin.patching",
     "patchify": "ops.patches",
     "seeded_noise": "ops.noise",
     "to_images": "ops.images",
+    "unpatch": "dropin.patching",
     "unpatchify": "ops.patches",
     "velocity_loss": "ops.velocity",
+    "verify": "dropin.verification",
 }
 
 

@@ -9,6 +9,7 @@ from benchmarks.cases import (
     attention,
     decode,
     distillation,
+    dropin,
     few_tokens,
     flow_head,
     flow_matching,
@@ -27,6 +28,7 @@ _FILES = (
     images,
     attention,
     few_tokens,
+    dropin,
     decode,
     tokenizer,
 )

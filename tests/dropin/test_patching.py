@@ -1,0 +1,602 @@
+"""What `patch` leaves as it is, whom it leaves alone, and how it is undone."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from tests.conftest import randomize
+from tests.dropin.stand_ins import (
+    COND,
+    PROJECTS,
+    TARGET,
+    WIDTH,
+    Canonical,
+    DeCoNet,
+    FlowBlock,
+    JvpLayerNorm,
+    Last,
+    UniFlowNet,
+    VibeVoiceHead,
+    canonical_inputs,
+    inside,
+    rows,
+)
+from uniflow_kernels import FlowHead, backend, patch, patched, unpatch
+
+INPUTS = PROJECTS["MAR"].inputs
+
+
+@pytest.fixture
+def head():
+    return randomize(Canonical())
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- look-alikes
+
+
+class ScaledFirst(FlowBlock):
+    """The gate lies first."""
+
+    def forward(self, x, y):
+        gate, shift, scale = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class NormLast(FlowBlock):
+    """The norm comes after the MLP."""
+
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * (self.in_ln(self.mlp(x)) * (1 + scale) + shift)
+
+
+class FurtherTerm(FlowBlock):
+    def forward(self, x, y):
+        return super().forward(x, y) + 0.01 * y
+
+
+class Temperature(FlowBlock):
+    """As in EAR: another formula in eval mode."""
+
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        shift = shift if self.training else 0.7 * shift
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class Gelu(FlowBlock):
+    def make_mlp(self, width, hidden):
+        return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class UnknownNorm(FlowBlock):
+    make_norm = nn.BatchNorm1d
+
+
+class OtherCondition(Canonical):
+    def forward(self, x, t, c):
+        return self.run(x, self.time_embed(t) * self.cond_embed(c))
+
+
+class UsesPosition(DeCoNet):
+    def forward(self, x, t, c, pos=None):
+        return super().forward(x, t, c if pos is None else c + pos)
+
+
+def with_blocks(kind):
+    return type("LooksAlike", (Canonical,), {"make_block": kind})
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (with_blocks(ScaledFirst), "something else"),
+        (with_blocks(NormLast), "something else"),
+        (with_blocks(FurtherTerm), "something else"),
+        (with_blocks(Temperature), "something else"),
+        (with_blocks(Gelu), "activation"),
+        (with_blocks(UnknownNorm), "neither a layer norm nor an rms norm"),
+        (OtherCondition, "something else"),
+    ],
+    ids=["order", "norm after", "a term", "eval only", "GELU", "batch norm", "condition"],
+)
+@pytest.mark.parametrize("fresh", [True, False], ids=["zero gates", "random"])
+def test_a_look_alike_is_left_alone(make, why, fresh):
+    head = make()
+    if fresh:  # as such heads are initialised: their output is zero whatever they compute
+        for layer in (*(block.adaLN_modulation[1] for block in head.res_blocks), head.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    state = {name: value.clone() for name, value in head.state_dict().items()}
+    report = patch(head)
+    assert report.patched == {}
+    assert why in report.left_alone[""]
+    assert "forward" not in vars(head)
+    assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
+
+
+def test_shapes_that_are_none_of_the_family():
+    head = Canonical()
+    head.res_blocks[1].adaLN_modulation[1] = nn.Linear(WIDTH, 2 * WIDTH)
+    assert "modulation" in patch(head).left_alone[""]
+    head = Canonical()
+    head.cond_embed = nn.Linear(COND, WIDTH + 1)
+    assert "cond_embed" in patch(head).left_alone[""]
+    head = Canonical()
+    del head.res_blocks[0].in_ln
+    assert "no norm" in patch(head).left_alone[""]
+    assert patch(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))).left_alone == {}
+
+
+def test_an_argument_that_changes_the_result_keeps_the_own_forward():
+    head = randomize(UsesPosition())
+    inputs, pos = canonical_inputs(torch.rand(5)), rows(5, COND, seed=7)
+    before = head(*inputs), head(*inputs, pos)
+    patch(head, strict=True)
+    close(head(*inputs), before[0])
+    assert torch.equal(head(*inputs, pos), before[1])
+
+
+def test_meta_and_foreign_parameters():
+    assert "meta" in patch(Canonical().to("meta")).left_alone[""]
+    head = Canonical()
+    head.cond_embed.weight = nn.Parameter(torch.zeros(WIDTH, COND, dtype=torch.int8), requires_grad=False)
+    assert "quantizing" in patch(head).left_alone[""]
+
+
+# ------------------------------------------------------------------------------------------- what callers rely on
+
+
+def test_two_heads_of_different_kinds(head):
+    model = nn.ModuleDict({"a": head, "b": VibeVoiceHead(), "c": FlowHead(4, 8, 4, 4, 1), "d": with_blocks(Gelu)()})
+    report = patch(model)
+    assert set(report.patched) == {"a", "b"}
+    assert set(report.left_alone) == {"c", "d"}
+    assert "own already" in report.left_alone["c"]
+    assert "silu" in report.patched["a"]
+    assert "swiglu" in report.patched["b"]
+    assert "d: left alone: " in str(report)
+
+
+def test_twice_is_once_and_unpatch_restores(head):
+    before = dict(vars(head))
+    first = patch(head)
+    forward = head.forward
+    assert patch(head) == first
+    assert head.forward is forward
+    unpatch(head)
+    unpatch(head)
+    assert vars(head) == before
+
+
+def test_context(head):
+    with patched(head) as report:
+        assert "forward" in vars(head)
+        assert list(report.patched) == [""]
+    assert "forward" not in vars(head)
+    patch(head)
+    with patched(head):
+        pass
+    assert "forward" in vars(head)
+    with pytest.raises(RuntimeError, match="mine"), patched(UniFlowNet()) as report:
+        raise RuntimeError("mine")
+
+
+def test_only_and_strict(head):
+    model = nn.ModuleDict({"a": head, "b": UniFlowNet()})
+    assert list(patch(model, only="b").patched) == ["b"]
+    assert list(patch(model, only=["a*"]).patched) == ["a"]
+    with pytest.raises(ValueError, match="only: no module of the model is called 'z'"):
+        patch(model, only="z")
+    with pytest.raises(ValueError, match="nothing to patch"):
+        patch(nn.Linear(2, 2), strict=True)
+    with pytest.raises(ValueError, match="activation is not SiLU"):
+        patch(with_blocks(Gelu)(), strict=True)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        patch("model")
+
+
+def test_copies_and_pickles(head):
+    patch(head)
+    expected = head(*INPUTS)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), copy.deepcopy(inside("a.b", head)).a.b):
+        assert other.forward is not head.forward
+        assert torch.equal(other(*INPUTS), expected)
+        with torch.no_grad():
+            other.input_proj.weight.zero_()  # it runs on its own weights
+        assert not torch.equal(other(*INPUTS), expected)
+    assert torch.equal(head(*INPUTS), expected)
+
+
+def test_a_deleted_model_is_freed_at_once(head):
+    patch(head)
+    gc.disable()
+    try:
+        there, forward = weakref.ref(head), head.forward
+        model = [head]
+        del head
+        assert there() is not None
+        model.clear()
+    finally:
+        gc.enable()
+    if there() is None:  # pytest holds fixtures
+        with pytest.raises(ReferenceError, match="deleted"):
+            forward(*INPUTS)
+
+
+def test_what_callers_touch(head):
+    before = head.forward_with_cfg(*INPUTS_FOR_GUIDANCE, 2.0)
+    signature = inspect.signature(head.forward)
+    patch(head)
+    close(head.forward_with_cfg(*INPUTS_FOR_GUIDANCE, 2.0), before)
+    assert inspect.signature(head.forward) == signature
+    assert head.input_proj.weight.dtype == torch.float32
+    nn.init.zeros_(head.final_layer.adaLN_modulation[-1].weight)
+    nn.init.zeros_(head.final_layer.linear.weight)
+    nn.init.zeros_(head.final_layer.linear.bias)
+    assert not head(*INPUTS).any()
+    with pytest.raises(TypeError, match="argument"):
+        head(*INPUTS, 1, 2)
+    close(head(x=INPUTS[0], c=INPUTS[2], t=INPUTS[1]), head(*INPUTS))
+
+
+INPUTS_FOR_GUIDANCE = (rows(6, TARGET), torch.arange(6), rows(6, COND, seed=3))
+
+
+@pytest.mark.parametrize("name", ["MAR", "SphereAR"])
+def test_checkpointing_flag(name):
+    project = PROJECTS[name]
+    head = randomize(project.make())
+    patch(head)
+    gradients = []
+    for recomputes in (False, True):
+        head.grad_checkpointing = recomputes
+        out = head(*(value.clone().requires_grad_(value.is_floating_point()) for value in project.inputs))
+        gradients.append(torch.autograd.grad(out.square().sum(), list(head.parameters())))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_checkpointing_computes_blocks_again(head):
+    patch(head)
+    block, calls = head.res_blocks[0], []
+    for part in (block.mlp, block.adaLN_modulation[1]):
+        part.register_forward_hook(lambda part, *_: calls.append(type(part)))
+    for head.grad_checkpointing in (False, True):
+        calls.clear()
+        head(*INPUTS).sum().backward()
+        assert sorted(map(calls.count, set(calls))) == [1 + head.grad_checkpointing] * 2
+
+
+@pytest.mark.parametrize(
+    ("times", "rows_embedded"),
+    [
+        (lambda c: (torch.full((70,), 3), c), [1, 70]),
+        (lambda c: (torch.tensor(3.0).expand(70), c[:1].expand(70, -1)), [1, 1]),
+        (lambda c: (torch.arange(70), c), [70, 70]),
+        (lambda c: (torch.arange(70), c[:1].expand(70, -1)), [70, 70]),
+    ],
+    ids=["numbers", "strides", "neither", "condition alone"],
+)
+def test_what_rows_share_is_embedded_once(head, times, rows_embedded):
+    x, _, c = canonical_inputs(torch.rand(70))
+    t, c = times(c)
+    expected = head(x, t, c)
+    patch(head)
+    embedded = []
+    for part in (head.time_embed, head.cond_embed):
+        part.register_forward_hook(lambda *args: embedded.append(len(args[2])))
+    close(head(x, t, c), expected)
+    assert embedded == rows_embedded
+
+
+def test_gradient_of_a_shared_time_and_condition(head):
+    x, _, c = canonical_inputs(torch.rand(8))
+    found = []
+    for patch_it in (False, True):
+        t, condition = torch.tensor(3.0, requires_grad=True), c[:1].clone().requires_grad_()
+        if patch_it:
+            patch(head)
+        head(x, t.expand(8), condition.expand(8, -1)).square().sum().backward()
+        found.append((t.grad, condition.grad))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        close(ours, theirs)
+
+
+def test_autocast(head):
+    expected = [head(*INPUTS)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected.append(head(*INPUTS))
+        patch(head)
+        ours = head(*INPUTS)
+    assert ours.dtype == expected[1].dtype == torch.bfloat16
+    assert (ours - expected[0]).abs().max() <= 2 * (expected[1] - expected[0]).abs().max()
+
+
+def test_compiles_whole(head):
+    patch(head)
+    inputs = canonical_inputs(torch.rand(5))
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    close(compiled(*inputs), head(*inputs))
+    close(torch.compile(inside("a", head), fullgraph=True, backend="eager").a(*inputs), head(*inputs))
+
+
+def test_a_forward_that_is_compiled_by_a_decorator():
+    """As SphereAR and NextStep-1 have it: nothing is compiled to look at it."""
+
+    def compiles(graph, inputs):
+        raise AssertionError("it was compiled")
+
+    class Compiled(Canonical):
+        @torch.compile(backend=compiles)
+        def forward(self, x, t, c):
+            return super().forward(x, t, c)
+
+    head = randomize(Compiled())
+    patch(head, strict=True)
+    close(head(*INPUTS), Canonical.forward(head, *INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_does_not_depend_on_what_rows_share(head):
+    x, _, c = canonical_inputs(torch.rand(70))
+    patch(head)
+    with torch.no_grad():
+        traced = torch.jit.trace(head, (x, torch.full((70,), 3.0), c))
+        close(traced(x, torch.arange(70.0), c), head(x, torch.arange(70.0), c))
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "FSDP2 of every block"])
+def test_data_parallel(head, wrap):
+    x, t, c = INPUTS
+    expected = head(x, t, c)
+    gradient = torch.autograd.grad(expected.square().sum(), head.input_proj.weight)[0]
+    patch(head, strict=True)
+    if wrap == "DDP":
+        model = nn.parallel.DistributedDataParallel(head)
+    else:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in head.res_blocks if "block" in wrap else ():
+            fully_shard(block, mesh=mesh)
+        model = fully_shard(head, mesh=mesh)
+    out = model(x, t, c)
+    close(out, expected)
+    out.square().sum().backward()
+    found = head.input_proj.weight.grad
+    close(found.full_tensor() if hasattr(found, "full_tensor") else found, gradient)
+
+
+def test_wrappers(head):
+    """FSDP2 changes a module's class, functional_call its parameters."""
+    expected = head(*INPUTS)
+    patch(head)
+    doubled = {name: 2 * value for name, value in head.named_parameters()}
+    ours = torch.func.functional_call(head, doubled, INPUTS)
+    unpatch(head)
+    close(ours, torch.func.functional_call(head, doubled, INPUTS))
+    patch(head)
+    head.__class__ = type("FSDPCanonical", (Canonical,), {})
+    close(head(*INPUTS), expected)
+    block = head.res_blocks[0]
+    block.__class__ = type("FSDPFlowBlock", (FlowBlock,), {"forward": lambda self, x, y: x})
+    unwrapped = head(*INPUTS)
+    unpatch(head)
+    assert torch.equal(unwrapped, head(*INPUTS))
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
+
+
+def inner(head):
+    block = head.res_blocks[1]
+    return [block, block.adaLN_modulation, block.adaLN_modulation[0], block.in_ln, block.mlp[1], head.final_layer]
+
+
+@pytest.mark.parametrize("which", range(6))
+def test_a_hook_inside_fires(head, which):
+    patch(head)
+    calls = []
+    part = inner(head)[which]
+    handle = part.register_forward_hook(lambda *_: calls.append(1))
+    head(*INPUTS)
+    assert calls == [1]
+    handle.remove()
+    part.forward = lambda *args: calls.append(2) or type(part).forward(part, *args)
+    head(*INPUTS)
+    assert calls == [1, 2]
+
+
+def test_a_hook_that_is_there_already(head):
+    calls = []
+    head.res_blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    assert "res_blocks.0: a hook inside must fire" in patch(head).left_alone[""]
+    assert calls == []
+    other = randomize(Canonical())
+    other.register_forward_hook(lambda *_: calls.append(1))
+    patch(other, strict=True)
+    assert calls == []
+    other(*INPUTS)
+    assert calls == [1]
+    mended = Canonical()
+    mended.forward = lambda *_: None
+    assert "replaced on the instance" in patch(mended).left_alone[""]
+
+
+def test_hooks_on_all_modules(head):
+    patch(head)
+    calls = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        head(*INPUTS)
+        assert head.res_blocks[0] in calls
+        assert "a hook on all modules" in patch(Canonical()).left_alone[""]
+    finally:
+        handle.remove()
+
+
+def test_an_adapter_put_in_later_works(head):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, h):
+            return self.base(h) + 1
+
+    patch(head)
+    head.res_blocks[0].mlp[0] = Adapter(head.res_blocks[0].mlp[0])
+    ours = head(*INPUTS)
+    with backend("triton"), pytest.raises(ValueError, match="replaced, wrapped or given a hook"):
+        head(*INPUTS)
+    unpatch(head)
+    close(ours, head(*INPUTS))
+
+
+def test_kernels_that_cannot_serve():
+    class Weighted(Last):
+        make_norm = JvpLayerNorm
+
+    head = randomize(type("Own", (Canonical,), {"make_last": Weighted})())
+    expected = head(*INPUTS)
+    assert "plain only: its last norm has a weight" in patch(head).patched[""]
+    close(head(*INPUTS), expected)
+    with backend("triton"), pytest.raises(ValueError, match="its last norm has a weight"):
+        head(*INPUTS)
+
+
+def test_dropout_inside():
+    class Drops(FlowBlock):
+        def make_mlp(self, width, hidden):
+            return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width), nn.Dropout(0.5))
+
+    head = randomize(with_blocks(Drops)())
+    torch.manual_seed(3)
+    expected = head(*INPUTS)
+    assert "dropout inside" in patch(head).patched[""]
+    assert head.res_blocks[0].mlp[3].p == 0.5
+    torch.manual_seed(3)
+    close(head(*INPUTS), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+class NaiveAttention(nn.Module):
+    """timm's and InternViT's attention as they write it without a fused kernel."""
+
+    def __init__(self, width=32, heads=4, norm=None, dropout=0.0):
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attn_drop, self.proj_drop = nn.Dropout(dropout), nn.Dropout(0.0)
+        if norm:
+            self.q_norm, self.k_norm = (nn.LayerNorm(width if norm == "all" else width // heads) for _ in range(2))
+        self.norm = norm
+
+    def forward(self, x, mask=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        if self.norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        scores = scores if mask is None else scores + mask
+        out = self.attn_drop(scores.softmax(-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+class FusedAttention(NaiveAttention):
+    def forward(self, x):
+        q, k, v = (p.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in self.qkv(x).chunk(3, dim=-1))
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CausalAttention(NaiveAttention):
+    def forward(self, x):
+        return super().forward(x, torch.full((x.shape[1],) * 2, float("-inf")).triu(1))
+
+
+class EncoderLayer(nn.Module):
+    """InternViT's and UniFlow's: LayerScale on both branches."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = NaiveAttention(width, norm="all")
+        self.mlp = nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width))
+        self.ls1, self.ls2 = (nn.Parameter(torch.full((width,), 0.1)) for _ in range(2))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x)) * self.ls1
+        return x + self.mlp(self.norm2(x)) * self.ls2
+
+
+@pytest.mark.parametrize("norm", [None, "head", "all"])
+def test_attention(norm, within_twice):
+    layer = randomize(NaiveAttention(norm=norm))
+    x = rows(2, 9, 32)
+
+    def run(layer, x):
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+    exact, before = run(copy.deepcopy(layer).double(), x.double()), run(layer, x)
+    report = patch(layer)
+    assert "attention of 4 heads" in report.patched[""]
+    for results in zip(run(layer, x), before, exact, strict=True):
+        within_twice(*results, floor=2e-6)
+
+
+def test_attention_inside_an_encoder_layer():
+    model = nn.ModuleList(randomize(EncoderLayer()) for _ in range(2))
+    x = rows(2, 9, 32)
+    expected = model[0](x)
+    report = patch(model)
+    assert set(report.patched) == {"0.attn", "1.attn"}
+    close(model[0](x), expected)
+
+
+def test_attention_that_is_left_alone():
+    model = nn.ModuleDict({"fused": FusedAttention(), "causal": CausalAttention()})
+    report = patch(model)
+    assert report.patched == {}
+    assert "nothing to gain" in report.left_alone["fused"]
+    assert "a mask" in report.left_alone["causal"]
+
+
+def test_attention_keeps_its_own_forward_where_scores_are_wanted():
+    layer, x, mask = randomize(NaiveAttention(dropout=0.5)), rows(2, 9, 32), rows(9, 9)
+    torch.manual_seed(1)
+    dropped, masked = layer(x), layer.eval()(x, mask)
+    patch(layer, strict=True)
+    assert torch.equal(layer(x, mask), masked)
+    torch.manual_seed(1)
+    assert torch.equal(layer.train()(x), dropped)
+    scores = []
+    layer.eval().attn_drop.register_forward_hook(lambda *args: scores.append(args[2]))
+    layer(x)
+    assert scores[0].shape == (2, 4, 9, 9)

@@ -1,0 +1,1 @@
+"""Other projects' models, faster without a change to their code."""

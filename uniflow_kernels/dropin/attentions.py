@@ -1,0 +1,107 @@
+"""Self-attention of vision transformers (timm, InternViT, UniFlow's release) that writes its scores out.
+
+Such a layer is known by its submodules (`qkv`, `proj`, `num_heads`) and by its numbers. What replaces its forward is
+the `attention` operation between its own linear layers and norms.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from uniflow_kernels.dropin.probe import TOLERANCE, NotOurs, Probe, check_untouched, difference, hooked, own_forward
+from uniflow_kernels.ops.attention import attention
+
+LENGTH = 5
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A recognised attention layer. `norm` says over what queries and keys are normalised: nothing, a head, all."""
+
+    heads: int
+    norm: str | None
+    first_argument: str
+
+    def __str__(self) -> str:
+        return f"attention of {self.heads} heads; scaled_dot_product_attention, or flash-attn where it can serve"
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What `module(*args, **kwargs)` computes; by its own forward where that drops or is watched."""
+        given = [*args, *kwargs.values()]
+        alone = len(given) == 1 and (bool(args) or self.first_argument in kwargs)
+        if not alone or not isinstance(given[0], Tensor) or given[0].ndim != 3 or self._needs_scores(module):
+            return type(module).forward(module, *args, **kwargs)
+        return self.attend(module, given[0])
+
+    def attend(self, module: nn.Module, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        parts: Any = module._modules
+        q, k, v = parts["qkv"](x).chunk(3, dim=-1)
+        if self.norm == "all":
+            q, k = parts["q_norm"](q), parts["k_norm"](k)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        if self.norm == "head":
+            q, k = parts["q_norm"](q), parts["k_norm"](k)
+        x = parts["proj"](attention(q, k, v).flatten(2))
+        return parts["proj_drop"](x) if "proj_drop" in parts else x
+
+    @staticmethod
+    def _needs_scores(module: nn.Module) -> bool:
+        """Whether attention weights are dropped, or a hook wants to see them."""
+        drop = module._modules.get("attn_drop")
+        if drop is None:
+            return False
+        return hooked(drop) or (drop.training and getattr(drop, "p", 0.0) > 0)
+
+
+def recognise(module: nn.Module) -> Attention | None:
+    """The attention layer that `module` is; None if it does not even look like one.
+
+    Raises:
+        NotOurs: if it looks like one and is none, or has nothing to gain, saying why.
+    """
+    parts, heads = module._modules, getattr(module, "num_heads", None)
+    qkv, proj = parts.get("qkv"), parts.get("proj")
+    if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or not isinstance(heads, int):
+        return None
+    check_untouched(module)
+    width = qkv.in_features
+    if qkv.out_features != 3 * width or proj.weight.shape != (width, width) or width % heads:
+        raise NotOurs(f"its projections are not {heads} heads of equal size")
+    names = list(inspect.signature(own_forward(module)).parameters)[1:]
+    normed = any(isinstance(parts.get(name), nn.Module) for name in ("q_norm", "k_norm"))
+    with Probe(module) as probe:
+        x = probe.rows(2, LENGTH, width)
+        with _SeesAttention() as seen:
+            own = probe.in_both_modes(lambda: own_forward(module)(module, x))
+        if seen.fused:
+            raise NotOurs("nothing to gain: it calls scaled_dot_product_attention already")
+        for norm in ("head", "all") if normed else (None,):
+            tried = Attention(heads, norm, names[0])
+            if _apart(tried, probe, x, own) < TOLERANCE:
+                return tried
+    raise NotOurs("its forward computes something else: a mask, positions, or another order")
+
+
+class _SeesAttention(TorchFunctionMode):
+    """Notices calls of scaled_dot_product_attention."""
+
+    fused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.fused |= func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def _apart(tried: Attention, probe: Probe, x: Tensor, own: list[Tensor]) -> float:
+    try:
+        return difference(probe.in_both_modes(lambda: tried.attend(probe.module, x)), own)
+    except NotOurs:  # norms of another size
+        return float("inf")

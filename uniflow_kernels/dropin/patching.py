@@ -1,0 +1,161 @@
+"""`patch`: modules of other projects run on this package's operations, by replacing `forward` on their instances."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from uniflow_kernels.dropin import attentions, heads
+from uniflow_kernels.dropin.probe import NotOurs
+from uniflow_kernels.modules.flow_head import FlowHead
+
+RECOGNISERS = (heads.recognise, attentions.recognise)
+
+
+class Recognised(Protocol):
+    """How a recognised module is run. It holds no part of the module, so that it can be copied and pickled with it."""
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What `module(*args, **kwargs)` computes."""
+        ...
+
+
+class Forward:
+    """What stands in place of a patched module's forward.
+
+    It refers to its module weakly, so that a deleted model is freed at once; a copied or unpickled module gets a
+    `Forward` of its own.
+    """
+
+    __slots__ = ("__weakref__", "_module", "recognised")
+
+    def __init__(self, module: nn.Module, recognised: Recognised) -> None:
+        self._module = weakref.ref(module)
+        self.recognised = recognised
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the module computes."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module that this forward belongs to was deleted")
+        return self.recognised.forward(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Forward, (self._module(), self.recognised)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self._module()).forward)  # type: ignore[union-attr]
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did.
+
+    Attributes:
+        patched: name of a module -> what it is and what it runs on now. The model itself is called "".
+        left_alone: name of a module that looks as if it could be served -> why it is not.
+    """
+
+    patched: dict[str, str]
+    left_alone: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(the model)'}: {what}" for name, what in self.patched.items()]
+        lines += [f"{name or '(the model)'}: left alone: {why}" for name, why in self.left_alone.items()]
+        return "\n".join(lines) or "nothing here looks like a module that could be served"
+
+
+def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> PatchReport:
+    """Find the modules in a model that this package can run faster, and let it.
+
+    Recognised are, by structure and by numbers, the per-token heads of MAR's family, and attention that writes its
+    scores. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict, hooks, modes, copies and
+    pickles stay as they are. Patch after loading and before wrapping, sharding or compiling the model. Patching twice
+    is patching once.
+
+    Args:
+        model: any module, itself perhaps such a head.
+        only: names of modules to look at, as in `model.named_modules()`; `*` stands for anything. By default all.
+        strict: raise if there is nothing to patch.
+
+    Returns:
+        The report; `print(patch(model))` shows it.
+
+    Raises:
+        TypeError: if `model` is no module.
+        ValueError: if a name in `only` fits no module, or nothing was patched although `strict`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    patched: dict[str, str] = {}
+    left_alone: dict[str, str] = {}
+    inside: list[str] = []
+    for name, module in _chosen(model, only):
+        if any(name.startswith(outer) for outer in inside):
+            continue  # a part of a head
+        if not is_patched(module):
+            try:
+                recognised = _recognised(module)
+            except NotOurs as reason:
+                left_alone[name] = str(reason)
+                continue
+            if recognised is None:
+                continue
+            module.forward = Forward(module, recognised)
+        patched[name] = str(vars(module)["forward"].recognised)
+        inside.append(f"{name}." if name else "")
+    report = PatchReport(patched, left_alone)
+    if strict and not patched:
+        raise ValueError(f"model: nothing to patch. {report}")
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched module in `model` its own forward back."""
+    for module in model.modules():
+        if is_patched(module):
+            del module.forward
+
+
+@contextmanager
+def patched(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> Iterator[PatchReport]:
+    """`patch` inside the block; afterwards what it patched is as before. What was patched before stays so."""
+    before = {module for module in model.modules() if is_patched(module)}
+    report = patch(model, only, strict)
+    try:
+        yield report
+    finally:
+        for module in model.modules():
+            if module not in before and is_patched(module):
+                del module.forward
+
+
+def _chosen(model: nn.Module, only: str | Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+    modules = list(model.named_modules())
+    if only is None:
+        return modules
+    patterns = [only] if isinstance(only, str) else list(only)
+    for pattern in patterns:
+        if not fnmatch.filter([name for name, _ in modules], pattern):
+            raise ValueError(f"only: no module of the model is called {pattern!r}")
+    return [(name, m) for name, m in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether its forward is one of ours."""
+    return isinstance(vars(module).get("forward"), Forward)
+
+
+def _recognised(module: nn.Module) -> Recognised | None:
+    if isinstance(module, FlowHead):
+        raise NotOurs("it is this package's own already")
+    return next((found for found in (recognise(module) for recognise in RECOGNISERS) if found is not None), None)
