@@ -46,8 +46,9 @@ __device__ void move_rows(const Patches& move, const Tile& tile, T* rows) {
   }
 }
 
+// Four blocks a multiprocessor: left to itself, ptxas makes room for more on sm_100, and spills for it.
 template <class T, bool WIDE, bool VECTOR, bool CUT>
-__global__ void __launch_bounds__(kThreads) patches_kernel(const __grid_constant__ Patches move) {
+__global__ void __launch_bounds__(kThreads, 4) patches_kernel(const __grid_constant__ Patches move) {
   constexpr int COUNT = WIDE ? 16 / sizeof(T) : 1;
   extern __shared__ __align__(16) unsigned char shared[];
   T* rows = reinterpret_cast<T*>(shared);

@@ -22,8 +22,9 @@ if not torch.cuda.is_available():
     # before any kernel is defined: Triton then runs them on the CPU. tests/compile compiles in a process of its own
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# processes of pytest-xdist share the cores
+# processes of pytest-xdist share the cores; what they start has as many threads, on which the last bit may depend
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,6 +5,9 @@ How it is sampled (schedules, solvers, classifier-free guidance), and how t is d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,17 +38,24 @@ __all__ = [
 ]
 
 
-def _lognormal(shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(shape, device=device, generator=generator).sigmoid_()
+def _draw(
+    draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None
+) -> Tensor:
+    # a call that names a generator, even None, cannot be compiled for a batch of any size
+    return draw(shape, device=device) if generator is None else draw(shape, device=device, generator=generator)
 
 
-def _uniform(shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(shape, device=device, generator=generator)
+def _lognormal(*how: Any) -> Tensor:
+    return _draw(torch.randn, *how).sigmoid_()
 
 
-def _fat_lognormal(shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None) -> Tensor:
-    from_tails = _uniform(shape, device, generator) >= 0.9
-    return torch.where(from_tails, _uniform(shape, device, generator), _lognormal(shape, device, generator))
+def _uniform(*how: Any) -> Tensor:
+    return _draw(torch.rand, *how)
+
+
+def _fat_lognormal(*how: Any) -> Tensor:
+    from_tails = _uniform(*how) >= 0.9
+    return torch.where(from_tails, _uniform(*how), _lognormal(*how))
 
 
 T_DISTRIBUTIONS = {"fat_lognormal": _fat_lognormal, "lognormal": _lognormal, "uniform": _uniform}

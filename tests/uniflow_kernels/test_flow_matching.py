@@ -273,7 +273,8 @@ def test_registered_op_is_sound():
     from uniflow_kernels.modules.flow_matching import _remember
 
     head, (condition, images, t, noise) = make_head(depth=1), make_batch()
-    arguments = (condition, list(head.parameters()), images, t, noise, None, None, None, None, 0, 0, PATCH, 1.0, 6)
+    batch = (images, t, noise, None, None, None, None, None, 0, 0, PATCH, noise.shape[-1], 1.0)
+    arguments = (condition, list(head.parameters()), *batch, 6)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.uniflow_kernels.flow_matching
     torch.library.opcheck(op, (*arguments, _remember(head), True, None), test_utils=tests)
