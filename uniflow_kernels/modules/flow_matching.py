@@ -52,11 +52,12 @@ def flow_matching_loss(
         weights, mask: [B, N], see `velocity_loss`.
         time_scale: what t is multiplied by for the head (1000 in UniFlow).
         chunk_tokens: how many tokens are worked on at a time: whole images, or whole lines of patches of one. None
-            takes all at once and keeps the activations for the backward pass, as plain autograd does.
+            takes all at once and keeps the activations for the backward pass, as plain autograd does; so does a number
+            that all tokens fit in.
 
     Returns:
         In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
-        parameters; with `chunk_tokens=None` also in images, t and noise, and more than once where the head is.
+        parameters; where all is one chunk also in images, t and noise, and more than once where the head is.
 
     Raises:
         TypeError: if a dtype does not fit.
@@ -75,10 +76,10 @@ def flow_matching_loss(
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
     batch = _Batch(images, t, noise, held, weights, mask, mean, std, number, offset, patch_size, columns, time_scale)
-    if chunk_tokens is None:
-        return _loss(head, condition, batch, "mean")
-    if chunk_tokens < 1:
+    if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
+    if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
+        return _loss(head, condition, batch, "mean")  # one chunk: autograd does it with less ado
     for name, value in (("images", images), ("t", t), ("noise", noise)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected constants; chunk_tokens=None gives them a gradient")
