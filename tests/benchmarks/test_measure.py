@@ -29,7 +29,7 @@ def test_a_view_counts_its_whole_storage():
     assert saved_bytes(Trial(lambda x: x[:2].square(), (x,))) == x.nbytes
 
 
-def test_rivals_are_called_in_turn():
+def test_rivals_are_called_in_turn_and_each_is_first_in_its_turn():
     order = []
 
     def sampler(label):
@@ -40,7 +40,7 @@ def test_rivals_are_called_in_turn():
         return sample
 
     found = interleave({"a": [sampler("a")], "b": [sampler("b")]}, seconds=0)
-    assert order == ["a", "b"] * 5
+    assert order == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
     assert found["a"]["forward"]["wall_ms"]["samples"] == 5
 
 
