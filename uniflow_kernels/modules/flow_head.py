@@ -26,6 +26,7 @@ from uniflow_kernels.ops.flow_head import (
     explain,
     final_norm,
     flow_block,
+    flow_blocks,
     fused_flow_blocks,
     rows_known,
     served_by,
@@ -453,8 +454,10 @@ class FlowHead(nn.Module):
         return cast(list[FlowBlock], list(self.res_blocks))
 
     def _plain(self, x: Tensor, a: Tensor) -> Tensor:
-        """Submodule by submodule, so that hooks, adapters and wrappers on them keep working."""
+        """On the blocks' tensors, which few rows feel; or submodule by submodule, so that hooks and adapters work."""
         again = (self.grad_checkpointing or self.recompute == "block") and torch.is_grad_enabled()
+        if not again and self._why_not_fused() is None:
+            return self.final_layer.linear(flow_blocks(x, a, *self.tensors(), self.form))
         modulation = None
         for i, block in enumerate(self._blocks()):
             if self.blocks_per_group > 1 and i % self.blocks_per_group == 0:
