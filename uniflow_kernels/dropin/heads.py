@@ -33,6 +33,7 @@ from uniflow_kernels.ops.flow_head import (
     served_by,
     swiglu,
 )
+from uniflow_kernels.packing import packed
 
 # what the projects call the same thing
 INPUTS = ("input_proj", "noisy_images_proj")
@@ -531,5 +532,14 @@ def _affine(layer: Any) -> Affine:
 
 
 def _side_by_side(layers: list[nn.Linear]) -> Affine:
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return Affine(torch.cat([layer.weight for layer in layers]), bias)
+    """One layer of several; without gradients its tensors are kept while no parameter changes."""
+
+    def beside(tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors) if torch.is_grad_enabled() else packed("side by side", tensors, _cat)
+
+    bias = None if layers[0].bias is None else beside([layer.bias for layer in layers])
+    return Affine(beside([layer.weight for layer in layers]), bias)
+
+
+def _cat(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
