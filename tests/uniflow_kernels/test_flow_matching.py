@@ -280,6 +280,7 @@ def test_registered_op_is_sound():
     torch.library.opcheck(op, (*arguments, _remember(head), True, None), test_utils=tests)
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_once():
     """One node in the graph of what is around it, for any number of tokens; another head is another graph."""
     around = nn.Linear(Z, Z)
