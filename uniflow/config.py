@@ -231,7 +231,7 @@ class UniFlowConfig:
 
 
 # a config.json must say these; a guess would build another model than the checkpoint's
-_ARCHITECTURE = (
+ENCODER_ARCHITECTURE = (
     "image_size",
     "patch_size",
     "hidden_size",
@@ -241,6 +241,9 @@ _ARCHITECTURE = (
     "qkv_bias",
     "qk_normalization",
     "norm_type",
+)
+_ARCHITECTURE = (
+    *ENCODER_ARCHITECTURE,
     "vit_hidden_size",
     "latent_ch",
     "global_blocks_depth",

@@ -18,21 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uniflow.checkpoint import CheckpointError, assign_state, read_state
-from uniflow.config import UniFlowConfig
+from uniflow.config import ENCODER_ARCHITECTURE, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 
-_INTERNVIT_FIELDS = (
-    "image_size",
-    "patch_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "qkv_bias",
-    "qk_normalization",
-    "norm_type",
-)
 _INTERNVIT_CHOICES = (
     "num_channels",
     "layer_norm_eps",
@@ -90,10 +79,10 @@ def pretrained_encoder(
 
 
 def _from_internvit(folder: Path, values: dict[str, Any]) -> PretrainedEncoder:
-    missing = [name for name in _INTERNVIT_FIELDS if name not in values]
+    missing = [name for name in ENCODER_ARCHITECTURE if name not in values]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}")
-    fields = {name: values[name] for name in (*_INTERNVIT_FIELDS, *_INTERNVIT_CHOICES) if name in values}
+    fields = {name: values[name] for name in (*ENCODER_ARCHITECTURE, *_INTERNVIT_CHOICES) if name in values}
     fields["vit_hidden_size"] = fields["hidden_size"]
     config = UniFlowConfig(**fields)
     with torch.device("meta"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.patches import patch_grid, unpatchify
+from uniflow_kernels.ops.velocity import check_normalization, per_channel
 from uniflow_kernels.triton_kernels import why_not_on
 
 
@@ -109,12 +109,7 @@ def _check(
             raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
     if not (dtype.is_floating_point or dtype == torch.uint8):
         raise TypeError(f"dtype: expected a floating point dtype or torch.uint8, got {dtype}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean, std: expected both or neither")
-    channels = rows.shape[-1] // (patch_size * patch_size)
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
-            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(values)}")
+    check_normalization(mean, std, rows.shape[-1] // (patch_size * patch_size))
     down, across = patch_grid(rows.shape[1], patch_size, size)
     return down * patch_size, across * patch_size
 
@@ -146,17 +141,10 @@ def _to_images(
     dtype: torch.dtype,
 ) -> Tensor:
     images = _to_images_fake(rows, velocity, dt, mean, std, patch_size, height, width, clamp, dtype)
-    affine = None if mean is None or std is None else _mean_and_std(tuple(mean), tuple(std), rows.device)
+    affine = None if mean is None or std is None else per_channel(tuple(zip(mean, std, strict=True)), rows)
     kernels = importlib.import_module("uniflow_kernels.triton_kernels.images")
     kernels.to_images(rows, velocity, dt, affine, patch_size, clamp, images)
     return images
-
-
-@functools.lru_cache(64)
-def _mean_and_std(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
-    """[C, 2] in float32, as the kernel reads them; copied to the device once."""
-    with torch.inference_mode(False):
-        return torch.tensor([mean, std], device=device).t().contiguous()
 
 
 def _to_images_fake(

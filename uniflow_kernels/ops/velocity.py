@@ -182,12 +182,17 @@ def check_rows(
             raise ValueError(f"noise: expected shape {rows}, one row a patch, got {tuple(noise.shape)}")
         if not noise.is_floating_point():
             raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
+    check_normalization(mean, std, channels)
+    return rows
+
+
+def check_normalization(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
+    """Raise a ValueError unless there are both, with a number for each channel, or neither."""
     if (mean is None) != (std is None):
         raise ValueError("mean, std: expected both or neither")
     for name, value in (("mean", mean), ("std", std)):
         if value is not None and len(value) != channels:
             raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(value)}")
-    return rows
 
 
 def _check_columns(columns: int | None, rows: tuple[int, int, int]) -> int:
@@ -207,16 +212,21 @@ def pixel_scale_and_shift(images: Tensor, mean: Sequence[float] | None, std: Seq
         return None
     channels = images.shape[1]
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
+    normalization = zip(mean or [0.0] * channels, std or [1.0] * channels, strict=True)
+    return per_channel(tuple((1 / (unit * s), -m / s) for m, s in normalization), images)
+
+
+def per_channel(pairs: tuple[tuple[float, float], ...], like: Tensor) -> Tensor:
+    """[C, 2] in float32, on the device of `like`."""
     # kept, since to copy it to a GPU takes longer than to use it; what a compiler traces with must not be kept
-    make = _scale_and_shift.__wrapped__ if is_watched(images) else _scale_and_shift
-    return make(tuple(mean or [0.0] * channels), tuple(std or [1.0] * channels), unit, images.device)
+    make = _per_channel.__wrapped__ if is_watched(like) else _per_channel
+    return make(pairs, like.device)
 
 
 @functools.lru_cache(64)
-def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], unit: float, device: torch.device) -> Tensor:
-    pairs = [(1 / (unit * s), -m / s) for m, s in zip(mean, std, strict=True)]
+def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
-        return torch.tensor(pairs, device=device).reshape(-1, 2)
+        return torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 2)
 
 
 def plain_interpolate(
