@@ -1,0 +1,1 @@
+"""UniFluid: one transformer that reads pictures and draws them, token by token."""
