@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import smooth_picture
-from uniflow.data import PictureList, PictureShards, Positions, RandomCrops, load
+from uniflow.data import Epochs, PictureList, PictureShards, Positions, RandomCrops, load
 from uniflow.pictures import PictureError
 
 
@@ -78,6 +78,18 @@ def test_a_damaged_picture_is_skipped_and_named(picture_folder):
         RandomCrops(PictureList({"bad.png": picture_folder / "bad.png"}), 16)[0]
 
 
+def test_streams_of_chosen_pictures():
+    """Each is all of its pictures in every epoch, in an order that other streams do not have."""
+    source, chosen = pictures(12), np.arange(12) % 3 > 0
+    streams = [Epochs(source, 5, stream, chosen) for stream in (2, 3)]
+    orders = [[stream.read(position)[0] for position in range(16)] for stream in streams]
+    for order in orders:
+        assert sorted(order[:8]) == sorted(order[8:]) == list(np.flatnonzero(chosen))
+    assert orders[0] != orders[1]
+    with pytest.raises(ValueError, match="at least one"):
+        Epochs(source, 5, 2, np.zeros(12, bool))
+
+
 # batches
 
 
@@ -139,6 +151,14 @@ def test_shards_are_read_member_by_member(shards):
     for number in (0, 4, 59):
         assert source.name(number) == f"{shards[number // 3]}:{number % 3}.PNG"
         assert np.array_equal(np.asarray(source.open(number)), np.asarray(smooth_picture((20, 20), number)))
+
+
+def test_members_beside_a_picture(tmp_path):
+    members = {"a.b/x.y.PNG": png(smooth_picture((20, 20), 0)), "a.b/x.txt": b"text", "a.txt": b"another"}
+    write_shard(tmp_path / "x.tar", members)
+    source = PictureShards([tmp_path / "x.tar"], (".png",))
+    assert source.beside(0, ".txt") == (f"{tmp_path}/x.tar:a.b/x.txt", b"text")
+    assert source.beside(0, ".json") is None
 
 
 def test_an_epoch_goes_through_all_shards_sixteen_at_a_time(shards):

@@ -108,6 +108,19 @@ def test_center_crop_is_the_releases(extent):
     assert np.array_equal(np.asarray(center_crop(picture, 32)), release_center_crop(picture, 32))
 
 
+@pytest.mark.parametrize("extent", [(32, 16), (100, 90), (90, 200), (64, 32), (20, 13)])
+def test_center_crop_to_a_rectangle_shows_the_middle_undistorted(extent):
+    across, down = extent
+    gradient = np.zeros((down, across, 3), np.uint8)
+    gradient[..., 0] = np.linspace(0, 255, across)
+    gradient[..., 1] = np.linspace(0, 255, down)[:, None]
+    crop = np.asarray(center_crop(Image.fromarray(gradient), (16, 32)), float)
+    assert crop.shape == (16, 32, 3)
+    assert np.abs(crop[..., :2].mean((0, 1)) - 127.5).max() < 6  # the middle
+    slopes = [np.diff(crop[..., 0].mean(0)).mean() * across, np.diff(crop[..., 1].mean(1)).mean() * down]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.25)  # as steep in pixels of the original
+
+
 @pytest.mark.parametrize(("extent", "expected"), [((40, 30), (40, 32)), ((3, 1), (4, 4)), ((41, 43), (40, 44))])
 def test_fit_to_patches(extent, expected):
     assert fit_to_patches(smooth_picture(extent, 0), 4).size == expected

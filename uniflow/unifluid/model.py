@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import assign_state, read_state, write_state
+from uniflow.pretrained import transformers_package
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.texts import read_text_tokenizer
 from uniflow_kernels import FlowHead
@@ -50,7 +51,7 @@ class UniFluid(nn.Module):
             one.
 
     Raises:
-        ModuleNotFoundError: without transformers, naming the extra.
+        ImportError: if the transformers package is not installed.
         ValueError: if the tokenizer has more ids than the transformer.
 
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
@@ -303,11 +304,11 @@ def read_backbone(folder: str | Path) -> PreTrainedModel:
     """A pretrained language model from a local folder, to make a UniFluid of.
 
     Raises:
-        ModuleNotFoundError: without transformers, naming the extra.
+        ImportError: if the transformers package is not installed.
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds no language model.
     """
-    transformers = _transformers()
+    transformers = transformers_package()
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"no config.json in {folder}")
     try:
@@ -320,7 +321,7 @@ def read_backbone(folder: str | Path) -> PreTrainedModel:
 
 
 def _new_backbone(config: UniFluidConfig) -> PreTrainedModel:
-    transformers = _transformers()
+    transformers = transformers_package()
     values = dict(config.backbone)
     kind = values.pop("model_type")
     try:
@@ -333,16 +334,6 @@ def _new_backbone(config: UniFluidConfig) -> PreTrainedModel:
 def _attention(config: Any) -> str:
     """Soft-capped attention (Gemma 2) is not in scaled_dot_product_attention."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "UniFluid needs transformers: pip install 'uniflow-kernels[hf]'", name=error.name
-        ) from None
-    return transformers
 
 
 # a tied lm_head is the text embedding under a second name, which no file needs twice
