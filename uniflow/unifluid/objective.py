@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from uniflow.diffusion import Diffusion, noise_loss
 from uniflow.flow import sample_t
 from uniflow.normalization import normalize
-from uniflow.unifluid.captions import Drawings, Readings
-from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
-from uniflow.unifluid.tokens import ImageTokenizer
 from uniflow_kernels import interpolate, velocity_loss
+
+if TYPE_CHECKING:
+    from uniflow.unifluid.captions import Drawings, Readings
+    from uniflow.unifluid.features import VisionFeatures
+    from uniflow.unifluid.tokens import ImageTokenizer
 
 
 @dataclass(frozen=True)
