@@ -339,12 +339,12 @@ def _attention(config: Any) -> str:
 # a tied lm_head is the text embedding under a second name, which no file needs twice
 
 
-def _leave_out_what_is_tied(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _leave_out_what_is_tied(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     if model._tied:
         state.pop(prefix + model._tied, None)
 
 
-def _give_what_is_tied(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _give_what_is_tied(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     embedding = prefix + "backbone.model.embed_tokens.weight"
     if model._tied and embedding in state:
         state[prefix + model._tied] = state[embedding]
