@@ -190,7 +190,7 @@ def test_dpm_solver_on_a_head():
     with torch.no_grad():
         out = sample(head, condition, Diffusion(5), "dpm-solver++", noise=start, cfg=2.0, null_condition=condition[:1])
         predict = predictor(head, condition, Diffusion(5).timesteps(), 2.0, condition[:1])
-    assert torch.equal(out, dpm_solver(predict, start, Diffusion(5)))
+        assert torch.equal(out, dpm_solver(predict, start, Diffusion(5)))
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch):
