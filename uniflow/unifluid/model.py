@@ -280,8 +280,10 @@ class UniFluid(nn.Module):
     # checkpoints
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> UniFluid:
-        """Read what `save_pretrained` wrote, in the dtype of the file.
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> UniFluid:
+        """Read what `save_pretrained` wrote, in the dtype of the file if none is given.
 
         Raises:
             FileNotFoundError: if something is missing.
@@ -291,7 +293,7 @@ class UniFluid(nn.Module):
         model = cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(folder))
         assign_state(model, read_state(folder), str(folder))
         model.backbone.tie_weights()
-        return model.to(device).eval()
+        return model.to(device, dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and the text tokenizer's files."""

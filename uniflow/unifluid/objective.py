@@ -70,7 +70,9 @@ class UniFluidObjective(nn.Module):
         if head_repeats < 1:
             raise ValueError(f"head_repeats: expected at least 1, got {head_repeats}")
         sample_t((0,), t_distribution)  # an unknown distribution fails here, not in the first step
-        check_fit(student, tokenizer, vision)
+        check_tokenizer(student, tokenizer)
+        if vision is not None:
+            check_vision(student, vision)
         self.student = student
         self.tokenizer = tokenizer
         self.vision = vision
@@ -129,8 +131,8 @@ class UniFluidObjective(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), expected.flatten())
 
 
-def check_fit(student: UniFluid, tokenizer: ImageTokenizer, vision: VisionFeatures | None) -> None:
-    """Raise a ValueError unless tokenizer and vision are those that the student is made for."""
+def check_tokenizer(student: UniFluid, tokenizer: ImageTokenizer) -> None:
+    """Raise a ValueError unless the image tokenizer is the one that the student is made for."""
     config = student.config
     if (tokenizer.channels, tuple(tokenizer.grid)) != (config.token_channels, config.grid):
         raise ValueError(
@@ -139,8 +141,13 @@ def check_fit(student: UniFluid, tokenizer: ImageTokenizer, vision: VisionFeatur
         )
     if config.tokenizer is not None and tokenizer.fingerprint() != config.tokenizer:
         raise ValueError("tokenizer: has other weights than the one that the model was trained with")
-    if vision is None:
-        return
+
+
+def check_vision(student: UniFluid, vision: VisionFeatures) -> None:
+    """Raise a ValueError unless the features are those that the student is made for."""
+    config = student.config
+    if config.vision_channels is None:
+        raise ValueError("vision: the model was made without vision_channels, it reads no pictures")
     if vision.width != config.vision_channels:
         raise ValueError(f"vision: gives features of {vision.width} channels, expected {config.vision_channels}")
     if config.vision is not None and vision.fingerprint() != config.vision:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from uniflow.pretrained import transformers_package
 
@@ -93,3 +96,14 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # a text that spells a special token must not become one: its "<eos>" would end it
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
+    length = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        ids[row, length - len(own) :] = torch.as_tensor(own)
+        real[row, length - len(own) :] = True
+    return ids, real
