@@ -1,4 +1,4 @@
-"""Training pictures: which one comes when, and how it is cropped, are functions of a position in an endless stream.
+"""What is trained on: which sample comes when is a function of a position in an endless stream.
 
 A position is a number of samples. Whoever continues at a position gets the same batches, with any number of workers
 and of processes.
@@ -10,9 +10,10 @@ import io
 import itertools
 import signal
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -217,23 +218,35 @@ class Epochs:
 
 
 class Sample(NamedTuple):
-    """A crop, uint8 [3, S, S]; the picture's name; the names of pictures that were to come here but are damaged."""
+    """A sample as its `Samples` collates it; its name; the names of pictures that were to come here but are damaged."""
 
-    pixels: Tensor
+    value: Any
     name: str
     skipped: list[str]
 
 
 class Batch(NamedTuple):
-    """Crops, uint8 [B, 3, S, S], with the names of their pictures and of those skipped."""
+    """What the objective is called with, the names of the samples in it, and of the pictures skipped."""
 
-    images: Tensor
+    inputs: tuple[Any, ...]
     names: list[str]
     skipped: list[str]
 
 
-class RandomCrops(Dataset[Sample]):
-    """An endless stream of random square crops, flipped at random; `crops[position]` for any position.
+class Samples(Dataset[Sample], ABC):
+    """An endless stream of samples, as the Trainer reads it."""
+
+    @abstractmethod
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position from 0; it depends on nothing else."""
+
+    @abstractmethod
+    def collate(self, values: list[Any]) -> tuple[Any, ...]:
+        """Values of samples to the objective's positional arguments: tensors, in tuples or dictionaries too."""
+
+
+class RandomCrops(Samples):
+    """An endless stream of random square crops, uint8 [3, S, S], flipped at random.
 
     Every epoch shows all pictures in another order. Instead of a picture that cannot be read comes the next one.
     Crops are cut where pictures are decoded (in the workers), so that only uint8 squares travel to the GPU.
@@ -268,6 +281,10 @@ class RandomCrops(Dataset[Sample]):
         crop = self._crop(picture, np.random.default_rng((self.seed, position)))
         return Sample(crop, self.pictures.name(number), skipped)
 
+    def collate(self, values: list[Tensor]) -> tuple[Tensor]:
+        """Crops to a batch, uint8 [B, 3, S, S]."""
+        return (torch.stack(values),)
+
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
         shorter = min(picture.size)
         side = rng.uniform(min(shorter, max(self.size, self.smallest * shorter)), shorter)
@@ -298,13 +315,13 @@ class Positions(Sampler[list[int]]):
                 yield list(range(position, position + self.micro_batch_size))
 
 
-def load(crops: Dataset[Sample], positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for)."""
     loader = DataLoader(
-        crops,
+        samples,
         batch_sampler=positions,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_batch, samples),
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # the loader's own, so that torch's is left alone
@@ -312,11 +329,11 @@ def load(crops: Dataset[Sample], positions: Positions, workers: int, pin_memory:
     return iter(loader)
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def _batch(samples: Samples, taken: list[Sample]) -> Batch:
     return Batch(
-        torch.stack([sample.pixels for sample in samples]),
-        [sample.name for sample in samples],
-        [name for sample in samples for name in sample.skipped],
+        samples.collate([sample.value for sample in taken]),
+        [sample.name for sample in taken],
+        [name for sample in taken for name in sample.skipped],
     )
 
 

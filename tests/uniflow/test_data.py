@@ -1,13 +1,11 @@
-import io
 import itertools
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import smooth_picture
+from tests.conftest import png, smooth_picture, write_shard
 from uniflow.data import Epochs, PictureList, PictureShards, Positions, RandomCrops, load
 from uniflow.pictures import PictureError
 
@@ -17,7 +15,7 @@ def pictures(count=5):
 
 
 def take(crops, count, start=0):
-    return [crops[position].pixels for position in range(start, start + count)]
+    return [crops[position].value for position in range(start, start + count)]
 
 
 def equal(one, two):
@@ -62,7 +60,7 @@ def test_crops_differ_in_place_size_and_direction():
 
 def test_pictures_smaller_than_a_crop_are_enlarged(tmp_path):
     smooth_picture((7, 5), 0).save(tmp_path / "x.png")
-    assert RandomCrops(PictureList({"x": tmp_path / "x.png"}), 16)[0].pixels.shape == (3, 16, 16)
+    assert RandomCrops(PictureList({"x": tmp_path / "x.png"}), 16)[0].value.shape == (3, 16, 16)
     with pytest.raises(ValueError, match="at least one"):
         RandomCrops(PictureList({}), 16)
 
@@ -106,7 +104,7 @@ def test_processes_share_every_step_in_equal_runs_of_neighbours():
 def test_batches_follow_from_the_position_whatever_the_workers(workers):
     crops = RandomCrops(pictures(), 16)
     batches = list(itertools.islice(load(crops, Positions(6, 4, 2), workers, pin_memory=False), 5))
-    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack(take(crops, 10, start=6)))
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in batches]), torch.stack(take(crops, 10, start=6)))
     assert [name for batch in batches for name in batch.names] == [crops[position].name for position in range(6, 16)]
 
 
@@ -117,20 +115,6 @@ def test_loading_leaves_torchs_random_state_alone():
 
 
 # shards
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-
-
-def png(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -175,7 +159,7 @@ def test_an_epoch_goes_through_all_shards_sixteen_at_a_time(shards):
 def test_shards_in_workers(shards, workers):
     crops = RandomCrops(PictureShards(shards[:2], (".png",)), 16)
     batches = itertools.islice(load(crops, Positions(3, 4, 4), workers, pin_memory=False), 2)
-    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack(take(crops, 8, start=3)))
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in batches]), torch.stack(take(crops, 8, start=3)))
 
 
 def test_damaged_shards(tmp_path):

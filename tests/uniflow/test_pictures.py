@@ -34,6 +34,21 @@ def test_normalization_is_differentiable_after_inference_mode():
     assert torch.allclose(x.grad, torch.ones_like(x))
 
 
+def test_compiled_normalization_holds_mean_and_std():
+    """They are part of the graph, and not made in each call."""
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(torch.compile(normalize, fullgraph=True, backend=look)(pixels), normalize(pixels))
+    kinds = [node.op for node in graphs[0].graph.nodes]
+    assert kinds.count("get_attr") == 2
+    assert not any(node.target is torch.tensor for node in graphs[0].graph.nodes)
+
+
 @pytest.mark.parametrize("wrong", [torch.rand(1, 4, 4), torch.rand(3, 4), torch.zeros(3, 4, 4, dtype=torch.int32)])
 def test_normalization_refuses_other_shapes(wrong):
     with pytest.raises(ValueError, match="images: expected"):

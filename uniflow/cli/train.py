@@ -38,7 +38,7 @@ from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard
 from uniflow.training.processes import Processes, joined
 from uniflow.training.recipe import DataChoice, ModelChoice, Run, read_run
 from uniflow.training.state import gather as gather_shards
-from uniflow.training.validation import Validator
+from uniflow.training.validation import ReconstructionValidator, Validator
 
 # what a run leaves in its folder
 _OF_A_RUN = ("checkpoints", "samples", "tensorboard", "log*.jsonl", "failure-*")
@@ -65,7 +65,7 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
     check_folder(out)
     check_outputs([out / "config.json", out / "model.safetensors"], force)
     with explained():
-        model = gather_shards(checkpoint, average)
+        model = gather_shards(checkpoint, average, lambda folder: UniFlow(UniFlowConfig.from_pretrained(folder)))
     model.save_pretrained(out)
     print(f"written to {out}: config.json, model.safetensors")
 
@@ -182,7 +182,7 @@ def _validator(run: Run, processes: Processes) -> Validator | None:
     for file in files:  # a damaged picture is found now, not after hours
         read_picture(file)
     _, size = run.recipe.micro_batches(processes.world)
-    return Validator(files, size)
+    return ReconstructionValidator(files, size)
 
 
 def _files(folder: Path) -> list[Path]:

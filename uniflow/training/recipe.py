@@ -19,7 +19,7 @@ class Stage:
 
     Attributes:
         steps: optimizer steps.
-        train: "all", or "decoder", everything but the encoder, which is frozen.
+        train: "all", or "decoder": what is pretrained, UniFlow's encoder, is frozen.
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
         warmup_steps: may be 0.
@@ -53,8 +53,8 @@ class Recipe:
 
     Attributes:
         stages: one after the other.
-        batch_size: pictures in a step, over all processes.
-        micro_batch_size: pictures in a forward pass of one process; a step makes as many as it needs and adds up their
+        batch_size: samples in a step, over all processes.
+        micro_batch_size: samples in a forward pass of one process; a step makes as many as it needs and adds up their
             gradients. The times and noise of a micro-batch depend on its place in the step, so that the same steps come
             out whatever the number of processes. None: a process's whole share.
         weight_decay: of parameters with more than one dimension; norms and biases have none.
@@ -64,8 +64,8 @@ class Recipe:
         precision: "bfloat16" runs the forward pass under autocast; parameters and their updates stay in their dtype.
         compile: run the objective through torch.compile.
         parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
-        seed: of times and noise (that of crops belongs to the data).
-        workers: processes that read pictures, for each process that trains.
+        seed: of what the objective draws, times and noise (that of crops belongs to the data).
+        workers: processes that read samples, for each process that trains.
         log_every, save_every, validate_every: in steps.
         keep: how many checkpoints; older ones are deleted.
     """
