@@ -106,7 +106,17 @@ CASES = (
         build,
         cuda=(_cuda(16, 64, True), _cuda(16, 256, False)),
         cpu=(
-            at(width=128, depth=4, head_width=128, head_depth=3, channels=8, side=4, steps=16, dtype="float32", quick=True),
+            at(
+                width=128,
+                depth=4,
+                head_width=128,
+                head_depth=3,
+                channels=8,
+                side=4,
+                steps=16,
+                dtype="float32",
+                quick=True,
+            ),
             at(width=512, depth=6, head_width=512, head_depth=6, channels=16, side=8, steps=16, dtype="float32"),
         ),
     ),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
 from uniflow.pictures import center_crop, to_tensor
-from uniflow.unifluid.texts import answer_ids, prompt_ids, question_ids
+from uniflow.unifluid.texts import answer_ids, padded, prompt_ids, question_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -178,7 +178,7 @@ class Readings(NamedTuple):
     images: uint8 [B, 3, H, W], as the vision encoder takes them.
     ids: int64 [B, T], bos, the question, eos, the answer, eos.
     real: bool [B, T], False for padding.
-    answer: bool [B, T], True for what is to be predicted, the answer and its eos.
+    answer: bool [B, A], of the last A ids: True for what is to be predicted, the answer and its eos.
     """
 
     images: Tensor
@@ -274,10 +274,13 @@ class CaptionedPictures(Samples):
     def collate(self, values: list[CaptionedPicture]) -> tuple[Drawings, Readings]:
         """Samples to a batch of each kind, in which those of the other kind are left out."""
         drawn, read = ([value for value in values if value.kind == kind] for kind in KINDS)
-        ids, real, answer = self._padded(read)
+        drawings, readings = (padded([value.ids for value in part], self.tokenizer) for part in (drawn, read))
+        lengths = torch.tensor([value.answer for value in read], dtype=torch.long)
+        longest = max((value.answer for value in read), default=0)
+        answer = torch.arange(longest, 0, -1) <= lengths.unsqueeze(1)
         return (
-            Drawings(_stacked(drawn, self.drawing_size), *self._padded(drawn)[:2]),
-            Readings(_stacked(read, self.reading_size), ids, real, answer),
+            Drawings(_stacked(drawn, self.drawing_size), *drawings),
+            Readings(_stacked(read, self.reading_size), *readings, answer),
         )
 
     def _ids(self, kind: Kind, number: int, dropped: bool = False) -> tuple[list[int], int]:
@@ -293,17 +296,6 @@ class CaptionedPictures(Samples):
                 f"{self.max_text} (max_text) are allowed"
             )
         return ids + predicted, len(predicted)
-
-    def _padded(self, values: list[CaptionedPicture]) -> tuple[Tensor, Tensor, Tensor]:
-        """The ids [B, T], which of them are real, and which of them are to be predicted."""
-        length = max((len(value.ids) for value in values), default=0)
-        ids = torch.full((len(values), length), self.tokenizer.pad_token_id)
-        real, answer = (torch.zeros(len(values), length, dtype=torch.bool) for _ in range(2))
-        for row, value in enumerate(values):
-            ids[row, length - len(value.ids) :] = value.ids
-            real[row, length - len(value.ids) :] = True
-            answer[row, length - value.answer :] = True
-        return ids, real, answer
 
 
 def _kinds(texts: Texts) -> tuple[bool, bool]:

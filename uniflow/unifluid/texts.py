@@ -98,7 +98,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
-def padded(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Sequence[int] | Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
     length = max(map(len, rows), default=0)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)

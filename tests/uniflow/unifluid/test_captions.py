@@ -281,7 +281,8 @@ def test_batches_are_padded_on_the_left(folder, tokenizer):
             assert batch.ids[row].tolist() == [tokenizer.pad_token_id] * padding + value.ids.tolist()
             assert batch.real[row].tolist() == [False] * padding + [True] * len(value.ids)
             if kind == "reading":
-                assert batch.answer[row].tolist() == [False] * (longest - value.answer) + [True] * value.answer
+                longest_answer = max(value.answer for value in own)
+                assert batch.answer[row].tolist() == [False] * (longest_answer - value.answer) + [True] * value.answer
     assert not drawings.real.all()
 
 

@@ -1,5 +1,4 @@
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -7,23 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from uniflow.flow import sample_t
+from uniflow.unifluid.captions import Drawings, Readings
 from uniflow.unifluid.objective import UniFluidObjective
 from uniflow.unifluid.orders import draw_groups, draw_orders
 
 N = 12
-
-
-class Drawings(NamedTuple):
-    images: torch.Tensor
-    ids: torch.Tensor
-    real: torch.Tensor
-
-
-class Readings(NamedTuple):
-    images: torch.Tensor
-    ids: torch.Tensor
-    real: torch.Tensor
-    answer: torch.Tensor
 
 
 class Tokens(nn.Module):
