@@ -22,6 +22,7 @@ from uniflow_kernels import FlowHead
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+_TEXT_TOKENIZER = "text_tokenizer"  # folder in a checkpoint
 _NEVER = 1 << 30  # when a slot is visible that no other one sees
 
 
@@ -167,10 +168,10 @@ class UniFluid(nn.Module):
         ).logits
         return logits[:, :-1]
 
-    def question(self, features: Tensor, ids: Tensor, real: Tensor, longest: int = 0) -> tuple[Tensor, Tensor]:
+    def question(self, features: Tensor, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Features and text as the transformer's inputs: embeddings [B, M + T, D] and their mask, int64 [B, M + T].
 
-        There must be room for `longest` more ids. Errors as of `answer_logits`.
+        Arguments and errors as of `answer_logits`.
         """
         if self.vision_proj is None:
             raise ValueError("features: the model was made without vision_channels, it reads no pictures")
@@ -178,7 +179,7 @@ class UniFluid(nn.Module):
             raise ValueError(
                 f"features: expected shape [B, M, {self.config.vision_channels}], got {tuple(features.shape)}"
             )
-        self._check_context(features.shape[1] + ids.shape[1] + longest)
+        self.check_context(features.shape[1] + ids.shape[1])
         projected = self.vision_proj(features.to(self.vision_proj.weight.dtype))
         text = self._embed(ids)
         mask = torch.cat([real.new_ones(projected.shape[:2]), real], dim=1).long()
@@ -219,7 +220,7 @@ class UniFluid(nn.Module):
 
     def text_slots(self, ids: Tensor, real: Tensor) -> Slots:
         """Text before the image tokens: each id sees those before it, and padding nothing."""
-        self._check_context(ids.shape[1] + self.config.tokens)
+        self.check_context(ids.shape[1] + self.config.tokens)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         position = (real.cumsum(1) - 1).clamp(min=0)
         return Slots(self._embed(ids), position, column.where(real, _NEVER), column.where(real, -1))
@@ -272,10 +273,16 @@ class UniFluid(nn.Module):
     def _embed(self, ids: Tensor) -> Tensor:
         return self.backbone.get_input_embeddings()(ids)
 
-    def _check_context(self, length: int) -> None:
+    def check_context(self, length: int) -> int:
+        """How much room the transformer's context has left behind `length` tokens.
+
+        Raises:
+            ValueError: if they are more than it holds.
+        """
         longest = self.backbone.config.max_position_embeddings
         if length > longest:
             raise ValueError(f"context: the transformer has positions for {longest} tokens, got {length}")
+        return longest - length
 
     # checkpoints
 
@@ -290,16 +297,16 @@ class UniFluid(nn.Module):
             ValueError: if config.json describes no UniFluid.
             CheckpointError: if the weights are damaged or of another model.
         """
-        model = cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(folder))
+        model = cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER))
         assign_state(model, read_state(folder), str(folder))
         model.backbone.tie_weights()
         return model.to(device, dtype).eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer's files."""
+        """Write config.json, model.safetensors and the text tokenizer, in a folder of its own."""
         write_state(self, folder)
         self.config.save_pretrained(folder)
-        self.text_tokenizer.save_pretrained(str(folder))
+        self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
 
 
 def read_backbone(folder: str | Path) -> PreTrainedModel:

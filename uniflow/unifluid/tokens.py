@@ -188,6 +188,8 @@ def read_image_tokenizer(folder: str | Path, image_size: tuple[int, int] | None 
         ValueError: if it is neither, or cannot be read.
     """
     path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no image tokenizer in {folder}: no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         made_by = config.get("_class_name")

@@ -123,5 +123,17 @@ def test_answers_are_the_likeliest_ids(make_model, texts):
             expected.append(found[: found.index(end)] if end in found else found)
     answers = answer(model, features, ids, real, longest=4)
     assert answers == [text.strip() for text in model.text_tokenizer.batch_decode(expected, skip_special_tokens=True)]
-    with pytest.raises(ValueError, match="positions for 64 tokens"):
-        answer(model, features, ids, real, longest=60)
+
+
+def test_answers_end_with_the_context(make_model, texts):
+    model = make_model({"max_position_embeddings": 12})
+    ids, real = texts
+    features = torch.randn(2, 4, 7, generator=seeded())
+    lengths = []
+    model.backbone.base_model.register_forward_hook(
+        lambda _, __, k, output: lengths.append(output.last_hidden_state.shape[1]), with_kwargs=True
+    )
+    answer(model, features, ids, real, longest=50)
+    assert sum(lengths) <= 12
+    with pytest.raises(ValueError, match="positions for 12 tokens, got 13"):
+        answer(model, torch.randn(2, 7, 7), ids, real)
