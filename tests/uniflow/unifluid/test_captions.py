@@ -214,6 +214,14 @@ def test_captions_are_dropped_and_pictures_mirrored_as_often_as_wanted(folder, t
     assert 150 < sum(mirrored) < 250
 
 
+def test_which_captions_are_dropped_follows_from_the_seed(folder, tokenizer):
+    def dropped(seed):
+        samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES, seed=seed, drop_caption=0.5)
+        return [len(samples[position].value.ids) == 1 for position in range(0, 40, 2)]
+
+    assert dropped(0) == dropped(0) != dropped(1)
+
+
 def test_the_share_must_fit_the_examples(tmp_path, tokenizer):
     both = CaptionFolder(write_folder(tmp_path, LINES))
     assert CaptionedPictures(both, tokenizer, **SIZES)[1].value.kind == "reading"
