@@ -232,6 +232,8 @@ class CaptionedPictures(Samples):
         drop_caption: float = 0.1,
         flip: bool = False,
     ) -> None:
+        if not 0 <= drop_caption <= 1:
+            raise ValueError(f"drop_caption: expected a share in [0, 1], got {drop_caption}")
         self.examples = examples
         self.tokenizer = tokenizer
         self.drawing_size = drawing_size

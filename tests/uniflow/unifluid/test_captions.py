@@ -1,5 +1,6 @@
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_the_stream_follows_from_seed_and_position(folder, tokenizer):
         (other[p].name, other[p].value.ids.tolist()) for p in range(30)
     ]
     for position in (29, 3, 17):
-        again = two[position]
+        again = pickle.loads(pickle.dumps(two))[position]  # as workers that are not forked have it
         assert again.name == first[position].name
         assert torch.equal(again.value.ids, first[position].value.ids)
         assert torch.equal(again.value.pixels, first[position].value.pixels)
@@ -213,11 +214,21 @@ def test_captions_are_dropped_and_pictures_mirrored_as_often_as_wanted(folder, t
     assert 150 < sum(mirrored) < 250
 
 
+def test_which_captions_are_dropped_follows_from_the_seed(folder, tokenizer):
+    def dropped(seed):
+        samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES, seed=seed, drop_caption=0.5)
+        return [len(samples[position].value.ids) == 1 for position in range(0, 40, 2)]
+
+    assert dropped(0) == dropped(0) != dropped(1)
+
+
 def test_the_share_must_fit_the_examples(tmp_path, tokenizer):
     both = CaptionFolder(write_folder(tmp_path, LINES))
     assert CaptionedPictures(both, tokenizer, **SIZES)[1].value.kind == "reading"
     with pytest.raises(ValueError, match=r"reading_share: expected a share in \[0, 1\], got 1.5"):
         CaptionedPictures(both, tokenizer, **SIZES, reading_share=1.5)
+    with pytest.raises(ValueError, match=r"drop_caption: expected a share in \[0, 1\], got -1"):
+        CaptionedPictures(both, tokenizer, **SIZES, drop_caption=-1)
     captions = CaptionFolder(write_folder(tmp_path, numbers_of(captions=2)))
     assert {CaptionedPictures(captions, tokenizer, **SIZES)[p].value.kind for p in range(4)} == {"drawing"}
     with pytest.raises(ValueError, match="expected 0, as no example has a question"):
