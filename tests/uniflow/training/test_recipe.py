@@ -47,7 +47,7 @@ def test_the_example_shows_every_key_and_its_default():
         ("{folder: pictures}", "{}", "data: expected either folder or shards"),
         ("preset: tiny, ", "", "model: expected one of preset, checkpoint and encoder"),
         ("preset: tiny,", "checkpoint: x,", "model: config: changes a preset"),
-        (RUN, "model: {preset: tiny}", "data: Field required"),
+        (RUN, "model: {preset: tiny}", "recipe: Field required"),
         (RUN, "- a list", "Input should be"),
         (RUN, "a: [", "run.yaml is no YAML"),
     ],
