@@ -28,7 +28,7 @@ def step_by_step(head, noise, condition, steps, schedule="linear", solver="euler
     """A time for every row, two full passes for guidance, the formulas of the solvers; all in the head's dtype."""
 
     def velocity(x, t):
-        times = torch.full((len(x),), scale * t)
+        times = torch.full((len(x),), scale * t, device=x.device)
         v = head(x, times, condition)
         if cfg != 1.0:
             unguided = head(x, times, torch.zeros_like(condition) if null is None else null.expand_as(condition))
