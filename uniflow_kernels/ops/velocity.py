@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.ops.noise import seed_of, seeded_noise
+from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
 from uniflow_kernels.ops.registration import is_watched, kernels_for, register
@@ -297,7 +297,8 @@ def _pieces(
             else:
                 # whole images follow each other, a band is one image's: the rows are consecutive either way
                 first = rows.start * down * across + band.start
-                x0 = seeded_noise((stop - start) * tokens, length, seed, offset, images.device, first).view(x1.shape)
+                count = (stop - start) * tokens
+                x0 = plain_seeded_noise(count, length, seed, offset, images.device, first).view(x1.shape)
             yield place, x1, x0
 
 
