@@ -176,6 +176,7 @@ def test_a_replay_does_not_wait_for_the_device():
     try:
         for start in starts:
             decoder(latents, **start)
-            model.decode(latents, **start)
+            with torch.inference_mode():
+                model.decode(latents, **start)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -77,7 +77,7 @@ class Sampling:
             )
 
     def noise(self) -> torch.Generator:
-        """Draws noise picture after picture on the CPU: the same whatever the batches, command and device."""
+        """Gives the seeds of the pictures' noise in turn: the same whatever the batches, command and device."""
         return torch.Generator().manual_seed(self.seed)
 
 
