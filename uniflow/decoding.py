@@ -180,7 +180,7 @@ def start_of(
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
         generator = torch.Generator().manual_seed(seed)
     if generator is None:
-        return torch.empty(shape[0], dtype=torch.int64, device=device).random_()
+        return torch.randint(2**63 - 1, shape[:1], device=device)
     seeds = torch.empty(shape[0], dtype=torch.int64, device=generator.device)
     for one in seeds:  # a GPU would draw others for several at once
         one.random_(generator=generator)
