@@ -73,7 +73,7 @@ class Decoder:
         if device.type == "cuda":
             latents = torch.zeros(shape.batch, shape.tokens, shape.latent_channels, device=device)
             for _ in range(2):  # the second of a kind is captured
-                self(latents)
+                self(latents, seed=0)
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class Decoder:
             [B, C, H, W], on the model's device.
 
         Raises:
-            ValueError: if a shape does not fit.
+            TypeError, ValueError: as `UniFlow.decode`.
         """
         size = self.shape.size if size is None else size
         patch_grid(latents.shape[1] if latents.ndim == 3 else 0, self.shape.patch_size, size)
@@ -168,6 +168,8 @@ def start_of(
             raise ValueError(
                 f"noise: expected shape {tuple(shape)}, one row of pixels a token, got {tuple(noise.shape)}"
             )
+        if not noise.is_floating_point():
+            raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
         return noise
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
@@ -197,8 +199,10 @@ def noise_of(start: Tensor, pictures: slice, tokens: slice, row: int) -> Tensor:
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host does not wait."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
+    """On the device; the host does not wait for a GPU to take it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and tensor.numel():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 

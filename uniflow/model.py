@@ -213,7 +213,7 @@ class UniFlow(nn.Module):
             gradient is wanted.
 
         Raises:
-            TypeError: if `seed` is a tensor of another dtype.
+            TypeError: if noise or seeds have a dtype that does not fit.
             ValueError: if a shape does not fit, for an unknown schedule or solver, a seed out of range, more than one
                 of noise, generator and seed, or memory that is not enough.
         """

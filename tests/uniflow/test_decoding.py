@@ -294,6 +294,11 @@ def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch
             ValueError,
             "generator, seed: expected at most one of them",
         ),
+        (
+            lambda m: m.decode(torch.zeros(1, 16, 8), noise=torch.zeros(1, 16, 48).long()),
+            TypeError,
+            "noise: expected a f",
+        ),
         (lambda m: m.decode(torch.zeros(1, 16, 8), seed=-1), ValueError, r"seed: expected an integer in \[0, 2\^63\)"),
         (
             lambda m: m.decode(torch.zeros(1, 16, 8), seed=torch.zeros(1)),
