@@ -40,6 +40,8 @@ class UniFlow(nn.Module):
     embeddings: Embeddings | HuggingFaceEmbeddings
     encoder: LayerStack
 
+    pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
+
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
         self.config = config
@@ -89,6 +91,10 @@ class UniFlow(nn.Module):
     def device(self) -> torch.device:
         """Of the parameters."""
         return self.decoder_pos_embed.device
+
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, which FSDP may gather one by one; the flow head's blocks run as one operation."""
+        return [*self.encoder.layers, *self.global_blocks]
 
     def hidden_states(self, images: Tensor) -> list[Tensor]:
         """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first.

@@ -72,7 +72,7 @@ def pretrained_encoder(
         if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
             raise ValueError("mean, std: encoders of the InternViT kind are trained on ImageNet's, expected those")
         return _from_internvit(Path(source), config)
-    return _from_huggingface(_transformers().AutoModel.from_pretrained(source), mean, std)
+    return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
 
 
 # --- InternViT: the layers are UniFlow's own ---
@@ -244,11 +244,14 @@ def _part(model: nn.Module, name: str) -> nn.Module:
     return part
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """The transformers package, imported when it is needed.
+
+    Raises:
+        ImportError: if it is not installed, naming the extra.
+    """
     try:
         import transformers
     except ImportError:
-        raise ImportError(
-            "this checkpoint is read by the transformers package: pip install 'uniflow-kernels[hf]'"
-        ) from None
+        raise ImportError("this needs the transformers package: pip install 'uniflow-kernels[hf]'") from None
     return transformers
