@@ -121,14 +121,17 @@ def encode(
     out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode pictures into one file of latents."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import encode
 
-    encode(pictures, checkpoint, out, keep_size, batch_size, dtype, device, force)
+    encode(pictures, checkpoint, out, keep_size, batch_size, parse_memory(max_memory), workers, dtype, device, force)
 
 
 @app.command()

@@ -66,6 +66,5 @@ class ReconstructionValidator:
 
 def _reconstruct(student: UniFlow, originals: Tensor, numbers: Sequence[int]) -> Tensor:
     # each picture has its own noise, whatever process it falls to
-    row = student.config.tokens, student.config.patch_values
-    noise = torch.stack([torch.randn(row, generator=torch.Generator().manual_seed(number)) for number in numbers])
-    return to_uint8(student(normalize(originals.to(student.device)), noise=noise)).cpu()
+    images = student(normalize(originals.to(student.device)), seed=torch.tensor(numbers))
+    return to_uint8(images).cpu()

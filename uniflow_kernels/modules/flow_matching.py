@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from uniflow_kernels.modules.flow_head import FlowHead
-from uniflow_kernels.ops.noise import seed_of, seeded_noise
+from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -147,7 +147,7 @@ class _Batch(NamedTuple):
             # a chunk is whole images or a part of one: its rows follow each other
             rows, columns = count * (tokens.stop - tokens.start), self.images.shape[1] * self.patch_size**2
             first = images.start * lines * across + tokens.start
-            noise = seeded_noise(rows, columns, self.seed, self.offset, self.images.device, first)
+            noise = plain_seeded_noise(rows, columns, self.seed, self.offset, self.images.device, first)
             noise = noise.view(count, -1, columns)
         part = self._replace(
             images=self.images[images, :, top * self.patch_size : bottom * self.patch_size],

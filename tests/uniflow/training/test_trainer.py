@@ -17,6 +17,7 @@ from uniflow.pictures import center_crop, open_picture, to_tensor
 from uniflow.training import Stage
 from uniflow.training.processes import Processes
 from uniflow.training.validation import ReconstructionValidator
+from uniflow_kernels import seeded_noise
 
 
 def parameters(trainer):
@@ -264,7 +265,7 @@ def test_validation_scores_center_crops(make, picture_folder):
     assert trainer.run() == make(steps=4, ema_decay=0.9).run()  # training does not notice
     (validation,) = heard.validations
     originals = torch.stack([to_tensor(center_crop(open_picture(file), 16)) for file in files])
-    noise = torch.stack([torch.randn(16, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    noise = torch.stack([seeded_noise(16, 48, i) for i in range(3)])
     with trainer.average.in_model(), torch.no_grad():
         results = to_uint8(trainer.student(normalize(originals), noise=noise))
     assert validation.step == 4
