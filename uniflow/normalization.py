@@ -48,9 +48,13 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return _constants(images.device, images.dtype)
 
 
-@torch.compiler.assume_constant_result  # so that compiled code holds them, and does not make them in each call
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _made_once(device, dtype)
+
+
+# compiled code holds them, and does not make them in each call; what torch.compiler.assume_constant_result does, which
+# would import the whole compiler for it
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
