@@ -52,6 +52,11 @@ def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return _made_once(device, dtype)
 
 
+# compiled code holds them, and does not make them in each call; what torch.compiler.assume_constant_result does, which
+# would import the whole compiler for it
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache
 def _made_once(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # made once a device: a copy to the GPU for each batch would wait for it; usable by autograd whoever comes first
