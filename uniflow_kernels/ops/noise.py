@@ -56,17 +56,17 @@ def seeded_noise(
             or a generator to draw one from, which advances.
         offset: which part of it, in [0, 2^63): another offset gives other, independent numbers.
         device: where to make them.
-        first_row: the number of the first row: rows can be made piece by piece.
+        first_row: the number of the first row, in [0, 2^48): rows can be made piece by piece.
 
     Returns:
         [rows, columns], float32, standard normal.
 
     Raises:
         TypeError: if `seed` is a tensor of another dtype.
-        ValueError: if `seed` or `offset` is out of range, or `seed` a tensor of another shape or device. What a tensor
-            holds is not looked at, since that would wait for its device: all its 64 bits count.
+        ValueError: if `seed`, `offset` or `first_row` is out of range, or `seed` a tensor of another shape or device.
+            What a tensor holds is not looked at, since that would wait for its device: all its 64 bits count.
     """
-    value, held = seed_of(seed, offset, torch.device(device))
+    value, held = seed_of(seed, offset, torch.device(device), first_row)
     key = value if held is None else held
     quads = -(-columns // 4)
     normals = torch.empty(rows * quads, 4, device=device)
@@ -82,11 +82,13 @@ def seeded_noise(
 
 
 def seed_of(
-    seed: int | Tensor | torch.Generator | None, offset: int, device: torch.device
+    seed: int | Tensor | torch.Generator | None, offset: int, device: torch.device, first_row: int = 0
 ) -> tuple[int, Tensor | None]:
     """A seed as a number, or 0 and the tensor [] that holds it on `device`; raises what `seeded_noise` does."""
     if not 0 <= offset < 2**63:
         raise ValueError(f"offset: expected an integer in [0, 2^63), got {offset}")
+    if not 0 <= first_row < 2**48:  # the counters of its rows then fit into 63 bits
+        raise ValueError(f"first_row: expected an integer in [0, 2^48), got {first_row}")
     if seed is None:
         return 0, None
     if isinstance(seed, torch.Generator):
