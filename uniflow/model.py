@@ -389,15 +389,16 @@ class UniFlow(nn.Module):
     def from_encoder(
         cls,
         encoder: str | Path | nn.Module,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
 
         Args:
             encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
-            mean, std: what the encoder's images are normalised with; the tokenizer's are still those of `normalize`.
+            mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
+                still those of `normalize`.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 

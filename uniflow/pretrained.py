@@ -55,7 +55,7 @@ class PretrainedEncoder(NamedTuple):
 
 
 def pretrained_encoder(
-    source: str | Path | nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    source: str | Path | nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> PretrainedEncoder:
     """An encoder for `UniFlow.from_encoder` or `EncoderTeacher`.
 
@@ -64,7 +64,8 @@ def pretrained_encoder(
             vision model of the transformers package, which is taken as it is, but for a mask token: it is taken out,
             since nothing is masked here.
         mean, std: what the encoder's images are normalised with. It is given those of `uniflow.normalize`, as every
-            encoder here, and brings them to its own statistics. A UniFlow's folder says which they are.
+            encoder here, and brings them to its own statistics. If not given they are what the folder says (a UniFlow's
+            config.json, or the preprocessor_config.json of the transformers package), else ImageNet's.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -73,17 +74,17 @@ def pretrained_encoder(
         ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix.
     """
     if isinstance(source, nn.Module):
-        return _from_huggingface(source, mean, std)
+        return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
     path = Path(source) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = config.get("vision_config", config)
-        kind = config.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration: {error}") from None
+    config = _read_json(path)
+    config = config.get("vision_config", config)
+    kind = config.get("model_type")
     if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
+        preprocessor = Path(source) / "preprocessor_config.json"
+        said = _read_json(preprocessor) if preprocessor.exists() else {}
+        mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
         return _from_huggingface(_transformers().AutoModel.from_pretrained(source), mean, std)
-    if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
+    if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
         which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
         raise ValueError(f"mean, std: expected ImageNet's, since {which}")
     if kind == WITH_ENCODER:
@@ -91,6 +92,16 @@ def pretrained_encoder(
         _read_weights(pretrained, Path(source))
         return pretrained
     return _from_internvit(Path(source), config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no configuration: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no configuration: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _read_weights(encoder: PretrainedEncoder, folder: Path) -> None:

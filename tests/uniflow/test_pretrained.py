@@ -18,6 +18,7 @@ from uniflow.pretrained import pretrained_encoder
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
 DECODER = {"latent_ch": 8, "global_blocks_depth": 1, "num_decoder_layers": 2}
+STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 PREFIX = {"ViT": 1, "ViTForImageClassification": 1, "Dinov2": 1, "Dinov2WithRegisters": 4, "CLIPVision": 1}
 PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0}
 
@@ -79,9 +80,6 @@ def test_a_tokenizer_around_it(kind, images):
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     optimizer.step()
     assert objective(images).distill > 1e-6
-
-
-STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
 @pytest.mark.parametrize("kind", PREFIX)
@@ -185,9 +183,21 @@ def test_its_own_statistics(images):
 
 
 def test_a_folder_of_the_transformers_package(tmp_path, images):
+    """With the statistics that it says, unless others are given."""
     model = hugging_face("Dinov2")
     model.save_pretrained(tmp_path)
     assert torch.equal(EncoderTeacher.from_pretrained(tmp_path)(images)[-1], hidden_states(model, images)[-1])
+    preprocessor = {f"image_{name}": values for name, values in STATISTICS.items()}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    found = UniFlow.from_encoder(tmp_path, **DECODER)
+    expected = UniFlow.from_encoder(hugging_face("Dinov2"), **STATISTICS, **DECODER)
+    assert torch.equal(found.hidden_states(images)[-1], expected.hidden_states(images)[-1])
+    assert found.config == expected.config
+    given = pretrained_encoder(tmp_path, mean=(0.1, 0.2, 0.3)).fields["encoder"]
+    assert (given["mean"], given["std"]) == ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
+    (tmp_path / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is no configuration: expected a JSON object"):
+        pretrained_encoder(tmp_path)
 
 
 def test_the_same_encoder_in_both_roles_keeps_its_mode():
