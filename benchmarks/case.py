@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from uniflow_kernels import FlowHead
+
 Module = TypeVar("Module", bound=nn.Module)
 Form = Callable[..., Any]  # the inputs of a problem to a tensor, or a tuple of tensors
 
@@ -160,6 +162,16 @@ def linear_flops(rows: int, *modules: nn.Module) -> int:
     """FLOPs of all products of `modules` with `rows` rows each."""
     parts = (part for module in modules for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
     return 2 * rows * sum(part.weight.numel() for part in parts)
+
+
+def sampling_flops(head: FlowHead, rows: int, steps: int, cfg: float) -> int:
+    """FLOPs of a sampler: condition and times are embedded once; guidance's null condition is one row."""
+    flops = linear_flops(rows, head.cond_embed) + steps * linear_flops(1, head.time_embed)
+    flops += steps * linear_flops(rows, head.input_proj, head.res_blocks, head.final_layer)
+    if cfg != 1.0:
+        modulations = [layer for name, layer in head.named_modules() if name.endswith("adaLN_modulation")]
+        flops += steps * (linear_flops(rows, head.res_blocks, head.final_layer) - linear_flops(rows - 1, *modulations))
+    return flops
 
 
 def attention_flops(batch: int, length: int, width: int) -> int:

@@ -112,10 +112,14 @@ def sample(
     steps: int,
     cfg: float = 1.0,
     velocity: Callable[..., Tensor] = flow_head,
+    null: Tensor | None = None,
 ) -> Tensor:
-    """Euler steps from noise [M, in] under the condition [M, z] -> [M, in]; `velocity` is the head or its rival."""
+    """Euler steps from noise [M, in] under the condition [M, z] -> [M, in]; `velocity` is the head or its rival.
+
+    Guidance leads away from the condition `null` [M, z], or from zeros.
+    """
     x = noise
-    null = torch.zeros_like(condition)
+    null = torch.zeros_like(condition) if null is None else null
     for t in [step / steps for step in range(steps)]:
         times = torch.full((len(x),), 1000 * t, dtype=upcast(noise).dtype, device=x.device)
         v = velocity(head, x, times, condition)

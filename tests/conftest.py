@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,3 +151,19 @@ def picture_folder(tmp_path: Path) -> Path:
 def smooth_picture(size: tuple[int, int], seed: int) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar file of members by name."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path

@@ -1,4 +1,4 @@
-"""Training pictures: which one comes when, and how it is cropped, are functions of a position in an endless stream.
+"""What is trained on: which sample comes when is a function of a position in an endless stream.
 
 A position is a number of samples. Whoever continues at a position gets the same batches, with any number of workers
 and of processes.
@@ -10,8 +10,10 @@ import io
 import itertools
 import signal
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from uniflow.pictures import PictureError, open_picture, to_tensor
 
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
-_OPEN_SHARDS = 2 * MIXED_SHARDS  # in every worker
+_OPEN_SHARDS = 4 * MIXED_SHARDS  # in every worker: two streams, each of which may be between two groups
 
 
 class Pictures(Protocol):
@@ -87,11 +89,19 @@ class PictureShards:
 
     def __init__(self, shards: Sequence[Path], suffixes: Sequence[str]) -> None:
         self.shards = shards
-        self._offsets = [_picture_offsets(shard, tuple(suffixes)) for shard in shards]
-        self._ends = np.cumsum([len(offsets) for offsets in self._offsets])
+        self.suffixes = tuple(suffixes)
+        self._members = [np.array(self._find(shard), dtype=np.int64) for shard in shards]
+        self._ends = np.cumsum([len(members) for members in self._members])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def is_picture(self, member: str) -> bool:
+        """Whether a member is a picture, by its name."""
+        return member.lower().endswith(self.suffixes)
+
+    def check_members(self, shard: Path, members: Sequence[str]) -> None:
+        """Refuse a shard for what its members are called; any will do."""
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
         """Shards in random order, the samples of `MIXED_SHARDS` of them in one shuffle."""
@@ -101,27 +111,53 @@ class PictureShards:
 
     def name(self, number: int) -> str:
         """shard.tar:member, or its number where the shard cannot be read any more."""
-        shard, offset = self._place(number)
+        shard, member = self._place(number)
         try:
-            return f"{self.shards[shard]}:{_open_shard(self.shards[shard]).get_at_offset(offset)[0]}"
-        except (OSError, ValueError, struct.error):
-            return f"{self.shards[shard]}:{offset}"
+            with _reading(shard) as tar:
+                return f"{shard}:{tar.by_index[member][0]}"
+        except (OSError, PictureError):
+            return f"{shard}:{member}"
 
     def open(self, number: int) -> Image.Image:
         """Read a member."""
-        shard, offset = self._place(number)
-        try:
-            name, data = _open_shard(self.shards[shard]).get_at_offset(offset)
-        except (ValueError, struct.error) as error:
-            raise PictureError(f"{self.shards[shard]} is damaged: {error}") from None
-        return open_picture(io.BytesIO(data), f"{self.shards[shard]}:{name}")
+        shard, member = self._place(number)
+        with _reading(shard) as tar:
+            name, data = tar.get_at_index(member)
+        return open_picture(io.BytesIO(data), f"{shard}:{name}")
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def beside(self, number: int, suffix: str) -> tuple[str, bytes] | None:
+        """The member of a picture's key and another suffix, if there is one: shard.tar:member, and what it holds."""
+        shard, member = self._place(number)
+        with _reading(shard) as tar:
+            name = sample_key(tar.by_index[member][0]) + suffix
+            return (f"{shard}:{name}", tar.get_by_name(name)[1]) if name in tar.by_name else None
+
+    def _place(self, number: int) -> tuple[Path, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, int(self._offsets[shard][number - self._ends[shard]])
+        return self.shards[shard], int(self._members[shard][number - self._ends[shard]])
 
     def _numbers(self, shard: int) -> np.ndarray:
-        return np.arange(self._ends[shard] - len(self._offsets[shard]), self._ends[shard])
+        return np.arange(self._ends[shard] - len(self._members[shard]), self._ends[shard])
+
+    def _find(self, shard: Path) -> list[int]:
+        with _reading(shard) as tar:
+            names = [name for name, *_ in tar.by_index]
+        self.check_members(shard, names)
+        return [member for member, name in enumerate(names) if self.is_picture(name)]
+
+
+def sample_key(member: str) -> str:
+    """What the members of a sample share: a name up to the first dot behind its folders, as in WebDataset."""
+    folders, slash, name = member.rpartition("/")
+    return folders + slash + name.split(".")[0]
+
+
+@contextmanager
+def _reading(shard: Path) -> Iterator[Any]:
+    try:
+        yield _open_shard(shard)
+    except (ValueError, IndexError, struct.error) as error:
+        raise PictureError(f"{shard} is no tar file or is damaged: {error}") from None
 
 
 @lru_cache(_OPEN_SHARDS)
@@ -131,32 +167,86 @@ def _open_shard(path: Path) -> Any:
     return MMIndexedTar(str(path))
 
 
-def _picture_offsets(shard: Path, suffixes: tuple[str, ...]) -> np.ndarray:
-    try:
-        members = _open_shard(shard).by_index
-    except (ValueError, struct.error) as error:
-        raise PictureError(f"{shard} is no tar file or is damaged: {error}") from None
-    return np.array([offset for name, offset, _ in members if name.lower().endswith(suffixes)], dtype=np.int64)
+class Epochs:
+    """Pictures without end: all of them in every epoch, each time in another order.
+
+    Instead of a picture that cannot be read comes the next one.
+
+    Args:
+        pictures: to read.
+        seed: the same seed gives the same orders.
+        stream: the orders of other streams of the same seed are others; from 1.
+        chosen: bool, one a picture: whether it takes part. All do if not given.
+
+    Raises:
+        ValueError: if there is no picture.
+    """
+
+    def __init__(self, pictures: Pictures, seed: int, stream: int = 1, chosen: np.ndarray | None = None) -> None:
+        self.pictures = pictures
+        self.seed = seed
+        self.stream = stream
+        self.chosen = chosen
+        self.length = len(pictures) if chosen is None else int(chosen.sum())
+        if not self.length:
+            raise ValueError("pictures: expected at least one")
+        self._epoch, self._order = -1, np.empty(0, int)
+
+    def read(self, position: int) -> tuple[int, Image.Image, list[str]]:
+        """What comes at a position: a picture's number, the picture, and the names of damaged ones it stands in for.
+
+        Raises:
+            PictureError: if no picture can be read.
+        """
+        skipped: list[str] = []
+        for following in range(position, position + self.length):
+            number = self._number(following)
+            try:
+                return number, self.pictures.open(number), skipped
+            except (PictureError, OSError) as error:
+                skipped.append(self.pictures.name(number))
+                last = error
+        raise PictureError(f"none of the {self.length} pictures can be read; the last: {last}")
+
+    def _number(self, position: int) -> int:
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            # not a stream of (seed, position), which samples have
+            order = self.pictures.order(np.random.default_rng((self.seed, epoch, self.stream)))
+            self._epoch, self._order = epoch, order if self.chosen is None else order[self.chosen[order]]
+        return int(self._order[place])
 
 
 class Sample(NamedTuple):
-    """A crop, uint8 [3, S, S]; the picture's name; the names of pictures that were to come here but are damaged."""
+    """A sample as its `Samples` collates it; its name; the names of pictures that were to come here but are damaged."""
 
-    pixels: Tensor
+    value: Any
     name: str
     skipped: list[str]
 
 
 class Batch(NamedTuple):
-    """Crops, uint8 [B, 3, S, S], with the names of their pictures and of those skipped."""
+    """What the objective is called with, the names of the samples in it, and of the pictures skipped."""
 
-    images: Tensor
+    inputs: tuple[Any, ...]
     names: list[str]
     skipped: list[str]
 
 
-class RandomCrops(Dataset[Sample]):
-    """An endless stream of random square crops, flipped at random; `crops[position]` for any position.
+class Samples(Dataset[Sample], ABC):
+    """An endless stream of samples, as the Trainer reads it."""
+
+    @abstractmethod
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at a position from 0; it depends on nothing else."""
+
+    @abstractmethod
+    def collate(self, values: list[Any]) -> tuple[Any, ...]:
+        """Values of samples to the objective's positional arguments: tensors, in tuples or dictionaries too."""
+
+
+class RandomCrops(Samples):
+    """An endless stream of random square crops, uint8 [3, S, S], flipped at random.
 
     Every epoch shows all pictures in another order. Instead of a picture that cannot be read comes the next one.
     Crops are cut where pictures are decoded (in the workers), so that only uint8 squares travel to the GPU.
@@ -174,14 +264,12 @@ class RandomCrops(Dataset[Sample]):
     """
 
     def __init__(self, pictures: Pictures, size: int, seed: int = 0, smallest: float = 0.25, flip: bool = True) -> None:
-        if not len(pictures):
-            raise ValueError("pictures: expected at least one")
+        self.epochs = Epochs(pictures, seed)
         self.pictures = pictures
         self.size = size
         self.seed = seed
         self.smallest = smallest
         self.flip = flip
-        self._epoch, self._order = -1, np.empty(0, int)
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -189,25 +277,13 @@ class RandomCrops(Dataset[Sample]):
         Raises:
             PictureError: if no picture can be read.
         """
-        rng = np.random.default_rng((self.seed, position))
-        skipped: list[str] = []
-        for following in range(position, position + len(self.pictures)):
-            number = self._number(following)
-            try:
-                picture = self.pictures.open(number)
-            except (PictureError, OSError) as error:
-                skipped.append(self.pictures.name(number))
-                last = error
-            else:
-                return Sample(self._crop(picture, rng), self.pictures.name(number), skipped)
-        raise PictureError(f"none of the {len(self.pictures)} pictures can be read; the last: {last}")
+        number, picture, skipped = self.epochs.read(position)
+        crop = self._crop(picture, np.random.default_rng((self.seed, position)))
+        return Sample(crop, self.pictures.name(number), skipped)
 
-    def _number(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.pictures))
-        if epoch != self._epoch:
-            # the epoch's order has a stream of its own: positions use (seed, position)
-            self._epoch, self._order = epoch, self.pictures.order(np.random.default_rng((self.seed, epoch, 1)))
-        return int(self._order[place])
+    def collate(self, values: list[Tensor]) -> tuple[Tensor]:
+        """Crops to a batch, uint8 [B, 3, S, S]."""
+        return (torch.stack(values),)
 
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
         shorter = min(picture.size)
@@ -239,13 +315,13 @@ class Positions(Sampler[list[int]]):
                 yield list(range(position, position + self.micro_batch_size))
 
 
-def load(crops: Dataset[Sample], positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
+def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for)."""
     loader = DataLoader(
-        crops,
+        samples,
         batch_sampler=positions,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_batch, samples),
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # the loader's own, so that torch's is left alone
@@ -253,11 +329,11 @@ def load(crops: Dataset[Sample], positions: Positions, workers: int, pin_memory:
     return iter(loader)
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def _batch(samples: Samples, taken: list[Sample]) -> Batch:
     return Batch(
-        torch.stack([sample.pixels for sample in samples]),
-        [sample.name for sample in samples],
-        [name for sample in samples for name in sample.skipped],
+        samples.collate([sample.value for sample in taken]),
+        [sample.name for sample in taken],
+        [name for sample in taken for name in sample.skipped],
     )
 
 

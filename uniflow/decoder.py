@@ -61,4 +61,5 @@ class FlowDecoder(nn.Module):
 
     def sample(self, noise: Tensor, condition: Tensor, plan: Plan) -> Update:
         """Carry noise [B, N, C*P*P] under the condition [B, N, D] to the last update, which leads to pixels."""
-        return follow(self.net, noise, condition, plan, time_scale=self.time_scale)
+        # nothing is held beside what `UniFlow.bytes_per_token` counts
+        return follow(self.net, noise, condition, plan, time_scale=self.time_scale, ahead=False)

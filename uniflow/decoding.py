@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uniflow_kernels import seeded_noise
 from uniflow_kernels.graphs import GraphCache, why_not_graph
 from uniflow_kernels.ops.patches import patch_grid
 
@@ -47,7 +48,7 @@ class Decoder:
 
     Args:
         model: whose parameters and hooks count.
-        decode: called with latents, what draws the noise of a slice of the batch, and the size; returns pictures.
+        decode: called with latents, what they start from (see `start_of`), and the size; returns pictures.
         shape: what it is compiled for.
         how: the settings of `decode`, to tell graphs apart.
         device, dtype: of the model.
@@ -56,7 +57,7 @@ class Decoder:
     def __init__(
         self,
         model: nn.Module,
-        decode: Callable[[Tensor, Callable[[slice], Tensor], Size], Tensor],
+        decode: Callable[[Tensor, Tensor, Size], Tensor],
         shape: Shape,
         how: Hashable,
         device: torch.device,
@@ -72,7 +73,7 @@ class Decoder:
         if device.type == "cuda":
             latents = torch.zeros(shape.batch, shape.tokens, shape.latent_channels, device=device)
             for _ in range(2):  # the second of a kind is captured
-                self(latents, noise=latents.new_zeros(shape.batch, shape.tokens, shape.patch_values))
+                self(latents, seed=0)
 
     def __call__(
         self,
@@ -80,43 +81,38 @@ class Decoder:
         *,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
         size: Size | None = None,
     ) -> Tensor:
         """Latents to pictures.
 
         Args:
             latents: [B, N, latent_ch].
-            noise: [B, N, C*P*P] to start from.
-            generator: to draw it with, picture after picture, on any device: the same noise for a seed whatever the
-                batches. PyTorch's default one for the CPU if neither is given.
+            noise, generator, seed: as `UniFlow.decode` takes them.
             size: (H, W) of the pictures in pixels, if not the size that it was compiled for.
 
         Returns:
             [B, C, H, W], on the model's device.
 
         Raises:
-            ValueError: if a shape does not fit.
+            TypeError, ValueError: as `UniFlow.decode`.
         """
         size = self.shape.size if size is None else size
         patch_grid(latents.shape[1] if latents.ndim == 3 else 0, self.shape.patch_size, size)
-        expected = (*latents.shape[:2], self.shape.patch_values)
-        if noise is not None and noise.shape != expected:
-            raise ValueError(f"noise: expected shape {expected}, one row of pixels a token, got {tuple(noise.shape)}")
-        draw = _Noise(noise, generator, expected)
+        shape = (*latents.shape[:2], self.shape.patch_values)
+        start = start_of(shape, noise, generator, seed, self._device)
+
+        def decode(latents: Tensor, start: Tensor) -> Tensor:
+            return self._decode(latents, start, size)
+
         with torch.no_grad():
             latents = latents.to(self._device, self._dtype, non_blocking=True)
             if why_not_graph(self._device, ()) is not None or any(map(_has_hooks, self._model.modules())):
-                return self._decode(latents, draw, size)
-
-            def decode(latents: Tensor, noise: Tensor) -> Tensor:
-                return self._decode(latents, noise.__getitem__, size)
-
-            everything = draw(slice(0, len(latents))).to(torch.promote_types(self._dtype, torch.float32))
-            if everything.device.type == "cpu" and everything.numel():
-                everything = everything.pin_memory()
-            everything = everything.to(self._device, non_blocking=True)
+                return decode(latents, start)
+            if noise is not None:
+                start = _moved(start.to(torch.promote_types(self._dtype, torch.float32)), self._device)
             how = (self._how, size, self._model.training)
-            return self._graphs(decode, (latents, everything), list(self._model.parameters()), how)
+            return self._graphs(decode, (latents, start), list(self._model.parameters()), how)
 
     def stream(self, batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Pictures on the host, batch by batch, in order.
@@ -126,7 +122,7 @@ class Decoder:
 
         Args:
             batches: latents [B, N, latent_ch], or pairs of them and a size (H, W).
-            generator: to draw the noise of all batches with, see `__call__`.
+            generator: that of the noise of all batches, see `UniFlow.decode`.
 
         Yields:
             [B, C, H, W].
@@ -147,23 +143,68 @@ class Decoder:
             yield _finished(*waiting)
 
 
-class _Noise:
-    """The noise of slices of a batch, in order: of the tensor given, or drawn picture after picture."""
+def start_of(
+    shape: Sequence[int],
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """What a batch starts from: the noise that is given, or an int64 seed [B] for each picture, then on `device`.
 
-    def __init__(self, given: Tensor | None, generator: torch.Generator | None, shape: Sequence[int]) -> None:
-        self._given = given
-        self._generator = generator
-        self._shape = shape
+    Args:
+        shape: of the noise, (B, N, C*P*P).
+        noise, generator, seed: as `UniFlow.decode` takes them.
+        device: of the model.
 
-    def __call__(self, rows: slice) -> Tensor:
-        if self._given is not None:
-            return self._given[rows]
-        batch, tokens, row = self._shape
-        device = "cpu" if self._generator is None else self._generator.device
-        drawn = torch.empty(len(range(batch)[rows]), tokens, row, device=device)
-        for picture in drawn:
-            torch.randn(tokens, row, generator=self._generator, out=picture)
-        return drawn
+    Raises:
+        TypeError, ValueError: as `UniFlow.decode`.
+    """
+    given = [name for name, value in (("noise", noise), ("generator", generator), ("seed", seed)) if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: expected at most one of them")
+    if noise is not None:
+        if noise.shape != shape:
+            raise ValueError(
+                f"noise: expected shape {tuple(shape)}, one row of pixels a token, got {tuple(noise.shape)}"
+            )
+        if not noise.is_floating_point():
+            raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
+        return noise
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected a tensor of torch.int64, got {seed.dtype}")
+        if seed.shape != shape[:1]:
+            raise ValueError(f"seed: expected shape ({shape[0]},), one a picture, got {tuple(seed.shape)}")
+        return _moved(seed, device)
+    if seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
+        generator = torch.Generator().manual_seed(seed)
+    if generator is None:
+        return torch.randint(2**63 - 1, shape[:1], device=device)
+    seeds = torch.empty(shape[0], dtype=torch.int64, device=generator.device)
+    for one in seeds:  # a GPU would draw others for several at once
+        one.random_(generator=generator)
+    return _moved(seeds, device)
+
+
+def noise_of(start: Tensor, pictures: slice, tokens: slice, row: int) -> Tensor:
+    """The noise [b, n, row] of some tokens of some pictures, given what their batch starts from."""
+    if start.is_floating_point():
+        return start[pictures, tokens]
+    seeds, count = start[pictures], tokens.stop - tokens.start
+    noise = seeded_noise(len(seeds) * count, row, seeds, device=seeds.device, first_row=tokens.start)
+    return noise.view(len(seeds), count, row)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait for a GPU to take it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if tensor.device.type == "cpu" and tensor.numel():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _copied(images: Tensor, copies: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -144,6 +145,55 @@ def sample(
         return x.to(condition.dtype)
 
     return replayed(head, steps_of, (x, condition, null_condition, drawn), (diffusion, method, cfg, temperature, eta))
+
+
+def noise_loss(head: FlowHead, embedded: Tensor, data: Tensor, diffusion: Diffusion) -> Tensor:
+    """The training loss of a head that predicts noise, and its variance where it has channels for it.
+
+    Timesteps and noise are drawn. The variance learns from the variational bound, through which no gradient reaches
+    the predicted noise.
+
+    Args:
+        head: out_channels is in_channels, or twice that.
+        embedded: `head.cond_embed` of the conditions: [..., W], broadcastable to the rows of data.
+        data: [..., in_channels], float.
+        diffusion: the betas; all of its trained steps are drawn from.
+
+    Returns:
+        In float32: the mean over all rows; a scalar.
+
+    Source: Ho et al. 2020, eq. 14; for the variance Nichol & Dhariwal 2021, eq. 16, with the weight 1 of MAR.
+    """
+    timesteps = torch.randint(diffusion.trained_steps, data.shape[:-1], device=data.device)
+    of_data, of_noise, share, low, high = _table(diffusion, data.device)[:, timesteps, None]
+    data, noise = data.float(), torch.randn(data.shape, device=data.device)
+    x = of_data * data + of_noise * noise
+    output = head.from_embedding(x.to(embedded.dtype), head.time_embed(timesteps) + embedded).float()
+    predicted, *rest = output.split(head.in_channels, dim=-1)
+    loss = (predicted - noise).square().mean()
+    if not rest:
+        return loss
+    log_variance = torch.lerp(low, high, (rest[0] + 1) / 2)
+    seen = (x - of_noise * predicted.detach()) / of_data
+    error = (share * (data - seen)).square() * torch.exp(-log_variance)
+    divergence = 0.5 * (log_variance - low + torch.exp(low - log_variance) - 1 + error)
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_variance + error)
+    return loss + torch.where(timesteps[..., None] == 0, likelihood, divergence).mean() / math.log(2)
+
+
+@lru_cache(16)
+def _table(diffusion: Diffusion, device: torch.device) -> Tensor:
+    """For every trained timestep: factors of data and noise in x, and of the data in the mean of the step before it.
+
+    Then the lowest and highest logarithm of the variance; [5, trained_steps].
+    """
+    beta = torch.tensor(diffusion.trained_betas(), dtype=torch.float64)
+    signal = (1 - beta).cumprod(0)
+    previous = torch.cat([signal.new_ones(1), signal[:-1]])
+    share = beta * previous.sqrt() / (1 - signal)
+    low = (beta * (1 - previous) / (1 - signal)).log()
+    low[0] = low[1]  # that of the first step would be minus infinity
+    return torch.stack([signal.sqrt(), (1 - signal).sqrt(), share, low, beta.log()]).float().to(device)
 
 
 def predictor(

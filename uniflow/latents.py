@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniflow.atomic import replacing
 from uniflow.model import UniFlow
@@ -89,11 +89,16 @@ def _check_size(path: Path, latent: Tensor, picture: EncodedPicture, model: UniF
 
 def fingerprint(model: UniFlow) -> str:
     """A hash of the weights around the latent: it differs between models of the same shape, not between devices."""
+    return hash_weights(model.chal_proj, model.chal_unproj)
+
+
+def hash_weights(*modules: nn.Module) -> str:
+    """A hash of the modules' parameters, the same on every device and after bringing them to bfloat16."""
     digest = hashlib.sha256()
-    for projection in (model.chal_proj, model.chal_unproj):
-        for parameter in projection.parameters():
-            # rounded, so that a model brought to bfloat16 keeps its fingerprint
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    for module in modules:
+        for parameter in module.parameters():
+            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from uniflow.checkpoint import assign_state, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
-from uniflow.decoding import Decoder, Shape
+from uniflow.decoding import Decoder, Shape, noise_of, start_of
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow import Interval, Plan
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
@@ -40,6 +40,8 @@ class UniFlow(nn.Module):
 
     embeddings: Embeddings | HuggingFaceEmbeddings
     encoder: LayerStack
+
+    pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
@@ -92,6 +94,10 @@ class UniFlow(nn.Module):
     def device(self) -> torch.device:
         """Of the parameters."""
         return self.decoder_pos_embed.device
+
+    def layers(self) -> list[nn.Module]:
+        """The transformer layers, which FSDP may gather one by one; the flow head's blocks run as one operation."""
+        return [*self.encoder.layers, *self.global_blocks]
 
     def hidden_states(self, images: Tensor) -> list[Tensor]:
         """The encoder's L+1 states [B, 1+N, D]: the embeddings, then each layer's output; the class token first.
@@ -182,6 +188,7 @@ class UniFlow(nn.Module):
         cfg_interval: Interval | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
         size: tuple[int, int] | None = None,
         solver: str = "euler",
         temperature: float = 1.0,
@@ -189,36 +196,42 @@ class UniFlow(nn.Module):
     ) -> Tensor:
         """Latents to images, in steps from noise.
 
+        Every picture has a seed, and its noise is `uniflow_kernels.seeded_noise` of that, made when it is needed: the
+        same for a seed whatever the batch, `max_memory`, device and backend.
+
         Args:
             latents: [B, N, latent_ch].
             steps: number of steps; the config's `num_sampling_steps` if not given.
             schedule: "linear", "pow_p" or "shifted_a", see `uniflow.flow.schedule_steps`.
             cfg: guidance scale; 1 is none (and costs none).
             cfg_interval: the sigmas at which to guide, see `uniflow.flow.guides_at`.
-            noise: [B, N, C*P*P] to start from; drawn in float32 if not given.
-            generator: to draw it with, on any device.
+            noise: [B, N, C*P*P] to start from, instead of seeds.
+            generator: to draw the seeds with, one picture after the other, on any device: batches that follow each
+                other have the noise that they would have as one. If none of the three is given, PyTorch's default one
+                for the model's device.
+            seed: in [0, 2^63), short for `torch.Generator().manual_seed(seed)`; or the pictures' own, int64 [B].
             size: (H, W) of the images in pixels; without it they are square.
             solver: "euler", or "heun" or "midpoint", which evaluate the flow head twice in a step.
             temperature: what the noise is multiplied by.
-            max_memory: bytes that may be held at a time beside weights, latents, noise and images; pictures, or lines
-                of patches of one picture, are then decoded one after the other as needed. No bound if not given.
+            max_memory: bytes that may be held at a time beside weights, latents, images and noise that is given;
+                pictures, or lines of patches of one picture, are then decoded one after the other as needed. No bound
+                if not given.
 
         Returns:
             [B, C, H, W], normalised as the encoder's images are; differentiable, so use torch.inference_mode() if no
             gradient is wanted.
 
         Raises:
-            ValueError: if a shape does not fit, for an unknown schedule or solver, or memory that is not enough.
+            TypeError: if noise or seeds have a dtype that does not fit.
+            ValueError: if a shape does not fit, for an unknown schedule or solver, a seed out of range, more than one
+                of noise, generator and seed, or memory that is not enough.
         """
         steps = self.config.sampling_steps if steps is None else steps
         plan = Plan(steps, schedule, solver, cfg, cfg_interval)
         plan.check()
         self._check_latents(latents)
-        if noise is None:
-            drawn_on = generator.device if generator is not None else self.device
-            noise = torch.randn(*latents.shape[:2], self.config.patch_values, device=drawn_on, generator=generator)
-        self._check_rows("noise", noise, latents)
-        return self._images(latents, noise.__getitem__, size, plan, temperature, max_memory, dtype=self.dtype)
+        start = start_of((*latents.shape[:2], self.config.patch_values), noise, generator, seed, self.device)
+        return self._images(latents, start, size, plan, temperature, max_memory, dtype=self.dtype)
 
     def compile_decoder(
         self,
@@ -261,16 +274,16 @@ class UniFlow(nn.Module):
         self._at_a_time(patch_grid(shape.tokens, config.patch_size, size), plan, max_memory)
         pictures = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "clamp": True, "dtype": dtype}
 
-        def decode(latents: Tensor, noise: Callable[[slice], Tensor], size: tuple[int, int]) -> Tensor:
+        def decode(latents: Tensor, start: Tensor, size: tuple[int, int]) -> Tensor:
             self._check_latents(latents)
-            return self._images(latents, noise, size, plan, temperature, max_memory, **pictures)
+            return self._images(latents, start, size, plan, temperature, max_memory, **pictures)
 
         return Decoder(self, decode, shape, (plan, temperature, dtype, max_memory), self.device, self.dtype)
 
     def _images(
         self,
         latents: Tensor,
-        noise: Callable[[slice], Tensor],
+        start: Tensor,
         size: tuple[int, int] | None,
         plan: Plan,
         temperature: float,
@@ -279,22 +292,23 @@ class UniFlow(nn.Module):
     ) -> Tensor:
         """Latents to what `to_images` makes with `end`: pictures, or lines of patches, as many as memory allows.
 
-        `noise` gives that of a slice of the batch, and is asked for them in order.
+        They start from what `start_of` gives.
         """
-        patch, batch = self.config.patch_size, len(latents)
+        patch, batch, row = self.config.patch_size, len(latents), self.config.patch_values
         down, across = patch_grid(latents.shape[1], patch, size)
         rows, lines = self._at_a_time((down, across), plan, max_memory)
         images = None
-        for start in range(0, max(1, batch), rows):
-            part = slice(start, start + rows)
+        for first in range(0, max(1, batch), rows):
+            part = slice(first, first + rows)
             condition = self.condition(latents[part], (down * patch, across * patch))
-            x0 = noise(part).to(self.device, torch.promote_types(self.dtype, torch.float32))
-            if temperature != 1.0:
-                x0 = x0 * temperature
             for top in range(0, down, lines):
                 bottom = min(top + lines, down)
                 band = slice(top * across, bottom * across)
-                x, velocity, dt = self.flow_head.sample(x0[:, band], condition[:, band], plan)
+                x0 = noise_of(start, part, band, row)
+                x0 = x0.to(self.device, torch.promote_types(self.dtype, torch.float32))
+                if temperature != 1.0:
+                    x0 = x0 * temperature
+                x, velocity, dt = self.flow_head.sample(x0, condition[:, band], plan)
                 part_size = (bottom - top) * patch, across * patch
                 piece = to_images(x, patch, part_size, velocity=velocity, dt=dt, **end)
                 if rows >= batch and lines >= down:
@@ -302,7 +316,7 @@ class UniFlow(nn.Module):
                 if images is None:
                     images = piece.new_empty(batch, piece.shape[1], down * patch, across * patch)
                 images[part, :, top * patch : bottom * patch] = piece
-                del x, velocity, piece  # before the next ones are made
+                del x0, x, velocity, piece  # before the next ones are made
         assert images is not None
         return images
 
@@ -314,8 +328,8 @@ class UniFlow(nn.Module):
         in_blocks, in_head = self.bytes_per_token(plan.cfg != 1.0)
         if tokens * max(in_blocks, in_head) <= max_memory:
             return max_memory // (tokens * max(in_blocks, in_head)), grid[0]
-        # the global blocks need a picture whole; its condition and noise stay while its lines are decoded
-        kept = tokens * (self.config.vit_hidden_size * self.dtype.itemsize + 8 * self.config.patch_values)
+        # the global blocks need a picture whole; its condition stays while its lines are decoded
+        kept = tokens * self.config.vit_hidden_size * self.dtype.itemsize
         lines = (max_memory - kept) // (grid[1] * in_head)
         least = max(tokens * in_blocks, kept + grid[1] * in_head)
         if max_memory < least:
@@ -349,7 +363,8 @@ class UniFlow(nn.Module):
         # conditions, three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
         # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
         in_head = (22 if guided else 13) * width * size + 4 * row * (max(4, size) + size)
-        return in_blocks, in_head
+        in_noise = width * size + 40 * row  # in plain PyTorch: the words that noise is made of, eight bytes each
+        return in_blocks, max(in_head, in_noise)
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""

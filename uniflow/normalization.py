@@ -48,8 +48,13 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return _constants(images.device, images.dtype)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # so that compiled code holds them, and does not make them in each call
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _made_once(device, dtype)
+
+
+@lru_cache
+def _made_once(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # made once a device: a copy to the GPU for each batch would wait for it; usable by autograd whoever comes first
     with torch.inference_mode(False):
         mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uniflow.flow import sample_t
 from uniflow.model import UniFlow
+from uniflow.normalization import normalize
 from uniflow.teachers import EncoderTeacher
 from uniflow_kernels import LayerwiseDistillation
 from uniflow_kernels.ops.distillation import check_layer_weights
@@ -29,6 +30,10 @@ class Losses:
     distill: Tensor
     alpha: Tensor
     weights: Tensor
+
+    def measured(self) -> dict[str, Tensor]:
+        """What the Trainer logs beside the total."""
+        return {"flow": self.flow, "distill": self.distill, "alpha": self.alpha, "weights": self.weights}
 
 
 class UniFlowObjective(nn.Module):
@@ -86,7 +91,7 @@ class UniFlowObjective(nn.Module):
         """The losses of a batch.
 
         Args:
-            images: [B, C, H, W], normalised.
+            images: [B, C, H, W], normalised, or uint8 [B, 3, H, W], which `normalize` is applied to here.
             t: [B] or [B, N] in [0, 1]; drawn from `t_distribution` if not given.
             noise: [B, N, C*P*P]; drawn if not given.
 
@@ -94,6 +99,8 @@ class UniFlowObjective(nn.Module):
             ValueError: if a shape does not fit, or the teacher has another number of layers than the student.
         """
         student = self.student
+        if images.dtype == torch.uint8:
+            images = normalize(images)
         latents, distillation = self._encode(images)
         condition = student.condition(latents, (images.shape[-2], images.shape[-1]))
 

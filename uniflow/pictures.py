@@ -50,20 +50,20 @@ def open_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
         raise PictureError(f"{name} is damaged: {error}") from None
 
 
-def center_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and cut the middle square out.
+def center_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """Resize to just cover `size`, the side of a square or (H, W), and cut the middle out.
 
-    Source: `center_crop_arr` of the release's quick start (from ADM): halved by box filter while at least twice too
-    large, then bicubic.
+    Source: `center_crop_arr` of the release's quick start (from ADM), which makes squares: halved by box filter while
+    at least twice too large, then bicubic.
     """
-    while min(picture.size) >= 2 * size:
-        width, height = picture.size
-        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(extent * scale) for extent in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    height, width = (size, size) if isinstance(size, int) else size
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = max(width / picture.width, height / picture.height)
+    across, down = (round(extent * scale) for extent in picture.size)
+    picture = picture.resize((across, down), Image.Resampling.BICUBIC)
+    left, top = (across - width) // 2, (down - height) // 2
+    return picture.crop((left, top, left + width, top + height))
 
 
 def fit_to_patches(picture: Image.Image, patch_size: int) -> Image.Image:

@@ -83,7 +83,7 @@ def pretrained_encoder(
         preprocessor = Path(source) / "preprocessor_config.json"
         said = _read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
-        return _from_huggingface(_transformers().AutoModel.from_pretrained(source), mean, std)
+        return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
     if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
         which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
         raise ValueError(f"mean, std: expected ImageNet's, since {which}")
@@ -144,7 +144,7 @@ def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
         ImportError: if the transformers package is not installed.
         ValueError: if it describes no encoder that can be used, or one that does not fit the other fields.
     """
-    transformers = _transformers()
+    transformers = transformers_package()
     description = config.encoder
     names = ("kind", "config", "mean", "std")
     if not isinstance(description, dict) or sorted(description) != sorted(names):
@@ -167,7 +167,7 @@ def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
 
 def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
     """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
-    transformers = _transformers()
+    transformers = transformers_package()
     config: Any = model.config
     if type(config) not in transformers.MODEL_MAPPING:
         return None
@@ -348,11 +348,14 @@ def _part(model: nn.Module, name: str) -> nn.Module:
     return part
 
 
-def _transformers() -> Any:
+def transformers_package() -> Any:
+    """The transformers package, imported when it is needed.
+
+    Raises:
+        ImportError: if it is not installed, naming the extra.
+    """
     try:
         import transformers
     except ImportError:
-        raise ImportError(
-            "this checkpoint is read by the transformers package: pip install 'uniflow-kernels[hf]'"
-        ) from None
+        raise ImportError("this needs the transformers package: pip install 'uniflow-kernels[hf]'") from None
     return transformers

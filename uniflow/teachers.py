@@ -67,5 +67,10 @@ class EncoderTeacher(nn.Module):
         """Images [B, C, H, W] to the L+1 states [B, prefix_tokens + N, D] of the encoder."""
         return self.encoder(self._embed(images))
 
+    @torch.no_grad()
+    def last(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] to the output of the last layer."""
+        return self.encoder.last(self._embed(images))
+
     def _embed(self, images: Tensor) -> Tensor:
         return self.embeddings(images.to(next(self.encoder.parameters()).dtype))

@@ -55,7 +55,8 @@ def doctor() -> DoctorReport:
     }
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
-    return DoctorReport(environment, [_flow_head(cuda), *losses, _to_images(cuda), _attention(cuda)])
+    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images")]
+    return DoctorReport(environment, [_flow_head(cuda), *losses, *triton_only, _attention(cuda)])
 
 
 def _flow_head(cuda: bool) -> OpReport:
@@ -72,11 +73,11 @@ def _loss(name: str, cuda: bool) -> OpReport:
     return OpReport(name, RUNS["eager"], f"Triton: {triton}; CUDA: {compiled}")
 
 
-def _to_images(cuda: bool) -> OpReport:
+def _triton_only(name: str, cuda: bool) -> OpReport:
     reason = triton_kernels.why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
     if reason is None:
-        return OpReport("to_images", "Triton", UNMEASURED)
-    return OpReport("to_images", RUNS["eager"], f"Triton: {reason}")
+        return OpReport(name, "Triton", UNMEASURED)
+    return OpReport(name, RUNS["eager"], f"Triton: {reason}")
 
 
 def _attention(cuda: bool) -> OpReport:

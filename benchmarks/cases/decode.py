@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.case import Case, Form, Problem, Size, Work, at, attention_flops, linear_flops, randomised
+from benchmarks.case import (
+    Case,
+    Form,
+    Problem,
+    Size,
+    Work,
+    at,
+    attention_flops,
+    linear_flops,
+    randomised,
+    sampling_flops,
+)
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 
@@ -19,14 +30,8 @@ def decode_work(model: UniFlow, noise: Tensor, steps: int, cfg: float) -> Work:
     """Of decoding under noise [B, N, C*P*P]: condition and times are embedded once, the null condition is one row."""
     batch, tokens, _ = noise.shape
     rows, head = batch * tokens, model.flow_head.net
-    flops = linear_flops(rows, model.chal_unproj, model.global_blocks, head.cond_embed)
+    flops = linear_flops(rows, model.chal_unproj, model.global_blocks) + sampling_flops(head, rows, steps, cfg)
     flops += len(model.global_blocks) * attention_flops(batch, tokens, model.config.vit_hidden_size)
-    flops += steps * linear_flops(1, head.time_embed)
-    flops += steps * linear_flops(rows, head.input_proj, head.res_blocks, head.final_layer)
-    if cfg != 1.0:
-        modulations = [layer for name, layer in head.named_modules() if name.endswith("adaLN_modulation")]
-        flops += steps * linear_flops(rows, head.res_blocks, head.final_layer)
-        flops -= steps * linear_flops(rows - 1, *modulations)
     latents = torch.empty(rows, model.config.latent_ch, dtype=noise.dtype)
     parameters = (model.chal_unproj, model.global_block_pos_embed, model.global_blocks, model.decoder_pos_embed, head)
     return Work.of(flops, parameters, latents, noise, noise)

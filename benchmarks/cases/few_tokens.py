@@ -14,25 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
+from benchmarks.case import Case, Form, Problem, Size, Work, randomised, sampling_flops
 from uniflow_kernels import FlowHead
 
 
-def ours(head: FlowHead, noise: Tensor, condition: Tensor, steps: int) -> Tensor:
+def ours(head: FlowHead, noise: Tensor, condition: Tensor, steps: int, cfg: float) -> Tensor:
     """Noise [M, in], condition [M, z] -> [M, in]."""
-    return head.sample(condition, steps, noise=noise)
+    return head.sample(condition, steps, noise=noise, cfg=cfg)
 
 
-def sampler_work(head: FlowHead, noise: Tensor, condition: Tensor, steps: int) -> Work:
-    """The sampler without guidance: the condition is embedded once, and so is the time of each step."""
-    rows = len(noise)
-    flops = linear_flops(rows, head.cond_embed) + steps * linear_flops(1, head.time_embed)
-    flops += steps * linear_flops(rows, head.input_proj, head.res_blocks, head.final_layer)
-    return Work.of(flops, head, noise, condition, noise)
-
-
-def build(rows: int, steps: int, depth: int, width: int, row: int, dtype: str) -> Problem:
-    precision = getattr(torch, dtype)
+def build(rows: int, steps: int, guidance: int, depth: int, width: int, row: int, dtype: str) -> Problem:
+    precision, cfg = getattr(torch, dtype), float(guidance)
     head = randomised(FlowHead(row, width, row, width, depth), precision).requires_grad_(False)
     noise, condition = torch.randn(rows, row, dtype=precision), torch.randn(rows, width, dtype=precision)
 
@@ -40,30 +32,59 @@ def build(rows: int, steps: int, depth: int, width: int, row: int, dtype: str) -
         return partial(reference.sample, velocity=compile(reference.flow_head))
 
     return Problem(
-        inputs=(head, noise, condition, steps),
+        inputs=(head, noise, condition, steps, cfg),
         ours=ours,
         plain=reference.sample,
         tokens=rows,
-        forward=sampler_work(head, noise, condition, steps),
+        forward=Work.of(sampling_flops(head, rows, steps, cfg), head, noise, condition, noise),
         compiled=compiled,
     )
 
 
-def _on_cuda(rows: int, steps: int, depth: int) -> Size:
-    quick = depth == 6 and steps == 20 and rows in (1, 64)
-    return at(rows=rows, steps=steps, depth=depth, width=1024, row=16, dtype="bfloat16", quick=quick, compile=quick)
+def _on_cuda(rows: int, steps: int, depth: int, guidance: int = 1) -> Size:
+    quick = depth == 6 and steps == 20 and (rows in (1, 64) or guidance != 1)
+    return Size(_values(rows, steps, guidance, depth, 1024, "bfloat16"), quick, compile=quick)
+
+
+def _on_cpu(rows: int, steps: int, guidance: int = 1, compile: bool = False) -> Size:
+    return Size(_values(rows, steps, guidance, 3, 128, "float32"), quick=True, compile=compile)
+
+
+def _large_on_cpu(rows: int, steps: int, guidance: int = 1) -> Size:
+    return Size(_values(rows, steps, guidance, 6, 1024, "float32"), quick=False, compile=False)
+
+
+def _values(rows: int, steps: int, guidance: int, depth: int, width: int, dtype: str) -> dict[str, int | str]:
+    return {
+        "rows": rows,
+        "steps": steps,
+        "guidance": guidance,
+        "depth": depth,
+        "width": width,
+        "row": 16,
+        "dtype": dtype,
+    }
 
 
 CASES = (
     Case(
         "few_tokens",
-        "What do all steps of a sampler cost for a handful of rows?",
+        "What do all steps of a sampler cost for a handful of rows, and with guidance?",
         build,
-        cuda=tuple(_on_cuda(*size) for size in product((1, 4, 16, 64), (20, 100), (3, 6, 12))),
+        cuda=(
+            *(_on_cuda(*size) for size in product((1, 4, 16, 64), (20, 100), (3, 6, 12))),
+            *(_on_cuda(4, steps, 6, guidance=2) for steps in (20, 100)),
+        ),
         cpu=(
-            at(rows=1, steps=4, depth=3, width=128, row=16, dtype="float32", quick=True),
-            at(rows=16, steps=4, depth=3, width=128, row=16, dtype="float32", quick=True),
-            at(rows=64, steps=4, depth=3, width=128, row=16, dtype="float32", quick=True, compile=True),
+            _on_cpu(1, 20),
+            _on_cpu(4, 100),
+            _on_cpu(16, 20),
+            _on_cpu(16, 20, guidance=2),
+            _on_cpu(64, 20, compile=True),
+            _large_on_cpu(4, 20),
+            _large_on_cpu(4, 20, guidance=2),
+            _large_on_cpu(4, 100),
+            _large_on_cpu(64, 20, guidance=2),
         ),
     ),
 )

@@ -40,6 +40,17 @@ def flow_request(arch, kernel, seeded, held=False, first_row="i32"):
     return Request(f"{KERNELS}.velocity:{kernel}", signature, {**constants, **missing}, arch)
 
 
+def noise_request(arch):
+    """Rows of 588 in units of 4."""
+    numbers = ["rows", "in_group", "first", "columns", "offset0", "offset1"]
+    constants = {"UNIT": 4, "ROWS": 16, "QUADS": 32}
+    signature = {
+        **dict.fromkeys(numbers, "i32"),
+        **{"seeds": "*i64", "noise": "*fp32", **dict.fromkeys(constants, "constexpr")},
+    }
+    return Request(f"{KERNELS}.noise:seeded_noise_kernel", signature, constants, arch)
+
+
 def cosine_request(arch):
     """24 layers of bf16, width 1024."""
     layers = ["*bf16"] * 24
@@ -77,6 +88,7 @@ def test_triton_kernels(oldest):
         requests.append(flow_request(arch, "interpolate_kernel", True, held=True, first_row="i64"))
         requests.append(flow_request(arch, "velocity_loss_kernel", True))
         requests.append(flow_request(arch, "velocity_loss_kernel", False))
+        requests.append(noise_request(arch))
         requests.append(cosine_request(arch))
         requests += [patches_request(arch, cut) for cut in (True, False)]
     for request, compiled in zip(requests, compile_all(requests, oldest), strict=True):
@@ -91,7 +103,7 @@ def test_triton_kernels(oldest):
             assert any(access in kind for kind in compiled.wide), what
             continue
         assert any("STG.E.128" in access for access in compiled.wide), what
-        if "interpolate" not in request.kernel:  # which reads nothing but pixels, and those one by one
+        if not re.search("interpolate|noise", request.kernel):  # which read pixels one by one, and next to nothing
             assert any("LDG.E.128" in access for access in compiled.wide), what
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from uniflow import UniFlow, UniFlowConfig, denormalize
+from uniflow.decoding import noise_of
+from uniflow_kernels import backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,22 +53,48 @@ def test_golden_images_from_a_graph(golden_model, golden, name, options):
     decoder = model.compile_decoder(2, dtype=torch.float32, **options)
     assert len(decoder._graphs) == 1
     expected = golden[f"out.image.{name}"]
-    for _ in range(2):
+    for _ in range(3):
         pictures = decoder(golden["out.latent"], noise=noise).cpu()
         assert (pictures - denormalize(expected).clamp(0, 1)).abs().max() < 1e-5 * expected.abs().max()
-    assert len(decoder._graphs) == 1
+    assert len(decoder._graphs) == 2  # one makes its noise, one is given it
 
 
-def test_replays_are_equal_to_eager_and_see_new_weights():
+def test_replays_are_equal_to_eager_and_see_new_weights_and_seeds():
     model = small()
     decoder = model.compile_decoder(4, steps=2, cfg=2.0)
     for step in range(3):
-        latents, noise = inputs(model, 4)
+        latents, _ = inputs(model, 4)
+        seeds = torch.arange(4, device="cuda") + step
         with torch.no_grad():
             model.decoder_pos_embed.add_(0.1 * step)
-            eager = decoder._decode(latents, noise.__getitem__, (448, 448))
-        assert torch.equal(decoder(latents, noise=noise), eager)
+            eager = decoder._decode(latents, seeds, (448, 448))
+        assert torch.equal(decoder(latents, seed=seeds), eager)
     assert len(decoder._graphs) == 1
+    drawn = [decoder(latents) for _ in range(2)]
+    assert not torch.equal(*drawn)
+
+
+def test_noise_is_the_same_on_the_cpu_and_on_every_backend():
+    start, pictures, tokens = torch.tensor([7, 2**62 + 1, 0]), slice(1, 3), slice(5, 1029)
+    expected = noise_of(start, pictures, tokens, 588)
+    for name in ("eager", "triton"):
+        with backend(name):
+            assert (noise_of(start.cuda(), pictures, tokens, 588).cpu() - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_generators_noise_does_not_depend_on_batches_and_pieces(device):
+    model = small(torch.float32)
+    latents, _ = inputs(model, 4)
+    seeded = torch.Generator(device).manual_seed
+    needed = 1024 * max(model.bytes_per_token(False))
+    with torch.inference_mode():
+        whole = model.decode(latents, generator=seeded(5))
+        for memory in (needed, needed - 1):
+            assert torch.allclose(model.decode(latents, generator=seeded(5), max_memory=memory), whole, atol=1e-4)
+        generator = seeded(5)
+        parts = [model.decode(part, generator=generator) for part in latents.split(3)]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-4)
 
 
 def test_other_batches_and_sizes_run_and_get_graphs_when_they_come_back():
@@ -75,7 +103,7 @@ def test_other_batches_and_sizes_run_and_get_graphs_when_they_come_back():
     for graphs in (1, 2, 2):
         latents, noise = inputs(model, 2, 512)
         with torch.no_grad():
-            eager = decoder._decode(latents, noise.__getitem__, (224, 448))
+            eager = decoder._decode(latents, noise, (224, 448))
         assert torch.equal(decoder(latents, noise=noise, size=(224, 448)), eager)
         assert len(decoder._graphs) == graphs
 
@@ -84,15 +112,16 @@ def test_other_batches_and_sizes_run_and_get_graphs_when_they_come_back():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_stays_within_its_bound(dtype, cfg):
     model = small(dtype)
-    latents, noise = inputs(model, 16)
+    latents, _ = inputs(model, 16)
+    seeds = torch.arange(16, device="cuda")
     needed = 1024 * max(model.bytes_per_token(cfg != 1.0))
     for memory in (3 * needed, needed - 1):
         with torch.no_grad():
-            model.decode(latents[:1], noise=noise[:1], cfg=cfg, max_memory=memory)  # workspaces of libraries
+            model.decode(latents[:1], seed=seeds[:1], cfg=cfg, max_memory=memory)  # workspaces of libraries
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            images = model.decode(latents, steps=2, noise=noise, cfg=cfg, max_memory=memory)
+            images = model.decode(latents, steps=2, seed=seeds, cfg=cfg, max_memory=memory)
         torch.cuda.synchronize()
         assert torch.cuda.max_memory_allocated() - before - images.nbytes <= memory
 
@@ -114,14 +143,15 @@ def test_a_stream_gives_each_batch_and_computes_the_next_before():
 def test_streams_and_threads():
     model = small()
     decoder = model.compile_decoder(2)
-    given = [inputs(model, 2) for _ in range(4)]
-    expected = [decoder(latents, noise=noise) for latents, noise in given]
+    drawn = [inputs(model, 2) for _ in range(4)]
+    given = [(latents, {"noise": noise} if i % 2 else {"seed": i}) for i, (latents, noise) in enumerate(drawn)]
+    expected = [decoder(latents, **start) for latents, start in given]
     torch.cuda.synchronize()
     wrong = []
 
     def work(i):
         with torch.cuda.stream(torch.cuda.Stream()):
-            results = [decoder(given[i][0], noise=given[i][1]) for _ in range(10)]
+            results = [decoder(given[i][0], **given[i][1]) for _ in range(10)]
             torch.cuda.current_stream().synchronize()
         wrong.extend(i for result in results if not torch.equal(result, expected[i]))
 
@@ -137,9 +167,16 @@ def test_a_replay_does_not_wait_for_the_device():
     model = small()
     decoder = model.compile_decoder(2)
     latents, noise = inputs(model, 2)
-    decoder(latents, noise=noise)
+    starts = [{}, {"noise": noise}, {"seed": 5}, {"seed": torch.tensor([5, 6])}]
+    starts += [{"generator": torch.Generator(device).manual_seed(5)} for device in ("cpu", "cuda")]
+    for start in starts:
+        for _ in range(2):  # the second of a kind is captured
+            decoder(latents, **start)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        decoder(latents, noise=noise)
+        for start in starts:
+            decoder(latents, **start)
+            with torch.inference_mode():
+                model.decode(latents, **start)
     finally:
         torch.cuda.set_sync_debug_mode("default")

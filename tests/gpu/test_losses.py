@@ -274,10 +274,10 @@ def test_more_than_2_to_the_31_elements(kernels):
     repeats = 3570  # of one image of 448 px: 602112 elements each
     images = torch.rand(1, 3, 448, 448, device="cuda", dtype=torch.bfloat16)
     t = torch.rand(repeats, device="cuda")
+    noise = seeded_noise(1024, 588, 1, device="cuda", first_row=(repeats - 1) * 1024)
     with backend(kernels):
         x_t = interpolate(images, t, 14, seed=1, repeats=repeats)
         assert x_t.numel() > 2**31
-        noise = seeded_noise(1024, 588, 1, device="cuda", first_row=(repeats - 1) * 1024)
         expected = interpolate(images, t[-1:], 14, noise[None])
         assert torch.allclose(x_t[-1:].float(), expected.float(), atol=2**-7)
         many = images.expand(repeats, -1, -1, -1)

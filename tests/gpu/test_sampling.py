@@ -50,6 +50,27 @@ def test_replays_are_equal_to_the_first_call_and_as_good_as_step_by_step(within_
     within_twice(others[-1], plain, exact, floor=1e-5 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mlp": "swiglu", "modulation_order": "scale-shift-gate", "modulation_groups": 1},
+        {"final_modulation": False},
+    ],
+)
+@pytest.mark.parametrize("null_rows", [1, 4])
+def test_modulations_of_several_steps_at_once(within_twice, monkeypatch, options, null_rows):
+    head, noise, condition = make(dtype=torch.float32, **options)
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 24)  # three steps
+    null = torch.randn(null_rows, 256, device="cuda")
+    with backend("triton"):
+        ours = head.sample(condition, 10, noise=noise, cfg=2.0, null_condition=null)
+    with backend("eager"):
+        plain = step_by_step(head, noise, condition, 10, cfg=2.0, null=null)
+    exact = step_by_step(head.double(), noise.double(), condition.double(), 10, cfg=2.0, null=null.double())
+    within_twice(ours, plain, exact, floor=1e-5)
+
+
 def test_new_inputs_and_new_weights_are_seen():
     head, noise, condition = make()
     for _ in range(3):
@@ -128,7 +149,8 @@ def test_inside_another_capture_and_without_waiting():
     torch.cuda.set_sync_debug_mode("error")
     try:
         head.sample(condition, 10, noise=noise)
-        sampling.follow(head, noise, condition, sampling.Plan(10))
+        for cfg in (1.0, 2.0):
+            sampling.follow(head, noise, condition, sampling.Plan(10, cfg=cfg))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()

@@ -129,6 +129,35 @@ def test_pictures_in_less_memory_are_the_same(capsys, picture_folder, tmp_path):
             assert np.abs(a - b).max() <= 1
 
 
+def test_latents_in_less_memory_are_the_same(capsys, picture_folder, tmp_path, monkeypatch):
+    encode, together = UniFlow.encode, []
+    monkeypatch.setattr(UniFlow, "encode", lambda self, images: together.append(len(images)) or encode(self, images))
+    encoded = {}
+    for memory, batches in (("10MB", [3]), ("400KB", [2, 1]), ("200 kb", [1, 1, 1])):
+        out = tmp_path / memory
+        together.clear()
+        ok(capsys, "encode", picture_folder, *CHECKPOINT, "--out", out, "--max-memory", memory, "--workers", 1)
+        assert together == batches
+        encoded[memory] = load_file(out)
+    for fewer in ("400KB", "200 kb"):
+        assert encoded["10MB"].keys() == encoded[fewer].keys()
+        assert all(torch.allclose(encoded[fewer][name], x, atol=1e-5) for name, x in encoded["10MB"].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-memory", "lots"], "--max-memory: expected a number of bytes as in 2GB"),
+        (["--max-memory", "1KB"], "--max-memory: encoding a picture of 56x56 needs at least"),
+        (["--workers", 0], "Invalid value for '--workers'"),
+    ],
+)
+def test_bad_input_to_encode(capsys, picture_folder, tmp_path, options, message):
+    for pictures in (picture_folder, picture_folder / "a.png"):  # many, and one
+        assert message in fails(capsys, "encode", pictures, *CHECKPOINT, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_force_overwrites(capsys, picture_folder, tmp_path):
     arguments = ["reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out"]
     ok(capsys, *arguments)

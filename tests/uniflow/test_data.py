@@ -1,14 +1,12 @@
-import io
 import itertools
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import smooth_picture
-from uniflow.data import PictureList, PictureShards, Positions, RandomCrops, load
+from tests.conftest import png, smooth_picture, write_shard
+from uniflow.data import Epochs, PictureList, PictureShards, Positions, RandomCrops, load
 from uniflow.pictures import PictureError
 
 
@@ -17,7 +15,7 @@ def pictures(count=5):
 
 
 def take(crops, count, start=0):
-    return [crops[position].pixels for position in range(start, start + count)]
+    return [crops[position].value for position in range(start, start + count)]
 
 
 def equal(one, two):
@@ -62,7 +60,7 @@ def test_crops_differ_in_place_size_and_direction():
 
 def test_pictures_smaller_than_a_crop_are_enlarged(tmp_path):
     smooth_picture((7, 5), 0).save(tmp_path / "x.png")
-    assert RandomCrops(PictureList({"x": tmp_path / "x.png"}), 16)[0].pixels.shape == (3, 16, 16)
+    assert RandomCrops(PictureList({"x": tmp_path / "x.png"}), 16)[0].value.shape == (3, 16, 16)
     with pytest.raises(ValueError, match="at least one"):
         RandomCrops(PictureList({}), 16)
 
@@ -76,6 +74,18 @@ def test_a_damaged_picture_is_skipped_and_named(picture_folder):
     assert {name for sample in epoch for name in sample.skipped} == {"bad.png", "gone.png"}
     with pytest.raises(PictureError, match=r"none of the 1 pictures can be read; .*bad\.png is not a picture"):
         RandomCrops(PictureList({"bad.png": picture_folder / "bad.png"}), 16)[0]
+
+
+def test_streams_of_chosen_pictures():
+    """Each is all of its pictures in every epoch, in an order that other streams do not have."""
+    source, chosen = pictures(12), np.arange(12) % 3 > 0
+    streams = [Epochs(source, 5, stream, chosen) for stream in (2, 3)]
+    orders = [[stream.read(position)[0] for position in range(16)] for stream in streams]
+    for order in orders:
+        assert sorted(order[:8]) == sorted(order[8:]) == list(np.flatnonzero(chosen))
+    assert orders[0] != orders[1]
+    with pytest.raises(ValueError, match="at least one"):
+        Epochs(source, 5, 2, np.zeros(12, bool))
 
 
 # batches
@@ -94,7 +104,7 @@ def test_processes_share_every_step_in_equal_runs_of_neighbours():
 def test_batches_follow_from_the_position_whatever_the_workers(workers):
     crops = RandomCrops(pictures(), 16)
     batches = list(itertools.islice(load(crops, Positions(6, 4, 2), workers, pin_memory=False), 5))
-    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack(take(crops, 10, start=6)))
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in batches]), torch.stack(take(crops, 10, start=6)))
     assert [name for batch in batches for name in batch.names] == [crops[position].name for position in range(6, 16)]
 
 
@@ -105,20 +115,6 @@ def test_loading_leaves_torchs_random_state_alone():
 
 
 # shards
-
-
-def write_shard(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-
-
-def png(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -141,6 +137,14 @@ def test_shards_are_read_member_by_member(shards):
         assert np.array_equal(np.asarray(source.open(number)), np.asarray(smooth_picture((20, 20), number)))
 
 
+def test_members_beside_a_picture(tmp_path):
+    members = {"a.b/x.y.PNG": png(smooth_picture((20, 20), 0)), "a.b/x.txt": b"text", "a.txt": b"another"}
+    write_shard(tmp_path / "x.tar", members)
+    source = PictureShards([tmp_path / "x.tar"], (".png",))
+    assert source.beside(0, ".txt") == (f"{tmp_path}/x.tar:a.b/x.txt", b"text")
+    assert source.beside(0, ".json") is None
+
+
 def test_an_epoch_goes_through_all_shards_sixteen_at_a_time(shards):
     order = PictureShards(shards, (".png",)).order(np.random.default_rng(0))
     assert sorted(order) == list(range(60))
@@ -155,7 +159,7 @@ def test_an_epoch_goes_through_all_shards_sixteen_at_a_time(shards):
 def test_shards_in_workers(shards, workers):
     crops = RandomCrops(PictureShards(shards[:2], (".png",)), 16)
     batches = itertools.islice(load(crops, Positions(3, 4, 4), workers, pin_memory=False), 2)
-    assert torch.equal(torch.cat([batch.images for batch in batches]), torch.stack(take(crops, 8, start=3)))
+    assert torch.equal(torch.cat([batch.inputs[0] for batch in batches]), torch.stack(take(crops, 8, start=3)))
 
 
 def test_damaged_shards(tmp_path):

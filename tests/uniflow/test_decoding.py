@@ -1,6 +1,7 @@
 """Decoder: the pictures of `decode`, in pieces and streams, within its memory; graphs with a stand-in."""
 
 import copy
+import os
 import threading
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from tests.live_bytes import LiveBytes
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow import decoding
+from uniflow.decoding import noise_of
 from uniflow.normalization import denormalize, normalize, to_uint8
+from uniflow_kernels import backend, seeded_noise
 
 __all__ = ["stand_in"]  # a fixture
 
@@ -63,7 +66,7 @@ def test_pieces_change_nothing(tiny, size):
     tokens, (in_blocks, in_head) = latents.shape[1], model.bytes_per_token(False)
     across = size[1] // 4
     one_picture = tokens * max(in_blocks, in_head)
-    one_line = max(tokens * in_blocks, tokens * (64 * 4 + 8 * 48) + across * in_head)
+    one_line = max(tokens * in_blocks, tokens * 64 * 4 + across * in_head)
     assert one_line < one_picture
     calls = []
     model.flow_head.net.input_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[:2].numel()))
@@ -96,7 +99,7 @@ WIDE = {"image_size": 28, "patch_size": 14, "hidden_size": 192, "vit_hidden_size
     ],
 )
 def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
-    """The bytes of all live tensors are counted: without a bound, with one for some pictures, with one for lines."""
+    """The bytes of all live tensors, those of noise too: without a bound, with one for some pictures, and for lines."""
     model = tiny(**shape).to(dtype)
     tokens = model.config.tokens
     latents = torch.randn(batch, tokens, 8).to(dtype)
@@ -126,19 +129,70 @@ def test_encoding_stays_within_its_bound(tiny, shape, dtype):
     assert bound / 2.5 < live.peak <= bound
 
 
+def test_a_pictures_noise_is_that_of_its_seed(tiny):
+    model = tiny()
+    latents, _ = inputs(model)
+    seeds = torch.tensor([5, 2**62 + 1, 0])
+    noise = torch.stack([seeded_noise(16, 48, int(seed)) for seed in seeds])
+    with torch.no_grad():
+        expected = model.decode(latents, noise=noise)
+        assert torch.equal(model.decode(latents, seed=seeds), expected)
+        part = model.decode(latents[1:2], seed=seeds[1:2])
+        assert torch.allclose(part, expected[1:2], atol=1e-5)
+        assert torch.equal(model.decode(latents, seed=seeds, temperature=0.5), model.decode(latents, noise=0.5 * noise))
+    decoder = model.compile_decoder(3)
+    assert torch.equal(decoder(latents, seed=seeds), decoder(latents, noise=noise))
+
+
+def test_a_number_stands_for_a_generator_and_the_default_one_for_none(tiny):
+    model = tiny()
+    latents, _ = inputs(model)
+    seed = torch.Generator().manual_seed
+    decoder = model.compile_decoder(3, dtype=torch.float32)
+    for decode in (lambda **how: model.decode(latents, **how).detach(), lambda **how: decoder(latents, **how)):
+        assert torch.equal(decode(seed=5), decode(generator=seed(5)))
+        assert not torch.equal(decode(seed=5), decode(seed=6))
+        torch.manual_seed(5)
+        drawn = [decode() for _ in range(2)]
+        assert not torch.equal(*drawn)
+        torch.manual_seed(5)
+        assert torch.equal(decode(), drawn[0])
+
+
 def test_noise_does_not_depend_on_batches_and_pieces(tiny):
+    """A generator's pictures are the same as one batch, as two, one by one and line by line."""
     model = tiny()
     latents, _ = inputs(model, batch=4)
     seed = torch.Generator().manual_seed
-    noise = torch.stack([torch.randn(16, 48, generator=g) for g in [seed(5)] for _ in range(4)])
     decoder = model.compile_decoder(4, dtype=torch.float32)
-    expected = decoder(latents, noise=noise)
-    assert torch.equal(decoder(latents, generator=seed(5)), expected)
-    small = model.compile_decoder(4, dtype=torch.float32, max_memory=16 * max(model.bytes_per_token(False)))
-    assert torch.allclose(small(latents, generator=seed(5)), expected, atol=1e-5)
+    expected = decoder(latents, generator=seed(5))
+    in_blocks, in_head = model.bytes_per_token(False)
+    for memory in (16 * max(in_blocks, in_head), max(16 * in_blocks, 16 * 64 * 4 + 4 * in_head)):
+        small = model.compile_decoder(4, dtype=torch.float32, max_memory=memory)
+        assert torch.allclose(small(latents, generator=seed(5)), expected, atol=1e-5)
     generator = seed(5)
     parts = [decoder(part, generator=generator) for part in latents.split(3)]
     assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
+
+
+def test_compiles_whole(tiny):
+    model = tiny()
+    latents, _ = inputs(model)
+    seeds = torch.tensor([5, 6, 7])
+    with torch.no_grad():
+        compiled = torch.compile(model.decode, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(latents, seed=seeds), model.decode(latents, seed=seeds), atol=1e-5)
+        assert not torch.equal(compiled(latents), compiled(latents))
+
+
+def test_noise_does_not_depend_on_the_backend():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("tests/gpu runs the kernels on a GPU")
+    start, pictures, tokens = torch.tensor([7, 2**40]), slice(0, 2), slice(3, 9)
+    with backend("triton"):
+        ours = noise_of(start, pictures, tokens, 48)
+    assert torch.allclose(ours, noise_of(start, pictures, tokens, 48), rtol=0, atol=1e-6)
 
 
 def test_other_batches_and_sizes(tiny):
@@ -175,12 +229,13 @@ def test_a_stream_gives_batches_in_order_and_takes_what_it_needs(tiny):
 def test_from_several_threads(tiny):
     model = tiny()
     decoder = model.compile_decoder(2)
-    given = [tuple(i * x for x in inputs(model, 2)) for i in range(4)]
-    expected = [decoder(latents, noise=noise) for latents, noise in given]
+    latents, noise = inputs(model, 2)
+    given = [(i * latents, {"noise": i * noise} if i % 2 else {"seed": i}) for i in range(4)]
+    expected = [decoder(latents, **start) for latents, start in given]
     wrong = []
 
     def work(i):
-        results = [decoder(given[i][0], noise=given[i][1]) for _ in range(5)]
+        results = [decoder(given[i][0], **given[i][1]) for _ in range(5)]
         wrong.extend(i for result in results if not torch.equal(result, expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -193,13 +248,18 @@ def test_from_several_threads(tiny):
 
 def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch):
     monkeypatch.setattr(decoding, "why_not_graph", lambda device, read: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     model = tiny()
     latents, noise = inputs(model)
     decoder, plain = model.compile_decoder(3), tiny().compile_decoder(3)
     for i in range(4):
-        assert torch.equal(decoder(i * latents, noise=noise), decoder._decode(i * latents, noise.__getitem__, (16, 16)))
+        assert torch.equal(decoder(i * latents, noise=noise), decoder._decode(i * latents, noise, (16, 16)))
     assert StandIn.captures == 1
+    for i in range(4):
+        seeds = torch.tensor([i, 2, 3])
+        assert torch.equal(decoder(latents, seed=seeds), decoder._decode(latents, seeds, (16, 16)))
+    assert StandIn.captures == 2
+    drawn = [decoder(latents) for _ in range(2)]
+    assert not torch.equal(*drawn)
     before = decoder(latents, noise=noise)
     with torch.no_grad():
         model.chal_unproj.c_fc.bias.add_(1)
@@ -229,6 +289,23 @@ def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch
             ValueError,
             r"noise: expected shape \(1, 16, 48\)",
         ),
+        (
+            lambda m: m.compile_decoder(1)(torch.zeros(1, 16, 8), generator=torch.Generator(), seed=1),
+            ValueError,
+            "generator, seed: expected at most one of them",
+        ),
+        (
+            lambda m: m.decode(torch.zeros(1, 16, 8), noise=torch.zeros(1, 16, 48).long()),
+            TypeError,
+            "noise: expected a f",
+        ),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), seed=-1), ValueError, r"seed: expected an integer in \[0, 2\^63\)"),
+        (
+            lambda m: m.decode(torch.zeros(1, 16, 8), seed=torch.zeros(1)),
+            TypeError,
+            "seed: expected a tensor of torch.int64",
+        ),
+        (lambda m: m.decode(torch.zeros(1, 16, 8), seed=torch.tensor(1)), ValueError, r"seed: expected shape \(1,\)"),
     ],
 )
 def test_bad_input_names_the_argument(tiny, call, error, message):

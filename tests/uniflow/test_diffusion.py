@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import randomize
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
-from uniflow.diffusion import METHODS, Diffusion, ddim, ddpm, dpm_solver, predictor, sample
+from uniflow.diffusion import METHODS, Diffusion, ddim, ddpm, dpm_solver, noise_loss, predictor, sample
 from uniflow_kernels import FlowHead
 from uniflow_kernels.modules import sampling
 
@@ -190,7 +190,7 @@ def test_dpm_solver_on_a_head():
     with torch.no_grad():
         out = sample(head, condition, Diffusion(5), "dpm-solver++", noise=start, cfg=2.0, null_condition=condition[:1])
         predict = predictor(head, condition, Diffusion(5).timesteps(), 2.0, condition[:1])
-    assert torch.equal(out, dpm_solver(predict, start, Diffusion(5)))
+        assert torch.equal(out, dpm_solver(predict, start, Diffusion(5)))
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch):
@@ -254,3 +254,69 @@ def test_replays_equal_the_first_call(monkeypatch, method, eta):
 def test_bad_input_names_the_argument(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call(make_head(), torch.randn(5, 20))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("betas", ["cosine", "linear"])
+def test_the_training_loss_is_its_definition(learned, betas):
+    """Row by row in float64 from the posterior q(x_{t-1} | x_t, x_0), as the papers write it."""
+    torch.manual_seed(0)
+    head = randomize(FlowHead(3, 16, 6 if learned else 3, 5, 2))
+    data, condition = torch.randn(2, 200, 3), torch.randn(200, 5)
+    process = Diffusion(1000, betas)
+    torch.manual_seed(1)
+    loss = noise_loss(head, head.cond_embed(condition), data, process)
+    torch.manual_seed(1)
+    timesteps = torch.randint(1000, (2, 200))
+    timesteps_seen, noise = timesteps.flatten().tolist(), torch.randn(2, 200, 3).flatten(0, 1).double()
+    signal, beta = process.signals(), process.trained_betas()
+    c = condition.expand(2, 200, 5).flatten(0, 1)
+    x0 = data.flatten(0, 1).double()
+    level = torch.tensor([signal[t] for t in timesteps_seen], dtype=torch.float64)[:, None]
+    x = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    with torch.no_grad():
+        output = head(x.float(), timesteps.flatten(), c).double()
+    expected = 0.0
+    for row, t in enumerate(timesteps_seen):
+        predicted = output[row, :3]
+        expected += (predicted - noise[row]).square().mean()
+        if not learned:
+            continue
+        before = signal[t - 1] if t else 1.0
+        variance = beta[t] * (1 - before) / (1 - signal[t])
+        low = math.log(variance if t else beta[1] * (1 - signal[0]) / (1 - signal[1]))
+        log_variance = low + (output[row, 3:] + 1) / 2 * (math.log(beta[t]) - low)
+        guess = (x[row] - (1 - signal[t]) ** 0.5 * predicted) / signal[t] ** 0.5
+
+        def mean(of, row=row, t=t, before=before):
+            first = before**0.5 * beta[t] / (1 - signal[t])
+            return first * of + (1 - beta[t]) ** 0.5 * (1 - before) / (1 - signal[t]) * x[row]
+
+        model = torch.distributions.Normal(mean(guess), torch.exp(0.5 * log_variance))
+        if t == 0:
+            bound = -model.log_prob(x0[row])
+        else:
+            posterior = torch.distributions.Normal(mean(x0[row]), math.exp(0.5 * low))
+            bound = torch.distributions.kl_divergence(posterior, model)
+        expected += bound.mean() / math.log(2)
+    assert loss.item() == pytest.approx(float(expected) / 400, rel=1e-3)
+
+
+def test_the_variance_learns_without_moving_the_noise():
+    torch.manual_seed(0)
+    gradients = []
+    for out_channels in (3, 6):
+        torch.manual_seed(0)
+        head = randomize(FlowHead(3, 16, 6, 5, 2))
+        if out_channels == 3:  # the same head without its second half
+            whole, head.final_layer.linear = head.final_layer.linear, torch.nn.Linear(16, 3)
+            head.out_channels = 3
+            with torch.no_grad():
+                head.final_layer.linear.weight.copy_(whole.weight[:3])
+                head.final_layer.linear.bias.copy_(whole.bias[:3])
+        torch.manual_seed(1)
+        data, condition = torch.randn(50, 3), torch.randn(50, 5)
+        noise_loss(head, head.cond_embed(condition), data, Diffusion()).backward()
+        gradients.append(head.final_layer.linear.weight.grad)
+    torch.testing.assert_close(gradients[1][:3], gradients[0])
+    assert gradients[1][3:].abs().max() > 0

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from uniflow import EncoderTeacher, UniFlowObjective
+from uniflow import EncoderTeacher, UniFlowObjective, normalize
 from uniflow_kernels import layerwise_distillation, patchify
 
 
@@ -188,6 +188,18 @@ def test_t_and_noise_are_drawn_when_not_given(tiny):
 
 def test_pictures_of_any_size(tiny):
     assert torch.isfinite(UniFlowObjective(tiny())(torch.randn(2, 3, 8, 24)).total)
+
+
+def test_pixels_are_normalised(tiny):
+    objective = UniFlowObjective(tiny())
+    perturb(objective.student)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    _, t, noise = batch()
+    found, expected = objective(pixels, t, noise), objective(normalize(pixels), t, noise)
+    assert torch.equal(found.total, expected.total)
+    assert list(found.measured()) == ["flow", "distill", "alpha", "weights"]
+    assert all(torch.equal(found.measured()[name], getattr(expected, name)) for name in found.measured())
+    assert not any(value.requires_grad for value in found.measured().values())
 
 
 def test_bad_options(tiny):

@@ -34,6 +34,21 @@ def test_normalization_is_differentiable_after_inference_mode():
     assert torch.allclose(x.grad, torch.ones_like(x))
 
 
+def test_compiled_normalization_holds_mean_and_std():
+    """They are part of the graph, and not made in each call."""
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(torch.compile(normalize, fullgraph=True, backend=look)(pixels), normalize(pixels))
+    kinds = [node.op for node in graphs[0].graph.nodes]
+    assert kinds.count("get_attr") == 2
+    assert not any(node.target is torch.tensor for node in graphs[0].graph.nodes)
+
+
 @pytest.mark.parametrize("wrong", [torch.rand(1, 4, 4), torch.rand(3, 4), torch.zeros(3, 4, 4, dtype=torch.int32)])
 def test_normalization_refuses_other_shapes(wrong):
     with pytest.raises(ValueError, match="images: expected"):
@@ -106,6 +121,19 @@ def release_center_crop(picture, size):
 def test_center_crop_is_the_releases(extent):
     picture = smooth_picture(extent, 1)
     assert np.array_equal(np.asarray(center_crop(picture, 32)), release_center_crop(picture, 32))
+
+
+@pytest.mark.parametrize("extent", [(32, 16), (100, 90), (90, 200), (64, 32), (20, 13)])
+def test_center_crop_to_a_rectangle_shows_the_middle_undistorted(extent):
+    across, down = extent
+    gradient = np.zeros((down, across, 3), np.uint8)
+    gradient[..., 0] = np.linspace(0, 255, across)
+    gradient[..., 1] = np.linspace(0, 255, down)[:, None]
+    crop = np.asarray(center_crop(Image.fromarray(gradient), (16, 32)), float)
+    assert crop.shape == (16, 32, 3)
+    assert np.abs(crop[..., :2].mean((0, 1)) - 127.5).max() < 127.5 / 16  # at most half a pixel off the middle
+    slopes = [np.diff(crop[..., 0].mean(0)).mean() * across, np.diff(crop[..., 1].mean(1)).mean() * down]
+    assert slopes[0] == pytest.approx(slopes[1], rel=0.25)  # as steep in pixels of the original
 
 
 @pytest.mark.parametrize(("extent", "expected"), [((40, 30), (40, 32)), ((3, 1), (4, 4)), ((41, 43), (40, 44))])

@@ -602,6 +602,66 @@ def test_registered_ops(options, keep, path):
             torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
 
 
+# modulations that were made before
+
+
+def modulated(head, x, modulations, weights, name):
+    """The blocks of `head` on a backend, with the tensors given in the place of its own."""
+    with torch.no_grad(), backend(name):
+        blocks = flow_head.ModulatedBlocks(*weights, head.form, x, len(x))
+        assert blocks.fused == (name == "triton")
+        return blocks(x, modulations)
+
+
+def made_before(head, weights, steps=3, rows=19, dtype=torch.float32):
+    """x [R, W], conditions [S, R, W], and the modulations of the steps, views of what all steps share."""
+    x, y = inputs((rows,), (steps, rows), dtype=dtype)
+    with torch.no_grad(), backend("eager"):
+        return x.detach(), y, flow_head.ModulatedBlocks(*weights, head.form, x, rows).modulations(y)
+
+
+@options
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_modulations_made_before(within_twice, options, dtype):
+    """On both backends as good as `fused_flow_blocks`, which makes them itself; they are only read."""
+    head = make_head(**options)
+    weights, _ = tensors_of(head, dtype)
+    x, y, steps = made_before(head, weights, dtype=dtype)
+    assert len(steps) == 3
+    before = [modulation.clone() for modulation in steps[1]]
+    with torch.no_grad():
+        plain = fused_flow_blocks(x, y[1], *weights, **keywords(head))
+        exact = fused_flow_blocks(x.double(), y[1].double(), *tensors_of(head, torch.float64)[0], **keywords(head))
+    for name in ("eager", "triton"):
+        ours = modulated(head, x, steps[1], weights, name)
+        assert ours.dtype == dtype
+        within_twice(ours, plain, exact, floor=2e-6)
+        assert torch.equal(modulated(head, x, steps[1], weights, name), ours)
+    assert all(map(torch.equal, steps[1], before))
+
+
+def test_the_last_condition_serves_the_rows_behind_it():
+    head = make_head()
+    weights, _ = tensors_of(head)
+    _, y, steps = made_before(head, weights, rows=8)
+    with torch.no_grad():
+        some = flow_head.ModulatedBlocks(*weights, head.form, y, 8).modulations(y[:, :6])
+    for all_rows, expanded in zip(steps, some, strict=True):
+        for modulation, theirs in zip(expanded, all_rows, strict=True):
+            assert torch.allclose(modulation[:6], theirs[:6], atol=1e-5)
+            assert torch.equal(modulation[6:], modulation[5:6].expand(2, -1))
+
+
+@pytest.mark.parametrize("name", ["canonical", "SphereAR", "no final modulation"])
+def test_the_registered_op_of_modulations_made_before(name):
+    head = make_head(**OPTIONS[name])
+    weights, _ = tensors_of(head)
+    x, _, steps = made_before(head, weights, rows=5)
+    tensors = [None if t is None else t.detach() for block in weights[0] for affine in block for t in affine]
+    how = (len(weights[0]) // len(weights[1]), *head.form)
+    torch.library.opcheck(torch.ops.uniflow_kernels.modulated_flow_blocks.default, (x, list(steps[0]), tensors, *how))
+
+
 def test_the_paths_of_a_forward_and_a_backward_pass_are_chosen_apart(within_twice):
     """What is kept is the same."""
     head = make_head(40, depth=2)

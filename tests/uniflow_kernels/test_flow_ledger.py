@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend
+from uniflow_kernels.modules import sampling
 from uniflow_kernels.ops import flow_ledger
-from uniflow_kernels.ops.flow_head import PATHS, _flow_blocks, forced_path
+from uniflow_kernels.ops.flow_head import PATHS, _flow_blocks, _modulated_flow_blocks, forced_path
 from uniflow_kernels.triton_kernels import flow_head as row_kernels
 from uniflow_kernels.triton_kernels import flow_products
 
@@ -28,6 +29,12 @@ NO_LAUNCH = (
 )
 
 
+FUSED = {
+    "uniflow_kernels.flow_blocks.default": _flow_blocks,
+    "uniflow_kernels.modulated_flow_blocks.default": _modulated_flow_blocks,
+}
+
+
 class Launches(TorchDispatchMode):
     """Counts PyTorch's operations that work on elements, those inside the fused op too."""
 
@@ -37,9 +44,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = str(function)
-        if name == "uniflow_kernels.flow_blocks.default":
+        if name in FUSED:
             with self:
-                return _flow_blocks(*arguments, **(keywords or {}))
+                return FUSED[name](*arguments, **(keywords or {}))
         if not any(part in name for part in NO_LAUNCH):
             self.names.append(name)
         return function(*arguments, **(keywords or {}))
@@ -119,6 +126,33 @@ def test_the_ledger_lists_what_is_launched(launched, path, recompute):
     assert [launch.name for launch in listed if hasattr(kernels, launch.name)] == [name for name, _ in launched]
     others = 3  # input, SiLU(y), output
     assert len(listed) == len(fused.names) + len(launched) - others
+
+
+def test_launches_of_a_sampler(launched, monkeypatch):
+    """Four a block and step; the modulations once for two steps, the embeddings once for all."""
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 2 * ROWS)
+    head, noise, condition = make()
+    with torch.no_grad(), backend("triton"), Launches() as fused:
+        head.sample(condition, 5, noise=noise)
+    listed = [launch.name for launch in flow_ledger.sampling(flow_ledger.Shape(ROWS, WIDTH, WIDTH, DEPTH), 5, 2)]
+    assert [name for name in listed if hasattr(row_kernels, name)] == [name for name, _ in launched]
+    assert listed.count("modulation") == 3 * (DEPTH + 1)
+    assert len(listed) == 3 * (DEPTH + 1) + 5 * (4 * DEPTH + 1)
+    others = 1 + 2 + 5 * 2  # the condition, the times, input and output of each step
+    assert len(products_of(fused.names)) == len([n for n in listed if n in ("modulation", "up", "down")]) + others
+
+
+def test_the_ledger_of_a_sampler():
+    """20 steps of 4 rows at width 1024 in bfloat16, six blocks, by hand: weights are read 260 times, not 640."""
+    shape, t, weight = flow_ledger.Shape(4, 1024, 1024, 6), 4 * 1024 * 2, 1024**2 * 2
+    launches = flow_ledger.sampling(shape, 20, 20)
+    # modulations 4 a block and 3; norms 7 a block (the first 4) and 7, W1 2, SiLU 2, W2 2
+    moved = 20 * (6 * 4 + 3 + 6 * 13 - 3 + 7) * t + (6 * 3 + 2 + 20 * 6 * 2) * weight
+    assert sum(launch.read + launch.written for launch in launches) == moved
+    apart = 20 * flow_ledger.forward(shape, "rows")
+    assert sum(launch.read + launch.written for launch in apart) == moved + (640 - 260) * weight
+    assert sum(launch.flops for launch in launches) == sum(launch.flops for launch in apart)
+    assert len(apart) - len(launches) == 19 * 7
 
 
 def test_moments_are_of_as_many_columns_as_the_ledger_says():

@@ -8,6 +8,7 @@ import torch
 from uniflow import denormalize
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD, to_uint8
 from uniflow_kernels import backend, patchify, to_images, unpatchify
+from uniflow_kernels.ops.velocity import _per_channel
 
 
 @pytest.fixture(params=["eager", "triton"], autouse=True)
@@ -115,6 +116,18 @@ def test_compiles_whole():
         return to_images(rows, 4, (8, 12), velocity=velocity, dt=0.5, dtype=torch.uint8, **NORMALISED)
 
     assert torch.equal(torch.compile(end, fullgraph=True, backend="eager")(rows, velocity), end(rows, velocity))
+
+
+def test_mean_and_std_are_brought_to_the_device_once(on_each_backend):
+    rows, _ = inputs(torch.float64 if on_each_backend == "eager" else torch.float32)
+    exact = denormalize(unpatchify(rows.double(), 4, (8, 12)))
+    assert torch.allclose(to_images(rows, 4, (8, 12), **NORMALISED).double(), exact, rtol=0, atol=1e-6)
+    if on_each_backend == "eager":  # float64 is not rounded on the way
+        assert torch.allclose(to_images(rows, 4, (8, 12), **NORMALISED), exact, rtol=0, atol=1e-14)
+    made = _per_channel.cache_info().misses
+    for _ in range(3):
+        to_images(rows, 4, (8, 12), **NORMALISED)
+    assert _per_channel.cache_info().misses == made
 
 
 def test_opcheck(on_each_backend):

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from uniflow_kernels import noise_seed, seeded_noise
-from uniflow_kernels.ops.noise import philox
+from uniflow_kernels import backend, noise_seed, seeded_noise
+from uniflow_kernels.ops.noise import philox, seeded_noise_op
 
 # the known answers that the authors of Philox publish with it: counter, key, result
 KNOWN = [
@@ -34,10 +34,41 @@ def test_a_number_depends_on_seed_offset_and_place_alone():
     assert (high != seeded_noise(2, 8, seed=5)).all()
 
 
-def test_pieces_on_a_cpu_do_not_show(monkeypatch):
-    whole = seeded_noise(50, 12, seed=1)
-    monkeypatch.setattr("uniflow_kernels.ops.noise._CHUNK", 7)
-    assert torch.equal(seeded_noise(50, 12, seed=1), whole)
+SEEDS = torch.tensor([5, 2**62 + 2**40, -1, 0, 9])  # a tensor may hold any 64 bits
+
+
+@pytest.mark.parametrize(("columns", "first_row"), [(12, 0), (10, 5), (147, 2**33 + 1)])
+def test_groups_of_rows_have_seeds_of_their_own(on_each_backend, columns, first_row):
+    ours = seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row)
+    assert ours.is_contiguous()
+    assert torch.equal(ours, seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row))
+    with backend("eager"):
+        each = [seeded_noise(4, columns, seed, offset=2**40 + 1, first_row=first_row) for seed in SEEDS]
+    assert torch.allclose(ours, torch.cat(each), rtol=0, atol=1e-6)
+
+
+def test_numbers_and_tensors_and_nothing(on_each_backend):
+    held = torch.tensor(7)
+    assert torch.equal(seeded_noise(3, 8, held), seeded_noise(3, 8, 7))
+    assert torch.equal(seeded_noise(3, 8, held[None]), seeded_noise(3, 8, 7))
+    for rows, columns, seed in ((0, 8, held), (0, 8, SEEDS), (0, 8, SEEDS[:0]), (3, 0, held)):
+        assert seeded_noise(rows, columns, seed).shape == (rows, columns)
+
+
+def test_opcheck_and_one_node_in_a_graph(on_each_backend):
+    torch.library.opcheck(torch.ops.uniflow_kernels.seeded_noise.default, (SEEDS, 10, 12, 3, 1))
+    twice = torch.compile(lambda seeds: 2 * seeded_noise_op(seeds, 10, 12, 3, 1), fullgraph=True, backend="eager")
+    assert torch.equal(twice(SEEDS), 2 * seeded_noise(10, 12, SEEDS, 3, first_row=1))
+
+
+@pytest.mark.parametrize("columns", [12, 10])
+def test_pieces_on_a_cpu_do_not_show(monkeypatch, columns):
+    whole = seeded_noise(50, columns, seed=1)
+    groups = seeded_noise(50, columns, SEEDS)
+    for counters in (7, 70):  # parts of a group, some groups
+        monkeypatch.setattr("uniflow_kernels.ops.noise._CHUNK", counters)
+        assert torch.equal(seeded_noise(50, columns, seed=1), whole)
+        assert torch.equal(seeded_noise(50, columns, SEEDS), groups)
 
 
 def test_normality():
@@ -80,3 +111,23 @@ def test_a_generator_gives_a_seed_and_advances():
 def test_out_of_range(seed, offset, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected an integer in \[0, 2\^63\), got"):
         seeded_noise(1, 1, seed, offset)
+
+
+@pytest.mark.parametrize(
+    ("rows", "seed", "error", "message"),
+    [
+        (9, SEEDS, ValueError, "rows: expected as many for each of 5 seeds, got 9"),
+        (9, SEEDS[:0], ValueError, "rows: expected as many for each of 0 seeds, got 9"),
+        (9, SEEDS[None], ValueError, r"seed: expected a tensor of shape \[S\], got shape \(1, 5\)"),
+        (9, SEEDS.int(), TypeError, "seed: expected a tensor of torch.int64"),
+        (9, SEEDS.to("meta"), ValueError, "seed: expected a tensor on the device it is used on, cpu, got one on meta"),
+    ],
+)
+def test_bad_input_names_the_argument(rows, seed, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        seeded_noise(rows, 8, seed)
+
+
+def test_the_cuda_part_has_no_such_kernel():
+    with backend("cuda"), pytest.raises(ValueError, match="seeded_noise: backend 'cuda' cannot serve"):
+        seeded_noise(3, 8, 1)

@@ -107,6 +107,8 @@ def test_compiles_whole_and_once():
     [
         (lambda: patchify(torch.zeros(3, 8, 8), 4), r"images: expected 4 dimensions .* \(3, 8, 8\)"),
         (lambda: patchify(torch.zeros(1, 3, 8, 9), 4), r"images: .* multiples of the patch \(4\), got 8x9"),
+        (lambda: patchify(torch.zeros(1, 3, 8, 8), 0), "patch_size: expected a positive number of pixels, got 0"),
+        (lambda: unpatchify(torch.zeros(1, 4, 48), 0), "patch_size: expected a positive number of pixels, got 0"),
         (lambda: unpatchify(torch.zeros(1, 4, 47), 4), r"rows: expected \[B, N, C\*4\*4\]"),
         (lambda: unpatchify(torch.zeros(1, 5, 48), 4), "size: 5 tokens form no square"),
         (lambda: unpatchify(torch.zeros(1, 4, 48), 4, (8, 12)), "size: 8x12 has 6 patches of 4, got 4 tokens"),

@@ -5,11 +5,16 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import randomize
+from tests.live_bytes import LiveBytes
+from tests.uniflow_kernels.test_flow_blocks import OPTIONS
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
-from uniflow_kernels import FlowHead
+from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
+from uniflow_kernels.modules.sampling import Conditioned
+from uniflow_kernels.ops.flow_head import forced_path
 from uniflow_kernels.solvers import SOLVERS, Plan, schedule_steps
 
 __all__ = ["stand_in"]  # a fixture
@@ -23,7 +28,7 @@ def step_by_step(head, noise, condition, steps, schedule="linear", solver="euler
     """A time for every row, two full passes for guidance, the formulas of the solvers; all in the head's dtype."""
 
     def velocity(x, t):
-        times = torch.full((len(x),), scale * t)
+        times = torch.full((len(x),), scale * t, device=x.device)
         v = head(x, times, condition)
         if cfg != 1.0:
             unguided = head(x, times, torch.zeros_like(condition) if null is None else null.expand_as(condition))
@@ -161,6 +166,170 @@ def test_hooks_keep_their_calls_and_a_warning_says_so(graphs_on_cpu):
             head.sample(condition, 4, noise=noise)
     assert len(calls) == 12
     assert StandIn.captures == 0
+
+
+# modulations of several steps at once
+
+
+@pytest.fixture
+def slabs(monkeypatch):
+    """As few rows of modulations at a time as make every sampler here take several slabs, the last one not whole."""
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [*(("eager", variant) for variant in OPTIONS), ("triton", "canonical"), ("triton", "SphereAR")]
+)
+@torch.no_grad()
+def test_every_variant_in_slabs(within_twice, slabs, name, variant):
+    """With two steps a slab if guided, four if not, and a null condition of one row or of all."""
+    head = randomize(FlowHead(6, 32, 6, 20, 4, **OPTIONS[variant]))
+    (noise, condition), null = inputs(), torch.randn(5, 20, generator=torch.Generator().manual_seed(3))
+    guidances = (1.0, None), (2.0, null), (2.0, null[:1])
+    for cfg, null_condition in guidances[2 * (name == "triton") :]:
+        with backend(name):
+            ours = head.sample(condition, 5, noise=noise, cfg=cfg, null_condition=null_condition)
+        plain = step_by_step(head, noise, condition, 5, cfg=cfg, null=null_condition)
+        doubles = (None if t is None else t.double() for t in (noise, condition, null_condition))
+        noise64, condition64, null64 = doubles
+        exact = step_by_step(copy.deepcopy(head).double(), noise64, condition64, 5, cfg=cfg, null=null64)
+        within_twice(ours, plain, exact, floor=1e-5)
+
+
+class Products(TorchDispatchMode):
+    """Counts the rows that each weight is multiplied with, product by product."""
+
+    def __init__(self, **weights):
+        super().__init__()
+        self.names = {weight.data_ptr(): name for name, weight in weights.items()}
+        self.rows = {name: [] for name in weights}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        for given in arguments if "mm" in str(function) else ():
+            if isinstance(given, torch.Tensor) and given.data_ptr() in self.names:
+                self.rows[self.names[given.data_ptr()]].append(out.shape[0])
+        return out
+
+
+@pytest.mark.parametrize(("null_rows", "rows_of_a_step"), [(None, 5), (1, 6), (5, 10)])
+@torch.no_grad()
+def test_weights_of_modulations_are_read_once_a_slab(monkeypatch, null_rows, rows_of_a_step):
+    head, (noise, condition) = make_head(), inputs()
+    guidance = {} if null_rows is None else {"cfg": 2.0, "null_condition": torch.randn(null_rows, 20)}
+    per_step = 5 if null_rows is None else 10
+    blocks, last = head.res_blocks, head.final_layer.adaLN_modulation[1]
+    weights = {"first": blocks[0].adaLN_modulation[1], "second": blocks[1].adaLN_modulation[1], "last": last}
+
+    def products():
+        with Products(up=blocks[0].mlp[0].weight, **{name: m.weight for name, m in weights.items()}) as counted:
+            head.sample(condition, 7, noise=noise, **guidance)
+        return counted.rows
+
+    rows = products()
+    assert rows.pop("up") == [per_step] * 7
+    assert set(rows) == set(weights)
+    assert all(counted == [7 * rows_of_a_step] for counted in rows.values())
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 3 * per_step)
+    assert products()["first"] == [3 * rows_of_a_step, 3 * rows_of_a_step, rows_of_a_step]
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 2 * per_step - 1)  # not two steps: nothing to gain
+    assert sum(products()["first"]) == 7 * (5 + (null_rows or 0))
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_steps(monkeypatch):
+    head, (noise, condition) = make_head(), inputs(rows=16)
+
+    def peak(steps):
+        head.sample(condition, steps, noise=noise, cfg=2.0)
+        with LiveBytes() as live:
+            head.sample(condition, steps, noise=noise, cfg=2.0)
+        return live.peak
+
+    # 8 steps a slab: of both blocks and the last norm; while one is made and put in order, itself once more
+    slab, times = 256 * (3 * 2 + 2) * 32 * 4, 60 * (32 + 256) * 4 * 4
+    assert slab < peak(8) < 2 * slab
+    assert peak(60) < peak(8) + times
+    monkeypatch.setattr(sampling, "ROWS_AHEAD", 0)
+    assert peak(8) < slab / 2
+
+
+@torch.no_grad()
+def test_guidance_of_some_steps(slabs, monkeypatch):
+    head, (noise, condition) = make_head(), inputs()
+    for null in (None, torch.randn(5, 20)):
+        how = {"noise": noise, "cfg": 3.0, "cfg_interval": (0.3, 2.0), "null_condition": null, "solver": "heun"}
+        guided = [Plan(9, cfg=3.0, cfg_interval=(0.3, 2.0)).guides_at(i / 9) for i in range(9)]
+        assert 2 < sum(guided) < 7
+        ours = head.sample(condition, 9, **how)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "ROWS_AHEAD", 0)
+            assert torch.allclose(ours, head.sample(condition, 9, **how), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_times_in_any_order_of_any_rows_with_and_without_gradients(slabs):
+    """And of a head with twice the channels, as those that predict noise have."""
+    head, times = randomize(FlowHead(6, 32, 12, 20, 2)), [float(t) for t in range(0, 90, 18)]
+    x, condition, null = torch.randn(2, 2, 6), torch.randn(2, 2, 20), torch.randn(1, 20)
+    conditioned = Conditioned(head, condition, times, null)
+    assert conditioned.ahead is not None
+    for t in (*times[::2], *times[::-1], 0.0):
+        out, unguided = (head(x.view(4, 6), t, c.reshape(-1, 20)).view(2, 2, 12) for c in (condition, null))
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                alone, both = conditioned(x, t), conditioned.both(x, t)
+            assert alone.requires_grad == gradients
+            for ours, theirs in zip((alone, *both), (out, out, unguided), strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    more = torch.randn(3, 2, 2, 6)
+    assert torch.allclose(conditioned(more, 18.0)[1], conditioned(more[1], 18.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["modulation", "input", "output", "a replaced mlp"])
+@torch.no_grad()
+def test_hooks_and_replaced_submodules_count_in_every_step(what):
+    head, (noise, condition), calls = make_head(), inputs(), []
+    plain = head.sample(condition, 4, noise=noise)
+    if what == "a replaced mlp":
+        head.res_blocks[1].mlp = torch.nn.Sequential(*head.res_blocks[1].mlp, torch.nn.Tanh())
+        out = head.sample(condition, 4, noise=noise)
+        assert torch.allclose(out, step_by_step(head, noise, condition, 4), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(out, plain, rtol=1e-2)
+        return
+    module = {"modulation": head.res_blocks[0].adaLN_modulation[1], "input": head.input_proj}
+    module.get(what, head.final_layer.linear).register_forward_hook(lambda *_: calls.append(what))
+    assert torch.allclose(head.sample(condition, 4, noise=noise), plain, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4
+
+
+@torch.no_grad()
+def test_autocast(within_twice):
+    """Whose casts of the weights are made once, and again when a weight has changed."""
+    head, (noise, condition) = make_head(), inputs()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = head.sample(condition, 6, noise=noise, cfg=2.0)
+            plain = step_by_step(head, noise, condition, 6, cfg=2.0)
+        exact = step_by_step(copy.deepcopy(head).double(), noise.double(), condition.double(), 6, cfg=2.0)
+        assert ours.dtype == torch.float32
+        within_twice(ours, plain, exact)
+        for parameter in head.res_blocks[0].parameters():
+            parameter.mul_(1.5)
+
+
+@torch.no_grad()
+def test_mapped_over_noises_and_conditions():
+    head, noise, condition = make_head(), torch.randn(3, 5, 6), torch.randn(3, 5, 20)
+    mapped = torch.vmap(lambda n, c: head.sample(c, 4, noise=n, cfg=2.0))(noise, condition)
+    assert torch.allclose(mapped, head.sample(condition, 4, noise=noise, cfg=2.0), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_path_that_makes_modulations_itself_is_refused():
+    head, (noise, condition) = make_head(), inputs()
+    with backend("triton"), forced_path("products"), pytest.raises(ValueError, match="modulations are made before"):
+        head.sample(condition, 4, noise=noise)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,15 @@ MaxMemory = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read pictures, and as many that write them.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Config = Annotated[Path, typer.Argument(help="YAML file, as those in examples/.", show_default=False)]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for checkpoints and logs, instead of the file's.", show_default=False),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option(help="auto (the newest checkpoint in --out, if any) or a checkpoint folder.", show_default=False),
+]
 
 
 @app.command()
@@ -56,16 +65,7 @@ def demo(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file, as examples/train.yaml.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints and logs, instead of the file's.", show_default=False)
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(help="auto (the newest checkpoint in --out, if any) or a checkpoint folder.", show_default=False),
-    ] = None,
-    device: Device = "auto",
-    force: Force = False,
+    config: Config, out: RunFolder = None, resume: Resume = None, device: Device = "auto", force: Force = False
 ) -> None:
     """Train a UniFlow as a configuration says; under torchrun with all its processes."""
     from uniflow.cli.train import train
@@ -121,14 +121,17 @@ def encode(
     out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
+    max_memory: MaxMemory = None,
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode pictures into one file of latents."""
+    from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import encode
 
-    encode(pictures, checkpoint, out, keep_size, batch_size, dtype, device, force)
+    encode(pictures, checkpoint, out, keep_size, batch_size, parse_memory(max_memory), workers, dtype, device, force)
 
 
 @app.command()
@@ -193,3 +196,72 @@ def doctor() -> None:
     from uniflow.cli.doctor import doctor
 
     doctor()
+
+
+unifluid = typer.Typer(
+    help="UniFluid: one model that draws pictures from captions and answers questions about pictures.",
+    no_args_is_help=True,
+)
+app.add_typer(unifluid, name="unifluid")
+
+UniFluidCheckpoint = Annotated[
+    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid.", show_default=False)
+]
+
+
+@unifluid.command("train")
+def unifluid_train(
+    config: Config, out: RunFolder = None, resume: Resume = None, device: Device = "auto", force: Force = False
+) -> None:
+    """Train a UniFluid as a configuration says; under torchrun with all its processes."""
+    from uniflow.cli.unifluid import train
+
+    train(config, out, resume, device, force)
+
+
+@unifluid.command("generate")
+def unifluid_generate(
+    captions: Annotated[list[str], typer.Argument(help="What to draw, one text a picture.", show_default=False)],
+    checkpoint: UniFluidCheckpoint,
+    tokenizer: Annotated[
+        Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
+    ],
+    out: OutFolder,
+    count: Annotated[int, typer.Option(min=1, help="Pictures for each caption.")] = 4,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
+    ] = None,
+    head_steps: Annotated[int, typer.Option(min=1, help="Steps of the head for each token.")] = 20,
+    cfg: Cfg = 3.0,
+    temperature: Temperature = 1.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw pictures from captions: a PNG each, and a sheet of all."""
+    from uniflow.cli.unifluid import generate
+
+    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "temperature": temperature}
+    generate(captions, checkpoint, tokenizer, out, count, seed, how, batch_size, dtype, device, force)
+
+
+@unifluid.command("ask")
+def unifluid_ask(
+    pictures: Pictures,
+    question: Annotated[str, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)],
+    checkpoint: UniFluidCheckpoint,
+    vision: Annotated[
+        Path,
+        typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+    ],
+    longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Answer a question about pictures: a line each, the file, a tab and the answer."""
+    from uniflow.cli.unifluid import ask
+
+    ask(pictures, question, checkpoint, vision, longest, batch_size, dtype, device)

@@ -110,7 +110,7 @@ def _reconstruct(model: UniFlow, name: str, picture: Image.Image, seed: int) -> 
 def _scores(model: UniFlow, pictures: dict[str, Image.Image], seed: int) -> dict[str, float]:
     """Mean PSNR and SSIM over random crops of the trained size."""
     crops = RandomCrops(PictureList(pictures), model.config.image_size, seed + 1)
-    originals = torch.stack([crops[position].pixels for position in range(CROPS_SCORED)])
+    originals = torch.stack([crops[position].value for position in range(CROPS_SCORED)])
     scores = {}
     for steps in STEPS:
         results = _decode(model, originals, steps, seed)

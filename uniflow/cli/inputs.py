@@ -51,15 +51,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_dtype(name: str) -> torch.dtype | None:
+    """The dtype called `name`; None for "auto", that of the file."""
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES.get(name)
+
+
 def load_model(checkpoint: Path, device: str, dtype: str) -> UniFlow:
     """Read a checkpoint folder; the dtype "auto" is that of the file."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    own = choose_dtype(dtype)
     chosen = choose_device(device)
     if not checkpoint.is_dir():
         raise InputError(f"no such checkpoint folder: {checkpoint}")
     with explained():
-        return UniFlow.from_pretrained(checkpoint, chosen, DTYPES.get(dtype))
+        return UniFlow.from_pretrained(checkpoint, chosen, own)
 
 
 def parse_memory(text: str | None) -> int | None:

@@ -77,7 +77,7 @@ class Sampling:
             )
 
     def noise(self) -> torch.Generator:
-        """Draws noise picture after picture on the CPU: the same whatever the batches, command and device."""
+        """Gives the seeds of the pictures' noise in turn: the same whatever the batches, command and device."""
         return torch.Generator().manual_seed(self.seed)
 
 
@@ -122,6 +122,8 @@ def encode(
     out: Path,
     keep_size: bool,
     batch_size: int,
+    max_memory: int | None,
+    workers: int,
     dtype: str,
     device: str,
     force: bool,
@@ -133,9 +135,9 @@ def encode(
     model = load_model(checkpoint, device, dtype)
     latents: list[Tensor] = []
     encoded: list[EncodedPicture] = []
-    pictures_of = (_fit(model.config, keep_size, source) for source in sources)
-    with torch.inference_mode(), picture_bar("encoding") as bar:
-        for batch, originals in _batches(model, pictures_of, len(sources), batch_size, None, bar):
+    with torch.inference_mode(), picture_bar("encoding") as bar, Workers(workers) as files:
+        fitted = files.read(partial(_fit, model.config, keep_size), sources)
+        for batch, originals in _batches(model, fitted, len(sources), batch_size, max_memory, bar):
             latents.extend(model.encode(normalize(originals.to(model.device))).cpu())
             encoded.extend(EncodedPicture(source.name, *originals.shape[-2:]) for source in batch)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -283,12 +285,13 @@ def _batches(
     bar: Progress,
 ) -> Iterator[tuple[list[Source], Tensor]]:
     """Sources and their pictures, uint8 [B, 3, H, W]; pictures of one size that follow each other share a batch."""
-    task = bar.add_task("", total=total)
+    task = None
 
     def longest(item: tuple[Source, Tensor]) -> int:
         return min(batch_size, _most_encoded(model, item[1].shape[-2:], max_memory))
 
     for run in _runs(pictures, longest, lambda item: tuple(item[1].shape)):
+        task = bar.add_task("", total=total) if task is None else task  # not before it is known that there is memory
         yield [source for source, _ in run], torch.stack([pixels for _, pixels in run])
         bar.advance(task, len(run))
 
@@ -310,10 +313,13 @@ def _most_encoded(model: UniFlow, size: Sequence[int], max_memory: int | None) -
 def _runs(items: Iterable[T], longest: Callable[[T], int], key: Callable[[T], object]) -> Iterator[list[T]]:
     """Split into runs of neighbours with the same key, at most `longest(first)` long."""
     run: list[T] = []
+    most = 0
     for item in items:
-        if run and (len(run) == longest(run[0]) or key(item) != key(run[0])):
+        if run and (len(run) == most or key(item) != key(run[0])):
             yield run
             run = []
+        if not run:
+            most = longest(item)
         run.append(item)
     if run:
         yield run

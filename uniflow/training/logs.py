@@ -6,7 +6,6 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from uniflow.atomic import replacing
@@ -38,9 +38,10 @@ _PEAKS = {
 class Report:
     """A step as it is logged; losses are means over all processes and micro-batches.
 
-    `spent` is the share of the stage's budget, `seconds_left` what remains of it at this pace; `mfu` the share of the
-    GPU's peak that the model's products make up, None where the peak is not known; `memory` the highest so far, in
-    bytes, of the GPU or else of the process; `skipped` the damaged pictures so far, in this process.
+    `loss` is the total, `measured` what else the objective measures, by name. `spent` is the share of the stage's
+    budget, `seconds_left` what remains of it at this pace; `mfu` the share of the GPU's peak that the model's products
+    make up, None where the peak is not known; `memory` the highest so far, in bytes, of the GPU or else of the process;
+    `skipped` the damaged pictures so far, in this process.
     """
 
     step: int
@@ -48,10 +49,7 @@ class Report:
     spent: float
     seconds_left: float
     loss: float
-    flow: float
-    distill: float
-    alpha: list[float]
-    weights: list[float]
+    measured: dict[str, float | list[float]]
     gradient_norm: float
     learning_rate: float
     encoder_learning_rate: float | None
@@ -60,18 +58,21 @@ class Report:
     memory: int
     skipped: int
 
+    def values(self) -> dict[str, Any]:
+        """All of it by name, what is measured beside the loss."""
+        values: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            values |= value if name == "measured" else {name: value}
+        return values
+
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean PSNR in dB and SSIM (None for pictures too small for it).
-
-    `samples` is one picture, uint8 [3, H, W]: some originals in a row, above their reconstructions.
-    """
+    """Scores by name, None for one that does not apply; `samples` is a picture to look at, uint8 [3, H, W]."""
 
     step: int
-    psnr: float
-    ssim: float | None
-    samples: Tensor
+    scores: dict[str, float | None]
+    samples: Tensor | None = None
 
 
 class Log:
@@ -101,11 +102,11 @@ class JsonLines(Log):
 
     def report(self, report: Report) -> None:
         """Every field."""
-        self._write(asdict(report))
+        self._write(report.values())
 
     def validation(self, validation: Validation) -> None:
         """The scores."""
-        self._write({"step": validation.step, "psnr": validation.psnr, "ssim": validation.ssim})
+        self._write({"step": validation.step, **validation.scores})
 
     def skipped(self, step: int, names: list[str]) -> None:
         """The names."""
@@ -133,7 +134,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 class TensorBoard(Log):
-    """Scalars and sample reconstructions for TensorBoard; steps after `start` are taken out."""
+    """Scalars and sample pictures for TensorBoard; steps after `start` are taken out."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -141,20 +142,21 @@ class TensorBoard(Log):
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def report(self, report: Report) -> None:
-        """One curve a number; alpha and weights have one a layer."""
-        for name, value in asdict(report).items():
+        """One curve a number; those of a list (alpha and weights of the layers) count from 1."""
+        for name, value in report.values().items():
             if isinstance(value, list):
-                for layer, layers in enumerate(value, start=1):
-                    self._writer.add_scalar(f"{name}/{layer}", layers, report.step)
+                for place, number in enumerate(value, start=1):
+                    self._writer.add_scalar(f"{name}/{place}", number, report.step)
             elif value is not None and name != "step":
                 self._writer.add_scalar(f"train/{name}", value, report.step)
 
     def validation(self, validation: Validation) -> None:
         """Scores and pictures."""
-        self._writer.add_scalar("validation/psnr", validation.psnr, validation.step)
-        if validation.ssim is not None:
-            self._writer.add_scalar("validation/ssim", validation.ssim, validation.step)
-        self._writer.add_image("validation/samples", validation.samples, validation.step)
+        for name, score in validation.scores.items():
+            if score is not None:
+                self._writer.add_scalar(f"validation/{name}", score, validation.step)
+        if validation.samples is not None:
+            self._writer.add_image("validation/samples", validation.samples, validation.step)
 
     def skipped(self, step: int, names: list[str]) -> None:
         """The names, as text."""
@@ -166,13 +168,15 @@ class TensorBoard(Log):
 
 
 class SamplePictures(Log):
-    """A PNG for every validation, the originals above."""
+    """A PNG for every validation that has samples."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def validation(self, validation: Validation) -> None:
         """Write it."""
+        if validation.samples is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         save_picture(validation.samples, self.folder / f"step-{validation.step:08}.png")
 
@@ -185,17 +189,18 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
 
 
-def count_flops(objective: nn.Module, image_shape: Sequence[int]) -> float | None:
-    """FLOPs of the products in a forward and backward pass for one image [C, H, W].
+def count_flops(objective: nn.Module, inputs: tuple[Any, ...]) -> float | None:
+    """FLOPs of the products in a forward and backward pass for a batch.
 
     Counted on the meta device, where nothing is computed and fused operations take their plain forms; None for an
     objective that does not run there.
     """
     tensors = chain(objective.named_parameters(), objective.named_buffers())
     meta = {name: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad) for name, t in tensors}
+    batch = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), tuple(inputs))
     try:
         with _FlopCounter() as counter:
-            functional_call(objective, meta, (torch.empty(1, *image_shape, device="meta"),)).total.backward()
+            functional_call(objective, meta, batch).total.backward()
     except (NotImplementedError, RuntimeError):
         return None
     return counter.total

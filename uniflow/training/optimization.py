@@ -10,36 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from uniflow.training.interfaces import Student
 from uniflow.training.recipe import Recipe, Stage
 
-_ENCODER = ("embeddings.", "encoder.")
 
-
-def freeze(student: nn.Module, stage: Stage) -> None:
+def freeze(student: Student, stage: Stage) -> None:
     """Let the parameters that the stage trains have gradients, and no others."""
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(stage.train == "all" or not name.startswith(_ENCODER))
+        parameter.requires_grad_(stage.train == "all" or not name.startswith(student.pretrained_parts))
 
 
-def make_optimizer(student: nn.Module, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
+def make_optimizer(student: Student, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
     """A fused AdamW for what the stage trains; the rest is frozen.
 
-    The encoder's groups have its own learning rate; parameters of one dimension (norms, biases, scales) do not decay.
-    A group's `peak` is the learning rate that the schedule scales.
+    The groups of pretrained parts have their own learning rate; parameters of one dimension (norms, biases, scales) do
+    not decay. A group's `peak` is the learning rate that the schedule scales.
     """
     freeze(student, stage)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(_ENCODER), parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((name.startswith(student.pretrained_parts), parameter.ndim > 1), []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "peak": stage.encoder_rate if in_encoder else stage.learning_rate,
+                "peak": stage.encoder_rate if pretrained else stage.learning_rate,
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             }
-            for (in_encoder, decays), parameters in groups.items()
+            for (pretrained, decays), parameters in groups.items()
         ],
         lr=stage.learning_rate,
         betas=recipe.betas,
@@ -63,12 +62,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int
 
 
 class MovingAverage:
-    """An exponential moving average of a model's parameters, by name in `values`."""
+    """An exponential moving average of a student's parameters, by name in `values`."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = list(model.parameters())
+    def __init__(self, student: Student, decay: float) -> None:
+        self._parameters = [parameter for _, parameter in student.named_parameters()]
         self._update = get_ema_multi_avg_fn(decay)
-        self.values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        self.values = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
 
     @torch.no_grad()
     def update(self) -> None:

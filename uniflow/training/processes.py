@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from uniflow.model import UniFlow
+from uniflow.training.interfaces import student_of
 
 T = TypeVar("T")
 
@@ -101,8 +101,7 @@ def _tells_of_a_loss(error: RuntimeError) -> bool:
 def shard(objective: nn.Module, precision: str, processes: Processes) -> None:
     """Spread the student's parameters over the processes, in place.
 
-    Every transformer layer is gathered when it is needed; the rest, with the flow head whose blocks run as one
-    operation, once a step. A teacher stays whole on every process.
+    Each of its `layers` is gathered when it is needed; the rest once a step. A teacher stays whole on every process.
 
     Raises:
         ValueError: if there are no processes.
@@ -114,10 +113,10 @@ def shard(objective: nn.Module, precision: str, processes: Processes) -> None:
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the images are also what the loss compares with
     )
-    student = cast(UniFlow, objective.student)
-    for layer in [*student.encoder.layers, *student.global_blocks]:
+    student = student_of(objective)
+    for layer in student.layers():
         fully_shard(layer, mp_policy=policy)
-    others = set(objective.parameters()) - set(student.parameters())
+    others = set(objective.parameters()) - {parameter for _, parameter in student.named_parameters()}
     fully_shard(objective, mp_policy=policy, ignored_params=others)
 
 

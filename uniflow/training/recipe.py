@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 # read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
-_NO_UNKNOWN_KEYS = {"extra": "forbid"}
+NO_UNKNOWN_KEYS = {"extra": "forbid"}
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Stage:
 
     Attributes:
         steps: optimizer steps.
-        train: "all", or "decoder", everything but the encoder, which is frozen.
+        train: "all", or "decoder": what is pretrained, UniFlow's encoder, is frozen.
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
         warmup_steps: may be 0.
         seconds: of training; runs that end by the clock are not repeated to the bit.
     """
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
     steps: int
     train: Literal["all", "decoder"] = "all"
@@ -53,8 +53,8 @@ class Recipe:
 
     Attributes:
         stages: one after the other.
-        batch_size: pictures in a step, over all processes.
-        micro_batch_size: pictures in a forward pass of one process; a step makes as many as it needs and adds up their
+        batch_size: samples in a step, over all processes.
+        micro_batch_size: samples in a forward pass of one process; a step makes as many as it needs and adds up their
             gradients. The times and noise of a micro-batch depend on its place in the step, so that the same steps come
             out whatever the number of processes. None: a process's whole share.
         weight_decay: of parameters with more than one dimension; norms and biases have none.
@@ -64,13 +64,13 @@ class Recipe:
         precision: "bfloat16" runs the forward pass under autocast; parameters and their updates stay in their dtype.
         compile: run the objective through torch.compile.
         parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
-        seed: of times and noise (that of crops belongs to the data).
-        workers: processes that read pictures, for each process that trains.
+        seed: of what the objective draws, times and noise (that of crops belongs to the data).
+        workers: processes that read samples, for each process that trains.
         log_every, save_every, validate_every: in steps.
         keep: how many checkpoints; older ones are deleted.
     """
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
     stages: tuple[Stage, ...]
     batch_size: int = 16
@@ -126,7 +126,7 @@ class ModelChoice:
     fields of a preset's config, or of the decoder's around an encoder.
     """
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
     preset: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class ObjectiveChoice:
     knows nothing has nothing to teach.
     """
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
     teacher: Path | None = None
     distill_weight: float | None = None
@@ -172,7 +172,7 @@ class DataChoice:
         smallest_crop, flip: see `uniflow.data.RandomCrops`.
     """
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
     folder: Path | None = None
     shards: str | None = None
@@ -187,22 +187,33 @@ class DataChoice:
             raise ValueError(f"smallest_crop: expected a share in (0, 1], got {self.smallest_crop}")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A whole run, as the YAML file of `uniflow train` describes it; paths are relative to where the command runs."""
+@dataclass(frozen=True, kw_only=True)
+class AnyRun:
+    """What every run says, whatever it trains; paths are relative to where the command runs."""
 
-    __pydantic_config__ = _NO_UNKNOWN_KEYS
+    __pydantic_config__ = NO_UNKNOWN_KEYS
 
-    model: ModelChoice
-    data: DataChoice
     recipe: Recipe
-    objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
     out: Path | None = None
     tensorboard: bool = True
 
 
-def read_run(path: Path) -> Run:
-    """Read a YAML file.
+@dataclass(frozen=True, kw_only=True)
+class Run(AnyRun):
+    """A whole run, as the YAML file of `uniflow train` describes it."""
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    model: ModelChoice
+    data: DataChoice
+    objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
+
+
+R = TypeVar("R", bound=AnyRun)
+
+
+def read_run(path: Path, kind: type[R]) -> R:
+    """Read a YAML file that describes a `kind` of run.
 
     Raises:
         ModuleNotFoundError: if yaml or pydantic is not installed.
@@ -219,7 +230,7 @@ def read_run(path: Path) -> Run:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from None
     try:
-        return pydantic.TypeAdapter(Run).validate_python(values)
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

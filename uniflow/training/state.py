@@ -1,6 +1,6 @@
 """What a run needs to go on, as files of a checkpoint.
 
-- config.json, model.safetensors: the model in the official format; ema/: its moving average, likewise
+- config.json, model.safetensors: the model as its `save_pretrained` writes it; ema/: its moving average, likewise
 - optimizer.pt: the optimizer's state by parameter name
 - shards/: in place of these, the shards of a run with parallel: fsdp (torch.distributed.checkpoint)
 - progress.json: step, stage, position in samples
@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
 from uniflow.checkpoint import CheckpointError, read_state
-from uniflow.config import UniFlowConfig
-from uniflow.model import UniFlow
 from uniflow.training.checkpoints import (
     check,
     random_states,
@@ -32,8 +32,11 @@ from uniflow.training.checkpoints import (
     write_json,
     write_tensors,
 )
+from uniflow.training.interfaces import Student
 from uniflow.training.optimization import MovingAverage
 from uniflow.training.processes import Processes
+
+M = TypeVar("M", bound=nn.Module)
 
 _AVERAGE = "ema"
 _OPTIMIZER = "optimizer.pt"
@@ -74,12 +77,12 @@ def read_training(folder: Path, processes: Processes) -> Progress:
 
 def write_weights(
     folder: Path,
-    student: UniFlow,
+    student: Student,
     average: MovingAverage | None,
     optimizer: torch.optim.Optimizer,
     processes: Processes,
 ) -> None:
-    """Model, averages and optimizer: in the official format by the first process, or each process its shards."""
+    """Model, averages and optimizer: whole by the first process, or each process its shards."""
     if is_sharded(student):
         state = _shards(student, average, optimizer)
         try:
@@ -93,12 +96,12 @@ def write_weights(
         if average is not None:
             with average.in_model():
                 student.save_pretrained(folder / _AVERAGE)
-        write_tensors(folder / _OPTIMIZER, get_optimizer_state_dict(student, optimizer))
+        write_tensors(folder / _OPTIMIZER, get_optimizer_state_dict(_module(student), optimizer))
 
 
 def read_weights(
     folder: Path,
-    student: UniFlow,
+    student: Student,
     average: MovingAverage | None,
     optimizer: torch.optim.Optimizer,
     processes: Processes,
@@ -119,20 +122,25 @@ def read_weights(
             dcp.load(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
         except CheckpointException as error:
             raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
-        set_optimizer_state_dict(student, optimizer, state["optimizer"])
+        set_optimizer_state_dict(_module(student), optimizer, state["optimizer"])
     else:
         _load(student, folder)
         if average is not None:
             averages = read_state(folder / _AVERAGE)
             for name, value in average.values.items():
                 value.copy_(averages[name])
-        set_optimizer_state_dict(student, optimizer, read_tensors(folder / _OPTIMIZER))
+        set_optimizer_state_dict(_module(student), optimizer, read_tensors(folder / _OPTIMIZER))
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
 
 
-def gather(folder: Path, average: bool) -> UniFlow:
+def gather(folder: Path, average: bool, build: Callable[[Path], M]) -> M:
     """The model of a sharded checkpoint, or its averages, whole and on the CPU.
+
+    Args:
+        folder: the checkpoint.
+        average: whether the averages are wanted.
+        build: gives a model of the folder's config.json, whatever its parameters are.
 
     Raises:
         CheckpointError: if the folder is damaged or holds no shards, or no averages.
@@ -140,28 +148,37 @@ def gather(folder: Path, average: bool) -> UniFlow:
     check(folder)
     if not (folder / _SHARDS / ".metadata").exists():
         raise CheckpointError(f"{folder} is no sharded checkpoint: no {_SHARDS}/.metadata in it")
-    model = UniFlow(UniFlowConfig.from_pretrained(folder))
+    model = build(folder)
     part = _AVERAGE if average else "model"
+    state: dict[str, dict[str, Tensor]] = {}
+    buffers = dict(model.named_buffers())  # have no averages
+    for name, tensor in model.state_dict().items():
+        state.setdefault("model" if name in buffers else part, {})[name] = tensor
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is the point
-            dcp.load({part: model.state_dict()}, checkpoint_id=folder / _SHARDS, no_dist=True)
+            dcp.load(state, checkpoint_id=folder / _SHARDS, no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} does not hold {part}: {_first_cause(error)}") from None
     return model
 
 
-def is_sharded(student: UniFlow) -> bool:
+def is_sharded(student: Student) -> bool:
     """Whether its parameters are spread over processes."""
-    return isinstance(student.decoder_pos_embed, DTensor)
+    return any(isinstance(parameter, DTensor) for _, parameter in student.named_parameters())
 
 
-def _shards(student: UniFlow, average: MovingAverage | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = {"model": student.state_dict(), "optimizer": get_optimizer_state_dict(student, optimizer)}
+def _module(student: Student) -> nn.Module:
+    assert isinstance(student, nn.Module)  # a Protocol cannot say so
+    return student
+
+
+def _shards(student: Student, average: MovingAverage | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = {"model": student.state_dict(), "optimizer": get_optimizer_state_dict(_module(student), optimizer)}
     return state if average is None else {**state, _AVERAGE: average.values}
 
 
-def _load(student: UniFlow, folder: Path) -> None:
+def _load(student: Student, folder: Path) -> None:
     try:
         student.load_state_dict(read_state(folder))
     except RuntimeError as error:

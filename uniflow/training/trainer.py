@@ -8,32 +8,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_map_only
 
-from uniflow.data import Batch, Positions, Sample, load
-from uniflow.model import UniFlow
-from uniflow.normalization import normalize
+from uniflow.data import Batch, Positions, Samples, load
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
+from uniflow.training.interfaces import student_of
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
+from uniflow.training.measures import Measures
 from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
 from uniflow.training.processes import Processes, gathered, replicate, shard, synchronized
 from uniflow.training.recipe import Recipe, Stage
 from uniflow.training.state import Progress, read_training, read_weights, write_training, write_weights
 from uniflow.training.validation import Validator
 
-_NAMED = 8  # pictures in an error message
+_NAMED = 8  # samples in an error message
 
 
 class Trainer:
     """Trains `objective.student` as a recipe says.
 
-    A step takes `recipe.batch_size` samples from `crops`, at positions that follow each other; its times and noise are
+    A step takes `recipe.batch_size` of the samples, at positions that follow each other; its times and noise are
     seeded by step and micro-batch. So a run that goes on from a checkpoint makes the steps of one that never stopped,
     to the bit where the device's sums are reproducible.
 
@@ -41,9 +41,9 @@ class Trainer:
     learns of it, with the weights as they were before.
 
     Args:
-        objective: a module with a `student` (see `UniFlow`), on the device to train on; called with normalised images
-            [B, 3, H, W] it gives `total`, `flow`, `distill`, `alpha` and `weights`, as `UniFlowObjective` does.
-        crops: gives a `uniflow.data.Sample` for every position from 0.
+        objective: a module with a `student`, on the device to train on; called with what `samples` collates, brought to
+            that device, it gives `Losses`. See `uniflow.training.interfaces`, and `UniFlowObjective` for one.
+        samples: see `uniflow.data.Samples`.
         recipe: see `Recipe`.
         out: folder for checkpoints and what is left of failures; nothing is written without one.
         logs: told of every `recipe.log_every`-th step and of a stage's last.
@@ -51,13 +51,14 @@ class Trainer:
         processes: this process's place among others.
 
     Raises:
+        TypeError: if the student lacks something, naming what.
         ValueError: if the recipe does not fit the number of processes.
     """
 
     def __init__(
         self,
         objective: nn.Module,
-        crops: Dataset[Sample],
+        samples: Samples,
         recipe: Recipe,
         out: Path | None = None,
         logs: Sequence[Log] = (),
@@ -65,8 +66,8 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         self.objective = objective
-        self.student = cast(UniFlow, objective.student)
-        self.crops = crops
+        self.student = student_of(objective)
+        self.samples = samples
         self.recipe = recipe
         self.out = out
         self.logs = list(logs)
@@ -79,12 +80,13 @@ class Trainer:
         self.latest: Path | None = None  # checkpoint
         self._saved = -1  # its step
         self._losses: list[float] = []
+        self._measures = Measures()
         self._under_way: deque[_Step] = deque()
         self._failed: _Step | None = None
         self._halted = torch.zeros((), device=self.device)  # 1 from the first step that is not finite
         self._stop = False
         self._peak = peak_flops(self.device) if recipe.precision == "bfloat16" else None
-        self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of an image
+        self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of a sample
         if recipe.parallel == "fsdp":
             shard(objective, recipe.precision, self.processes)
         if recipe.compile:
@@ -96,7 +98,7 @@ class Trainer:
         """Train to the end of the recipe, or until `stop` is called; then save. The total loss of every step made here.
 
         Raises:
-            FloatingPointError: if a loss or gradient is not finite, naming the step's pictures; they, the weights and
+            FloatingPointError: if a loss or gradient is not finite, naming the step's samples; they, the weights and
                 the random states are then in `out`/failure-STEP.
         """
         self._images, self._since = 0, time.perf_counter()
@@ -108,7 +110,7 @@ class Trainer:
             self.processes.rank,
             self.processes.world,
         )
-        self._batches = load(self.crops, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
+        self._batches = load(self.samples, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
         self.objective.train()
         while not self.finished and self._advance():
             pass
@@ -165,7 +167,9 @@ class Trainer:
         if self._peak is None:
             return None
         freeze(self.student, stage)
-        return count_flops(self.objective, self.crops[0].pixels.shape)
+        values = [self.samples[position].value for position in range(self.micro_batch_size)]
+        flops = count_flops(self.objective, self.samples.collate(values))
+        return None if flops is None else flops / self.micro_batch_size
 
     def _step(self, spent: float) -> _Step:
         """Gradients of all micro-batches, and an update; nothing in here waits for the device."""
@@ -176,10 +180,9 @@ class Trainer:
             torch.manual_seed(seed)
             with synchronized(self.parallel, last=number == self.micro_batches - 1):
                 with self._autocast():
-                    losses = self.parallel(normalize(batch.images.to(self.device, non_blocking=True)))
+                    losses = self.parallel(*self._moved(batch.inputs))
                 (losses.total / self.micro_batches).backward()
-            scalars = torch.stack([losses.total.detach(), losses.flow, losses.distill])
-            measured.append(torch.cat([scalars, losses.alpha, losses.weights]).float())
+            measured.append(self._measures.row(losses))
             batches.append(batch)
             seeds.append(seed)
         own = torch.stack(measured).mean(0)
@@ -188,6 +191,9 @@ class Trainer:
         norm = self._update(everyone[0])
         numbers = _Arriving(torch.cat([own[:1], norm.view(1), everyone]))
         return _Step(self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers)
+
+    def _moved(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), inputs)
 
     def _update(self, loss: Tensor) -> Tensor:
         """Clip, update, average; the gradient's norm before clipping."""
@@ -228,7 +234,7 @@ class Trainer:
         """Look at the steps whose numbers have arrived, or at all."""
         while self._under_way and (wait or self._under_way[0].numbers.here()):
             step = self._under_way.popleft()
-            _, norm, loss, flow, distill, *layers, skipped = step.numbers.values()
+            _, norm, loss, *measured, skipped = step.numbers.values()
             if self._failed is None and not is_finite(loss, norm):
                 self._failed = step
             if self._failed is not None:
@@ -241,9 +247,9 @@ class Trainer:
                 for log in self.logs:
                     log.skipped(step.number, names)
             if self.processes.first and (step.number % self.recipe.log_every == 0 or step.spent >= 1):
-                self._report(step, norm, loss, flow, distill, layers)
+                self._report(step, norm, loss, measured)
 
-    def _report(self, step: _Step, norm: float, loss: float, flow: float, distill: float, layers: list[float]) -> None:
+    def _report(self, step: _Step, norm: float, loss: float, measured: list[float]) -> None:
         stage, flops = self.recipe.stages[step.stage], self._flops[step.stage]
         now = time.perf_counter()
         rate = self._images / (now - self._since)
@@ -254,10 +260,7 @@ class Trainer:
             spent=step.spent,
             seconds_left=step.seconds * (1 / step.spent - 1),
             loss=loss,
-            flow=flow,
-            distill=distill,
-            alpha=layers[: len(layers) // 2],
-            weights=layers[len(layers) // 2 :],
+            measured=self._measures.by_name(measured),
             gradient_norm=norm,
             learning_rate=stage.learning_rate * step.factor,
             encoder_learning_rate=stage.encoder_rate * step.factor if stage.train == "all" else None,
@@ -281,7 +284,7 @@ class Trainer:
             with replacing_folder(folder, self.processes) as temporary:
                 write_weights(temporary, self.student, None, self.optimizer, self.processes)
                 batch = {
-                    "images": torch.cat([batch.images for batch in step.batches]),
+                    "inputs": [_plain(batch.inputs) for batch in step.batches],  # of each micro-batch
                     "names": step.names,
                     "seeds": step.seeds,  # of torch.manual_seed before each micro-batch
                     **random_states(),
@@ -351,13 +354,22 @@ class _Step:
         return [name for batch in self.batches for name in batch.names]
 
     def what_is_wrong(self) -> str:
-        """Which number of a failed step is not finite, and the pictures it comes from."""
+        """Which number of a failed step is not finite, and the samples it comes from."""
         own, norm, loss, *_ = self.numbers.values()
         if is_finite(own) and not is_finite(loss):
             return f"the loss of another process is {loss} at step {self.number}"
         what = f"the gradient's norm is {norm}" if is_finite(own) else f"the loss is {own}"
         more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
-        return f"{what} at step {self.number}, of the pictures {', '.join(self.names[:_NAMED])}{more}"
+        return f"{what} at step {self.number}, of the samples {', '.join(self.names[:_NAMED])}{more}"
+
+
+def _plain(inputs: Any) -> Any:
+    """Named tuples as dictionaries, which can be read again without executing anything."""
+    if hasattr(inputs, "_asdict"):
+        inputs = inputs._asdict()
+    if isinstance(inputs, dict):
+        return {name: _plain(value) for name, value in inputs.items()}
+    return [_plain(value) for value in inputs] if isinstance(inputs, (tuple, list)) else inputs
 
 
 class _Arriving:

@@ -1,4 +1,4 @@
-"""PSNR and SSIM on pictures that are not trained on, and some of their reconstructions to look at."""
+"""Scores on what is not trained on; for UniFlow PSNR and SSIM, and some reconstructions to look at."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -20,15 +21,26 @@ from uniflow.training.processes import Processes
 SHOWN = 8  # pictures beside their reconstructions
 
 
+class Validator(Protocol):
+    """What scores a student now and then."""
+
+    def score(self, student: Any, step: int, processes: Processes) -> Validation:
+        """Scores of the objective's student, which is in evaluation mode; all processes come here together."""
+        ...
+
+
 @dataclass(frozen=True)
-class Validator:
+class ReconstructionValidator:
     """Reconstructs center crops of picture files in the model's own number of steps, always from the same noise."""
 
     files: Sequence[Path]
     batch_size: int
 
     def score(self, student: UniFlow, step: int, processes: Processes) -> Validation:
-        """Mean scores; the processes share the pictures, and call the student equally often."""
+        """Mean PSNR in dB and SSIM (None for pictures too small for it); samples: originals above reconstructions.
+
+        The processes share the pictures, and call the student equally often.
+        """
         from uniflow.metrics import psnr, ssim  # torchmetrics takes seconds to import, and is an extra
 
         totals = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, pictures
@@ -39,13 +51,14 @@ class Validator:
             originals = self._read(numbers or [0], student.config.image_size)
             results = _reconstruct(student, originals, numbers or [0])
             if numbers:
-                scores = torch.stack([psnr(results, originals).sum(), ssim(results, originals).sum()])
-                totals += torch.cat([scores.double(), scores.new_tensor([len(numbers)])])
+                sums = torch.stack([psnr(results, originals).sum(), ssim(results, originals).sum()])
+                totals += torch.cat([sums.double(), sums.new_tensor([len(numbers)])])
             if first == 0:
                 samples = rearrange([originals[:SHOWN], results[:SHOWN]], "rows n c h w -> c (rows h) (n w)")
         db, similarity, pictures = processes.average(totals.to(student.device)).tolist()
         too_small = math.isnan(similarity)  # for SSIM's window
-        return Validation(step, db / pictures, None if too_small else similarity / pictures, samples)
+        scores = {"psnr": db / pictures, "ssim": None if too_small else similarity / pictures}
+        return Validation(step, scores, samples)
 
     def _read(self, numbers: Sequence[int], size: int) -> Tensor:
         return torch.stack([to_tensor(center_crop(open_picture(self.files[number]), size)) for number in numbers])
@@ -53,6 +66,5 @@ class Validator:
 
 def _reconstruct(student: UniFlow, originals: Tensor, numbers: Sequence[int]) -> Tensor:
     # each picture has its own noise, whatever process it falls to
-    row = student.config.tokens, student.config.patch_values
-    noise = torch.stack([torch.randn(row, generator=torch.Generator().manual_seed(number)) for number in numbers])
-    return to_uint8(student(normalize(originals.to(student.device)), noise=noise)).cpu()
+    images = student(normalize(originals.to(student.device)), seed=torch.tensor(numbers))
+    return to_uint8(images).cpu()

@@ -298,6 +298,8 @@ class FlowHead(nn.Module):
     ) -> Tensor:
         """Draw rows under a condition: follow the velocity from noise at t = 0 to t = 1.
 
+        For up to 128 rows, half as many with guidance, the modulations of many steps are made before them and held.
+
         On CUDA all steps become one graph, captured the second time that a kind of input comes (shapes, dtypes,
         settings); the last eight kinds are kept. Weights are read where they are, so a training step between two calls
         is seen. Where a graph cannot serve, the steps run one by one: while gradients are wanted, inside torch.compile

@@ -8,45 +8,129 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uniflow_kernels.graphs import GraphCache, why_not_graph
+from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
 
 if TYPE_CHECKING:
     from uniflow_kernels.modules.flow_head import FlowHead
 
 
+# At most so many rows of modulations are made at a time: products of more rows gain nothing, and memory is bounded
+# whatever the steps. At width W and depth D it is 256 * (3 D + 2) * W values, a seventh of the weights at W = 1024.
+ROWS_AHEAD = 256
+
+
 class Conditioned:
     """A head under a condition, at times known beforehand: they and the condition are embedded here, once.
+
+    For few rows the modulations of many times are made together, and the modules are looked through once; not where
+    gradients are wanted, inside torch.compile, or where a submodule was replaced or has a hook.
 
     Args:
         head: what is sampled.
         condition: [..., z_channels].
-        times: as the head takes them.
+        times: as the head takes them, in the order in which they come or the other way round.
         null_condition: what guidance leads away from: [..., z_channels], or [1, z_channels] for all rows, whose
             modulations are then one row; None without guidance.
+        ahead: False where no memory is to be held for modulations made together.
     """
 
     def __init__(
-        self, head: FlowHead, condition: Tensor, times: Sequence[float], null_condition: Tensor | None = None
+        self,
+        head: FlowHead,
+        condition: Tensor,
+        times: Sequence[float],
+        null_condition: Tensor | None = None,
+        ahead: bool = True,
     ) -> None:
         self.head = head
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
         on_device = torch.stack([torch.full((), t, device=condition.device) for t in times])
-        self.embedded = dict(zip(times, head.time_embed(on_device), strict=True))
+        self.embedded = head.time_embed(on_device)
+        self.index = {time: i for i, time in enumerate(times)}
+        self.ahead = _Ahead.of(head, self.embedded, self.c, self.null) if ahead else None
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """The head's output at x [..., in_channels], which is brought to the head's dtype, and one of the times."""
-        return self.head.from_embedding(x.to(self.c.dtype), self.embedded[time] + self.c)
+        x, i = x.to(self.c.dtype), self.index[time]
+        if self.ahead is not None and self.ahead.serves(x):
+            return self.ahead.alone(x, i)
+        return self.head.from_embedding(x, self.embedded[i] + self.c)
 
     def both(self, x: Tensor, time: float) -> list[Tensor]:
         """The outputs under the condition and under the null condition, in one pass."""
         assert self.null is not None
-        embedded = self.embedded[time]
-        return self.head.from_embeddings(x.to(self.c.dtype), [embedded + self.c, embedded + self.null])
+        x, i = x.to(self.c.dtype), self.index[time]
+        if self.ahead is not None and self.ahead.serves(x):
+            return self.ahead.both(x, i)
+        return self.head.from_embeddings(x, [self.embedded[i] + self.c, self.embedded[i] + self.null])
+
+
+class _Ahead:
+    """A head whose modulations are made for several times at once.
+
+    Args:
+        head: the tensors of its submodules are all that counts.
+        embedded: the times, [S, W].
+        conditions: the embedded conditions of all R rows, and behind them the null condition's R or one, [C, W].
+        rows: that go through the head at a time: R, or 2R with a null condition.
+        shape: [...] of x.
+    """
+
+    def __init__(self, head: FlowHead, embedded: Tensor, conditions: Tensor, rows: int, shape: torch.Size) -> None:
+        self.embedded, self.conditions, self.shape = embedded, conditions, shape
+        self.input, self.output = ((layer.weight, layer.bias) for layer in (head.input_proj, head.final_layer.linear))
+        self.blocks = ModulatedBlocks(*head.tensors(), head.form, conditions, rows)
+        self.together = ROWS_AHEAD // rows
+        self.made: tuple[int, list[tuple[Tensor, ...]]] = (-1, [])
+
+    @classmethod
+    def of(cls, head: FlowHead, embedded: Tensor, c: Tensor, null: Tensor | None) -> _Ahead | None:
+        """None where it cannot serve, or where there is nothing to gain."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not head.res_blocks:
+            return None
+        conditions = c.reshape(-1, c.shape[-1])
+        rows = len(conditions)
+        if null is not None:
+            if null.numel() != null.shape[-1] and null.shape != c.shape:
+                return None
+            conditions, rows = torch.cat([conditions, null.reshape(-1, c.shape[-1])]), 2 * rows
+        if len(embedded) == 1 or not 0 < rows <= ROWS_AHEAD // 2 or head.why_not_captured() is not None:
+            return None
+        return cls(head, embedded, conditions, rows, c.shape[:-1])
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether x is of the rows that the conditions are of, and wants no gradient."""
+        return x.shape[:-1] == self.shape and not torch.is_grad_enabled()
+
+    def alone(self, x: Tensor, i: int) -> Tensor:
+        """The head's output [..., out_channels] at x [..., in_channels] and the i-th time."""
+        modulations, rows = self._modulations(i), self.shape.numel()
+        if self.blocks.rows != rows:  # those of the null condition are not wanted
+            modulations = tuple(modulation[:rows] for modulation in modulations)
+        out = self.blocks(F.linear(x.reshape(rows, -1), *self.input), modulations)
+        return F.linear(out, *self.output).view(*self.shape, -1)
+
+    def both(self, x: Tensor, i: int) -> list[Tensor]:
+        """That, and the output under the null condition."""
+        projected = F.linear(x.reshape(self.shape.numel(), -1), *self.input)
+        out = self.blocks(torch.cat([projected, projected]), self._modulations(i))
+        return list(F.linear(out, *self.output).view(2, *self.shape, -1))
+
+    def _modulations(self, i: int) -> tuple[Tensor, ...]:
+        """Those of the i-th time; made here with those of its neighbours if they are not there."""
+        which, within = divmod(i, self.together)
+        if self.made[0] != which:
+            self.made = (-1, [])  # their memory is free for the next ones
+            embedded = self.embedded[which * self.together : (which + 1) * self.together]
+            self.made = which, self.blocks.modulations(embedded.unsqueeze(1) + self.conditions)
+        return self.made[1][within]
 
 
 def follow(
@@ -56,6 +140,7 @@ def follow(
     plan: Plan,
     null_condition: Tensor | None = None,
     time_scale: float = 1000.0,
+    ahead: bool = True,
 ) -> Update:
     """Carry noise along the head's velocity to the last update, which is left to the caller.
 
@@ -68,12 +153,13 @@ def follow(
         plan: steps, solver and guidance.
         null_condition: as `Conditioned` takes it; zeros if not given.
         time_scale: the head is given time_scale * t.
+        ahead: see `Conditioned`.
     """
     if plan.cfg == 1.0:
         null_condition = None
     elif null_condition is None:
         null_condition = condition.new_zeros(1, condition.shape[-1])
-    conditioned = Conditioned(head, condition, [time_scale * t for t in plan.times()], null_condition)
+    conditioned = Conditioned(head, condition, [time_scale * t for t in plan.times()], null_condition, ahead)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if not plan.guides_at(t):

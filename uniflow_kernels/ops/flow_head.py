@@ -7,7 +7,7 @@ Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -134,6 +134,24 @@ def flow_blocks(
     form: Form,
 ) -> Tensor:
     """The definition of `fused_flow_blocks` in plain PyTorch, behind SiLU: a = SiLU(y)."""
+    layers = [*modulations, *([] if final_modulation is None else [final_modulation])]
+    # each is made when its first block needs it, and none outlives its blocks
+    made = (F.linear(a, *layer) for layer in layers)
+    return modulated_blocks(x, made, blocks, len(blocks) // max(1, len(modulations)), form)
+
+
+def modulated_blocks(
+    x: Tensor, modulations: Iterable[Tensor], blocks: Sequence[Block], per_group: int, form: Form
+) -> Tensor:
+    """`flow_blocks` behind its modulations.
+
+    Args:
+        x: [..., W].
+        modulations: [..., 3W] for each group of blocks and [..., 2W] for the last norm, if that has one.
+        blocks: the blocks' tensors.
+        per_group: how many blocks that follow each other share a modulation.
+        form: of the head.
+    """
 
     def norm(x: Tensor, affine: Affine | None) -> Tensor:
         weight, bias = affine or (None, None)
@@ -142,10 +160,10 @@ def flow_blocks(
         return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
     activation = F.silu if form.mlp == "silu" else swiglu
-    per_group = len(blocks) // max(1, len(modulations))
+    following = iter(modulations)
     for i, block in enumerate(blocks):
         if i % per_group == 0:
-            modulation = F.linear(a, *modulations[i // per_group])
+            modulation = next(following)
         x = flow_block(
             x,
             modulation,
@@ -153,8 +171,7 @@ def flow_blocks(
             lambda x, block=block: norm(x, block.norm),  # type: ignore[misc]
             lambda h, block=block: F.linear(activation(F.linear(h, *block.up)), *block.down),  # type: ignore[misc]
         )
-    last = None if final_modulation is None else F.linear(a, *final_modulation)
-    return final_norm(x, last, form.modulation_order, lambda x: norm(x, None))
+    return final_norm(x, next(following, None), form.modulation_order, lambda x: norm(x, None))
 
 
 def fused_flow_blocks(
@@ -216,6 +233,64 @@ def fused_flow_blocks(
             rows, conditions, weights, len(blocks), repeat, *form, keep="nothing"
         )
     return out.view(x.shape)
+
+
+class ModulatedBlocks:
+    """The blocks for steps whose conditions are all known before the first one: few rows, without gradients.
+
+    The modulations of many steps are one product each, so their weights, three fifths of a block's, are read once and
+    not once a step; what runs, and under autocast in which dtype, is decided once.
+
+    Args:
+        blocks, modulations, final_modulation, form: as `fused_flow_blocks` takes them, and fitting together.
+        like: a tensor of the device and dtype of x.
+        rows: R, of one step.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        modulations: Sequence[Affine],
+        final_modulation: Affine | None,
+        form: Form,
+        like: Tensor,
+        rows: int,
+    ) -> None:
+        self.form, self.rows, self.dtype = form, rows, like.dtype
+        self.per_group = len(blocks) // len(modulations)
+        if torch.is_autocast_enabled(like.device.type):
+            self.dtype = torch.get_autocast_dtype(like.device.type)
+            blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, self.dtype)
+        self.blocks, self.layers = blocks, [*modulations, *([] if final_modulation is None else [final_modulation])]
+        like = like.new_empty(0, dtype=self.dtype)
+        why_not = _why_not_tensors(like, like, blocks, modulations, final_modulation)
+        self.fused = served_by(like.device, self.dtype, blocks[0].down.weight.shape[0], rows, why_not) == "triton"
+
+    def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
+        """The modulations of S steps.
+
+        Args:
+            y: conditions before SiLU, [S, C, W] with C at most R: the last one serves all rows from it on.
+
+        Returns:
+            For each step those of the blocks' groups [R, 3W] and of the last norm, if it has one, [R, 2W].
+        """
+        a = F.silu(y).to(self.dtype)
+        made = []
+        for layer in self.layers:
+            modulation = F.linear(a, *layer)
+            if missing := self.rows - modulation.shape[1]:
+                modulation = torch.cat([modulation, modulation[:, -1:].expand(-1, missing, -1)], 1)
+            made.append(modulation.unbind())
+        return list(zip(*made, strict=True))
+
+    def __call__(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """x [R, W] and the modulations of its rows at one step -> [R, W], as `fused_flow_blocks` makes it."""
+        if not self.fused:
+            return modulated_blocks(x, modulations, self.blocks, self.per_group, self.form)
+        x = _unit_stride(x.to(self.dtype))
+        weights = [tensor for block in self.blocks for affine in block for tensor in affine]
+        return torch.ops.uniflow_kernels.modulated_flow_blocks(x, modulations, weights, self.per_group, *self.form)
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
@@ -646,7 +721,7 @@ class _Pass:
                 kept.q.append(q)
         last = None
         if self.final is not None:
-            modulation = F.linear(self.a, *self.final)
+            modulation = self.made(self.final)
             last = self.split(modulation)[0], self.split(modulation)[1]
             if keep in ("all", "no gate"):
                 kept.modulations.append(modulation)
@@ -660,12 +735,16 @@ class _Pass:
     def modulate(self, modulation: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shift, scale and gate [C, W], and the tensor of them that is kept: all three, or shift and scale."""
         if self.keep != "no gate":
-            all_three = F.linear(self.a, *modulation)
+            all_three = self.made(modulation)
             shift, scale, gate = self.split(all_three)
             return shift, scale, gate, all_three
         two = F.linear(self.a, *self.rows_of(modulation, slice(None, 2 * self.width)))
         shift, scale = self.split(two)
         return shift, scale, self.gate(modulation), two
+
+    def made(self, modulation: Affine) -> Tensor:
+        """All parts of a modulation, [C, 2W or 3W]."""
+        return F.linear(self.a, *modulation)
 
     def gate(self, modulation: Affine) -> Tensor:
         return F.linear(self.a, *self.rows_of(modulation, slice(2 * self.width, None)))
@@ -783,6 +862,28 @@ class _Pass:
         return dx, gradients.of_a, gradients.in_order() if weight_gradients else []
 
 
+class _ModulatedPass(_Pass):
+    """A forward pass that keeps nothing, by rows; modulations of every row stand where the layers would that make them.
+
+    Of a only the number of rows counts then, so x stands for it.
+    """
+
+    def __init__(
+        self, x: Tensor, modulations: Sequence[Tensor], weights: Sequence[Tensor | None], per_group: int, form: Form
+    ) -> None:
+        depth = len(weights) // 6
+        groups = [tensor for modulation in modulations[: depth // per_group] for tensor in (modulation, None)]
+        last = modulations[depth // per_group] if len(modulations) > depth // per_group else None
+        super().__init__(x, x, [last, None, *weights, *groups], depth, 1, form, "nothing")
+        self.in_place = False  # the modulations are the caller's
+
+    def made(self, modulation: Affine) -> Tensor:
+        return modulation.weight
+
+    def why_not_products(self) -> str:
+        return "the modulations are made before"
+
+
 class _Gradients:
     """Gradients of the weights and of a, which every modulation adds to.
 
@@ -869,6 +970,20 @@ def _flow_blocks_fake(
     return this.empty(*x.shape), [this.empty(*shape) for shape in this.kept_shapes()]
 
 
+def _modulated_flow_blocks(
+    x: Tensor,
+    modulations: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    per_group: int,
+    norm: str,
+    eps: float,
+    mlp: str,
+    modulation_order: str,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        return _ModulatedPass(x, modulations, weights, per_group, Form(norm, eps, mlp, modulation_order)).forward()[0]
+
+
 def _flow_blocks_backward(
     dout: Tensor,
     x: Tensor,
@@ -908,22 +1023,29 @@ def _flow_blocks_backward_fake(
     return x.new_empty(x.shape), a.new_empty(a.shape), like
 
 
-_FORM = "str norm, float eps, str mlp, str modulation_order, str keep"
+_FORM = "str norm, float eps, str mlp, str modulation_order"
 _library = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
-    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}) -> (Tensor, Tensor[])",
+    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}, str keep) -> "
+    "(Tensor, Tensor[])",
+    tags=_tags,
+)
+_library.define(
+    f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}) -> Tensor",
     tags=_tags,
 )
 _library.define(
     "flow_blocks_backward(Tensor dout, Tensor x, Tensor a, Tensor?[] weights, Tensor[] kept, int depth, SymInt repeat, "
-    f"{_FORM}, bool weight_gradients) -> (Tensor, Tensor, Tensor[])",
+    f"{_FORM}, str keep, bool weight_gradients) -> (Tensor, Tensor, Tensor[])",
     tags=_tags,
 )
 for _device in ("CPU", "CUDA"):
     _library.impl("flow_blocks", _flow_blocks, _device)
+    _library.impl("modulated_flow_blocks", _modulated_flow_blocks, _device)
     _library.impl("flow_blocks_backward", _flow_blocks_backward, _device)
 torch.library.register_fake("uniflow_kernels::flow_blocks", _flow_blocks_fake, lib=_library)
+torch.library.register_fake("uniflow_kernels::modulated_flow_blocks", lambda x, *_: x.new_empty(x.shape), lib=_library)
 torch.library.register_fake("uniflow_kernels::flow_blocks_backward", _flow_blocks_backward_fake, lib=_library)
 
 

@@ -102,6 +102,26 @@ def _forward_by_products(shape: Shape, keep: str) -> list[Launch]:
     return [*launches, modulated() if shape.final else shape.launch("norm_modulate", w, w)]
 
 
+def sampling(shape: Shape, steps: int, together: int) -> list[Launch]:
+    """The launches of a sampler's steps whose modulations are made before them, with those of `together` steps at once.
+
+    Args:
+        shape: of the blocks in one step.
+        steps: evaluations of the head.
+        together: steps whose rows go through each modulation's product together.
+    """
+    launches = []
+    for first in range(0, steps, together):
+        count = min(together, steps - first)
+        launches += [made for made in forward(shape._replace(rows=count * shape.rows), "rows") if _is_modulation(made)]
+        launches += count * [launch for launch in forward(shape, "rows") if not _is_modulation(launch)]
+    return launches
+
+
+def _is_modulation(launch: Launch) -> bool:
+    return launch.name == "modulation"
+
+
 def backward(shape: Shape, path: str) -> list[Launch]:
     """The launches over all rows of a backward pass for which all was kept, weight gradients among them.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels.choice import choose
-from uniflow_kernels.ops.patches import patch_grid, unpatchify
+from uniflow_kernels.ops.patches import check_patch_size, patch_grid, unpatchify
 from uniflow_kernels.ops.velocity import check_normalization, per_channel
 from uniflow_kernels.triton_kernels import why_not_on
 
@@ -77,15 +77,11 @@ def plain_to_images(
         values = torch.add(values, velocity, alpha=dt)
     images = unpatchify(values, patch_size, size)
     if mean is not None and std is not None:
-        images = torch.addcmul(_filled(mean, images), images, _filled(std, images))
+        pairs = per_channel(tuple(zip(mean, std, strict=True)), images, images.dtype)[:, :, None, None]
+        images = torch.addcmul(pairs[:, 0], images, pairs[:, 1])
     if dtype == torch.uint8:
         return images.clamp(0, 1).mul_(255).round_().to(dtype)
     return (images.clamp(0, 1) if clamp else images).to(dtype).contiguous()
-
-
-def _filled(values: Sequence[float], like: Tensor) -> Tensor:
-    """[C, 1, 1]; a copy of a list would wait for the device."""
-    return torch.stack([like.new_full((1, 1), value) for value in values])
 
 
 def _check(
@@ -98,8 +94,7 @@ def _check(
     dtype: torch.dtype,
 ) -> tuple[int, int]:
     """The height and width of the images in pixels."""
-    if patch_size < 1:
-        raise ValueError(f"patch_size: expected a positive number of pixels, got {patch_size}")
+    check_patch_size(patch_size)
     if rows.ndim != 3 or rows.shape[-1] % (patch_size * patch_size):
         raise ValueError(f"rows: expected [B, N, C*{patch_size}*{patch_size}], got shape {tuple(rows.shape)}")
     if velocity is not None and velocity.shape != rows.shape:

@@ -8,10 +8,15 @@ normals within 1e-6.
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from uniflow_kernels import triton_kernels
+from uniflow_kernels.ops.registration import kernels_for, register
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,38 +58,39 @@ def seeded_noise(
     Args:
         rows, columns: the shape.
         seed: which sequence, in [0, 2^63); a number, a tensor that holds one (int64, of shape [] or [1], on `device`),
-            or a generator to draw one from, which advances.
+            or a generator to draw one from, which advances. A tensor [S] holds those of S groups of rows / S rows that
+            follow each other; the rows of each are counted from `first_row`.
         offset: which part of it, in [0, 2^63): another offset gives other, independent numbers.
         device: where to make them.
         first_row: the number of the first row, in [0, 2^48): rows can be made piece by piece.
 
     Returns:
-        [rows, columns], float32, standard normal.
+        [rows, columns], float32, standard normal, contiguous.
 
     Raises:
         TypeError: if `seed` is a tensor of another dtype.
-        ValueError: if `seed`, `offset` or `first_row` is out of range, or `seed` a tensor of another shape or device.
-            What a tensor holds is not looked at, since that would wait for its device: all its 64 bits count.
+        ValueError: if `seed`, `offset` or `first_row` is out of range, or `seed` a tensor of another shape or device,
+            or its number of seeds does not divide `rows`. What a tensor holds is not looked at, since that would wait
+            for its device: all its 64 bits count.
     """
-    value, held = seed_of(seed, offset, torch.device(device), first_row)
-    key = value if held is None else held
-    quads = -(-columns // 4)
-    normals = torch.empty(rows * quads, 4, device=device)
-    step = _CHUNK if normals.device.type == "cpu" else 1 << 24
-    for start in range(0, rows * quads, step):
-        part = normals[start : start + step]
-        number = torch.arange(start, start + len(part), device=device) + first_row * quads
-        counter = [number & _LOW, number >> 32, number & 0, number & 0]
-        counter[2] += offset & _LOW
-        counter[3] += offset >> 32
-        box_muller(philox(counter, key), part)
-    return normals.view(rows, quads * 4)[:, :columns]
+    number, held = seed_of(seed, offset, torch.device(device), first_row, groups=True)
+    seeds = torch.full((1,), number, device=device) if held is None else held
+    if rows % max(1, len(seeds)) or (rows and not len(seeds)):
+        raise ValueError(f"rows: expected as many for each of {len(seeds)} seeds, got {rows}")
+    return seeded_noise_op(seeds, rows, columns, offset, first_row)
 
 
 def seed_of(
-    seed: int | Tensor | torch.Generator | None, offset: int, device: torch.device, first_row: int = 0
+    seed: int | Tensor | torch.Generator | None,
+    offset: int,
+    device: torch.device,
+    first_row: int = 0,
+    groups: bool = False,
 ) -> tuple[int, Tensor | None]:
-    """A seed as a number, or 0 and the tensor [] that holds it on `device`; raises what `seeded_noise` does."""
+    """A seed as a number, or 0 and the tensor that holds it on `device`; raises what `seeded_noise` does.
+
+    The tensor is [], or, with `groups`, [S].
+    """
     if not 0 <= offset < 2**63:
         raise ValueError(f"offset: expected an integer in [0, 2^63), got {offset}")
     if not 0 <= first_row < 2**48:  # the counters of its rows then fit into 63 bits
@@ -99,17 +105,48 @@ def seed_of(
         return seed, None
     if seed.dtype != torch.int64:
         raise TypeError(f"seed: expected a tensor of torch.int64, got {seed.dtype}")
-    if seed.shape not in ((), (1,)):
-        raise ValueError(f"seed: expected one number, a tensor of shape [] or [1], got shape {tuple(seed.shape)}")
+    if seed.shape not in ((), (1,)) and not (groups and seed.ndim == 1):
+        expected = "a tensor of shape [S]" if groups else "one number, a tensor of shape [] or [1]"
+        raise ValueError(f"seed: expected {expected}, got shape {tuple(seed.shape)}")
     if seed.device.type != device.type or (device.index is not None and seed.device != device):
         raise ValueError(f"seed: expected a tensor on the device it is used on, {device}, got one on {seed.device}")
-    return 0, seed.view(())
+    return 0, seed.view(-1 if groups else ())
+
+
+# --- in plain PyTorch ---
+
+
+def plain_seeded_noise(
+    rows: int, columns: int, seed: int | Tensor, offset: int, device: torch.device, first_row: int
+) -> Tensor:
+    """`seeded_noise` in plain PyTorch; the seed is a number, or a tensor [] or [S]."""
+    keys = seed.view(-1, 1) if isinstance(seed, Tensor) else seed
+    groups = len(keys) if isinstance(keys, Tensor) else 1
+    quads, in_group = -(-columns // 4), rows // max(1, groups)
+    noise = torch.empty(groups, in_group, columns, device=device)
+    limit = (_CHUNK if noise.device.type == "cpu" else 1 << 24) // max(1, quads)  # rows
+    at_once, in_piece = max(1, limit // max(1, in_group)), max(1, limit)
+    for start, top in itertools.product(range(0, groups, at_once), range(0, in_group, in_piece)):
+        part = noise[start : start + at_once, top : top + in_piece]
+        number = torch.arange(part.shape[1] * quads, device=device) + (first_row + top) * quads
+        number = number.expand(len(part), -1)
+        counter = [number & _LOW, number >> 32, number & 0, number & 0]
+        counter[2] += offset & _LOW
+        counter[3] += offset >> 32
+        words = philox(counter, keys[start : start + at_once] if isinstance(keys, Tensor) else keys)
+        if columns % 4 == 0:
+            box_muller(words, part.view(*number.shape, 4))
+        else:
+            normals = torch.empty(*number.shape, 4, device=device)
+            box_muller(words, normals)
+            part.copy_(normals.view(*part.shape[:2], quads * 4)[..., :columns])
+    return noise.view(rows, columns)
 
 
 def philox(counter: list[Tensor], seed: int | Tensor) -> list[Tensor]:
     """Philox 4x32-10: four int64 tensors of 32-bit counter words to four of 32-bit random words.
 
-    The seed is the key; it may be a tensor [] of int64.
+    The seed is the key; it may be a tensor of int64 that the words' shape can be made of.
     """
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _LOW, seed >> 32 & _LOW
@@ -124,7 +161,7 @@ def philox(counter: list[Tensor], seed: int | Tensor) -> list[Tensor]:
 
 
 def box_muller(words: list[Tensor], normals: Tensor) -> None:
-    """Four int64 tensors [M] of 32-bit words to standard normals, written into `normals` [M, 4].
+    """Four int64 tensors [...] of 32-bit words to standard normals, written into `normals` [..., 4].
 
     Words 0 and 2 give the radius sqrt(-2 ln((x + 1/2) / 2^32)). Words 1 and 3 give the direction: the two upper bits
     the quadrant, the others the angle in it, in [-pi/4, pi/4), where a sine in float32 is exact enough.
@@ -137,5 +174,38 @@ def box_muller(words: list[Tensor], normals: Tensor) -> None:
         odd = (quadrant & 1).bool()
         first, second = torch.where(odd, -sine, cosine), torch.where(odd, cosine, sine)
         sign = (1 - (quadrant & 2)).float()
-        normals[:, pair] = first.mul_(sign)
-        normals[:, pair + 1] = second.mul_(sign)
+        normals[..., pair] = first.mul_(sign)
+        normals[..., pair + 1] = second.mul_(sign)
+
+
+# --- registered op: integers have no gradient ---
+
+
+def _seeded_noise(seeds: Tensor, rows: int, columns: int, offset: int, first_row: int) -> Tensor:
+    kernels = kernels_for("seeded_noise", "noise", seeds.device, lambda: _why_not(seeds.device))
+    if kernels is None:
+        return plain_seeded_noise(rows, columns, seeds, offset, seeds.device, first_row)
+    noise = _seeded_noise_fake(seeds, rows, columns, offset, first_row)
+    kernels.seeded_noise(seeds, offset, first_row, noise)
+    return noise
+
+
+def _why_not(device: torch.device) -> tuple[str | None, str | None]:
+    return triton_kernels.why_not_on(device, torch.float32), "the CUDA part makes noise where it is used, not by itself"
+
+
+def _seeded_noise_fake(seeds: Tensor, rows: int, columns: int, offset: int, first_row: int) -> Tensor:
+    return seeds.new_empty(rows, columns, dtype=torch.float32)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+seeded_noise_op = register(
+    "seeded_noise(Tensor seeds, SymInt rows, SymInt columns, SymInt offset, SymInt first_row) -> Tensor",
+    _seeded_noise,
+    _seeded_noise_fake,
+    _nothing,
+    _nothing,
+)

@@ -23,12 +23,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         [B, N, C*P*P] with N = (H/P)*(W/P) tokens in raster order; a row is ordered (channel, row, column).
 
     Raises:
-        ValueError: if `images` is not 4-D or the patch does not divide it.
+        ValueError: if `images` is not 4-D, the patch does not divide it or is less than 1.
 
     Source: `p2l_transform_tensor` of the official release.
     """
     if images.ndim != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got shape {tuple(images.shape)}")
+    check_patch_size(patch_size)
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -49,16 +50,23 @@ def unpatchify(rows: Tensor, patch_size: int, size: tuple[int, int] | None = Non
         [B, C, H, W].
 
     Raises:
-        ValueError: if `rows` is not 3-D, a row is no multiple of P*P, or N does not fit `size`.
+        ValueError: if `rows` is not 3-D, a row is no multiple of P*P, P is less than 1, or N does not fit `size`.
 
     Source: `l2p_transform_tensor` of the official release (which knows only squares).
     """
+    check_patch_size(patch_size)
     if rows.ndim != 3 or rows.shape[-1] % (patch_size * patch_size):
         raise ValueError(f"rows: expected [B, N, C*{patch_size}*{patch_size}], got shape {tuple(rows.shape)}")
     down, across = patch_grid(rows.shape[1], patch_size, size)
     if _is_plain(rows.device):
         return plain_unpatchify(rows, patch_size, down, across)
     return unpatchify_op(rows, patch_size, down, across)
+
+
+def check_patch_size(patch_size: int) -> None:
+    """Raise a ValueError unless a patch has pixels."""
+    if patch_size < 1:
+        raise ValueError(f"patch_size: expected a positive number of pixels, got {patch_size}")
 
 
 def patch_grid(tokens: int, patch_size: int, size: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.ops.noise import seed_of, seeded_noise
-from uniflow_kernels.ops.patches import patches_into, unpatchify
+from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
+from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
 from uniflow_kernels.ops.registration import is_watched, kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
@@ -166,8 +166,7 @@ def check_rows(
     if images.ndim != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got shape {tuple(images.shape)}")
     batch, channels, height, width = images.shape
-    if patch_size < 1:
-        raise ValueError(f"patch_size: expected a positive number of pixels, got {patch_size}")
+    check_patch_size(patch_size)
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
@@ -222,17 +221,20 @@ def pixel_scale_and_shift(images: Tensor, mean: Sequence[float] | None, std: Seq
     return per_channel(tuple((1 / (unit * s), -m / s) for m, s in normalization), images)
 
 
-def per_channel(pairs: tuple[tuple[float, float], ...], like: Tensor) -> Tensor:
-    """[C, 2] in float32, on the device of `like`."""
-    # kept, since to copy it to a GPU takes longer than to use it; what a compiler traces with must not be kept
-    make = _per_channel.__wrapped__ if is_watched(like) else _per_channel
-    return make(pairs, like.device)
+def per_channel(pairs: tuple[tuple[float, float], ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[C, 2], on the device of `like`."""
+    if is_watched(like):  # what a compiler traces with must not be kept; a copy of a list would wait for the device
+        numbers = like.new_empty(2 * len(pairs), dtype=dtype)
+        for place, number in enumerate(itertools.chain(*pairs)):
+            numbers[place].fill_(number)
+        return numbers.view(-1, 2)
+    return _per_channel(pairs, like.device, dtype)
 
 
-@functools.lru_cache(64)
-def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
+@functools.lru_cache(64)  # to copy it to a GPU takes longer than to use it
+def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
-        return torch.tensor(pairs, dtype=torch.float32, device=device).reshape(-1, 2)
+        return torch.tensor(pairs, dtype=dtype, device=device).reshape(-1, 2)
 
 
 def plain_interpolate(
@@ -304,7 +306,8 @@ def _pieces(
             else:
                 # whole images follow each other, a band is one image's: the rows are consecutive either way
                 first = first_row + rows.start * down * across + band.start
-                x0 = seeded_noise((stop - start) * tokens, length, seed, offset, images.device, first).view(x1.shape)
+                count = (stop - start) * tokens
+                x0 = plain_seeded_noise(count, length, seed, offset, images.device, first).view(x1.shape)
             yield place, x1, x0
 
 

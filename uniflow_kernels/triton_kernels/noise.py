@@ -1,8 +1,15 @@
 """Philox 4x32-10 and Box-Muller as `uniflow_kernels.ops.noise` defines them."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from uniflow_kernels.triton_kernels import unit_of
+
+_ROWS = 16
+_QUADS = 32  # 128 columns: 588 take five blocks
+_WARPS = 4
 
 
 @triton.jit
@@ -78,11 +85,44 @@ def normals(number, key0, key1, offset0, offset1):
 
 @triton.jit
 def key_of(seed, key0, key1):
-    """The key: the words of the number that `seed` points to, or the ones given where it is None."""
+    """The key: the words of what `seed` (a pointer, or a block of them) points to; the ones given where it is None."""
     if seed is not None:
         value = tl.load(seed)
         key0, key1 = value.to(tl.int32), (value >> 32).to(tl.int32)
     return key0, key1
+
+
+@triton.jit(do_not_specialize=["first", "offset0", "offset1"])
+def seeded_noise_kernel(
+    seeds, noise, rows, in_group, first, columns, offset0, offset1,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Noise [rows, columns]: ROWS rows and QUADS * 4 columns a program; a group of rows has a seed of its own."""
+    columns *= UNIT
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [R]
+    exists = row < rows
+    group = tl.where(exists, row, 0) // in_group
+    key0, key1 = key_of(seeds + group, 0, 0)
+    quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)  # [Q]
+    number = (first + row - group * in_group)[:, None] * ((columns + 3) // 4) + quad[None, :]  # [R, Q]
+    values = normals(number, key0[:, None], key1[:, None], offset0, offset1)  # [R, 4*Q]
+    column = tl.program_id(1) * QUADS * 4 + tl.arange(0, QUADS * 4)
+    inside = exists[:, None] & (column < columns)[None, :]
+    tl.store(noise + row[:, None] * columns + column[None, :], values, inside)
+
+
+def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
+    """Write the noise [rows, columns], contiguous."""
+    if not noise.numel():
+        return
+    rows, columns = noise.shape
+    unit = unit_of(columns)
+    _, _, _, *offsets = words_of(seeds, offset)
+    with torch.cuda.device_of(noise):
+        seeded_noise_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _QUADS * 4))](
+            seeds, noise, rows, rows // len(seeds), first_row, columns // unit, *offsets,
+            UNIT=unit, ROWS=_ROWS, QUADS=_QUADS, num_warps=_WARPS,
+        )  # fmt: skip
 
 
 def words_of(seed: int | Tensor, offset: int) -> tuple[Tensor | None, int, int, int, int]:

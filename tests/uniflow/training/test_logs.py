@@ -16,18 +16,28 @@ def test_every_log_gets_every_number(make, tmp_path):
     written = [JsonLines(tmp_path / "log.jsonl", 0), TensorBoard(tmp_path / "board", 0), SamplePictures(tmp_path / "s")]
     make(steps=2, logs=[heard, *written]).run()
     for log in written:
-        log.validation(Validation(2, 20.0, None, torch.zeros(3, 8, 12, dtype=torch.uint8)))
+        scores = {"psnr": 20.0, "ssim": None}
+        log.validation(Validation(2, scores, torch.zeros(3, 8, 12, dtype=torch.uint8)))
+        log.validation(Validation(3, {"accuracy": 0.5}))
         log.skipped(2, ["bad.png"])
         log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines[:2]] == [report.loss for report in heard.reports]
-    assert lines[2:] == [{"step": 2, "psnr": 20.0, "ssim": None}, {"step": 2, "skipped_pictures": ["bad.png"]}]
+    own = list(lines[0])
+    assert own[own.index("loss") + 1 : own.index("gradient_norm")] == ["flow", "distill", "alpha", "weights"]
+    assert lines[0]["weights"] == pytest.approx([1.0])
+    assert lines[2:] == [
+        {"step": 2, "psnr": 20.0, "ssim": None},
+        {"step": 3, "accuracy": 0.5},
+        {"step": 2, "skipped_pictures": ["bad.png"]},
+    ]
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
     losses = board.Scalars("train/loss")
     assert [event.value for event in losses] == pytest.approx([report.loss for report in heard.reports])
     assert len(board.Scalars("alpha/1")) == len(board.Scalars("weights/1")) == 2
     assert board.Scalars("validation/psnr")[0].value == 20
+    assert board.Scalars("validation/accuracy")[0].value == 0.5
     assert Image.open(tmp_path / "s" / "step-00000002.png").size == (12, 8)
 
 
@@ -46,7 +56,8 @@ def test_flops_of_a_step():
     embeddings = tokens * 2 * width * width
     of_inputs = tokens * (row + row + 256) * width  # patches, noisy rows and times, which need no gradient themselves
     inner = encoder + layer(tokens, 4 * width) + around + block + final + embeddings
-    assert count_flops(objective, (3, 16, 16)) == 6 * inner + 4 * of_inputs
+    images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    assert count_flops(objective, (images,)) == 2 * (6 * inner + 4 * of_inputs)
     assert all(parameter.grad is None for parameter in objective.parameters())
 
 
@@ -57,9 +68,10 @@ def test_mfu_is_the_share_of_the_peak(make, monkeypatch):
     heard = Heard()
     trainer = make(Stage(1, train="decoder"), Stage(1), precision="bfloat16", logs=[heard])
     trainer.run()
-    of_all = count_flops(trainer.objective, (3, 16, 16))
+    image = torch.zeros(1, 3, 16, 16)
+    of_all = count_flops(trainer.objective, (image,))
     freeze(trainer.student, Stage(1, train="decoder"))
-    of_decoder = count_flops(trainer.objective, (3, 16, 16))
+    of_decoder = count_flops(trainer.objective, (image,))
     assert of_decoder < of_all
     for report, flops in zip(heard.reports, (of_decoder, of_all), strict=True):
         assert report.mfu == pytest.approx(report.images_per_second * flops / 1e12)

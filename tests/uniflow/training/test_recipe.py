@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from uniflow.training import Recipe, Stage
-from uniflow.training.recipe import read_run
+from uniflow.training.recipe import Run, read_run
 
 RUN = """
 model: {preset: tiny, config: {image_size: 16}}
@@ -18,7 +18,7 @@ recipe:
 
 def test_a_file_becomes_a_run(tmp_path):
     (tmp_path / "run.yaml").write_text(RUN)
-    run = read_run(tmp_path / "run.yaml")
+    run = read_run(tmp_path / "run.yaml", Run)
     assert run.recipe == Recipe((Stage(5, "decoder", learning_rate=1e-3), Stage(7)), ema_decay=0.99)
     assert run.model.config == {"image_size": 16}
     assert str(run.data.folder) == "pictures"
@@ -27,7 +27,7 @@ def test_a_file_becomes_a_run(tmp_path):
 
 def test_the_example_shows_every_key_and_its_default():
     path = Path(__file__).parents[3] / "examples" / "train.yaml"
-    run = read_run(path)
+    run = read_run(path, Run)
     text = path.read_text()
     for part in (run, run.model, run.objective, run.data, run.recipe, run.recipe.stages[1]):
         for key in fields(part):
@@ -47,7 +47,7 @@ def test_the_example_shows_every_key_and_its_default():
         ("{folder: pictures}", "{}", "data: expected either folder or shards"),
         ("preset: tiny, ", "", "model: expected one of preset, checkpoint and encoder"),
         ("preset: tiny,", "checkpoint: x,", "model: config: changes a preset"),
-        (RUN, "model: {preset: tiny}", "data: Field required"),
+        (RUN, "model: {preset: tiny}", "recipe: Field required"),
         (RUN, "- a list", "Input should be"),
         (RUN, "a: [", "run.yaml is no YAML"),
     ],
@@ -56,7 +56,7 @@ def test_errors_name_the_key(tmp_path, old, new, message):
     assert old in RUN
     (tmp_path / "run.yaml").write_text(RUN.replace(old, new))
     with pytest.raises(ValueError, match=message):
-        read_run(tmp_path / "run.yaml")
+        read_run(tmp_path / "run.yaml", Run)
 
 
 @pytest.mark.parametrize(

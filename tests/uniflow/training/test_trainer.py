@@ -1,6 +1,6 @@
 import functools
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from uniflow.normalization import normalize, to_uint8
 from uniflow.pictures import center_crop, open_picture, to_tensor
 from uniflow.training import Stage
 from uniflow.training.processes import Processes
-from uniflow.training.validation import Validator
+from uniflow.training.validation import ReconstructionValidator
+from uniflow_kernels import seeded_noise
 
 
 def parameters(trainer):
@@ -78,7 +79,7 @@ def test_a_step_is_adamw_on_the_mean_gradient(make):
     objective = small_objective()
     objective.student = student
     torch.manual_seed(trainer_seed(trainer, step=1))
-    images = torch.stack([trainer.crops[position].pixels for position in range(4)])
+    images = torch.stack([trainer.samples[position].value for position in range(4)])
     losses = objective.train()(normalize(images))
     losses.total.backward()
     nn.utils.clip_grad_norm_(student.parameters(), 0.1)
@@ -99,6 +100,14 @@ def stop_after(trainer, steps):
     trainer.optimizer.register_step_post_hook(lambda *_: trainer.stop() if trainer.progress.step == steps else None)
 
 
+@dataclass
+class Total:
+    total: torch.Tensor
+
+    def measured(self):
+        return {}
+
+
 class WithoutChance(nn.Module):
     """An objective whose loss depends on nothing but student and images."""
 
@@ -107,20 +116,20 @@ class WithoutChance(nn.Module):
         self.student = small_objective().student
 
     def forward(self, images):
+        images = normalize(images)
         states = self.student.hidden_states(images)
         condition = self.student.condition(self.student.latents(states[-1]))
         rows = torch.zeros(*condition.shape[:2], 48)
         velocity = self.student.velocity(rows, torch.full((len(images),), 0.5), condition)
         total = (condition.mean() - 1).square() + (velocity - images.mean((1, 2, 3))[:, None, None]).square().mean()
-        zero, none = total.detach() * 0, torch.zeros(0)
-        return SimpleNamespace(total=total, flow=zero, distill=zero, alpha=none, weights=none)
+        return Total(total)
 
 
 def test_micro_batches_add_up_to_the_batch(make):
     class Linear(WithoutChance):
         def forward(self, images):
             losses = super().forward(images)
-            losses.total = self.student.encode(images).square().mean()  # a mean over the images
+            losses.total = self.student.encode(normalize(images)).square().mean()  # a mean over the images
             return losses
 
     whole, parts = make(objective=Linear(), steps=4), make(objective=Linear(), steps=4, micro_batch_size=1)
@@ -152,12 +161,12 @@ def test_autocast_and_its_dtypes(make):
 
     class Looking(WithoutChance):
         def forward(self, images):
-            seen.append((images.dtype, self.student.encode(images).dtype))
+            seen.append((images.dtype, self.student.encode(normalize(images)).dtype))
             return super().forward(images)
 
     trainer = make(steps=1, objective=Looking(), precision="bfloat16")
     trainer.run()
-    assert seen == [(torch.float32, torch.bfloat16)]
+    assert seen == [(torch.uint8, torch.bfloat16)]
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
 
 
@@ -226,9 +235,10 @@ def test_reports(make):
     assert [report.step for report in heard.reports] == [3, 6, 7]
     assert [report.loss for report in heard.reports] == [losses[2], losses[5], losses[6]]
     for report in heard.reports:
-        assert report.loss == pytest.approx(report.flow + 0.5 * report.distill, rel=1e-5)
-        assert len(report.alpha) == len(report.weights) == 1
-        assert report.weights == pytest.approx([1.0])
+        assert list(report.measured) == ["flow", "distill", "alpha", "weights"]
+        assert report.loss == pytest.approx(report.measured["flow"] + 0.5 * report.measured["distill"], rel=1e-5)
+        assert len(report.measured["alpha"]) == 1
+        assert report.measured["weights"] == pytest.approx([1.0])
         assert report.images_per_second > 0
         assert report.gradient_norm > 0
         assert report.memory > 10**7
@@ -251,16 +261,16 @@ def test_skipped_pictures_are_counted_and_named(make, tmp_path):
 def test_validation_scores_center_crops(make, picture_folder):
     files = sorted(path for path in picture_folder.rglob("*") if path.is_file())
     heard = Heard()
-    trainer = make(steps=4, validate_every=4, ema_decay=0.9, validator=Validator(files, 2), logs=[heard])
+    trainer = make(steps=4, validate_every=4, ema_decay=0.9, validator=ReconstructionValidator(files, 2), logs=[heard])
     assert trainer.run() == make(steps=4, ema_decay=0.9).run()  # training does not notice
     (validation,) = heard.validations
     originals = torch.stack([to_tensor(center_crop(open_picture(file), 16)) for file in files])
-    noise = torch.stack([torch.randn(16, 48, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    noise = torch.stack([seeded_noise(16, 48, i) for i in range(3)])
     with trainer.average.in_model(), torch.no_grad():
         results = to_uint8(trainer.student(normalize(originals), noise=noise))
     assert validation.step == 4
-    assert validation.psnr == pytest.approx(psnr(results, originals).mean().item(), abs=1e-2)
-    assert validation.ssim == pytest.approx(ssim(results, originals).mean().item(), abs=1e-2)
+    assert validation.scores["psnr"] == pytest.approx(psnr(results, originals).mean().item(), abs=1e-2)
+    assert validation.scores["ssim"] == pytest.approx(ssim(results, originals).mean().item(), abs=1e-2)
     assert validation.samples.shape == (3, 32, 32)  # the first batch: two pictures above two
     assert torch.equal(validation.samples[:, :16, 16:], originals[1])
 
@@ -276,26 +286,26 @@ def test_processes_share_the_pictures_to_validate_on(picture_folder):
 
     totals = []
     for rank in (0, 1):
-        Validator(files, 1).score(student, 1, Counted(rank, 2))  # the second has one picture less
-    alone = Validator(files, 1).score(student, 1, Processes())
+        ReconstructionValidator(files, 1).score(student, 1, Counted(rank, 2))  # the second has one picture less
+    alone = ReconstructionValidator(files, 1).score(student, 1, Processes())
     psnr_sum, ssim_sum, pictures = sum(totals).tolist()
     assert pictures == 3
-    assert psnr_sum / 3 == pytest.approx(alone.psnr)
-    assert ssim_sum / 3 == pytest.approx(alone.ssim)
+    assert alone.scores == pytest.approx({"psnr": psnr_sum / 3, "ssim": ssim_sum / 3})
 
 
 # losses that are not finite
 
 
-class Poisoned(torch.utils.data.Dataset):
+class Poisoned(RandomCrops):
     """Good crops, but one is white; the objective below cannot stand white pictures."""
 
     def __init__(self, at):
-        self.crops, self.at = small_crops(), at
+        super().__init__(small_crops().pictures, 16)
+        self.at = at
 
     def __getitem__(self, position):
-        sample = self.crops[position]
-        return Sample(torch.full_like(sample.pixels, 255), "white.png", []) if position == self.at else sample
+        sample = super().__getitem__(position)
+        return Sample(torch.full_like(sample.value, 255), "white.png", []) if position == self.at else sample
 
 
 class AfraidOfWhite(nn.Module):
@@ -309,9 +319,8 @@ class AfraidOfWhite(nn.Module):
 
     def forward(self, images):
         losses = self.inner(images)
-        white = (images > 2).flatten(1).all(1).any()
-        poison = torch.where(white, self.value, 1.0)
-        return SimpleNamespace(**{**vars(losses), "total": losses.total * poison})
+        white = (images == 255).flatten(1).all(1).any()
+        return replace(losses, total=losses.total * torch.where(white, self.value, 1.0))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -329,14 +338,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(make, tmp_p
     assert not changed(parameters(good), dict(UniFlow.from_pretrained(folder).named_parameters()))
     batch = torch.load(folder / "batch-0.pt", weights_only=True)
     assert batch["names"][1] == "white.png"
-    assert (batch["images"][1] == 255).all()
+    ((images,),) = batch["inputs"]  # of the only micro-batch
+    assert (images[1] == 255).all()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
     # the step can be made again
     objective = AfraidOfWhite(value).train()
     objective.student.load_state_dict(UniFlow.from_pretrained(folder).state_dict())
     torch.manual_seed(batch["seeds"][0])
-    assert not math.isfinite(objective(normalize(batch["images"])).total.item())
+    assert not math.isfinite(objective(images).total.item())
 
 
 def test_steps_made_before_the_host_notices_change_nothing(make, monkeypatch):
@@ -362,5 +372,5 @@ def test_a_gradient_that_is_not_finite_stops_too(make):
             losses.total = losses.total + (self.student.chal_proj.c_fc.bias.sum() * 0).sqrt()
             return losses
 
-    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 1, of the pictures"):
+    with pytest.raises(FloatingPointError, match="the gradient's norm is nan at step 1, of the samples "):
         make(objective=Broken()).run()

@@ -1,0 +1,211 @@
+"""What is trained need be no UniFlow: a line through points, with inputs, losses and a checkpoint of its own kind."""
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.uniflow.training.conftest import Heard
+from uniflow.checkpoint import read_state, write_state
+from uniflow.data import Sample, Samples
+from uniflow.training import Recipe, Stage, Trainer
+from uniflow.training.logs import Validation
+from uniflow.training.processes import Processes
+from uniflow.training.state import gather
+
+STAGES = (Stage(3, train="decoder", warmup_steps=0), Stage(4, encoder_learning_rate=1e-2, warmup_steps=0))
+
+
+class Config:
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text('{"model_type": "line"}')
+
+
+class Line(nn.Module):
+    pretrained_parts = ("features.",)
+
+    def __init__(self):
+        super().__init__()
+        self.config = Config()
+        self.features = nn.Linear(2, 8)
+        self.out = nn.Linear(8, 1)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    @property
+    def device(self):
+        return self.scale.device
+
+    def layers(self):
+        return [self.features]
+
+    def save_pretrained(self, folder):
+        write_state(self, folder)
+        self.config.save_pretrained(folder)
+
+    def forward(self, x):
+        return self.scale * self.out(self.features(x).tanh())[..., 0]
+
+
+class Points(NamedTuple):
+    x: Tensor  # [B, 2]
+    y: Tensor  # [B]
+
+
+@dataclass
+class Losses:
+    total: Tensor
+    errors: Tensor
+
+    def measured(self):
+        return {"worst": self.errors.max(), "halves": self.errors.view(2, -1).mean(1)}
+
+
+class Fit(nn.Module):
+    """The squared error, weighed; it takes a named tuple and a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = Line()
+
+    def forward(self, points, extra):
+        errors = (self.student(points.x) - points.y).square()
+        return Losses((errors * extra["weights"]).mean(), errors.detach())
+
+
+class Plane(Samples):
+    def __init__(self, broken=None):
+        self.broken = broken
+
+    def __getitem__(self, position):
+        x = np.random.default_rng(position).random(2, np.float32)
+        y = np.float32("nan" if position == self.broken else x.sum())
+        return Sample((torch.from_numpy(x), torch.tensor(y)), f"point {position}", [])
+
+    def collate(self, values):
+        points = Points(*(torch.stack(parts) for parts in zip(*values, strict=True)))
+        return points, {"weights": torch.ones(len(values))}
+
+
+def train(*stages, samples=None, objective=None, **options):
+    own = {name: options.pop(name) for name in ("out", "logs", "validator", "processes") if name in options}
+    recipe = Recipe(stages or STAGES, batch_size=4, log_every=1, **options)
+    return Trainer(objective or Fit(), samples or Plane(), recipe, **own)
+
+
+def test_it_is_trained_and_what_it_measures_is_logged_by_name():
+    heard = Heard()
+    losses = train(Stage(60, learning_rate=0.05), logs=[heard]).run()
+    assert np.mean(losses[-10:]) < 0.05 * np.mean(losses[:5])
+    first, last = heard.reports[0], heard.reports[-1]
+    assert first.loss == pytest.approx(np.mean(first.measured["halves"]))
+    assert len(first.measured["halves"]) == 2
+    assert first.measured["worst"] > last.measured["worst"] > 0
+    assert list(first.values())[4:8] == ["loss", "worst", "halves", "gradient_norm"]
+
+
+def test_pretrained_parts_are_frozen_or_have_their_own_rate():
+    trainer = train()
+    start = {name: parameter.clone() for name, parameter in trainer.student.named_parameters()}
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: [
+            pytest.fail(f"{name} is frozen")
+            for name, parameter in trainer.student.named_parameters()
+            if name.startswith("features.") and not torch.equal(parameter, start[name])
+        ]
+    )
+    trainer.run()
+    assert not any(torch.equal(parameter, start[name]) for name, parameter in trainer.student.named_parameters())
+    assert {group["peak"] for group in trainer.optimizer.param_groups} == {1e-3, 1e-2}
+
+
+def test_it_goes_on_to_the_bit(tmp_path):
+    whole = train(out=tmp_path, save_every=1, keep=9, ema_decay=0.9, micro_batch_size=2)
+    losses = whole.run()
+    folder = tmp_path / "checkpoints" / "step-00000002"
+    assert json.loads((folder / "config.json").read_text()) == {"model_type": "line"}
+    assert read_state(folder).keys() == read_state(folder / "ema").keys() == whole.student.state_dict().keys()
+    again = train(ema_decay=0.9, micro_batch_size=2)
+    again.resume(folder)
+    assert again.run() == losses[2:]
+    for name, parameter in whole.student.named_parameters():
+        assert torch.equal(parameter, again.student.get_parameter(name))
+
+
+def test_a_failure_keeps_the_inputs(tmp_path):
+    trainer = train(samples=Plane(broken=6), out=tmp_path, micro_batch_size=2)
+    with pytest.raises(FloatingPointError, match="at step 2, of the samples point 4, point 5, point 6, point 7"):
+        trainer.run()
+    batch = torch.load(tmp_path / "failure-00000002" / "batch-0.pt", weights_only=True)
+    (points, extra) = batch["inputs"][1]  # of the second micro-batch
+    assert points["y"].isnan().tolist() == [True, False]
+    assert torch.equal(points["x"][1], Plane()[7].value[0])
+    assert extra["weights"].tolist() == [1, 1]
+
+
+def test_any_validator_will_do():
+    class Counting:
+        def score(self, student, step, processes):
+            assert not student.training
+            return Validation(step, {"points": 3.0})
+
+    heard = Heard()
+    train(Stage(4), logs=[heard], validator=Counting(), validate_every=2).run()
+    assert heard.validations == [Validation(2, {"points": 3.0}), Validation(4, {"points": 3.0})]
+
+
+def test_shards_are_gathered_into_what_is_built(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        trainer = train(
+            out=tmp_path, parallel="fsdp", processes=Processes(0, 1, torch.distributed.group.WORLD), ema_decay=0.9
+        )
+        losses = trainer.run()
+    finally:
+        torch.distributed.destroy_process_group()
+    alone = train(ema_decay=0.9)
+    assert losses == pytest.approx(alone.run(), rel=1e-5)
+    for average, expected in ((False, alone.student.state_dict()), (True, alone.average.values)):
+        found = gather(tmp_path / "checkpoints" / "step-00000007", average, lambda folder: Line())
+        for name, tensor in expected.items():
+            assert torch.allclose(found.state_dict()[name], tensor, atol=1e-6), name
+
+
+# what is refused
+
+
+def test_a_student_that_lacks_something_is_refused_at_once():
+    objective = nn.Module()
+    with pytest.raises(TypeError, match=r"objective: expected a module whose `student` .*; the student is a NoneType"):
+        train(objective=objective)
+    objective.student = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="is a Linear without config, device, layers, pretrained_parts, save_pre"):
+        train(objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        ([{"a": torch.zeros(2, 2)}], r"expected to measure scalars and vectors, got a \[2, 2\]"),
+        ([{"step": torch.zeros(())}], "objective: measures step, which the log has a meaning of its own for"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"expected to measure a \[2\] as before, got a \[3\]"),
+        ([{"a": torch.zeros(2)}, {}], r"expected to measure a \[2\] as before, got nothing"),
+    ],
+)
+def test_what_cannot_be_logged_is_refused(measured, message):
+    given = iter(measured)
+
+    class Fickle(Fit):
+        def forward(self, points, extra):
+            losses = super().forward(points, extra)
+            losses.measured = lambda: next(given)
+            return losses
+
+    with pytest.raises(ValueError, match=message):
+        train(objective=Fickle()).run()

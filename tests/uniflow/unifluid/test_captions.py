@@ -1,0 +1,329 @@
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import png, smooth_picture, write_shard
+from uniflow.data import Positions, load
+from uniflow.pictures import PictureError, center_crop, to_tensor
+from uniflow.unifluid.captions import CaptionedPictures, CaptionError, CaptionFolder, CaptionShards, Texts, every_text
+from uniflow.unifluid.texts import answer_ids, make_text_tokenizer, prompt_ids, question_ids
+
+pytest.importorskip("transformers")
+
+QUESTION = {"question": "which digit?", "answer": "seven"}
+LINES = [
+    {"image": "a.png", "caption": "a seven"},
+    {"image": "a.png", **QUESTION},
+    {"image": "more/b.png", "caption": "a three", "question": "is it a seven?", "answer": "no"},
+    {"image": "b.png", "caption": "a one", "question": None},
+]
+SIZES = {"drawing_size": (8, 12), "reading_size": (16, 16), "max_text": 40}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_text_tokenizer(["a seven", "a three", "which digit?"], 270)
+
+
+def write_folder(folder, lines):
+    (folder / "more").mkdir(exist_ok=True)
+    for seed, name in enumerate(("a.png", "b.png", "more/b.png")):
+        smooth_picture((40, 30), seed).save(folder / name)
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path, LINES)
+
+
+def numbers_of(captions=0, both=0, questions=0):
+    """Lines about as many different captions and questions."""
+    lines = [{"image": "a.png", "caption": f"caption {i}"} for i in range(captions)]
+    lines += [{"image": "a.png", "caption": f"caption {captions + i}", **QUESTION} for i in range(both)]
+    return lines + [{"image": "b.png", "question": f"question {i}", "answer": "yes"} for i in range(questions)]
+
+
+# where examples come from
+
+
+def test_a_folder_of_captions(folder):
+    examples = CaptionFolder(folder)
+    assert len(examples) == 4
+    assert examples.texts(0) == Texts("a seven")
+    assert examples.texts(2) == Texts("a three", "is it a seven?", "no")
+    assert examples.name(2) == f"{folder}/captions.jsonl:3 (more/b.png)"
+    assert np.array_equal(examples.open(2), smooth_picture((40, 30), 2))
+    assert list(every_text(examples))[:3] == ["a seven", "which digit?", "seven"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": "a.png", "caption": ', "is no JSON: Expecting value"),
+        ('["a.png", "a seven"]', "expected a JSON object, got"),
+        ({"caption": "a seven"}, "image: expected the path of a picture in the folder, got None"),
+        ({"image": "none.png", "caption": "a seven"}, "image: no such file: .*none.png"),
+        ({"image": "../a.png", "caption": "a seven"}, "image: ../a.png is outside the folder"),
+        ({"image": "/a.png", "caption": "a seven"}, "image: /a.png is outside the folder"),
+        ({"image": "a.png"}, "expected a caption, or question and answer"),
+        ({"image": "a.png", "caption": " \n"}, "caption: expected a text, not empty, of valid Unicode, got ' "),
+        ({"image": "a.png", "caption": 7}, "caption: expected a text, not empty, of valid Unicode, got 7"),
+        (
+            {"image": "a.png", "caption": "cut \ud83d"},
+            "caption: expected a text, not empty, of valid Unicode, got 'cut",
+        ),
+        ({"image": "a.png", "caption": "a seven", "question": "which?"}, "question without answer"),
+        ({"image": "a.png", "answer": "seven"}, "answer without question"),
+        ({"image": "a.png", "question": "which?", "answer": ""}, "answer: expected a text, not empty"),
+    ],
+)
+def test_a_line_that_is_no_example_is_named(tmp_path, line, message):
+    write_folder(tmp_path, [LINES[0], "", line])
+    with pytest.raises(CaptionError, match=rf"captions\.jsonl:3:? {message}"):
+        CaptionFolder(tmp_path)
+
+
+def test_a_folder_without_examples(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no captions\.jsonl in"):
+        CaptionFolder(tmp_path)
+    with pytest.raises(CaptionError, match=r"captions\.jsonl holds no examples"):
+        CaptionFolder(write_folder(tmp_path, ["", ""]))
+
+
+def picture(seed):
+    return png(smooth_picture((40, 30), seed))
+
+
+def shards_of(path, members):
+    return CaptionShards([write_shard(path / "x.tar", members)], (".png",))
+
+
+def test_shards_of_captions(tmp_path):
+    pytest.importorskip("wids")
+    members = {"0.png": picture(0), "0.txt": b"a seven\n", "1.json": json.dumps(QUESTION).encode(), "1.png": picture(1)}
+    members |= {"2.png": picture(2), "2.txt": b"a one", "2.json": json.dumps({**QUESTION, "width": 40}).encode()}
+    members |= {"3.png": picture(3), "3.txt": b"not this", "3.json": b'{"caption": "but this"}'}
+    examples = shards_of(tmp_path, members)
+    assert [examples.texts(number) for number in range(4)] == [
+        Texts("a seven"),
+        Texts("", "which digit?", "seven"),
+        Texts("a one", "which digit?", "seven"),
+        Texts("but this"),
+    ]
+    assert np.array_equal(examples.open(2), smooth_picture((40, 30), 2))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"", "b.txt": b"a seven"}, r"x\.tar:b\.txt: a text without a picture beside it"),
+        ({"a.png": b"", "b.json": b"{}"}, r"x\.tar:b\.json: a text without a picture beside it"),
+        ({"a.png": b""}, r"x\.tar:a\.png: no texts beside it: expected a caption, or question and answer"),
+        ({"a.png": b"", "a.json": b"{"}, r"x\.tar:a\.json is no JSON"),
+        ({"a.png": b"", "a.json": b"{}"}, r"x\.tar:a\.json: expected a caption, or question and answer"),
+        ({"a.png": b"", "a.txt": b" \n"}, r"x\.tar:a\.txt: caption: expected a text, not empty"),
+        ({"a.png": b"", "a.txt": b"\xff"}, r"x\.tar:a\.txt: caption: expected a text, not empty, of valid Unicode"),
+        ({"a.cls": b"7"}, r"no pictures in .*x\.tar"),
+    ],
+)
+def test_bad_shards_are_refused_when_they_are_opened(tmp_path, tokenizer, members, message):
+    pytest.importorskip("wids")
+    with pytest.raises(CaptionError, match=message):
+        CaptionedPictures(shards_of(tmp_path, members), tokenizer, **SIZES)
+
+
+# the stream
+
+
+def test_what_a_drawing_and_a_reading_are(folder, tokenizer):
+    samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES, drop_caption=0)
+    drawn, read = (
+        next(
+            sample
+            for sample in map(samples.__getitem__, range(8))
+            if f"jsonl:{line} " in sample.name and wanted(sample)
+        )
+        for line, wanted in ((1, lambda s: s.value.kind == "drawing"), (3, lambda s: s.value.kind == "reading"))
+    )
+    assert drawn.value.ids.tolist() == prompt_ids(tokenizer, "a seven")
+    assert drawn.value.answer == 0
+    assert torch.equal(drawn.value.pixels, to_tensor(center_crop(smooth_picture((40, 30), 0), (8, 12))))
+    question, answer = question_ids(tokenizer, "is it a seven?"), answer_ids(tokenizer, "no")
+    assert read.value.ids.tolist() == question + answer
+    assert read.value.answer == len(answer)
+    assert torch.equal(read.value.pixels, to_tensor(center_crop(smooth_picture((40, 30), 2), (16, 16))))
+
+
+@pytest.mark.parametrize(
+    ("share", "length", "readings"), [(0.5, 2, 1), (0.25, 4, 1), (0.3, 10, 3), (0, 3, 0), (1, 3, 3)]
+)
+def test_every_run_of_neighbours_has_its_share_of_readings(tmp_path, tokenizer, share, length, readings):
+    examples = CaptionFolder(write_folder(tmp_path, numbers_of(captions=2, questions=3)))
+    samples = CaptionedPictures(examples, tokenizer, **SIZES, reading_share=share)
+    kinds = [samples[position].value.kind == "reading" for position in range(40 + length)]
+    assert {sum(kinds[first : first + length]) for first in range(40)} == {readings}
+
+
+def test_every_epoch_of_a_kind_shows_all_its_examples_in_another_order(tmp_path, tokenizer):
+    examples = CaptionFolder(write_folder(tmp_path, numbers_of(captions=4, both=2, questions=1)))
+    samples = CaptionedPictures(examples, tokenizer, **SIZES, reading_share=0.25)
+    stream = [samples[position] for position in range(24)]
+    for kind, expected in (("drawing", range(1, 7)), ("reading", range(5, 8))):
+        names = [sample.name for sample in stream if sample.value.kind == kind]
+        epochs = [names[first : first + len(expected)] for first in range(0, len(names), len(expected))]
+        assert len(epochs) in (2, 3)
+        for epoch in epochs:
+            assert sorted(int(name.split(":")[1].split()[0]) for name in epoch) == list(expected)
+        if kind == "drawing":
+            assert len(set(map(tuple, epochs))) > 1
+
+
+def test_the_stream_follows_from_seed_and_position(folder, tokenizer):
+    one, two, other = (CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES, seed=s) for s in (3, 3, 4))
+    first = [one[position] for position in range(30)]
+    assert [(s.name, s.value.ids.tolist()) for s in first] != [
+        (other[p].name, other[p].value.ids.tolist()) for p in range(30)
+    ]
+    for position in (29, 3, 17):
+        again = pickle.loads(pickle.dumps(two))[position]  # as workers that are not forked have it
+        assert again.name == first[position].name
+        assert torch.equal(again.value.ids, first[position].value.ids)
+        assert torch.equal(again.value.pixels, first[position].value.pixels)
+
+
+def test_captions_are_dropped_and_pictures_mirrored_as_often_as_wanted(folder, tokenizer):
+    examples = CaptionFolder(folder)
+    plain = CaptionedPictures(examples, tokenizer, **SIZES, drop_caption=0)
+    other = CaptionedPictures(examples, tokenizer, **SIZES, drop_caption=0.25, flip=True)
+    dropped, mirrored = [], []
+    for position in range(400):
+        a, b = plain[position].value, other[position].value
+        mirrored.append(torch.equal(b.pixels, a.pixels.flip(-1)))
+        assert mirrored[-1] != torch.equal(b.pixels, a.pixels)
+        if a.kind == "drawing":
+            dropped.append(b.ids.tolist() == [tokenizer.bos_token_id])
+        assert torch.equal(a.ids, b.ids) != (a.kind == "drawing" and dropped[-1])
+    assert 30 < sum(dropped) < 70
+    assert 150 < sum(mirrored) < 250
+
+
+def test_which_captions_are_dropped_follows_from_the_seed(folder, tokenizer):
+    def dropped(seed):
+        samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES, seed=seed, drop_caption=0.5)
+        return [len(samples[position].value.ids) == 1 for position in range(0, 40, 2)]
+
+    assert dropped(0) == dropped(0) != dropped(1)
+
+
+def test_the_share_must_fit_the_examples(tmp_path, tokenizer):
+    both = CaptionFolder(write_folder(tmp_path, LINES))
+    assert CaptionedPictures(both, tokenizer, **SIZES)[1].value.kind == "reading"
+    with pytest.raises(ValueError, match=r"reading_share: expected a share in \[0, 1\], got 1.5"):
+        CaptionedPictures(both, tokenizer, **SIZES, reading_share=1.5)
+    with pytest.raises(ValueError, match=r"drop_caption: expected a share in \[0, 1\], got -1"):
+        CaptionedPictures(both, tokenizer, **SIZES, drop_caption=-1)
+    captions = CaptionFolder(write_folder(tmp_path, numbers_of(captions=2)))
+    assert {CaptionedPictures(captions, tokenizer, **SIZES)[p].value.kind for p in range(4)} == {"drawing"}
+    with pytest.raises(ValueError, match="expected 0, as no example has a question"):
+        CaptionedPictures(captions, tokenizer, **SIZES, reading_share=0.5)
+    questions = CaptionFolder(write_folder(tmp_path, numbers_of(questions=2)))
+    assert {CaptionedPictures(questions, tokenizer, **SIZES)[p].value.kind for p in range(4)} == {"reading"}
+    with pytest.raises(ValueError, match="expected 1, as no example has a caption"):
+        CaptionedPictures(questions, tokenizer, **SIZES, reading_share=0.5)
+
+
+def test_a_text_that_is_too_long_is_named(tmp_path, tokenizer):
+    line = LINES[2]
+    length = len(question_ids(tokenizer, line["question"]) + answer_ids(tokenizer, line["answer"]))
+    examples = CaptionFolder(write_folder(tmp_path, [LINES[0], line]))
+    sizes = {**SIZES, "max_text": length}
+    CaptionedPictures(examples, tokenizer, **sizes)
+    sizes["max_text"] -= 1
+    with pytest.raises(
+        CaptionError, match=rf"jsonl:2 \(more/b\.png\): a text of {length} ids, .* {length - 1} \(max_text\)"
+    ):
+        CaptionedPictures(examples, tokenizer, **sizes)
+    pytest.importorskip("wids")
+    samples = CaptionedPictures(
+        shards_of(tmp_path, {"0.png": picture(0), "0.txt": b"a " * 40}), tokenizer, **SIZES, drop_caption=0
+    )
+    with pytest.raises(CaptionError, match=r"x\.tar:0\.png: a text of"):
+        samples[0]
+
+
+def test_a_damaged_picture_is_skipped_and_named(tmp_path, tokenizer):
+    (tmp_path / "c.png").write_text("no picture")
+    folder = write_folder(tmp_path, [*LINES, {"image": "c.png", "caption": "a nine"}])
+    samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
+    stream = [samples[position] for position in range(8)]
+    assert {name for sample in stream for name in sample.skipped} == {f"{folder}/captions.jsonl:5 (c.png)"}
+    assert all("c.png" not in sample.name for sample in stream)
+    for file in folder.rglob("*.png"):
+        file.write_text("no picture")
+    with pytest.raises(PictureError, match=r"none of the 2 pictures can be read"):
+        samples[1]
+
+
+# batches
+
+
+def test_batches_are_padded_on_the_left(folder, tokenizer):
+    samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
+    values = [samples[position].value for position in range(12)]
+    drawings, readings = samples.collate(values)
+    for kind, batch, size in (("drawing", drawings, (8, 12)), ("reading", readings, (16, 16))):
+        own = [value for value in values if value.kind == kind]
+        longest = max(len(value.ids) for value in own)
+        assert batch.images.shape == (6, 3, *size)
+        assert batch.images.dtype == torch.uint8
+        assert batch.ids.shape == batch.real.shape == (6, longest)
+        assert batch.ids.dtype == torch.int64
+        assert batch.real.dtype == torch.bool
+        for row, value in enumerate(own):
+            padding = longest - len(value.ids)
+            assert torch.equal(batch.images[row], value.pixels)
+            assert batch.ids[row].tolist() == [tokenizer.pad_token_id] * padding + value.ids.tolist()
+            assert batch.real[row].tolist() == [False] * padding + [True] * len(value.ids)
+            if kind == "reading":
+                longest_answer = max(value.answer for value in own)
+                assert batch.answer[row].tolist() == [False] * (longest_answer - value.answer) + [True] * value.answer
+    assert not drawings.real.all()
+
+
+def test_a_batch_of_one_kind_has_no_rows_of_the_other(folder, tokenizer):
+    samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
+    drawings, readings = samples.collate([samples[1].value])
+    assert readings.images.shape == (1, 3, 16, 16)
+    assert [tuple(tensor.shape) for tensor in drawings] == [(0, 3, 8, 12), (0, 0), (0, 0)]
+    assert [tensor.dtype for tensor in drawings] == [torch.uint8, torch.int64, torch.bool]
+    drawings, readings = samples.collate([samples[0].value])
+    assert drawings.images.shape == (1, 3, 8, 12)
+    assert [tuple(tensor.shape) for tensor in readings] == [(0, 3, 16, 16), (0, 0), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_workers_give_the_same_batches(tmp_path, tokenizer, kind, workers, capfd):
+    if kind == "shards":
+        pytest.importorskip("wids")
+        members = {f"{i}.png": picture(i) for i in range(5)} | {f"{i}.txt": b"a seven" for i in range(3)}
+        members |= {f"{i}.json": json.dumps(QUESTION).encode() for i in range(2, 5)}
+        examples = shards_of(tmp_path, members)
+    else:
+        examples = CaptionFolder(write_folder(tmp_path, LINES))
+    samples = CaptionedPictures(examples, tokenizer, **SIZES)
+    batches = list(itertools.islice(load(samples, Positions(6, 4, 4), workers, pin_memory=False), 3))
+    for number, batch in enumerate(batches):
+        expected = [samples[position] for position in range(6 + 4 * number, 10 + 4 * number)]
+        assert batch.names == [sample.name for sample in expected]
+        for ours, theirs in zip(batch.inputs, samples.collate([sample.value for sample in expected]), strict=True):
+            assert type(ours) is type(theirs)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not capfd.readouterr().err  # the tokenizers package may not complain of having been forked

@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from uniflow.unifluid import drawing
+from uniflow.unifluid.asking import answer
+from uniflow.unifluid.drawing import draw_tokens
+from uniflow.unifluid.orders import draw_orders, group_sizes
+from uniflow_kernels import FlowHead
+
+N = 12
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("backbone", [{}, {"model_type": "gemma3_text", "sliding_window": 4}], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg):
+    # every state that a token was drawn under is that of the whole sequence without a cache
+    model = make_model(backbone)
+    seen = []
+    draw = drawing._Head.draw
+    monkeypatch.setattr(
+        drawing._Head, "draw", lambda self, model, states: seen.append(states) or draw(self, model, states)
+    )
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
+    tokens = draw_tokens(model, *texts, 5, head_steps=3, cfg=cfg, order=order, generator=seeded())
+    groups = torch.arange(5).repeat_interleave(torch.tensor(group_sizes(N, 5))).expand(2, N)
+    states = torch.cat(seen, dim=1)
+    with torch.no_grad():
+        expected = model.draw_states(tokens, *texts, order, groups)
+        torch.testing.assert_close(states[:2], expected, rtol=1e-5, atol=1e-5)
+        assert len(states) == (2 if cfg == 1.0 else 4)
+        if cfg != 1.0:  # the null branch has bos for a text
+            bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
+            null = model.draw_states(tokens, bos, torch.ones_like(bos, dtype=torch.bool), order, groups)
+            torch.testing.assert_close(states[2:], null, rtol=1e-5, atol=1e-5)
+
+
+def test_each_token_is_drawn_by_the_head_under_its_state(make_model, texts):
+    # the definition: one token after the other without a cache, the head step by step
+    model = make_model()
+    model.set_statistics(torch.randn(50, N, 5, generator=seeded()) * 3 + 1)
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
+    drawn = draw_tokens(model, *texts, head_steps=4, cfg=1.5, order=order, temperature=0.9, generator=seeded(1))
+    ids, real = texts
+    bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
+    tokens = torch.zeros(2, N, 5)
+    groups = torch.arange(N).expand(2, N)
+    noise = seeded(1)
+    with torch.no_grad():
+        for rank in range(N):
+            state = model.draw_states(tokens, ids, real, order, groups)[:, rank]
+            null = model.draw_states(tokens, bos, torch.ones_like(bos, dtype=torch.bool), order, groups)[:, rank]
+            x = torch.randn(2, 1, 5, generator=noise)[:, 0] * 0.9
+            for step in range(4):
+                t = torch.full((2,), 1000 * step / 4)
+                v, null_v = model.head(x, t, state), model.head(x, t, null)
+                x = x + (null_v + 1.5 * (v - null_v)) / 4
+            tokens[torch.arange(2), order[:, rank]] = x
+    torch.testing.assert_close(drawn, model.denormalized(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_seeds_and_orders(make_model, texts):
+    model = make_model()
+    one = draw_tokens(model, *texts, 3, head_steps=2, generator=seeded(1))
+    assert one.shape == (2, N, 5)
+    assert torch.equal(one, draw_tokens(model, *texts, 3, head_steps=2, generator=seeded(1)))
+    assert not torch.equal(one, draw_tokens(model, *texts, 3, head_steps=2, generator=seeded(2)))
+    torch.manual_seed(0)
+    assert torch.isfinite(draw_tokens(make_model(order="raster"), *texts, 3, head_steps=2)).all()
+
+
+def test_a_head_that_predicts_noise(make_model, texts):
+    model = make_model(head="ddpm")
+    for cfg in (1.0, 2.0):
+        tokens = draw_tokens(model, *texts, 3, head_steps=4, cfg=cfg, generator=seeded())
+        assert tokens.shape == (2, N, 5)
+        assert torch.isfinite(tokens).all()
+
+
+def test_few_calls(make_model, texts, monkeypatch):
+    # with guidance one pass of the transformer and one sampling of the head a step
+    model = make_model()
+    calls = []
+    sample = FlowHead.sample
+    monkeypatch.setattr(FlowHead, "sample", lambda self, *a, **k: calls.append("head") or sample(self, *a, **k))
+    model.backbone.base_model.register_forward_hook(lambda *_: calls.append("transformer"))
+    draw_tokens(model, *texts, 5, head_steps=2, cfg=2.0, generator=seeded())
+    assert calls == ["transformer", "head"] * 5
+
+
+def test_bad_input(make_model, texts):
+    model = make_model()
+    with pytest.raises(ValueError, match="steps: expected between 1 and 12"):
+        draw_tokens(model, *texts, 13)
+    with pytest.raises(ValueError, match=r"order: expected shape \(2, 12\)"):
+        draw_tokens(model, *texts, order=torch.arange(N))
+    ids, real = texts
+    with pytest.raises(ValueError, match="positions for 64 tokens"):
+        draw_tokens(model, ids.repeat(1, 12), real.repeat(1, 12))
+    with pytest.raises(ValueError, match="schedule"):
+        draw_tokens(model, *texts, schedule="sideways")
+
+
+def test_answers_are_the_likeliest_ids(make_model, texts):
+    model = make_model()
+    ids, real = texts
+    features = torch.randn(2, 4, 7, generator=seeded())
+    with torch.no_grad():
+        expected = []
+        for row in range(2):
+            text = ids[row : row + 1, ~real[row].logical_not()]
+            for _ in range(4):
+                grown = torch.cat([text, text[:, :1]], dim=1)  # whatever id stands in the place that is predicted
+                logits = model.answer_logits(
+                    features[row : row + 1], grown, torch.ones_like(grown, dtype=torch.bool), 1
+                )
+                text = torch.cat([text, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+            found = text[0, -4:].tolist()
+            end = model.text_tokenizer.eos_token_id
+            expected.append(found[: found.index(end)] if end in found else found)
+    answers = answer(model, features, ids, real, longest=4)
+    assert answers == [text.strip() for text in model.text_tokenizer.batch_decode(expected, skip_special_tokens=True)]
+
+
+def test_answers_end_with_the_context(make_model, texts):
+    model = make_model({"max_position_embeddings": 12})
+    ids, real = texts
+    features = torch.randn(2, 4, 7, generator=seeded())
+    lengths = []
+    model.backbone.base_model.register_forward_hook(
+        lambda _, __, k, output: lengths.append(output.last_hidden_state.shape[1]), with_kwargs=True
+    )
+    answer(model, features, ids, real, longest=50)
+    assert sum(lengths) <= 12
+    with pytest.raises(ValueError, match="positions for 12 tokens, got 13"):
+        answer(model, torch.randn(2, 7, 7), ids, real)

@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from uniflow.flow import sample_t
+from uniflow.unifluid.captions import Drawings, Readings
+from uniflow.unifluid.objective import UniFluidObjective
+from uniflow.unifluid.orders import draw_groups, draw_orders
+
+N = 12
+
+
+class Tokens(nn.Module):
+    """An image tokenizer: a picture of 6x8 pixels in patches of 2, five numbers each."""
+
+    channels, grid, image_size = 5, (3, 4), (6, 8)
+
+    def encode(self, images):
+        patches = F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)
+        return patches[..., :5]
+
+    def fingerprint(self):
+        return "tokens"
+
+
+class Vision(nn.Module):
+    width, image_size = 7, (6, 8)
+
+    def forward(self, images):
+        return F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)[..., 5:]
+
+    def fingerprint(self):
+        return "vision"
+
+
+@pytest.fixture
+def batch(texts):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2, 3, 6, 8), dtype=torch.uint8, generator=generator)
+    answer = torch.tensor([[False, True, True], [True, True, True]])
+    return Drawings(images, *texts), Readings(images.flip(0), *texts, answer)
+
+
+def no_drawings(drawings):
+    return Drawings(*(part[:0] for part in drawings))
+
+
+def no_readings(readings):
+    return Readings(*(part[:0] for part in readings))
+
+
+def test_the_losses_are_what_they_are_said_to_be(make_model, batch):
+    model = make_model()
+    objective = UniFluidObjective(model, Tokens(), Vision(), image_weight=0.25, head_repeats=3)
+    torch.manual_seed(5)
+    losses = objective(*batch)
+    torch.testing.assert_close(losses.total, losses.text + 0.25 * losses.image)
+    measured = {name: value.item() for name, value in losses.measured().items()}
+    assert measured == {"text": losses.text.item(), "image": losses.image.item(), "image_weight": 0.25}
+
+    # image: k draws of time and noise for each token, one after the other in plain PyTorch
+    torch.manual_seed(5)
+    drawings, readings = batch
+    from uniflow import normalize
+
+    with torch.no_grad():
+        tokens = Tokens().encode(normalize(drawings.images))
+        order = draw_orders(2, N, "random", torch.device("cpu"))
+        groups = draw_groups(2, N, torch.device("cpu"))
+        states = model.draw_states(tokens, drawings.ids, drawings.real, order, groups)
+        ordered = torch.stack([row[places] for row, places in zip(tokens, order, strict=True)])
+        noise = torch.randn(6, N, 5)
+        t = sample_t((6, N), "lognormal")
+        errors = []
+        for draw in range(3):
+            x0, time = noise[2 * draw : 2 * draw + 2], t[2 * draw : 2 * draw + 2, :, None]
+            x_t = time * ordered + (1 - time) * x0
+            velocity = model.head(x_t.flatten(0, 1), 1000 * time.flatten(), states.flatten(0, 1)).view_as(x_t)
+            errors.append((velocity - (ordered - x0)).square().mean())
+        torch.testing.assert_close(losses.image, torch.stack(errors).mean())
+
+        # text: each answer's ids from what stands before them
+        features = Vision()(normalize(readings.images))
+        total, count = 0.0, 0
+        for row in range(2):
+            for column in torch.nonzero(readings.answer[row])[:, 0] - 3:
+                stop = 5 + column + 1 if column < -1 else 5
+                ids, real = readings.ids[row : row + 1, :stop], readings.real[row : row + 1, :stop]
+                logits = model.answer_logits(features[row : row + 1], ids, real, 1)[0]
+                total, count = total + F.cross_entropy(logits, ids[0, -1:]), count + 1
+        torch.testing.assert_close(losses.text, total / count)
+
+
+def test_either_part_may_be_empty(make_model, batch):
+    drawings, readings = batch
+    objective = UniFluidObjective(make_model(), Tokens(), Vision(), image_weight=2.0)
+    losses = objective(drawings, no_readings(readings))
+    assert losses.text == 0
+    torch.testing.assert_close(losses.total, 2 * losses.image)
+    losses = objective(no_drawings(drawings), readings)
+    assert losses.image == 0
+    torch.testing.assert_close(losses.total, losses.text)
+    assert objective(no_drawings(drawings), no_readings(readings)).total == 0
+
+
+@pytest.mark.parametrize("head", ["flow", "ddpm"])
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_training_lowers_both_losses(make_model, batch, head, order):
+    model = make_model(head=head, order=order)
+    model.head.reset_parameters()
+    objective = UniFluidObjective(model, Tokens(), Vision())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    history = []
+    for _ in range(60):
+        losses = objective(*batch)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        history.append((losses.text.item(), losses.image.item()))
+    first, last = torch.tensor(history[:10]).mean(0), torch.tensor(history[-10:]).mean(0)
+    assert last[0] < 0.2 * first[0]
+    assert last[1] < 0.85 * first[1]
+
+
+def test_conditions_are_not_copied_for_the_repeats(make_model, batch, monkeypatch):
+    objective = UniFluidObjective(make_model(), Tokens(), head_repeats=4)
+    rows = []
+    objective.student.head.cond_embed.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape))
+    objective(batch[0], no_readings(batch[1]))
+    assert rows == [(2, N, 32)]
+
+
+def test_bad_input(make_model, batch):
+    with pytest.raises(ValueError, match="head_repeats: expected at least 1"):
+        UniFluidObjective(make_model(), Tokens(), head_repeats=0)
+    with pytest.raises(ValueError, match="t_distribution"):
+        UniFluidObjective(make_model(), Tokens(), t_distribution="sometimes")
+    with pytest.raises(ValueError, match="tokenizer: gives 3x4 tokens of 5 channels, expected 2x6 of 5"):
+        UniFluidObjective(make_model(grid=(2, 6)), Tokens())
+    with pytest.raises(ValueError, match="tokenizer: has other weights"):
+        UniFluidObjective(make_model(tokenizer="another"), Tokens())
+    with pytest.raises(ValueError, match="vision: gives features of 7 channels, expected 9"):
+        UniFluidObjective(make_model(vision_channels=9), Tokens(), Vision())
+    with pytest.raises(ValueError, match="vision: has other weights"):
+        UniFluidObjective(make_model(vision="another"), Tokens(), Vision())
+    with pytest.raises(ValueError, match="made without vision"):
+        UniFluidObjective(make_model(), Tokens())(*batch)
+    UniFluidObjective(make_model(tokenizer="tokens", vision="vision"), Tokens(), Vision())
+
+
+def test_an_untrained_head_has_the_loss_of_saying_nothing(make_model, batch):
+    # v = 0 at the start: the mean square of x1 - x0, which is about 1 + that of the tokens
+    model = make_model()
+    model.head.reset_parameters()
+    objective = UniFluidObjective(model, Tokens(), head_repeats=64)
+    from uniflow import normalize
+
+    tokens = Tokens().encode(normalize(batch[0].images))
+    expected = 1 + tokens.square().mean().item()
+    torch.manual_seed(0)
+    loss = objective(batch[0], no_readings(batch[1])).image.item()
+    assert math.isclose(loss, expected, rel_tol=0.05)

@@ -1,0 +1,162 @@
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import randomize
+from uniflow import UniFlow, denormalize, normalize
+from uniflow.latents import fingerprint
+from uniflow.unifluid.tokens import AutoencoderTokens, UniFlowTokens, read_image_tokenizer
+
+
+def autoencoder(seed=0, **changes):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    fields = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4, "sample_size": 16, **changes}
+    return randomize(diffusers.AutoencoderKL(**blocks, **fields), seed)
+
+
+def pictures(size, count=2):
+    return normalize(torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0)))
+
+
+# UniFlow
+
+
+def test_uniflows_latents_are_tokens(tiny):
+    model = tiny()
+    tokenizer = UniFlowTokens(model, steps=3)
+    assert (tokenizer.channels, tokenizer.grid, tokenizer.image_size) == (8, (4, 4), (16, 16))
+    images = pictures((16, 16))
+    tokens = tokenizer.encode(images)
+    assert torch.equal(tokens, model.encode(images))
+    drawn = tokenizer.decode(tokens, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, model.decode(tokens, steps=3, generator=torch.Generator().manual_seed(1)))
+
+
+def test_uniflow_at_another_size(tiny):
+    tokenizer = UniFlowTokens(tiny(), image_size=(8, 20))
+    assert tokenizer.grid == (2, 5)
+    tokens = tokenizer.encode(pictures((8, 20)))
+    assert tokens.shape == (2, 10, 8)
+    assert tokenizer.decode(tokens).shape == (2, 3, 8, 20)
+    with pytest.raises(ValueError, match="image_size: expected multiples of 4 pixels, the side of a token, got 8x18"):
+        UniFlowTokens(tiny(), image_size=(8, 18))
+
+
+# autoencoders
+
+
+@pytest.mark.parametrize("changes", [{}, {"scaling_factor": 0.5, "shift_factor": 0.25}])
+def test_an_autoencoders_latents_are_tokens(changes):
+    model = autoencoder(**changes)
+    tokenizer = AutoencoderTokens(model, (16, 24))
+    assert (tokenizer.channels, tokenizer.grid, tokenizer.image_size) == (4, (8, 12), (16, 24))
+    images = pictures((16, 24))
+    with torch.no_grad():
+        mean = model.encode(denormalize(images) * 2 - 1).latent_dist.mean
+        expected = (mean - changes.get("shift_factor", 0)) * changes.get("scaling_factor", 0.18215)
+        reconstructed = normalize(model.decode(mean).sample / 2 + 0.5)
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (2, 96, 4)
+    for line, column in ((0, 0), (2, 7), (7, 11)):
+        assert torch.allclose(tokens[:, 12 * line + column], expected[:, :, line, column], atol=1e-6)
+    assert torch.allclose(tokenizer.decode(tokens), reconstructed, atol=1e-4)
+
+
+def test_sizes_and_models_that_do_not_fit():
+    with pytest.raises(ValueError, match="image_size: expected multiples of 2 pixels, the side of a token, got 16x17"):
+        AutoencoderTokens(autoencoder(), (16, 17))
+    with pytest.raises(ValueError, match="config of this Linear has no latent_channels"):
+        AutoencoderTokens(nn.Linear(2, 2), (16, 16))
+
+
+# both
+
+
+@pytest.fixture(params=["uniflow", "autoencoder"])
+def tokenizer(request, tiny):
+    return UniFlowTokens(tiny()) if request.param == "uniflow" else AutoencoderTokens(autoencoder(), (16, 16))
+
+
+def test_it_is_frozen(tokenizer):
+    tokenizer.train()
+    assert not any(module.training for module in tokenizer.modules())
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+    images = pictures((16, 16)).requires_grad_()
+    assert not tokenizer.encode(images).requires_grad
+    assert not tokenizer.decode(tokenizer.encode(images).requires_grad_()).requires_grad
+
+
+def test_tokens_are_float32_whatever_autocast_says(tokenizer):
+    images = pictures((16, 16))
+    plain = tokenizer.encode(images)
+    decoded = tokenizer.decode(plain, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tokenizer.encode(images), plain)
+        assert torch.equal(tokenizer.decode(plain, torch.Generator().manual_seed(0)), decoded)
+    tokenizer.bfloat16()
+    assert tokenizer.encode(images).dtype == tokenizer.decode(plain).dtype == torch.float32
+    assert torch.allclose(tokenizer.encode(images), plain, atol=0.1 * plain.abs().max().item())
+
+
+def test_other_shapes_are_refused_and_none_at_all_is_fine(tokenizer):
+    count, channels = tokenizer.grid[0] * tokenizer.grid[1], tokenizer.channels
+    with pytest.raises(ValueError, match=r"images: expected shape \['B', 3, 16, 16\], got \[2, 3, 16, 8\]"):
+        tokenizer.encode(pictures((16, 8)))
+    with pytest.raises(ValueError, match=rf"tokens: expected shape \['B', {count}, {channels}\], got \[2, 3, 8\]"):
+        tokenizer.decode(torch.zeros(2, 3, 8))
+    tokens = tokenizer.encode(pictures((16, 16), 0))
+    assert tokens.shape == (0, count, channels)
+    assert tokenizer.decode(tokens).shape == (0, 3, 16, 16)
+
+
+def test_the_fingerprint_tells_weights_apart_but_not_dtypes(tiny):
+    for one, same, other in (
+        (UniFlowTokens(tiny()), UniFlowTokens(tiny().bfloat16()), UniFlowTokens(randomize(tiny(), 1))),
+        [AutoencoderTokens(model, (16, 16)) for model in (autoencoder(), autoencoder().bfloat16(), autoencoder(1))],
+    ):
+        assert one.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert UniFlowTokens(tiny()).fingerprint() == fingerprint(tiny())
+
+
+# folders
+
+
+def test_a_folder_of_either_kind(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path / "uniflow")
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    for name, expected, kind in (
+        ("uniflow", UniFlowTokens(tiny()), UniFlowTokens),
+        ("autoencoder", AutoencoderTokens(autoencoder(), (16, 16)), AutoencoderTokens),
+    ):
+        found = read_image_tokenizer(tmp_path / name)
+        assert isinstance(found, kind)
+        assert found.image_size == (16, 16)
+        assert torch.equal(found.encode(pictures((16, 16))), expected.encode(pictures((16, 16))))
+        assert read_image_tokenizer(tmp_path / name, (8, 24)).image_size == (8, 24)
+    assert isinstance(read_image_tokenizer(tmp_path / "uniflow").model, UniFlow)
+
+
+def test_folders_that_hold_neither(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        read_image_tokenizer(tmp_path)
+    for config, message in (
+        ("[", "is no configuration"),
+        ("[]", "is no configuration"),
+        ('{"model_type": "vit"}', "'vit'"),
+    ):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match=message):
+            read_image_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="expected a UniFlow or an AutoencoderKL of diffusers, got 'UNet2DModel'"):
+        read_image_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    with pytest.raises(ValueError, match="holds no AutoencoderKL that diffusers can read"):
+        read_image_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'uniflow-kernels\[diffusers\]'"):
+        read_image_tokenizer(tmp_path)

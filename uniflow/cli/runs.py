@@ -1,0 +1,168 @@
+"""Training as a YAML file describes it: its folder, resuming, logs, signals; what is trained is the caller's."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from uniflow.cli.inputs import InputError, check_folder, choose_device, explained
+from uniflow.cli.training_bar import TrainingBar
+from uniflow.data import Samples
+from uniflow.training import Trainer
+from uniflow.training.checkpoints import check, newest_first, newest_whole
+from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard
+from uniflow.training.processes import Processes, joined
+from uniflow.training.recipe import AnyRun, read_run
+from uniflow.training.validation import Validator
+
+R = TypeVar("R", bound=AnyRun)
+
+# what a run leaves in its folder
+_OF_A_RUN = ("checkpoints", "samples", "tensorboard", "log*.jsonl", "failure-*")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run trains, on what, and how it is scored."""
+
+    objective: nn.Module
+    samples: Samples
+    validator: Validator | None
+
+
+def train_as_written(
+    config: Path,
+    kind: type[R],
+    build: Callable[[R, torch.device, Processes], Trained],
+    out: Path | None,
+    resume: str | None,
+    device: str,
+    force: bool,
+) -> None:
+    """Train as a file says that describes a `kind` of run; checkpoints, logs and samples go to `out`."""
+    check_installed("yaml", "pydantic")
+    with explained():
+        run = read_run(config, kind)
+    out = out or run.out
+    if out is None:
+        raise InputError(f"{config}: out: expected a folder here or as --out")
+    check_folder(out)
+    if run.tensorboard:
+        check_installed("tensorboard")
+    chosen = choose_device(device)
+    with joined(chosen) as (processes, own_device):
+        start = processes.from_first(lambda: _start(out, resume, force))
+        with explained():
+            trained = build(run, own_device, processes)
+            trained.samples[0]  # nothing can be trained on if no picture can be read
+            trainer = Trainer(
+                trained.objective, trained.samples, run.recipe, out, validator=trained.validator, processes=processes
+            )
+            if start is not None:
+                trainer.resume(start)
+        _train(run, out, start, trainer)
+
+
+def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None:
+    processes = trainer.processes
+    if processes.first:
+        # what came after the start will come again
+        _delete(_of_a_run(out) if start is None else _newer(out, start))
+        out.mkdir(parents=True, exist_ok=True)
+    processes.wait()
+    with ExitStack() as stack:
+        for log in _logs(run, out, trainer.progress.step, processes, stack):
+            stack.callback(log.close)
+            trainer.logs.append(log)
+        stack.enter_context(_at_sigterm(trainer.stop))
+        losses = trainer.run()
+    if processes.first:
+        state = "trained" if trainer.finished else "stopped"
+        last = f", last loss {losses[-1]:.4f}" if losses else ""
+        print(f"{state} at step {trainer.progress.step}{last}; checkpoint in {trainer.latest}")
+
+
+def _start(out: Path, resume: str | None, force: bool) -> Path | None:
+    """The checkpoint to go on from, if any; refuses to mix a new run with what is there."""
+    if resume is None:
+        there = _of_a_run(out)
+        if there and not force:
+            raise InputError(f"{there[0]} exists; --resume auto goes on from there, --force starts anew")
+        return None
+    if resume != "auto":
+        with explained():
+            check(Path(resume))
+        newer = _newer(out, Path(resume))
+        if newer and not force:
+            raise InputError(f"{newer[0]} is newer than {resume}; --force deletes it, or take another --out")
+        return Path(resume)
+    whole, wrong = newest_whole(out / "checkpoints")
+    if wrong and whole is None:
+        raise InputError(f"no checkpoint in {out} is whole: {wrong[0]}")
+    for message in wrong:
+        print(f"uniflow: {message}; going on from {whole}", file=sys.stderr)
+    return whole
+
+
+def _newer(out: Path, start: Path) -> list[Path]:
+    return [path for path in newest_first(out / "checkpoints") if path.name > start.resolve().name]
+
+
+def _of_a_run(out: Path) -> list[Path]:
+    return [path for pattern in _OF_A_RUN for path in sorted(out.glob(pattern))]
+
+
+def _delete(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _logs(run: AnyRun, out: Path, step: int, processes: Processes, stack: ExitStack) -> list[Log]:
+    if not processes.first:  # the others have nothing to say but which pictures they skipped
+        return [JsonLines(out / f"log-{processes.rank}.jsonl", step)]
+    logs: list[Log] = [JsonLines(out / "log.jsonl", step), SamplePictures(out / "samples")]
+    if run.tensorboard:
+        logs.append(TensorBoard(out / "tensorboard", step))
+    return [*logs, stack.enter_context(TrainingBar())]
+
+
+@contextmanager
+def _at_sigterm(act: Callable[[], None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_installed(*modules: str) -> None:
+    """Refuse to train without optional packages, naming the extra."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise InputError(f"training needs {module}: pip install 'uniflow-kernels[train]'")
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """The tar files that a pattern with braces and asterisks stands for."""
+    check_installed("wids", "braceexpand")
+    from braceexpand import braceexpand
+
+    shards = [Path(path) for part in braceexpand(pattern) for path in sorted(glob(part)) or [part]]
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"no such file: {shard}")
+    return shards

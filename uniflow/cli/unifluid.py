@@ -1,0 +1,225 @@
+"""`uniflow unifluid train`, `generate` and `ask`: pictures from captions, answers about pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from uniflow.cli.bars import picture_bar
+from uniflow.cli.inputs import (
+    InputError,
+    check_folder,
+    check_outputs,
+    choose_device,
+    choose_dtype,
+    explained,
+    find_pictures,
+    picture_suffixes,
+    read_picture,
+)
+from uniflow.cli.runs import Trained, find_shards, train_as_written
+from uniflow.normalization import normalize
+from uniflow.pictures import center_crop, save_picture, to_tensor
+from uniflow.training.processes import Processes
+from uniflow.unifluid.asking import answer
+from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
+from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.features import VisionFeatures
+from uniflow.unifluid.model import UniFluid, read_backbone
+from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
+from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
+from uniflow.unifluid.texts import make_text_tokenizer, padded, question_ids, read_text_tokenizer
+from uniflow.unifluid.tokens import ImageTokenizer, read_image_tokenizer
+from uniflow.unifluid.validation import DrawingValidator, drawn_pictures
+
+_VALIDATED = 256  # examples that a validation looks at
+_AT_A_TIME = 32  # pictures, for their statistics
+_LONGEST_NAME = 60
+SHEET = "sheet.png"
+
+
+def train(config: Path, out: Path | None, resume: str | None, device: str, force: bool) -> None:
+    """Train a UniFluid as the file says."""
+    train_as_written(config, UniFluidRun, _build, out, resume, device, force)
+
+
+def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
+    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
+    examples = _examples(run.data)
+    reads = any(examples.texts(number).question is not None for number in range(len(examples)))
+    vision = VisionFeatures(run.vision or run.tokenizer).to(device) if reads else None
+    torch.manual_seed(run.recipe.seed)
+    student = _student(run.model, examples, tokenizer, vision).to(device)
+    data, recipe = run.data, run.recipe
+    room = student.backbone.config.max_position_embeddings - max(student.config.tokens, vision.tokens if vision else 0)
+    reading_size = vision.image_size if vision else tokenizer.image_size
+    sizes = (student.text_tokenizer, tokenizer.image_size, reading_size, data.max_text or room)
+    samples = CaptionedPictures(examples, *sizes, recipe.seed, data.reading_share, data.drop_caption, data.flip)
+    if len(tokens := _tokens(samples, tokenizer, data.statistics, device)):
+        student.set_statistics(tokens)
+    objective = UniFluidObjective(student, tokenizer, vision, **asdict(run.objective))
+    if data.validation is None:
+        return Trained(objective, samples, None)
+    unseen = CaptionFolder(data.validation)
+    _, size = recipe.micro_batches(processes.world)
+    validator = DrawingValidator(
+        objective,
+        CaptionedPictures(unseen, *sizes, recipe.seed, drop_caption=0.0),
+        min(len(unseen), _VALIDATED),
+        size,
+        _first_captions(unseen, run.samples.captions),
+        {"steps": run.samples.steps, "head_steps": run.samples.head_steps, "cfg": run.samples.cfg},
+    )
+    return Trained(objective, samples, validator)
+
+
+def _examples(data: DataChoice) -> Examples:
+    if data.folder is not None:
+        return CaptionFolder(data.folder)
+    return CaptionShards(find_shards(str(data.shards)), picture_suffixes())
+
+
+def _student(
+    model: ModelChoice, examples: Examples, tokenizer: ImageTokenizer, vision: VisionFeatures | None
+) -> UniFluid:
+    backbone = None if model.backbone is None else read_backbone(model.backbone)
+    own_tokenizer = model.text_tokenizer or model.backbone
+    if own_tokenizer is not None:
+        texts = read_text_tokenizer(own_tokenizer)
+    else:
+        texts = make_text_tokenizer(every_text(examples), model.vocabulary)
+    values = {"vocab_size": len(texts), **(model.config or {})} if backbone is None else backbone.config.to_dict()
+    config = UniFluidConfig(
+        values,
+        tokenizer.channels,
+        tokenizer.grid,
+        model.head_width,
+        model.head_depth,
+        model.head,
+        model.order,
+        None if vision is None else vision.width,
+        tokenizer.fingerprint(),
+        None if vision is None else vision.fingerprint(),
+    )
+    return UniFluid(config, texts, backbone).float()
+
+
+def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:
+    """Image tokens of the pictures to be drawn among the first samples."""
+    found: list[Tensor] = []
+    for first in range(0, count, _AT_A_TIME):
+        values = [samples[position].value for position in range(first, min(count, first + _AT_A_TIME))]
+        images = samples.collate(values)[0].images
+        found.append(tokenizer.encode(normalize(images.to(device))))
+    return torch.cat(found)
+
+
+def _first_captions(examples: Examples, count: int) -> list[str]:
+    """The first captions that differ from each other."""
+    captions = (examples.texts(number).caption for number in range(len(examples)))
+    return list(islice(dict.fromkeys(caption for caption in captions if caption is not None), count))
+
+
+def generate(
+    captions: Sequence[str],
+    checkpoint: Path,
+    tokenizer: Path,
+    out: Path,
+    count: int,
+    seed: int,
+    how: dict[str, Any],
+    batch_size: int,
+    dtype: str,
+    device: str,
+    force: bool,
+) -> None:
+    """Draw `count` pictures for each caption, a PNG each, and all of them on one sheet, a row a caption.
+
+    `how` are arguments of `uniflow.unifluid.drawing.draw_tokens`.
+    """
+    check_folder(out)
+    names = _names(captions)
+    files = [out / f"{name}-{number}.png" for name in names for number in range(count)]
+    check_outputs([*files, out / SHEET], force)
+    model = load_unifluid(checkpoint, device, dtype)
+    with explained():
+        images = read_image_tokenizer(tokenizer, None).to(model.device)
+        check_tokenizer(model, images)
+    out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [caption for caption in captions for _ in range(count)]
+    pictures: list[Tensor] = []
+    with picture_bar("drawn") as bar:
+        task = bar.add_task("", total=len(prompts))
+        for first in range(0, len(prompts), batch_size):
+            with explained():
+                batch = drawn_pictures(model, images, prompts[first : first + batch_size], generator, **how).cpu()
+            for picture, file in zip(batch, files[first:], strict=False):
+                save_picture(picture, file)
+            pictures += batch
+            bar.advance(task, len(batch))
+    save_picture(rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=count), out / SHEET)
+    print(f"{len(pictures)} pictures and {SHEET} written to {out}")
+
+
+def ask(
+    pictures: Sequence[Path],
+    question: str,
+    checkpoint: Path,
+    vision: Path,
+    longest: int,
+    batch_size: int,
+    dtype: str,
+    device: str,
+) -> None:
+    """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
+    if not question.strip():
+        raise InputError("--question: expected a text")
+    sources = find_pictures(pictures)
+    model = load_unifluid(checkpoint, device, dtype)
+    with explained():
+        features = VisionFeatures(vision).to(model.device)
+        check_vision(model, features)
+        prompt = question_ids(model.text_tokenizer, question)
+    for first in range(0, len(sources), batch_size):
+        batch = sources[first : first + batch_size]
+        crops = [to_tensor(center_crop(read_picture(source.path), features.image_size)) for source in batch]
+        ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+        with explained():
+            seen = features(normalize(torch.stack(crops).to(model.device)))
+            answers = answer(model, seen, ids, real, longest)
+        for source, text in zip(batch, answers, strict=True):
+            print(f"{source.path}\t{' '.join(text.split())}", flush=True)
+
+
+def load_unifluid(checkpoint: Path, device: str, dtype: str) -> UniFluid:
+    """Read a checkpoint folder; the dtype "auto" is that of the file."""
+    own = choose_dtype(dtype)
+    chosen = choose_device(device)
+    if not checkpoint.is_dir():
+        raise InputError(f"no such checkpoint folder: {checkpoint}")
+    with explained():
+        return UniFluid.from_pretrained(checkpoint, chosen, own)
+
+
+def _names(captions: Sequence[str]) -> list[str]:
+    """A file name for each caption, all different."""
+    names: list[str] = []
+    for caption in captions:
+        if not caption.strip():
+            raise InputError("captions: expected texts, got an empty one")
+        stem = re.sub(r"\W+", "-", caption.lower()).strip("-")[:_LONGEST_NAME] or "picture"
+        name, number = stem, 1
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}"
+        names.append(name)
+    return names

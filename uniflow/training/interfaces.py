@@ -1,0 +1,88 @@
+"""What the Trainer asks of what it trains: a module with a student, whose call gives losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+class Losses(Protocol):
+    """What one call of an objective gives."""
+
+    @property
+    def total(self) -> Tensor:
+        """A scalar, which carries the gradient."""
+        ...
+
+    def measured(self) -> dict[str, Tensor]:
+        """What else is logged, without a gradient: scalars or vectors, of the same names and lengths in every step."""
+        ...
+
+
+class Config(Protocol):
+    """What a student is built from."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `folder`/config.json."""
+        ...
+
+
+@runtime_checkable
+class Student(Protocol):
+    """The model that is trained: an `nn.Module` with what a checkpoint and more than one process need."""
+
+    @property
+    def config(self) -> Config:
+        """What it is built from."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        ...
+
+    @property
+    def pretrained_parts(self) -> tuple[str, ...]:
+        """How the names of parameters begin that a stage may freeze or give a learning rate of their own."""
+        ...
+
+    def layers(self) -> list[nn.Module]:
+        """What FSDP gathers one by one; the rest is gathered once a step."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `folder`/config.json and `folder`/model.safetensors, whose keys are those of `state_dict`."""
+        ...
+
+    # as every nn.Module has them
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...  # noqa: D102
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...  # noqa: D102
+
+    def train(self, mode: bool = True) -> Any: ...  # noqa: D102
+
+    def eval(self) -> Any: ...  # noqa: D102
+
+
+def student_of(objective: nn.Module) -> Student:
+    """An objective's student.
+
+    Raises:
+        TypeError: if it has none, or one that lacks something, naming what.
+    """
+    student = getattr(objective, "student", None)
+    if isinstance(student, nn.Module) and isinstance(student, Student):
+        return student
+    expected = [name for name in dir(Student) if not name.startswith("_")]
+    missing = ", ".join(name for name in expected if not hasattr(student, name))
+    raise TypeError(
+        f"objective: expected a module whose `student` is a module with {', '.join(expected)}; "
+        f"the student is a {type(student).__name__} without {missing or 'parameters'}"
+    )

@@ -1,0 +1,9 @@
+"""UniFluid: one autoregressive transformer that reads pictures and draws them, token by token."""
+
+from uniflow.unifluid.asking import answer
+from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.drawing import draw_tokens
+from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.objective import UniFluidObjective
+
+__all__ = ["UniFluid", "UniFluidConfig", "UniFluidObjective", "answer", "draw_tokens"]

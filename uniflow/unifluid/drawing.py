@@ -1,0 +1,123 @@
+"""Drawing: the image tokens of pictures, a few at a time, each drawn by the head under the transformer's state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uniflow.diffusion import Diffusion
+from uniflow.diffusion import sample as sample_noise_predictor
+from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.orders import draw_orders, group_sizes
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: UniFluid,
+    ids: Tensor,
+    real: Tensor,
+    steps: int | None = None,
+    *,
+    head_steps: int = 20,
+    cfg: float = 1.0,
+    temperature: float = 1.0,
+    schedule: str = "linear",
+    solver: str = "euler",
+    order: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Image tokens for texts. The transformer's keys and values are kept from step to step.
+
+    Args:
+        model: in evaluation mode.
+        ids: int64 [B, T], the texts, padded on the left.
+        real: bool [B, T], False for padding.
+        steps: in how many steps the tokens come; one token a step if not given. See `orders.group_sizes`.
+        head_steps: of the head's sampler.
+        cfg: guidance scale; 1 is none. It leads away from what the model expects without the text.
+        temperature: of the head's noise, see `FlowHead.sample` and, for a "ddpm" head, `uniflow.diffusion.sample`.
+        schedule, solver: of a "flow" head, see `FlowHead.sample`.
+        order: int64 [B, N], the places in the order in which they are drawn; drawn itself if not given.
+        generator: for the order and the noise, on any device ("ddpm": on the model's).
+
+    Returns:
+        [B, N, C] in raster order, as the image tokenizer makes them (not normalised), in float32.
+
+    Raises:
+        ValueError: if steps or shapes do not fit, or the text is too long.
+    """
+    batch, count = len(ids), model.config.tokens
+    sizes = group_sizes(count, count if steps is None else steps)
+    if order is None:
+        order = draw_orders(batch, count, model.config.order, ids.device, generator)
+    elif order.shape != (batch, count):
+        raise ValueError(f"order: expected shape {(batch, count)}, got {tuple(order.shape)}")
+    guided = cfg != 1.0
+    if guided:  # once more without the text, of which only the beginning is left
+        ids = torch.cat([ids, torch.full_like(ids, model.text_tokenizer.bos_token_id)])
+        alone = torch.zeros_like(real)
+        alone[:, -1:] = True
+        real, order = torch.cat([real, alone]), order.repeat(2, 1)
+    how = _Head(head_steps, cfg, temperature, schedule, solver, generator)
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    text, begin = ids.shape[1], real.sum(1, keepdim=True)
+    slots = [model.text_slots(ids, real)]
+    cached, tokens = None, []
+    first = 0
+    for step, size in enumerate(sizes):
+        places = order[:, first : first + size]
+        group = torch.full_like(places, step)
+        queries = model.query_slots(places, group, begin, text)
+        states = model.states([*slots, queries], cache, cached)[:, -size:]
+        cache.crop(-size)  # no later step sees the queries
+        new = how.draw(model, states)
+        tokens.append(new)
+        cached = torch.cat([*([] if cached is None else [cached]), *(part.visible for part in slots)], dim=1)
+        known = new.repeat(2, 1, 1) if guided else new
+        slots = [model.content_slots(known, places, group, begin, text)]
+        first += size
+    drawn = torch.cat(tokens, dim=1)
+    places = order[:batch].unsqueeze(-1).expand_as(drawn)
+    return model.denormalized(torch.empty_like(drawn).scatter_(1, places, drawn))
+
+
+class _Head(NamedTuple):
+    """How the head is sampled; the names are those of `draw_tokens`."""
+
+    head_steps: int
+    cfg: float
+    temperature: float
+    schedule: str
+    solver: str
+    generator: torch.Generator | None
+
+    def draw(self, model: UniFluid, states: Tensor) -> Tensor:
+        """Tokens [B, K, C], normalised, under states [B, K, D], or [2B, K, D] with guidance."""
+        condition, null = states.chunk(2) if self.cfg != 1.0 else (states, None)
+        if model.config.head == "flow":
+            tokens = model.head.sample(
+                condition,
+                self.head_steps,
+                generator=self.generator,
+                schedule=self.schedule,
+                solver=self.solver,
+                cfg=self.cfg,
+                null_condition=null,
+                temperature=self.temperature,
+                time_scale=model.time_scale,
+            )
+        else:
+            tokens = sample_noise_predictor(
+                model.head,
+                condition,
+                Diffusion(self.head_steps),
+                generator=self.generator,
+                cfg=self.cfg,
+                null_condition=null,
+                temperature=self.temperature,
+            )
+        return tokens.float()

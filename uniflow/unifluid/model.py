@@ -1,0 +1,359 @@
+"""UniFluid: a language model whose sequences also hold continuous image tokens and features of pictures.
+
+To draw, the tokens of a picture come after its text in a random order, in steps of one or several. Each stands in the
+sequence twice: as a query, which knows its place and sees the text and the tokens of earlier steps, and whose state
+conditions the head; and as content, which the queries of later steps see.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uniflow.checkpoint import assign_state, read_state, write_state
+from uniflow.pretrained import transformers_package
+from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.texts import read_text_tokenizer
+from uniflow_kernels import FlowHead
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+_TEXT_TOKENIZER = "text_tokenizer"  # folder in a checkpoint
+_NEVER = 1 << 30  # when a slot is visible that no other one sees
+
+
+class Slots(NamedTuple):
+    """A part of a sequence. A slot sees itself, and every slot whose `visible` is at most its own `sees`.
+
+    Attributes:
+        embedded: [B, S, D].
+        position: for the transformer's position embedding, int64 [B, S].
+        visible: from when on it is seen, int64 [B, S].
+        sees: up to when it sees, int64 [B, S].
+    """
+
+    embedded: Tensor
+    position: Tensor
+    visible: Tensor
+    sees: Tensor
+
+
+class UniFluid(nn.Module):
+    """One transformer for text, pictures that are read and pictures that are drawn.
+
+    Args:
+        config: see `UniFluidConfig`.
+        text_tokenizer: of the transformers package; saved with the model.
+        backbone: a language model of the transformers package that fits the config, taken as it is; by default a new
+            one.
+
+    Raises:
+        ImportError: if the transformers package is not installed.
+        ValueError: if the tokenizer has more ids than the transformer.
+
+    Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
+    """
+
+    pretrained_parts = ("backbone.",)
+    time_scale = 1000.0  # the head is trained on 1000 t
+
+    token_mean: Tensor
+    token_std: Tensor
+
+    def __init__(
+        self,
+        config: UniFluidConfig,
+        text_tokenizer: PreTrainedTokenizerBase,
+        backbone: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.text_tokenizer = text_tokenizer
+        self.backbone: Any = _new_backbone(config) if backbone is None else backbone
+        own = self.backbone.config
+        if len(text_tokenizer) > own.vocab_size:
+            raise ValueError(
+                f"text_tokenizer: has {len(text_tokenizer)} ids, more than the vocab_size of the backbone "
+                f"({own.vocab_size})"
+            )
+        width, channels = own.hidden_size, config.token_channels
+        self.token_proj = nn.Linear(channels, width)
+        self.place_embedding = nn.Parameter(torch.empty(config.tokens, width))
+        self.query_embedding = nn.Parameter(torch.empty(width))
+        self.vision_proj = None if config.vision_channels is None else nn.Linear(config.vision_channels, width)
+        out_channels = channels if config.head == "flow" else 2 * channels
+        self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth)
+        self.register_buffer("token_mean", torch.zeros(channels))
+        self.register_buffer("token_std", torch.ones(channels))
+        self._tied = "backbone.lm_head.weight" if own.tie_word_embeddings else None
+        self.register_state_dict_post_hook(_leave_out_what_is_tied)
+        self.register_load_state_dict_pre_hook(_give_what_is_tied)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What goes into the transformer begins with the spread of its text embeddings; the backbone stays as it is."""
+        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        for projection in filter(None, (self.token_proj, self.vision_proj)):
+            nn.init.normal_(projection.weight, std=std / projection.in_features**0.5)
+            nn.init.zeros_(projection.bias)
+        for embedding in (self.place_embedding, self.query_embedding):
+            nn.init.normal_(embedding, std=std)
+        self.head.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.place_embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self.place_embedding.dtype
+
+    def layers(self) -> list[nn.Module]:
+        """The transformer's layers."""
+        return list(self.backbone.base_model.layers)
+
+    # image tokens and their statistics
+
+    @torch.no_grad()
+    def set_statistics(self, tokens: Tensor) -> None:
+        """Keep mean and standard deviation of each channel of an image tokenizer's tokens [..., C].
+
+        Raises:
+            ValueError: if they have another number of channels, or one of them never changes.
+        """
+        if tokens.shape[-1] != self.config.token_channels:
+            raise ValueError(f"tokens: expected shape [..., {self.config.token_channels}], got {tuple(tokens.shape)}")
+        rows = tokens.flatten(0, -2).double()
+        std = rows.std(0)
+        if not bool((std > 0).all()):
+            raise ValueError(f"tokens: expected channels that vary, got standard deviations {std.tolist()}")
+        self.token_mean.copy_(rows.mean(0))
+        self.token_std.copy_(std)
+
+    def normalized(self, tokens: Tensor) -> Tensor:
+        """An image tokenizer's tokens [..., C] with mean 0 and standard deviation 1, as the model works on them."""
+        return (tokens - self.token_mean) / self.token_std
+
+    def denormalized(self, tokens: Tensor) -> Tensor:
+        """The reverse of `normalized`."""
+        return tokens * self.token_std + self.token_mean
+
+    # reading
+
+    def answer_logits(self, features: Tensor, ids: Tensor, real: Tensor, last: int) -> Tensor:
+        """What the model expects for the last ids of texts about pictures.
+
+        Args:
+            features: [B, M, vision_channels], before the text.
+            ids: int64 [B, T], padded on the left.
+            real: bool [B, T], False for padding.
+            last: A, how many of the ids are to be predicted, less than T.
+
+        Returns:
+            Logits [B, A, V]: row j is what is expected in the place of ids[:, T - A + j], from what stands before it.
+
+        Raises:
+            ValueError: if the model reads no pictures, or the sequence is longer than the transformer's context.
+        """
+        embedded, mask = self.question(features, ids, real)
+        position = mask.cumsum(1).sub_(1).clamp_(min=0)
+        logits = self.backbone(
+            inputs_embeds=embedded, attention_mask=mask, position_ids=position, logits_to_keep=last + 1, use_cache=False
+        ).logits
+        return logits[:, :-1]
+
+    def question(self, features: Tensor, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and text as the transformer's inputs: embeddings [B, M + T, D] and their mask, int64 [B, M + T].
+
+        Arguments and errors as of `answer_logits`.
+        """
+        if self.vision_proj is None:
+            raise ValueError("features: the model was made without vision_channels, it reads no pictures")
+        if features.ndim != 3 or features.shape[-1] != self.config.vision_channels:
+            raise ValueError(
+                f"features: expected shape [B, M, {self.config.vision_channels}], got {tuple(features.shape)}"
+            )
+        self.check_context(features.shape[1] + ids.shape[1])
+        projected = self.vision_proj(features.to(self.vision_proj.weight.dtype))
+        text = self._embed(ids)
+        mask = torch.cat([real.new_ones(projected.shape[:2]), real], dim=1).long()
+        return torch.cat([projected.to(text.dtype), text], dim=1), mask
+
+    # drawing
+
+    def draw_states(self, tokens: Tensor, ids: Tensor, real: Tensor, order: Tensor, groups: Tensor) -> Tensor:
+        """What the head is conditioned on, for all tokens of pictures that are known, as in training.
+
+        Args:
+            tokens: [B, N, C], normalised, in raster order.
+            ids: int64 [B, T], the text, padded on the left.
+            real: bool [B, T], False for padding.
+            order: int64 [B, N], see `uniflow.unifluid.orders.draw_orders`.
+            groups: int64 [B, N], rising: the step of each token of `order`, from 0.
+
+        Returns:
+            [B, N, D], in the order of `order`.
+
+        Raises:
+            ValueError: if the shapes do not fit together, or the context is too long.
+        """
+        shape = (len(ids), self.config.tokens)
+        if tokens.shape != (*shape, self.config.token_channels):
+            raise ValueError(
+                f"tokens: expected shape {(*shape, self.config.token_channels)}, got {tuple(tokens.shape)}"
+            )
+        for name, value in (("order", order), ("groups", groups)):
+            if value.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+        ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+        text = self.text_slots(ids, real)
+        begin = real.sum(1, keepdim=True)
+        content = self.content_slots(ordered, order, groups, begin, ids.shape[1])
+        queries = self.query_slots(order, groups, begin, ids.shape[1])
+        return self.states([text, content, queries])[:, -self.config.tokens :]
+
+    def text_slots(self, ids: Tensor, real: Tensor) -> Slots:
+        """Text before the image tokens: each id sees those before it, and padding nothing."""
+        self.check_context(ids.shape[1] + self.config.tokens)
+        column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        position = (real.cumsum(1) - 1).clamp(min=0)
+        return Slots(self._embed(ids), position, column.where(real, _NEVER), column.where(real, -1))
+
+    def content_slots(self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
+        """Known tokens, which see the text, each other's step and the steps before.
+
+        Args:
+            tokens: [B, K, C], normalised.
+            places: of the tokens, int64 [B, K].
+            groups: their steps, int64 [B, K].
+            begin: the text's length without padding, int64 [B, 1].
+            text: T, its length with padding.
+        """
+        embedded = self.token_proj(tokens.to(self.token_proj.weight.dtype)) + self.place_embedding[places]
+        return Slots(embedded.to(self.dtype), begin + places, text + groups, text + groups)
+
+    def query_slots(self, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
+        """Tokens to be predicted, which see the text and the steps before theirs; arguments as of `content_slots`."""
+        embedded = self.query_embedding + self.place_embedding[places]
+        return Slots(embedded, begin + places, torch.full_like(groups, _NEVER), text + groups - 1)
+
+    def states(self, parts: list[Slots], cache: Cache | None = None, cached: Tensor | None = None) -> Tensor:
+        """The transformer's last states [B, S, D] of all slots of the parts.
+
+        Args:
+            parts: one after the other, which makes no difference but to the result's order.
+            cache: keys and values of earlier slots; those of the parts are added.
+            cached: the earlier slots' `visible`, [B, K].
+        """
+        embedded, position, visible, sees = map(torch.cat, zip(*parts, strict=True), [1] * len(Slots._fields))
+        sees = sees.unsqueeze(2)
+        itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
+        allowed = (visible.unsqueeze(1) <= sees) | itself
+        if cached is not None:
+            allowed = torch.cat([cached.unsqueeze(1) <= sees, allowed], dim=2)
+        return self.backbone.base_model(
+            inputs_embeds=embedded,
+            attention_mask=self._mask(allowed.unsqueeze(1), embedded.dtype),
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.backbone.config._attn_implementation == "sdpa":
+            return allowed
+        return torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, torch.finfo(dtype).min)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.backbone.get_input_embeddings()(ids)
+
+    def check_context(self, length: int) -> int:
+        """How much room the transformer's context has left behind `length` tokens.
+
+        Raises:
+            ValueError: if they are more than it holds.
+        """
+        longest = self.backbone.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"context: the transformer has positions for {longest} tokens, got {length}")
+        return longest - length
+
+    # checkpoints
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> UniFluid:
+        """Read what `save_pretrained` wrote, in the dtype of the file if none is given.
+
+        Raises:
+            FileNotFoundError: if something is missing.
+            ValueError: if config.json describes no UniFluid.
+            CheckpointError: if the weights are damaged or of another model.
+        """
+        model = cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER))
+        assign_state(model, read_state(folder), str(folder))
+        model.backbone.tie_weights()
+        return model.to(device, dtype).eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and the text tokenizer, in a folder of its own."""
+        write_state(self, folder)
+        self.config.save_pretrained(folder)
+        self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
+
+
+def read_backbone(folder: str | Path) -> PreTrainedModel:
+    """A pretrained language model from a local folder, to make a UniFluid of.
+
+    Raises:
+        ImportError: if the transformers package is not installed.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it holds no language model.
+    """
+    transformers = transformers_package()
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {folder}")
+    try:
+        own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, config=own, attn_implementation=_attention(own), local_files_only=True
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} holds no language model of the transformers package: {error}") from None
+
+
+def _new_backbone(config: UniFluidConfig) -> PreTrainedModel:
+    transformers = transformers_package()
+    values = dict(config.backbone)
+    kind = values.pop("model_type")
+    try:
+        own = transformers.AutoConfig.for_model(kind, **values)
+        return transformers.AutoModelForCausalLM.from_config(own, attn_implementation=_attention(own))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"backbone: no language model of the transformers package: {error}") from None
+
+
+def _attention(config: Any) -> str:
+    """Soft-capped attention (Gemma 2) is not in scaled_dot_product_attention."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+
+
+# a tied lm_head is the text embedding under a second name, which no file needs twice
+
+
+def _leave_out_what_is_tied(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    if model._tied:
+        state.pop(prefix + model._tied, None)
+
+
+def _give_what_is_tied(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    embedding = prefix + "backbone.model.embed_tokens.weight"
+    if model._tied and embedding in state:
+        state[prefix + model._tied] = state[embedding]

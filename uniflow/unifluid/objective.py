@@ -1,0 +1,154 @@
+"""What UniFluid is trained on: the next token of answers, and flow matching (or diffusion) of image tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uniflow.diffusion import Diffusion, noise_loss
+from uniflow.flow import sample_t
+from uniflow.normalization import normalize
+from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow_kernels import interpolate, velocity_loss
+
+if TYPE_CHECKING:
+    from uniflow.unifluid.captions import Drawings, Readings
+    from uniflow.unifluid.features import VisionFeatures
+    from uniflow.unifluid.tokens import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class UniFluidLosses:
+    """What one call of the objective gives; scalars in float32.
+
+    `total` = text + image_weight * image carries the gradient. `text` is the mean cross-entropy of the answers' ids,
+    `image` the mean loss of the head over image tokens; 0 where the batch has none.
+    """
+
+    total: Tensor
+    text: Tensor
+    image: Tensor
+    image_weight: Tensor
+
+    def measured(self) -> dict[str, Tensor]:
+        """What a log shows."""
+        return {"text": self.text, "image": self.image, "image_weight": self.image_weight}
+
+
+class UniFluidObjective(nn.Module):
+    """The training loss of UniFluid.
+
+    Args:
+        student: the model to train, with the image tokenizer's statistics (see `UniFluid.set_statistics`).
+        tokenizer: makes the image tokens; frozen.
+        vision: makes the features of pictures that are read; frozen. None for a model that only draws.
+        image_weight: lambda, what the loss of the image tokens is multiplied by.
+        head_repeats: k, how many times and noises the head is trained on for each token.
+        t_distribution: of the times of a "flow" head, see `uniflow.flow.sample_t`.
+
+    Raises:
+        ValueError: if tokenizer or vision do not fit the student, or are others than it was trained with.
+
+    Source: the UniFluid paper; repeats and the "ddpm" head as in MAR.
+    """
+
+    def __init__(
+        self,
+        student: UniFluid,
+        tokenizer: ImageTokenizer,
+        vision: VisionFeatures | None = None,
+        image_weight: float = 1.0,
+        head_repeats: int = 4,
+        t_distribution: str = "lognormal",
+    ) -> None:
+        super().__init__()
+        if head_repeats < 1:
+            raise ValueError(f"head_repeats: expected at least 1, got {head_repeats}")
+        sample_t((0,), t_distribution)  # an unknown distribution fails here, not in the first step
+        check_tokenizer(student, tokenizer)
+        if vision is not None:
+            check_vision(student, vision)
+        self.student = student
+        self.tokenizer = tokenizer
+        self.vision = vision
+        self.head_repeats = head_repeats
+        self.t_distribution = t_distribution
+        self.image_weight: Tensor
+        self.register_buffer("image_weight", torch.tensor(float(image_weight), device=student.device), persistent=False)
+
+    def forward(self, drawings: Drawings, readings: Readings) -> UniFluidLosses:
+        """The losses of a batch; either part may have no rows.
+
+        Raises:
+            ValueError: if a text is too long, or there are readings without `vision`.
+        """
+        image, text = self._draw(drawings), self._read(readings)
+        return UniFluidLosses(text + self.image_weight * image, text.detach(), image.detach(), self.image_weight)
+
+    def _draw(self, drawings: Drawings) -> Tensor:
+        images, ids, real = drawings
+        student = self.student
+        if not len(images):
+            return self.image_weight.new_zeros(())
+        tokens = student.normalized(self.tokenizer.encode(normalize(images)))
+        batch, count, _ = tokens.shape
+        order = draw_orders(batch, count, student.config.order, tokens.device)
+        groups = draw_groups(batch, count, tokens.device)
+        states = student.draw_states(tokens, ids, real, order, groups)
+        ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+        return self._head_loss(states, ordered)
+
+    def _head_loss(self, condition: Tensor, tokens: Tensor) -> Tensor:
+        """Of condition [B, N, D] and tokens [B, N, C]; the repeats share the embedded condition."""
+        head, k = self.student.head, self.head_repeats
+        batch, count, channels = tokens.shape
+        embedded = head.cond_embed(condition)
+        if self.student.config.head == "ddpm":
+            return noise_loss(head, embedded, tokens.expand(k, -1, -1, -1), Diffusion())
+        # to the operations a token is a picture's patch of one pixel
+        pixels = tokens.transpose(1, 2).unsqueeze(2)
+        noise = torch.randn(k * batch, count, channels, device=tokens.device)
+        t = sample_t((k * batch, count), self.t_distribution, tokens.device)
+        x_t = interpolate(pixels, t, 1, noise, repeats=k, dtype=embedded.dtype)
+        y = head.time_embed(self.student.time_scale * t).unflatten(0, (k, batch)) + embedded
+        velocity = head.from_embedding(x_t.unflatten(0, (k, batch)), y).flatten(0, 1)
+        return velocity_loss(velocity, pixels, 1, noise, repeats=k)
+
+    def _read(self, readings: Readings) -> Tensor:
+        images, ids, real, answer = readings
+        if not len(images):
+            return self.image_weight.new_zeros(())
+        if self.vision is None:
+            raise ValueError("readings: the objective was made without vision, expected no readings")
+        last = answer.shape[1]
+        logits = self.student.answer_logits(self.vision(normalize(images)), ids, real, last)
+        expected = ids[:, -last:].where(answer, -100)
+        return F.cross_entropy(logits.flatten(0, 1).float(), expected.flatten())
+
+
+def check_tokenizer(student: UniFluid, tokenizer: ImageTokenizer) -> None:
+    """Raise a ValueError unless the image tokenizer is the one that the student is made for."""
+    config = student.config
+    if (tokenizer.channels, tuple(tokenizer.grid)) != (config.token_channels, config.grid):
+        raise ValueError(
+            f"tokenizer: gives {tokenizer.grid[0]}x{tokenizer.grid[1]} tokens of {tokenizer.channels} channels, "
+            f"expected {config.grid[0]}x{config.grid[1]} of {config.token_channels}"
+        )
+    if config.tokenizer is not None and tokenizer.fingerprint() != config.tokenizer:
+        raise ValueError("tokenizer: has other weights than the one that the model was trained with")
+
+
+def check_vision(student: UniFluid, vision: VisionFeatures) -> None:
+    """Raise a ValueError unless the features are those that the student is made for."""
+    config = student.config
+    if config.vision_channels is None:
+        raise ValueError("vision: the model was made without vision_channels, it reads no pictures")
+    if vision.width != config.vision_channels:
+        raise ValueError(f"vision: gives features of {vision.width} channels, expected {config.vision_channels}")
+    if config.vision is not None and vision.fingerprint() != config.vision:
+        raise ValueError("vision: has other weights than what the model was trained with")

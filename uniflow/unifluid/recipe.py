@@ -1,0 +1,114 @@
+"""How to train a UniFluid, as the YAML file of `uniflow unifluid train` describes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from uniflow.training.recipe import NO_UNKNOWN_KEYS, AnyRun
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model to train: around a pretrained language model, or from scratch.
+
+    Attributes:
+        backbone: folder of a language model of the transformers package.
+        config: in its place a configuration, as in {model_type: llama, hidden_size: 512, ...}. Its vocab_size is that
+            of the text tokenizer if not given.
+        text_tokenizer: folder of the tokenizer; the backbone's if not given, or without a backbone one that is made
+            for the texts of the data.
+        vocabulary: ids of a tokenizer that is made.
+        head_width, head_depth, head, order: see `UniFluidConfig`.
+    """
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    backbone: Path | None = None
+    config: dict[str, Any] | None = None
+    text_tokenizer: Path | None = None
+    vocabulary: int = 4096
+    head_width: int = 1024
+    head_depth: int = 6
+    head: Literal["flow", "ddpm"] = "flow"
+    order: Literal["random", "raster"] = "random"
+
+    def __post_init__(self) -> None:
+        if (self.backbone is None) == (self.config is None):
+            raise ValueError("expected either backbone or config")
+
+
+@dataclass(frozen=True)
+class ObjectiveChoice:
+    """The arguments of `UniFluidObjective`."""
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    image_weight: float = 1.0
+    head_repeats: int = 4
+    t_distribution: str = "lognormal"
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Where pictures with captions and questions come from, see `uniflow.unifluid.captions`.
+
+    Attributes:
+        folder: with captions.jsonl.
+        shards: WebDataset tar files, as in "data/train-{0000..0099}.tar" or "data/*.tar".
+        validation: folder with captions.jsonl, to score on.
+        reading_share, drop_caption, flip: see `CaptionedPictures`.
+        max_text: ids that a text may have; what the transformer's context leaves if not given.
+        statistics: pictures that the mean and deviation of the image tokens are taken from.
+    """
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    folder: Path | None = None
+    shards: str | None = None
+    validation: Path | None = None
+    reading_share: float | None = None
+    drop_caption: float = 0.1
+    flip: bool = False
+    max_text: int | None = None
+    statistics: int = 1024
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.shards is None):
+            raise ValueError("expected either folder or shards")
+        if self.statistics < 2:
+            raise ValueError(f"statistics: expected at least 2, got {self.statistics}")
+
+
+@dataclass(frozen=True)
+class SamplesChoice:
+    """The pictures that a validation draws: how many captions, and how; see `draw_tokens`."""
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    captions: int = 8
+    steps: int | None = None
+    head_steps: int = 20
+    cfg: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniFluidRun(AnyRun):
+    """A whole run.
+
+    Attributes:
+        tokenizer: folder of the image tokenizer, a UniFlow or an AutoencoderKL of diffusers.
+        vision: folder of the encoder whose features are read, see `VisionFeatures`; the tokenizer's if not given.
+        image_size: (H, W) to draw at, in pixels; the size the tokenizer was trained at if not given.
+    """
+
+    __pydantic_config__ = NO_UNKNOWN_KEYS
+
+    tokenizer: Path
+    model: ModelChoice
+    data: DataChoice
+    vision: Path | None = None
+    image_size: tuple[int, int] | None = None
+    objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
+    samples: SamplesChoice = field(default_factory=SamplesChoice)

@@ -1,0 +1,109 @@
+"""Text to ids and back, with a tokenizer of the transformers package (of the extra `hf`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from uniflow.pretrained import transformers_package
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_BOS, _EOS, _PAD = "<bos>", "<eos>", "<pad>"
+_SMALLEST = 256 + 3  # every byte, and the special tokens
+
+
+def make_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE for `texts`: any text has ids, and they decode to the same text.
+
+    Args:
+        texts: to learn merges from.
+        size: how many ids there are at most: the 256 bytes, bos, eos and pad, and merges as far as the texts have them.
+
+    Raises:
+        ImportError: if the transformers package is not installed.
+        ValueError: if `size` is below 259.
+    """
+    if size < _SMALLEST:
+        raise ValueError(f"size: expected at least {_SMALLEST} (256 bytes and 3 special tokens), got {size}")
+    transformers = transformers_package()
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[_BOS, _EOS, _PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        pad_token=_PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder, as transformers' AutoTokenizer reads it; where it has no pad token, eos pads.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ImportError: if the transformers package is not installed.
+        ValueError: if there is no tokenizer in it, or one without bos or eos token.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    try:
+        tokenizer = transformers_package().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # the tokenizers package raises no narrower class for a damaged file
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{folder} holds no tokenizer that the transformers package can read: {reason}") from None
+    missing = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is None]
+    if missing:
+        raise ValueError(f"{folder}: expected a tokenizer with bos and eos tokens; it has no {', no '.join(missing)}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
+    """What a picture is drawn from: bos and the text's ids; bos alone for None, a dropped text."""
+    return [tokenizer.bos_token_id, *([] if text is None else _ids(tokenizer, text))]
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """What an answer follows: bos, the question's ids, eos."""
+    return [tokenizer.bos_token_id, *_ids(tokenizer, question), tokenizer.eos_token_id]
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """What follows a question: the answer's ids, eos."""
+    return [*_ids(tokenizer, answer), tokenizer.eos_token_id]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # a text that spells a special token must not become one: its "<eos>" would end it
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def padded(rows: Sequence[Sequence[int] | Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
+    length = max(map(len, rows), default=0)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        ids[row, length - len(own) :] = torch.as_tensor(own)
+        real[row, length - len(own) :] = True
+    return ids, real

@@ -1,0 +1,95 @@
+"""Scoring a UniFluid while it trains: its losses on what it is not trained on, and pictures it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from uniflow.normalization import denormalize
+from uniflow.training.logs import Validation
+from uniflow.training.processes import Processes
+from uniflow.unifluid.captions import CaptionedPictures
+from uniflow.unifluid.drawing import draw_tokens
+from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.objective import UniFluidObjective
+from uniflow.unifluid.texts import padded, prompt_ids
+from uniflow.unifluid.tokens import ImageTokenizer
+
+_SEED = 0  # of the orders, times and noise of a score
+_ACROSS = 8  # pictures in a row
+
+
+def drawn_pictures(
+    model: UniFluid,
+    tokenizer: ImageTokenizer,
+    captions: Sequence[str],
+    generator: torch.Generator | None = None,
+    **how: Any,
+) -> Tensor:
+    """Pictures for captions.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the one whose tokens it was trained on.
+        captions: B texts.
+        generator: for all that is drawn, on the CPU or the model's device.
+        how: further arguments of `draw_tokens`.
+
+    Returns:
+        uint8 [B, 3, H, W].
+
+    Raises:
+        ValueError: as `draw_tokens`.
+    """
+    prompts = [prompt_ids(model.text_tokenizer, caption) for caption in captions]
+    ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
+    tokens = draw_tokens(model, ids, real, generator=generator, **how)
+    return (denormalize(tokenizer.decode(tokens, generator)).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class DrawingValidator:
+    """The losses on a part of other data, always with the same noise, and a picture for each of some captions.
+
+    Args:
+        objective: of which the student is scored.
+        samples: the other data; `count` samples of it, `batch_size` at a time.
+        captions: to draw.
+        how: arguments of `draw_tokens`.
+    """
+
+    objective: UniFluidObjective
+    samples: CaptionedPictures
+    count: int
+    batch_size: int
+    captions: Sequence[str]
+    how: dict[str, Any]
+
+    def score(self, student: UniFluid, step: int, processes: Processes) -> Validation:
+        """Every process works on all of it, since all must call a student whose parameters are spread over them."""
+        device = student.device
+        totals, batches = torch.zeros(2, dtype=torch.float64), 0
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(_SEED)
+            for first in range(0, self.count, self.batch_size):
+                positions = range(first, min(first + self.batch_size, self.count))
+                drawings, readings = self.samples.collate([self.samples[position].value for position in positions])
+                batch = (type(part)(*(tensor.to(device) for tensor in part)) for part in (drawings, readings))
+                losses = self.objective(*batch)
+                totals += torch.stack([losses.text, losses.image]).double().cpu()
+                batches += 1
+        text, image = (totals / batches).tolist()
+        scores = {"validation_text": text, "validation_image": image}
+        if not self.captions:
+            return Validation(step, scores)
+        generator = torch.Generator().manual_seed(_SEED)
+        pictures = drawn_pictures(student, self.objective.tokenizer, self.captions, generator, **self.how).cpu()
+        short = -len(pictures) % min(_ACROSS, len(pictures))
+        pictures = torch.cat([pictures, pictures.new_zeros(short, *pictures.shape[1:])])
+        sheet = rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=min(_ACROSS, len(pictures)))
+        return Validation(step, scores, sheet)
