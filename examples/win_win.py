@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +23,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
-from uniflow.encoder import Embeddings, Encoder
+from uniflow import Recipe, Trainer, UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow.data import Sample, Samples
 from uniflow.pretrained import PretrainedEncoder
+from uniflow.training import Stage
 
 CONFIG = UniFlowConfig(
     image_size=8,
@@ -42,14 +42,12 @@ CONFIG = UniFlowConfig(
     num_decoder_layers=2,
     initializer_range=0.1,  # about 1/sqrt(width)
 )
-BATCH = 32
-LEARNING_RATE = 2e-3
-# what differs: arguments of the objective, and whether the encoder learns
-WAYS = {
-    "no distillation": ({"distill_weight": 0.0}, True),
-    "uniform weights": ({"layer_weights": "uniform"}, True),
-    "adaptive weights": ({"layer_weights": "adaptive", "beta": 2.0}, True),
-    "frozen encoder": ({"distill_weight": 0.0}, False),
+# what differs: arguments of the objective, and what learns
+WAYS: dict[str, tuple[dict[str, Any], Literal["all", "decoder"]]] = {
+    "no distillation": ({"distill_weight": 0.0}, "all"),
+    "uniform weights": ({"layer_weights": "uniform"}, "all"),
+    "adaptive weights": ({"layer_weights": "adaptive", "beta": 2.0}, "all"),
+    "frozen encoder": ({"distill_weight": 0.0}, "decoder"),
 }
 
 
@@ -69,48 +67,52 @@ def digits() -> tuple[Digits, Digits]:
     return Digits(images[:-600], labels[:-600]), Digits(images[-600:], labels[-600:])
 
 
-def optimise(parameters: Sequence[Tensor], loss_of: nn.Module, train: Digits, steps: int, seed: int) -> None:
-    """AdamW with warmup and cosine; `loss_of(images, labels)` is called with one batch a step."""
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(train.labels), (BATCH,), generator=generator)
-        optimizer.zero_grad()
-        loss_of(train.images[rows], train.labels[rows]).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+class RandomRows(Samples):
+    """An endless stream of rows of some tensors, drawn with replacement."""
+
+    def __init__(self, seed: int, *tensors: Tensor) -> None:
+        self.seed, self.tensors = seed, tensors
+
+    def __getitem__(self, position: int) -> Sample:
+        """One row of each tensor."""
+        row = int(np.random.default_rng((self.seed, position)).integers(len(self.tensors[0])))
+        return Sample([tensor[row] for tensor in self.tensors], f"row {row}", [])
+
+    def collate(self, values: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        """A batch of each tensor."""
+        return tuple(torch.stack(rows) for rows in zip(*values, strict=True))
 
 
-class Classifier(nn.Module):
-    """A ViT of UniFlow's layers, and a linear layer on the mean of its patches' tokens."""
+def train(objective: nn.Module, rows: RandomRows, steps: int, learns: Literal["all", "decoder"] = "all") -> None:
+    """Train the objective's student, in place."""
+    stage = Stage(steps, learns, learning_rate=2e-3, warmup_steps=20)
+    recipe = Recipe((stage,), batch_size=32, weight_decay=0.05, betas=(0.9, 0.999), seed=rows.seed)
+    Trainer(objective, rows, recipe).run()
 
-    def __init__(self) -> None:
+
+class CrossEntropy(NamedTuple):
+    """The loss, and nothing else to log."""
+
+    total: Tensor
+
+    def measured(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+class Classification(nn.Module):
+    """The objective of the teacher, with a linear layer on the mean of its encoder's patch tokens."""
+
+    def __init__(self, student: UniFlow) -> None:
         super().__init__()
-        whole = UniFlow(CONFIG)  # its way to initialise
-        self.embeddings: Embeddings | nn.Module = whole.embeddings
-        self.encoder: Encoder | nn.Module = whole.encoder
+        self.student = student
         self.head = nn.Sequential(nn.LayerNorm(CONFIG.hidden_size), nn.Linear(CONFIG.hidden_size, 10))
+        student.add_module("head", self.head)  # to be trained with it
 
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar."""
-        last = self.encoder.last(self.embeddings(images))[:, 1:]
-        return F.cross_entropy(self.head(last.mean(1)), labels)
-
-
-class Tokenizer(nn.Module):
-    """The objective as a function of a batch; labels are not used."""
-
-    def __init__(self, objective: UniFlowObjective) -> None:
-        super().__init__()
-        self.objective = objective
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar."""
-        return self.objective(images).total
+    def forward(self, images: Tensor, labels: Tensor) -> CrossEntropy:
+        """Images [B, 1, 8, 8] and their labels [B]."""
+        last = self.student.hidden_states(images)[-1][:, 1:]
+        return CrossEntropy(F.cross_entropy(self.head(last.mean(1)), labels))
 
 
 class Score(NamedTuple):
@@ -121,13 +123,13 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(model: UniFlow, train: Digits, test: Digits) -> Score:
+def score(model: UniFlow, seen: Digits, test: Digits) -> Score:
     """Both on the test digits; the probe is fitted on the training digits."""
     model.eval()
-    features = [model.hidden_states(part.images)[-1][:, 1:].mean(1).numpy() for part in (train, test)]
+    features = [model.hidden_states(part.images)[-1][:, 1:].mean(1).numpy() for part in (seen, test)]
     center, spread = features[0].mean(0), features[0].std(0) + 1e-6
     fitted, unseen = ((part - center) / spread for part in features)
-    probe = LogisticRegression(max_iter=2000).fit(fitted, train.labels.numpy())
+    probe = LogisticRegression(max_iter=2000).fit(fitted, seen.labels.numpy())
     images = model(test.images, steps=1, seed=0).clamp(-1, 1)
     error = ((images - test.images) / 2).square().mean((1, 2, 3))  # pixels in [0, 1]
     return Score(100 * probe.score(unseen, test.labels.numpy()), float((-10 * error.log10()).mean()))
@@ -135,23 +137,19 @@ def score(model: UniFlow, train: Digits, test: Digits) -> Score:
 
 def run(seed: int, steps: int, teacher_steps: int) -> dict[str, Score]:
     """One teacher, and a tokenizer around it in each of the ways; all ways see the same batches."""
-    train, test = digits()
+    seen, test = digits()
     torch.manual_seed(seed)
-    teacher = Classifier()
-    optimise(list(teacher.parameters()), teacher, train, teacher_steps, seed)
-    scores = {}
+    teacher = UniFlow(CONFIG)
+    train(Classification(teacher), RandomRows(seed, seen.images, seen.labels), teacher_steps)
+    scores: dict[str, Score] = {}
     for way, (arguments, learns) in WAYS.items():
         torch.manual_seed(seed)
-        encoder = PretrainedEncoder(copy.deepcopy(teacher.embeddings), copy.deepcopy(teacher.encoder), {})  # type: ignore[arg-type]
+        encoder = PretrainedEncoder(copy.deepcopy(teacher.embeddings), copy.deepcopy(teacher.encoder), {})
         model = UniFlow(CONFIG, encoder)
         if not scores:
-            scores["the teacher"] = Score(score(model, train, test).accuracy, float("nan"))
-        objective = UniFlowObjective(model, **arguments)  # type: ignore[arg-type]
-        for part in (model.embeddings, model.encoder):
-            part.requires_grad_(learns)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimise(trained, Tokenizer(objective.train()), train, steps, seed)
-        scores[way] = score(model, train, test)
+            scores["the teacher"] = Score(score(model, seen, test).accuracy, float("nan"))
+        train(UniFlowObjective(model, **arguments), RandomRows(seed, seen.images), steps, learns)
+        scores[way] = score(model, seen, test)
         print(f"seed {seed}: {way}: accuracy {scores[way].accuracy:.1f} %, PSNR {scores[way].psnr:.2f} dB", flush=True)
     return scores
 

@@ -214,6 +214,7 @@ def test_bad_options(tiny):
 def test_compiles_whole(tiny):
     objective = UniFlowObjective(tiny())
     compiled = torch.compile(objective, fullgraph=True, backend="eager")
+    compiled(torch.randn(3, 3, 16, 16))  # another batch size first, t and noise drawn
     results = []
     for function in (compiled, objective):
         objective.student.zero_grad()

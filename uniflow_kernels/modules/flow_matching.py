@@ -70,7 +70,7 @@ def flow_matching_loss(
     number, held = seed_of(seed, offset, images.device, first_row)  # drawn once for all chunks
     if condition.ndim != 3 or condition.shape[:2] != rows[:2]:
         raise ValueError(f"condition: expected shape {(*rows[:2], 'Z')}, one row a patch, got {tuple(condition.shape)}")
-    if t.shape not in (rows[:1], rows[:2]):
+    if t.shape != rows[:1] and t.shape != rows[:2]:  # torch.compile takes "not in" wrongly
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     for name, value in (("weights", weights), ("mask", mask)):
         if value is not None and value.shape != rows[:2]:
