@@ -24,6 +24,7 @@ struct Source {  // what x1 and x0 are made of
   Rows noise;  // data is null where the seed counts
   uint64_t seed, offset;
   const uint64_t* seed_at;  // null, or where the device holds the seed
+  int64_t first_row;  // of the seed's noise, which row 0 has
   int32_t columns;  // length of a row of x_t or of the velocity
 };
 

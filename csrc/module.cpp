@@ -43,7 +43,7 @@ uniflow::Tiling tiling_of(const std::array<int64_t, 4>& shape, int32_t patch, in
 
 uniflow::Source source_of(uintptr_t images, int32_t image_type, std::array<int64_t, 4> shape, const Strides& strides,
                           uintptr_t scale_and_shift, int32_t patch, int32_t repeats, const uniflow::Rows& noise,
-                          uint64_t seed, uint64_t offset, uintptr_t seed_at, int32_t columns) {
+                          uint64_t seed, uint64_t offset, uintptr_t seed_at, int64_t first_row, int32_t columns) {
   return {tiling_of(shape, patch, columns),
           reinterpret_cast<const void*>(images),
           image_type,
@@ -54,6 +54,7 @@ uniflow::Source source_of(uintptr_t images, int32_t image_type, std::array<int64
           seed,
           offset,
           reinterpret_cast<const uint64_t*>(seed_at),
+          first_row,
           columns};
 }
 

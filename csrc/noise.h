@@ -15,6 +15,9 @@ UNIFLOW_HD Seed seed_of(uint64_t seed, uint64_t offset) {
           static_cast<uint32_t>(offset >> 32)};
 }
 
+// The counter of columns 4*quad .. 4*quad + 3 of a row of 4*quads columns.
+UNIFLOW_HD uint64_t counter_of(int64_t row, int32_t quads, int32_t quad) { return static_cast<uint64_t>(row) * quads + quad; }
+
 struct Words {
   uint32_t x, y, z, w;
 };

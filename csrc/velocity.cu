@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_noise(const void* noise, int64_t place, int
   }
 }
 
-// x0 of columns 4*quad .. 4*quad + 3 of a row; 0 beyond its end.
-__device__ __forceinline__ void noise_at(const Source& source, int64_t row, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
+// x0 of columns 4*quad .. 4*quad + 3 of a token's row; 0 beyond its end.
+__device__ __forceinline__ void noise_at(const Source& source, int64_t image, int64_t token, int quad, bool wide, float x0[4]) {
   const Rows& noise = source.noise;
   const int valid = source.tiling.length - 4 * quad;
   const int64_t place = image * noise.image_stride + token * noise.token_stride + 4 * quad;
@@ -60,7 +60,8 @@ __device__ __forceinline__ void noise_at(const Source& source, int64_t row, int6
     for (int k = 0; k < 4; ++k) x0[k] = 0.0f;
   } else if (noise.data == nullptr) {
     const uint64_t seed = source.seed_at == nullptr ? source.seed : *source.seed_at;
-    normals(row * source.tiling.quads + quad, seed_of(seed, source.offset), x0);
+    const int64_t row = source.first_row + image * source.tiling.tokens() + token;
+    normals(counter_of(row, source.tiling.quads, quad), seed_of(seed, source.offset), x0);
   } else if (noise.type == kFloat32) {
     load_noise<float>(noise.data, place, valid, wide, x0);
   } else if (noise.type == kFloat16) {
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         float x0[4];
-        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
+        noise_at(source, image, token + g, quad, wide.noise, x0);
         const float time = t[t_per_token ? first + g : image];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         const float coefficient = coefficient_of(coefficients, first + g);
         float x0[4];
-        noise_at(source, first + g, image, token + g, quad, wide.noise, x0);
+        noise_at(source, image, token + g, quad, wide.noise, x0);
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

@@ -40,6 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
 }
 
+_OFFICIAL = "uniflow"
+WITH_ENCODER = "uniflow_with_encoder"  # the official code has no such type, so it takes no such folder for its own
+
 # what may be chosen around a given encoder
 DECODER_FIELDS = (
     "latent_ch",
@@ -60,6 +63,8 @@ class UniFlowConfig:
 
     `llm_hidden_size`, `use_cfg` and `use_disp_loss` are carried along for the official code and change nothing here.
     Keys of a config.json that are no fields (auto_map, transformers_version, ...) are kept in `extra` and written back.
+    `encoder` is no field of the official one: it describes an encoder of another make than its own, and config.json is
+    then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`).
 
     Raises:
         ValueError: for values that contradict each other or that the model does not have, naming the field.
@@ -97,6 +102,7 @@ class UniFlowConfig:
     num_sampling_steps: int | str = "1"
     use_cfg: bool = False
     use_disp_loss: bool = False
+    encoder: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -191,20 +197,25 @@ class UniFlowConfig:
             ValueError: if it is for another model type, or does not say what the model looks like: nothing is guessed.
         """
         values = values.get("vision_config", values)
-        if values.get("model_type", "uniflow") != "uniflow":
-            raise ValueError(f"model_type: expected 'uniflow', got {values['model_type']!r}")
-        missing = [name for name in _ARCHITECTURE if name not in values]
+        kind = values.get("model_type", _OFFICIAL)
+        if kind not in (_OFFICIAL, WITH_ENCODER):
+            raise ValueError(f"model_type: expected {_OFFICIAL!r} or {WITH_ENCODER!r}, got {kind!r}")
+        wanted = (*_ARCHITECTURE, "encoder") if kind == WITH_ENCODER else _ARCHITECTURE
+        missing = [name for name in wanted if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        known = {f.name for f in fields(cls)} - {"extra"}
+        known = {f.name for f in fields(cls)} - {"extra", *(("encoder",) if kind == _OFFICIAL else ())}
         own = {name: value for name, value in values.items() if name in known}
         return cls(**own, extra={name: value for name, value in values.items() if name not in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json that the official code reads."""
+        """The contents of a config.json, which the official code reads unless there is an `encoder`."""
         values = asdict(self)
         extra = values.pop("extra")
-        return {"architectures": ["UniFlowVisionModel"], "model_type": "uniflow", **values, **extra}
+        if self.encoder is not None:
+            return {"model_type": WITH_ENCODER, **values, **extra}
+        del values["encoder"]
+        return {"architectures": ["UniFlowVisionModel"], "model_type": _OFFICIAL, **values, **extra}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UniFlowConfig:

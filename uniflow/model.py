@@ -18,7 +18,7 @@ from uniflow.decoding import Decoder, Shape, noise_of, start_of
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow import Interval, Plan
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
-from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, pretrained_encoder
+from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, described_encoder, pretrained_encoder
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels import to_images
 from uniflow_kernels.ops.patches import patch_grid
@@ -32,7 +32,8 @@ class UniFlow(nn.Module):
 
     Args:
         config: see `UniFlowConfig`.
-        pretrained: an encoder that fits the config, taken as it is; `from_encoder` makes both. By default a new one.
+        pretrained: an encoder that fits the config, taken as it is; `from_encoder` makes both. By default a new one,
+            of the kind that `config.encoder` describes if it does.
 
     Source: `UniFlowVisionModel` of the official release, same state_dict.
     """
@@ -46,6 +47,8 @@ class UniFlow(nn.Module):
         super().__init__()
         self.config = config
         width = config.vit_hidden_size
+        if pretrained is None and config.encoder is not None:
+            pretrained = described_encoder(config)
         if pretrained is None:
             self.embeddings = Embeddings(config)
             self.encoder = Encoder(config)
@@ -376,7 +379,7 @@ class UniFlow(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> UniFlow:
-        """Read a checkpoint folder in the official format, in evaluation mode.
+        """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
 
         Args:
             folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
@@ -386,6 +389,7 @@ class UniFlow(nn.Module):
         Raises:
             FileNotFoundError: if there is no config.json or no weights.
             CheckpointError: if keys are missing, unexpected or of another shape (all are named), or a file is damaged.
+            ImportError: if its encoder is one of the transformers package, and this is not installed.
             ValueError: if the config describes no UniFlow.
 
         Nothing pickled is executed: pytorch_model.bin is read with weights_only.
@@ -400,15 +404,16 @@ class UniFlow(nn.Module):
     def from_encoder(
         cls,
         encoder: str | Path | nn.Module,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
 
         Args:
             encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
-            mean, std: what the encoder's images are normalised with; the tokenizer's are still those of `normalize`.
+            mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
+                still those of `normalize`.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 
@@ -416,8 +421,7 @@ class UniFlow(nn.Module):
             TypeError: for a keyword that is no such field.
             ValueError: if the encoder cannot be used, saying why.
 
-        A tokenizer around an encoder of the InternViT kind is saved and loaded like any other. Around another one it is
-        its `state_dict()` that can be kept: load it into what `from_encoder` makes of the same kind of encoder.
+        It is saved and loaded like any other. The official code reads it if the encoder is of the InternViT kind.
         """
         pretrained = pretrained_encoder(encoder, mean, std)
         for name in decoder:
@@ -428,15 +432,18 @@ class UniFlow(nn.Module):
         return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors as the official code reads them; each file is whole or not there.
+        """Write config.json and model.safetensors for `from_pretrained`; each file is whole or not there.
+
+        The official code reads them too. Not around an encoder of the transformers package, which is described by the
+        config's `encoder`: then config.json is of another model type.
 
         Raises:
-            ValueError: if the encoder is of another make than the official format can hold.
+            ValueError: if the encoder cannot be made again from a description.
         """
-        if not isinstance(self.encoder, Encoder):
+        if not isinstance(self.encoder, Encoder) and self.config.encoder is None:
             raise ValueError(
-                "save_pretrained: the official format holds encoders of the InternViT kind only; keep state_dict(), "
-                "and load it into what UniFlow.from_encoder makes of the same encoder"
+                "save_pretrained: expected an encoder of the InternViT kind, or one that transformers makes from its "
+                "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
             )
         self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_state(self, folder)

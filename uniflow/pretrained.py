@@ -18,9 +18,21 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uniflow.checkpoint import CheckpointError, assign_state, read_state
-from uniflow.config import ENCODER_ARCHITECTURE, UniFlowConfig
+from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+
+# of a configuration: who wrote it and in which dtype, and the classes of a classifier
+_NOT_OF_THE_ENCODER = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "id2label",
+    "label2id",
+    "problem_type",
+)
 
 _INTERNVIT_CHOICES = (
     "num_channels",
@@ -43,15 +55,17 @@ class PretrainedEncoder(NamedTuple):
 
 
 def pretrained_encoder(
-    source: str | Path | nn.Module, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    source: str | Path | nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> PretrainedEncoder:
     """An encoder for `UniFlow.from_encoder` or `EncoderTeacher`.
 
     Args:
-        source: a checkpoint folder, official, of an InternViT, or one that transformers' AutoModel reads; or a vision
-            model of the transformers package, which is taken as it is.
+        source: a checkpoint folder, of a UniFlow, of an InternViT, or one that transformers' AutoModel reads; or a
+            vision model of the transformers package, which is taken as it is, but for a mask token: it is taken out,
+            since nothing is masked here.
         mean, std: what the encoder's images are normalised with. It is given those of `uniflow.normalize`, as every
-            encoder here, and brings them to its own statistics.
+            encoder here, and brings them to its own statistics. If not given they are what the folder says (a UniFlow's
+            config.json, or the preprocessor_config.json of the transformers package), else ImageNet's.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -60,19 +74,45 @@ def pretrained_encoder(
         ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix.
     """
     if isinstance(source, nn.Module):
-        return _from_huggingface(source, mean, std)
+        return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
     path = Path(source) / "config.json"
+    config = _read_json(path)
+    config = config.get("vision_config", config)
+    kind = config.get("model_type")
+    if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
+        preprocessor = Path(source) / "preprocessor_config.json"
+        said = _read_json(preprocessor) if preprocessor.exists() else {}
+        mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
+        return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
+    if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
+        which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
+        raise ValueError(f"mean, std: expected ImageNet's, since {which}")
+    if kind == WITH_ENCODER:
+        pretrained = described_encoder(UniFlowConfig.from_dict(config))
+        _read_weights(pretrained, Path(source))
+        return pretrained
+    return _from_internvit(Path(source), config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config = config.get("vision_config", config)
-        kind = config.get("model_type")
-    except (ValueError, AttributeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is no configuration: {error}") from None
-    if kind in ("uniflow", "intern_vit_6b"):
-        if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
-            raise ValueError("mean, std: encoders of the InternViT kind are trained on ImageNet's, expected those")
-        return _from_internvit(Path(source), config)
-    return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no configuration: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _read_weights(encoder: PretrainedEncoder, folder: Path) -> None:
+    """Give the encoder the weights that the folder holds, beside whatever else."""
+    # within an InternVL the encoder's keys have a prefix
+    state = {name.removeprefix("vision_model."): tensor for name, tensor in read_state(folder).items()}
+    own = {name: tensor for name, tensor in state.items() if name.startswith(("embeddings.", "encoder."))}
+    if not own:
+        raise CheckpointError(f"{folder} holds no encoder: no key begins with 'embeddings.' or 'encoder.'")
+    parts = nn.ModuleDict({"embeddings": encoder.embeddings, "encoder": encoder.encoder})
+    assign_state(parts, own, str(folder))
 
 
 # --- InternViT: the layers are UniFlow's own ---
@@ -86,17 +126,77 @@ def _from_internvit(folder: Path, values: dict[str, Any]) -> PretrainedEncoder:
     fields["vit_hidden_size"] = fields["hidden_size"]
     config = UniFlowConfig(**fields)
     with torch.device("meta"):
-        parts = nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
-    # within an InternVL the encoder's keys have a prefix
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in read_state(folder).items()}
-    own = {name: tensor for name, tensor in state.items() if name.startswith(("embeddings.", "encoder."))}
-    if not own:
-        raise CheckpointError(f"{folder} holds no encoder: no key begins with 'embeddings.' or 'encoder.'")
-    assign_state(parts, own, str(folder))
-    return PretrainedEncoder(parts["embeddings"], parts["encoder"], fields)  # type: ignore[arg-type]
+        pretrained = PretrainedEncoder(Embeddings(config), Encoder(config), fields)
+    _read_weights(pretrained, folder)
+    return pretrained
 
 
 # --- the transformers package ---
+
+
+def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
+    """A new encoder, on the CPU, as `config.encoder` describes it; nothing is downloaded.
+
+    The description holds `kind`, a model type of the transformers package, `config`, what its configuration says, and
+    the `mean` and `std` of `pretrained_encoder`. PyTorch's random numbers are as they were.
+
+    Raises:
+        ImportError: if the transformers package is not installed.
+        ValueError: if it describes no encoder that can be used, or one that does not fit the other fields.
+    """
+    transformers = transformers_package()
+    description = config.encoder
+    names = ("kind", "config", "mean", "std")
+    if not isinstance(description, dict) or sorted(description) != sorted(names):
+        raise ValueError(f"encoder: expected {', '.join(names)}, got {description!r}")
+    kind, values, mean, std = (description[name] for name in names)
+    if str(kind) not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"encoder: transformers {transformers.__version__} has no model of the kind {kind!r}")
+    # not on the meta device: some of its tensors are in no checkpoint
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        try:
+            model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **values))
+        except Exception as error:  # transformers raises whatever its configurations and models do
+            raise ValueError(f"encoder: transformers makes no {kind} of its config: {error}") from None
+        pretrained = _from_huggingface(model, mean, std)
+    for name, value in pretrained.fields.items():
+        if name != "encoder" and getattr(config, name) != value:
+            raise ValueError(f"{name}: expected {value}, as the encoder has it, got {getattr(config, name)}")
+    return pretrained
+
+
+def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
+    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
+    transformers = transformers_package()
+    config: Any = model.config
+    if type(config) not in transformers.MODEL_MAPPING:
+        return None
+    with torch.device("meta"):
+        again = _vision_part(transformers.AutoModel.from_config(config))
+    if _shapes(again) != _shapes(model):
+        return None
+    values = json.loads(config.to_json_string(use_diff=True))
+    kind = values.pop("model_type")
+    for name in _NOT_OF_THE_ENCODER:
+        values.pop(name, None)
+    return {"kind": kind, "config": values, "mean": list(mean), "std": list(std)}
+
+
+def _check_statistics(name: str, values: Sequence[float]) -> None:
+    numbers = [value for value in values if isinstance(value, (int, float))] if isinstance(values, Sequence) else []
+    if len(numbers) != len(IMAGENET_MEAN) or len(values) != len(numbers) or (name == "std" and min(numbers) <= 0):
+        positive = " positive" if name == "std" else ""
+        raise ValueError(f"{name}: expected {len(IMAGENET_MEAN)}{positive} numbers, one a channel, got {values!r}")
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    parts = nn.ModuleList([_part(model, "embeddings"), _layers(model)])
+    return {name: tensor.shape for name, tensor in parts.state_dict().items()}
+
+
+def _vision_part(model: nn.Module) -> nn.Module:
+    model = getattr(model, "base_model", model)  # without the head of a classifier
+    return getattr(model, "vision_model", model)  # of a pair of image and text encoder
 
 
 class HuggingFaceEmbeddings(nn.Module):
@@ -127,6 +227,8 @@ class HuggingFaceEmbeddings(nn.Module):
     ) -> None:
         super().__init__()
         self.embed = _part(model, "embeddings")
+        if isinstance(getattr(self.embed, "mask_token", None), nn.Parameter):
+            self.embed.register_parameter("mask_token", None)  # one that never has a gradient stops DDP
         self.norm = getattr(model, "pre_layrnorm", nn.Identity())  # CLIP's, under the name that it has there
         self.patch_size = patch_size
         self.image_size = image_size
@@ -194,8 +296,9 @@ class HuggingFaceLayer(nn.Module):
 
 
 def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> PretrainedEncoder:
-    model = getattr(model, "base_model", model)  # without the head of a classifier
-    model = getattr(model, "vision_model", model)  # of a pair of image and text encoder
+    _check_statistics("mean", mean)
+    _check_statistics("std", std)
+    model = _vision_part(model)
     config = getattr(model, "config", None)
     layers = _layers(model)
     try:
@@ -221,6 +324,7 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         "num_attention_heads": heads,
         "intermediate_size": getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4)),
     }
+    fields["encoder"] = _description(model, mean, std)
     embeddings = HuggingFaceEmbeddings(model, patch, size, channels, mean, std)
     return PretrainedEncoder(embeddings, LayerStack(map(HuggingFaceLayer, layers)), fields)
 

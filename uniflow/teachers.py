@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from uniflow.encoder import LayerStack
 from uniflow.model import UniFlow
-from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.pretrained import pretrained_encoder
 
 
@@ -42,8 +41,8 @@ class EncoderTeacher(nn.Module):
     def from_pretrained(
         cls,
         source: str | Path | nn.Module,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
     ) -> EncoderTeacher:
         """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen."""

@@ -57,27 +57,27 @@ def why_not_patch(channels: int, patch_size: int, columns: int = 0, itemsize: in
 
 def interpolate(
     images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    patch_size: int, repeats: int, columns: int, x_t: Tensor,
+    first_row: int, patch_size: int, repeats: int, columns: int, x_t: Tensor,
 ) -> None:  # fmt: skip
     """Write x_t [k*B, N, columns]."""
     if not x_t.numel():
         return
     t = t.float().contiguous()
-    source = _source(images, noise, scale_and_shift, seed, offset, patch_size, repeats, columns)
+    source = _source(images, noise, scale_and_shift, seed, offset, first_row, patch_size, repeats, columns)
     with torch.cuda.device(images.device):
         _module().interpolate(source, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], _stream())
 
 
 def velocity_loss(
     velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float,
-    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, patch_size: int, repeats: int,
+    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int,
     gradient: Tensor | None, losses: Tensor,
 ) -> None:  # fmt: skip
     """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
     if not velocity.numel():
         return
     each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
-    source = _source(images, noise, scale_and_shift, seed, offset, patch_size, repeats, velocity.shape[-1])
+    source = _source(images, noise, scale_and_shift, seed, offset, first_row, patch_size, repeats, velocity.shape[-1])
     with torch.cuda.device(images.device):
         _module().velocity_loss(
             source, _rows(velocity), _address(each), every, _address(gradient), losses.data_ptr(), _stream()
@@ -158,10 +158,10 @@ def _rows(rows: Tensor | None) -> Any:
 
 def _source(
     images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    patch_size: int, repeats: int, columns: int,
+    first_row: int, patch_size: int, repeats: int, columns: int,
 ) -> Any:  # fmt: skip
     return _module().Source(
         images.data_ptr(), _TYPES[images.dtype], tuple(images.shape), images.stride(), _address(scale_and_shift),
         patch_size, repeats, _rows(noise), 0 if isinstance(seed, Tensor) else seed, offset,
-        _address(seed) if isinstance(seed, Tensor) else 0, columns,
+        _address(seed) if isinstance(seed, Tensor) else 0, first_row, columns,
     )  # fmt: skip

@@ -16,12 +16,16 @@ CSRC = Path(__file__).parents[2] / "csrc"
 KERNELS = "uniflow_kernels.triton_kernels"
 
 
-def flow_request(arch, kernel, seeded, held=False):
-    """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4. The seed may be held by the device."""
+def flow_request(arch, kernel, seeded, held=False, first_row="i32"):
+    """bf16 rows, float32 images, patches of 14: rows of 588 in units of 4.
+
+    The seed may be held by the device; a first row beyond 2^31 is a 64-bit number.
+    """
     pointers = {
         **{"images": "*fp32", "t": "*fp32", "noise": "constexpr" if seeded else "*fp32", "x_t": "*bf16"},
         **{"velocity": "*bf16", "gradient": "*bf16", "coefficients": "*fp32", "losses": "*fp32"},
         **{"scale_and_shift": "constexpr", "seed": "*i64" if held else "constexpr", "coefficient": "fp32"},
+        "first_row": first_row,
     }
     constants = {
         **{"PATCH": 14, "NORMALIZED": False, "SEEDED": seeded, "UNIT": 4, "TOKENS": 16, "QUADS": 32},
@@ -81,7 +85,7 @@ def test_triton_kernels(oldest):
     requests = []
     for arch in arches(oldest):
         requests.append(flow_request(arch, "interpolate_kernel", True))
-        requests.append(flow_request(arch, "interpolate_kernel", True, held=True))
+        requests.append(flow_request(arch, "interpolate_kernel", True, held=True, first_row="i64"))
         requests.append(flow_request(arch, "velocity_loss_kernel", True))
         requests.append(flow_request(arch, "velocity_loss_kernel", False))
         requests.append(noise_request(arch))

@@ -81,7 +81,7 @@ void move_patches(int64_t batch, int channels, int down, int across, int patch, 
 
 // x_t and the loss of seeded noise, tile by tile, as the kernels take them.
 void flow(int64_t batch, int channels, int down, int across, int patch, int width, const int64_t* strides, const float* images,
-          int repeats, uint64_t seed, uint64_t offset, const float* t, const float* velocity, const float* coefficients,
+          int repeats, uint64_t seed, uint64_t offset, int64_t first, const float* t, const float* velocity, const float* coefficients,
           float* x_t, float* gradient, float* losses) {
   const Tiling tiling = tiling_of(batch, channels, down, across, patch, width);
   const Seed words = seed_of(seed, offset);
@@ -97,7 +97,7 @@ void flow(int64_t batch, int channels, int down, int across, int patch, int widt
         const int64_t token = first_row(tiling, tile, repeat) + g;
         for (int quad = 0; quad < tiling.quads; ++quad) {
           float x0[4], sum = 0.0f;
-          normals(token * tiling.quads + quad, words, x0);
+          normals(counter_of(first + token, tiling.quads, quad), words, x0);
           for (int k = 0; k < 4 && 4 * quad + k < tiling.length; ++k) {
             const int64_t at = token * tiling.length + 4 * quad + k;
             const float x1 = rows[g * 4 * tiling.quads + 4 * quad + k];

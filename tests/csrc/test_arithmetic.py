@@ -85,11 +85,11 @@ def test_division_by_multiplication_is_exact(host):
     assert host.wrong_quotients() == 0
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize(("repeats", "first"), [(1, 0), (3, 2**40 + 5)])
 @pytest.mark.parametrize(
     ("shape", "patch", "width"), [((2, 3, 8, 20), 4, 2), ((3, 1, 9, 15), 3, 4), ((1, 2, 5, 7), 1, 7)]
 )
-def test_flow(host, within_twice, shape, patch, width, repeats):
+def test_flow(host, within_twice, shape, patch, width, repeats, first):
     """x_t, loss and gradient of strided images with seeded noise, tile by tile."""
     generator = torch.Generator().manual_seed(0)
     batch, channels, height, across = shape
@@ -104,10 +104,11 @@ def test_flow(host, within_twice, shape, patch, width, repeats):
     strides = np.array(images.stride(), np.int64)
     host.flow(
         i64(batch), channels, down, across, patch, width, address(strides), address(images), repeats,
-        ctypes.c_uint64(7), ctypes.c_uint64(2), *map(address, (t, velocity, coefficients, x_t, gradient, losses)),
+        ctypes.c_uint64(7), ctypes.c_uint64(2), i64(first),
+        *map(address, (t, velocity, coefficients, x_t, gradient, losses)),
     )  # fmt: skip
     grid = (repeats * batch, down * across)
-    how = (None, None, 7, 2, patch, repeats)
+    how = (None, None, 7, 2, first, patch, repeats)
     plain, plain_gradient, plain_losses = (torch.empty(*grid, *row) for row in ((length,), (length,), ()))
     plain_interpolate(images, t.view(grid), None, *how, plain)
     assert (x_t.view_as(plain) - plain).abs().max() < 2e-6

@@ -97,6 +97,25 @@ def test_seeded_noise_is_the_definition(kernels):
     assert (ours.cpu().view(-1, 588) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("first_row", [0, 2**33 - 3])
+def test_a_batch_in_pieces_has_the_noise_of_the_whole(kernels, first_row):
+    """An image and a band of one, to the bit."""
+    images, t = pictures(2, (448, 448), torch.uint8), torch.rand(2, 1024, device="cuda")
+    velocity = torch.randn(2, 1024, 588, device="cuda")
+    common = {"patch_size": 14, "seed": 5, **NORMALIZATION}
+    with backend(kernels):
+        whole = interpolate(images, t, **common, first_row=first_row)
+        losses = velocity_loss(velocity, images, **common, first_row=first_row, reduction="none")
+        noise = interpolate(images, 0 * t, **common, first_row=first_row)
+        for part, tokens, first in ((images[1:], slice(0, 1024), 1024), (images[1:, :, 42:70], slice(96, 160), 1120)):
+            here = {**common, "first_row": first_row + first}
+            assert torch.equal(interpolate(part, t[1:, tokens], **here), whole[1:, tokens])
+            loss = velocity_loss(velocity[1:, tokens], part, **here, reduction="none")
+            assert torch.equal(loss, losses[1:, tokens])
+    expected = seeded_noise(2 * 1024, 588, 5, first_row=first_row)  # on a CPU
+    assert (noise.cpu().view(-1, 588) - expected).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES, torch.float64])
 @pytest.mark.parametrize(
     ("size", "patch"), [((448, 448), 14), ((224, 336), 16), ((21, 35), 7), ((6, 10), 1), ((9, 15), 3)]

@@ -242,6 +242,46 @@ def test_train_writes_checkpoints_logs_and_samples(capsys, train_file, tmp_path)
         assert line["loss"] == pytest.approx(line["flow"] + weight * line["distill"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_train_around_an_encoder_of_the_transformers_package(capsys, train_file, picture_folder, tmp_path):
+    """Two stages, and a resume in the second, which gives the losses of the run that did not stop."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
+    capsys.readouterr()
+    decoder, data = "{latent_ch: 8, global_blocks_depth: 1, num_decoder_layers: 1}", f"{{folder: {picture_folder}}}"
+    config = train_file(
+        model=f"{{encoder: {tmp_path}/dinov2, config: {decoder}}}",
+        data=data,
+        recipe="{stages: [{train: decoder, steps: 2}, {steps: 3}], batch_size: 4, log_every: 1, save_every: 2, "
+        "ema_decay: 0.9}",
+    )
+    ok(capsys, "train", config)
+    out = tmp_path / "run"
+    complete = losses(out)
+    older, newest = (out / "checkpoints" / f"step-0000000{step}" for step in (4, 5))
+    trained = contents(newest)
+    ok(capsys, "train", config, "--resume", older, "--force")
+    assert losses(out) == complete
+    assert contents(newest).keys() == trained.keys()
+    for name in ("model.safetensors", "ema/model.safetensors", "config.json"):
+        assert contents(newest)[name] == trained[name]
+    student, start = UniFlow.from_pretrained(newest), UniFlow.from_encoder(tmp_path / "dinov2", latent_ch=8)
+    assert student.config.encoder == start.config.encoder
+    assert all((a != b).any() for a, b in zip(student.encoder.parameters(), start.encoder.parameters(), strict=True))
+    shutil.rmtree(tmp_path / "dinov2")  # the checkpoint needs it no more, as student nor as teacher
+    recipe = "{stages: [{steps: 1}], log_every: 1}"
+    ok(
+        capsys,
+        "train",
+        train_file(model=f"{{checkpoint: {newest}}}", data=data, recipe=recipe),
+        "--out",
+        tmp_path / "on",
+    )
+    assert len(json.loads((tmp_path / "on" / "log.jsonl").read_text())["alpha"]) == 2
+
+
 def test_train_on_shards(capsys, train_file, picture_folder, tmp_path):
     for number in range(2):
         with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:

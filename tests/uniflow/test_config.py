@@ -85,7 +85,7 @@ def test_keys_of_others_survive(golden_folder, tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "expected a JSON object, got list"),
-        ('{"model_type": "siglip"}', "model_type: expected 'uniflow', got 'siglip'"),
+        ('{"model_type": "siglip"}', "model_type: expected 'uniflow' or 'uniflow_with_encoder', got 'siglip'"),
         ('{"hidden_size": 1024}', "lacks image_size, patch_size, intermediate_size"),
     ],
 )

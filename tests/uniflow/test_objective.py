@@ -234,8 +234,8 @@ def process_group(tmp_path):
 
 
 def shard(objective):
-    student = objective.student
-    for part in (*student.encoder.layers, *student.global_blocks, student.flow_head.net):
+    student, teacher = objective.student, objective.teacher
+    for part in (*student.encoder.layers, *teacher.encoder.layers, *student.global_blocks, student.flow_head.net):
         fully_shard(part)
     return fully_shard(objective)
 

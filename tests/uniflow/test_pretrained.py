@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import sys
@@ -9,12 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import randomize
-from uniflow import CheckpointError, EncoderTeacher, UniFlow, UniFlowObjective
+from uniflow import CheckpointError, EncoderTeacher, UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow.cli.inputs import InputError, load_model
 from uniflow.encoder import Embeddings
+from uniflow.latents import EncodedPicture, LatentsError, read_latents, write_latents
 from uniflow.pretrained import pretrained_encoder
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 4}
 DECODER = {"latent_ch": 8, "global_blocks_depth": 1, "num_decoder_layers": 2}
+STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 PREFIX = {"ViT": 1, "ViTForImageClassification": 1, "Dinov2": 1, "Dinov2WithRegisters": 4, "CLIPVision": 1}
 PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0}
 
@@ -60,7 +64,7 @@ def test_the_states_are_those_of_the_transformers_package(kind, images):
 
 @pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "Siglip2Vision"])
 def test_a_tokenizer_around_it(kind, images):
-    """Encodes, decodes, trains beside a copy of its encoder, and is kept as a state_dict."""
+    """Encodes, decodes, and trains beside a copy of its encoder: every parameter has a gradient, as DDP wants it."""
     model = UniFlow.from_encoder(hugging_face(kind), **DECODER)
     objective = UniFlowObjective(model, chunk_tokens=16)
     assert model.encode(images).shape == (2, 16, 8)
@@ -73,13 +77,97 @@ def test_a_tokenizer_around_it(kind, images):
     assert losses.distill.abs() < 1e-6
     losses.total.backward()
     assert all(p.grad is None for p in objective.teacher.parameters())
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
     optimizer.step()
     assert objective(images).distill > 1e-6
-    again = UniFlow.from_encoder(hugging_face(kind), **DECODER)
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again.encode(images), model.encode(images))
-    with pytest.raises(ValueError, match="save_pretrained: the official format holds encoders of the InternViT kind"):
-        model.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_saved_and_made_again_of_nothing_but_the_folder(kind, tmp_path, images, monkeypatch):
+    """As it was to the bit, in its dtype; no random number is drawn, and the official type is not claimed."""
+    model = UniFlow.from_encoder(randomize(hugging_face(kind)), **STATISTICS, **DECODER).eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == "uniflow_with_encoder"
+    assert not {"architectures", "auto_map", "extra"} & set(config)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = torch.get_rng_state()
+    again = UniFlow.from_pretrained(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
+    assert again.config == UniFlowConfig.from_pretrained(tmp_path)
+    assert again.config.encoder == model.config.encoder
+    assert again.state_dict().keys() == model.state_dict().keys()
+    noise = torch.randn(2, 16, 48)
+    for ours, theirs in zip(again.hidden_states(images), model.hidden_states(images), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(again(images, steps=1, noise=noise), model(images, steps=1, noise=noise))
+    assert torch.equal(EncoderTeacher.from_pretrained(tmp_path)(images)[-1], model.hidden_states(images)[-1])
+    around = UniFlow.from_encoder(tmp_path, latent_ch=4, global_blocks_depth=0, num_decoder_layers=1)
+    assert torch.equal(around.hidden_states(images)[-1], model.hidden_states(images)[-1])
+    assert around.config.encoder == model.config.encoder
+    model.bfloat16().save_pretrained(tmp_path)
+    half = UniFlow.from_pretrained(tmp_path)
+    assert half.dtype == next(half.encoder.parameters()).dtype == torch.bfloat16
+    assert torch.equal(half.encode(images), model.encode(images))
+
+
+def test_latents_are_of_a_model_with_its_encoder(tmp_path):
+    """Written by a tokenizer, read by the one that was saved; not by one around another encoder."""
+    model = UniFlow.from_encoder(hugging_face("Dinov2"), **DECODER)
+    model.save_pretrained(tmp_path)
+    latents, pictures = [torch.randn(16, 8)], [EncodedPicture("a.png", 16, 16)]
+    write_latents(tmp_path / "latents", latents, pictures, model)
+    read, _ = read_latents(tmp_path / "latents", UniFlow.from_pretrained(tmp_path))
+    assert torch.equal(read[0], latents[0])
+    for other in (
+        UniFlow.from_encoder(hugging_face("Dinov2"), **STATISTICS, **DECODER),
+        UniFlow.from_encoder(hugging_face("ViT"), **DECODER),
+        UniFlow(dataclasses.replace(model.config, encoder=None)),
+    ):
+        other.load_state_dict({k: v for k, v in model.state_dict().items() if "chal" in k}, strict=False)
+        with pytest.raises(LatentsError, match="another model: encoder"):
+            read_latents(tmp_path / "latents", other)
+
+
+def test_other_readers_do_not_take_it_for_an_official_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    UniFlow.from_encoder(hugging_face("ViT"), **DECODER).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="uniflow_with_encoder"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": None}, "config.json lacks encoder"),
+        ({"encoder": {"kind": "vit"}}, "encoder: expected kind, config, mean, std, got"),
+        ({"kind": "uniflux"}, "encoder: transformers .* has no model of the kind 'uniflux'"),
+        ({"config": {"hidden_size": "wide"}}, "encoder: transformers makes no vit of its config: .*hidden_size"),
+        ({"config": 3}, "encoder: transformers makes no vit of its config"),
+        ({"mean": [0.5]}, r"mean: expected 3 numbers, one a channel, got \[0.5\]"),
+        ({"std": [0.5, 0, 1]}, "std: expected 3 positive numbers"),
+        ({"hidden_size": 64, "vit_hidden_size": 64}, "hidden_size: expected 32, as the encoder has it, got 64"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers: expected 2, as the encoder has it, got 3"),
+    ],
+)
+def test_descriptions_that_make_no_such_encoder(tmp_path, changes, message):
+    UniFlow.from_encoder(hugging_face("ViT"), **DECODER).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name, value in changes.items():
+        (config["encoder"] if name in ("kind", "config", "mean", "std") else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        UniFlow.from_pretrained(tmp_path)
+
+
+def test_an_encoder_that_its_configuration_does_not_make_is_not_saved(tmp_path):
+    model = hugging_face("Dinov2")
+    del model.encoder.layer[1:]
+    tokenizer = UniFlow.from_encoder(model, **DECODER)
+    assert tokenizer.config.encoder is None
+    with pytest.raises(ValueError, match=r"^save_pretrained: expected an encoder of the InternViT kind"):
+        tokenizer.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_its_own_statistics(images):
@@ -95,9 +183,21 @@ def test_its_own_statistics(images):
 
 
 def test_a_folder_of_the_transformers_package(tmp_path, images):
+    """With the statistics that it says, unless others are given."""
     model = hugging_face("Dinov2")
     model.save_pretrained(tmp_path)
     assert torch.equal(EncoderTeacher.from_pretrained(tmp_path)(images)[-1], hidden_states(model, images)[-1])
+    preprocessor = {f"image_{name}": values for name, values in STATISTICS.items()}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    found = UniFlow.from_encoder(tmp_path, **DECODER)
+    expected = UniFlow.from_encoder(hugging_face("Dinov2"), **STATISTICS, **DECODER)
+    assert torch.equal(found.hidden_states(images)[-1], expected.hidden_states(images)[-1])
+    assert found.config == expected.config
+    given = pretrained_encoder(tmp_path, mean=(0.1, 0.2, 0.3)).fields["encoder"]
+    assert (given["mean"], given["std"]) == ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4])
+    (tmp_path / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json is no configuration: expected a JSON object"):
+        pretrained_encoder(tmp_path)
 
 
 def test_the_same_encoder_in_both_roles_keeps_its_mode():
@@ -150,7 +250,7 @@ def test_damaged_and_wrong_folders(golden_folder, tmp_path):
     save_file({"encoder.layers.0.ls1": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"missing .*embeddings.class_embedding.*of another shape"):
         pretrained_encoder(tmp_path)
-    with pytest.raises(ValueError, match="mean, std: encoders of the InternViT kind"):
+    with pytest.raises(ValueError, match="mean, std: expected ImageNet's, since encoders of the InternViT kind"):
         pretrained_encoder(tmp_path, mean=(0.5, 0.5, 0.5))
     (tmp_path / "config.json").write_text('{"model_type": "intern_vit_6b", "hidden_size": 8}')
     with pytest.raises(ValueError, match=r"config.json lacks image_size"):
@@ -165,6 +265,15 @@ def test_without_the_transformers_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'uniflow-kernels\[hf\]'"):
         pretrained_encoder(tmp_path)
+
+
+def test_a_saved_tokenizer_without_the_transformers_package(tmp_path, monkeypatch):
+    UniFlow.from_encoder(hugging_face("ViT"), **DECODER).save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'uniflow-kernels\[hf\]'"):
+        UniFlow.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"pip install 'uniflow-kernels\[hf\]'"):
+        load_model(tmp_path, "cpu", "auto")
 
 
 class Backwards(nn.Module):

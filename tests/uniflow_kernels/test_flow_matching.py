@@ -113,6 +113,24 @@ def test_seeded_noise_is_the_same_in_chunks(grid):
         same(results(head, condition, images, t, None, chunk_tokens, seed=11, offset=2), given)
 
 
+@pytest.mark.usefixtures("on_each_backend")
+@pytest.mark.parametrize("grid", [(2, 3), (5, 1)])
+def test_chunks_of_seeded_noise_are_those_of_the_whole_to_the_bit(grid):
+    """At t = 0 the head sees nothing else."""
+    condition, images, t, _ = make_batch(grid=grid)
+    options = {"seed": 11, "offset": 2, "first_row": 2**33 + 1}
+    head, rows = make_head(), []
+    head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
+    seen = {}
+    for chunk_tokens in (None, 1, 4, 14):
+        rows.clear()
+        flow_matching_loss(head, condition, images, 0 * t, PATCH, chunk_tokens=chunk_tokens, **options)
+        seen[chunk_tokens] = torch.cat(rows)
+        assert torch.equal(seen[chunk_tokens], seen[None])
+    expected = seeded_noise(3 * grid[0] * grid[1], 48, 11, 2, first_row=2**33 + 1)
+    assert (seen[None] - expected).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "options", [{"recompute": "block"}, {"norm": "rms", "mlp": "swiglu", "bias": False}, {"modulation_groups": 1}]
 )
@@ -273,7 +291,7 @@ def test_registered_op_is_sound():
     from uniflow_kernels.modules.flow_matching import _remember
 
     head, (condition, images, t, noise) = make_head(depth=1), make_batch()
-    batch = (images, t, noise, None, None, None, None, None, 0, 0, PATCH, noise.shape[-1], 1.0)
+    batch = (images, t, noise, None, None, None, None, None, 0, 0, 0, PATCH, noise.shape[-1], 1.0)
     arguments = (condition, list(head.parameters()), *batch, 6)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     op = torch.ops.uniflow_kernels.flow_matching

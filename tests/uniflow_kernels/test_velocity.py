@@ -124,6 +124,37 @@ def test_seeded_noise_is_the_noise_that_was_passed():
     assert torch.allclose(*both, rtol=1e-6)
 
 
+@pytest.mark.parametrize("first_row", [0, 5, 2**33 - 3])
+def test_a_batch_in_pieces_has_the_noise_of_the_whole(first_row):
+    """Images and bands of images, each with the row of the seed's noise that its first token has: to the bit."""
+    images, _, prediction = inputs()
+    t = torch.rand(2, 6)
+    common = {"patch_size": 4, "seed": 7, "offset": 3}
+    whole = interpolate(images, t, **common, first_row=first_row)
+    losses = velocity_loss(prediction, images, **common, first_row=first_row, reduction="none")
+    noise = interpolate(images, torch.zeros(2), **common, first_row=first_row)
+    assert (noise.view(12, 48) - seeded_noise(12, 48, 7, 3, first_row=first_row)).abs().max() < 1e-6
+    for image, (top, bottom) in [(0, (0, 2)), (0, (1, 2)), (1, (0, 1)), (1, (0, 2))]:
+        part, tokens = images[image : image + 1, :, 4 * top : 4 * bottom], slice(3 * top, 3 * bottom)
+        here = {**common, "first_row": first_row + 6 * image + 3 * top}
+        expected = whole[image : image + 1, tokens]
+        times = t[image : image + 1, tokens].clone().requires_grad_()
+        x_t = interpolate(part, times, **here)
+        assert torch.equal(x_t, expected)
+        loss = velocity_loss(prediction[image : image + 1, tokens], part, **here, reduction="none")
+        assert torch.equal(loss, losses[image : image + 1, tokens])
+        difference = patchify(part, 4) - noise[image : image + 1, tokens]
+        (for_t,) = torch.autograd.grad(x_t.sum(), times)
+        assert torch.allclose(for_t, difference.sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_repeats_go_on_where_the_rows_of_the_first_one_end():
+    images, _, _ = inputs()
+    both = interpolate(images, torch.zeros(4), 4, seed=7, first_row=9, repeats=2)
+    again = interpolate(images, torch.zeros(2), 4, seed=7, first_row=9 + 12)
+    assert torch.equal(both[2:], again)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_a_seed_in_a_tensor_gives_the_same_numbers(shape):
     """Whatever it holds at the time: large numbers, and what is written into it later."""
@@ -272,10 +303,10 @@ def test_registered_ops_are_sound():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for x0, mean, std in ((noise.clone().requires_grad_(), None, None), (None, [0.5] * 3, [0.2] * 3)):
         held = torch.tensor(3) if x0 is None else None
-        arguments = (images, t, x0, held, mean, std, 5, 0, 4, 1, 52, torch.float32)
+        arguments = (images, t, x0, held, mean, std, 5, 0, 3, 4, 1, 52, torch.float32)
         torch.library.opcheck(interpolate_op, arguments, test_utils=tests)
         for reduction in ("mean", "none"):
-            arguments = (prediction.clone().requires_grad_(), images, x0, held, None, None, mean, std, 5, 0, 4, 1)
+            arguments = (prediction.clone().requires_grad_(), images, x0, held, None, None, mean, std, 5, 0, 3, 4, 1)
             torch.library.opcheck(loss_op, (*arguments, reduction, True), test_utils=tests)
 
 
@@ -283,8 +314,8 @@ def test_compiles_whole_and_once():
     """The first change of the number of tokens makes it dynamic; after that nothing is compiled again."""
 
     def step(velocity, images, t, seed):
-        x_t = interpolate(images, t, 4, seed=seed)
-        return velocity_loss(velocity + 0 * x_t, images, 4, seed=seed)
+        x_t = interpolate(images, t, 4, seed=seed, first_row=2 * seed)
+        return velocity_loss(velocity + 0 * x_t, images, 4, seed=seed, first_row=2 * seed)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -307,6 +338,12 @@ def test_compiles_whole_and_once():
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4), ValueError, "noise, seed: expected exactly one"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, 3), ValueError, "noise, seed: expected exactly one"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=-1), ValueError, r"seed: expected an integer in"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=1, first_row=-1), ValueError, r"first_row: .*2\^48\)"),
+        (
+            lambda i, n, v: velocity_loss(v, i, 4, seed=1, first_row=2**48),
+            ValueError,
+            r"first_row: .*got 281474976710656",
+        ),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, seed=torch.tensor(1.0)), TypeError, "seed: .*torch.int64"),
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.zeros(2).long()), ValueError, r"seed: .*\[\] or \[1\]"),
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.tensor(1, device="meta")), ValueError, "seed: .*device"),

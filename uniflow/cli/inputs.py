@@ -27,7 +27,7 @@ def explained() -> Iterator[None]:
     """Turn the errors that a library raises for bad values into the line that the user sees."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
         message = str(error)
         if len(message) > _LONGEST_MESSAGE:  # a checkpoint of another model may name hundreds of keys
             message = message[:_LONGEST_MESSAGE] + " ..."

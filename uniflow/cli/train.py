@@ -20,7 +20,6 @@ from uniflow.cli.inputs import (
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.config import UniFlowConfig
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
-from uniflow.encoder import Encoder
 from uniflow.model import UniFlow
 from uniflow.objective import UniFlowObjective
 from uniflow.teachers import EncoderTeacher
@@ -72,10 +71,7 @@ def _student(model: ModelChoice, device: torch.device) -> UniFlow:
     with explained():
         if model.encoder is None:
             return UniFlow(UniFlowConfig.preset(str(model.preset), **model.config)).to(device)
-        student = UniFlow.from_encoder(model.encoder, **model.config)
-    if not isinstance(student.encoder, Encoder):  # known now, not at the first checkpoint
-        raise InputError(f"model.encoder: {model.encoder} is no InternViT, and no other kind fits the official format")
-    return student.float().to(device)
+        return UniFlow.from_encoder(model.encoder, **model.config).float().to(device)
 
 
 def _pictures(data: DataChoice) -> Pictures:

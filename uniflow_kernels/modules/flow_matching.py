@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from uniflow_kernels.modules.flow_head import FlowHead
-from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
+from uniflow_kernels.ops.noise import seed_of
 from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,6 +32,7 @@ def flow_matching_loss(
     seed: int | Tensor | torch.Generator | None = None,
     *,
     offset: int = 0,
+    first_row: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     weights: Tensor | None = None,
@@ -47,7 +48,8 @@ def flow_matching_loss(
     Args:
         head: as `FlowHead`; it must treat every row by itself.
         condition: [B, N, Z], float.
-        images, patch_size, noise, seed, offset, mean, std: see `interpolate`; the noise is the same for any chunk.
+        images, patch_size, noise, seed, offset, first_row, mean, std: see `interpolate`; the noise is the same for any
+            chunk.
         t: [B] or [B, N], in [0, 1].
         weights, mask: [B, N], see `velocity_loss`.
         time_scale: what t is multiplied by for the head (1000 in UniFlow).
@@ -65,7 +67,7 @@ def flow_matching_loss(
             gradient although there are chunks, or FSDP2 holds a part of the head sharded.
     """
     rows = check_rows(images, patch_size, noise, seed, mean, std, repeats=1)
-    number, held = seed_of(seed, offset, images.device)  # drawn once for all chunks
+    number, held = seed_of(seed, offset, images.device, first_row)  # drawn once for all chunks
     if condition.ndim != 3 or condition.shape[:2] != rows[:2]:
         raise ValueError(f"condition: expected shape {(*rows[:2], 'Z')}, one row a patch, got {tuple(condition.shape)}")
     if t.shape != rows[:1] and t.shape != rows[:2]:  # torch.compile takes "not in" wrongly
@@ -75,7 +77,9 @@ def flow_matching_loss(
             raise ValueError(f"{name}: expected shape {rows[:2]}, one value a token, got {tuple(value.shape)}")
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
-    batch = _Batch(images, t, noise, held, weights, mask, mean, std, number, offset, patch_size, columns, time_scale)
+    batch = _Batch(
+        images, t, noise, held, weights, mask, mean, std, number, offset, first_row, patch_size, columns, time_scale
+    )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
     if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
@@ -104,6 +108,7 @@ class _Batch(NamedTuple):
     std: Sequence[float] | None
     number: int
     offset: int
+    first_row: int
     patch_size: int
     columns: int
     time_scale: float
@@ -141,18 +146,12 @@ class _Batch(NamedTuple):
         lines, across = self.grid
         tokens = slice(top * across, bottom * across)
         at = (images, tokens)
-        noise = None if self.noise is None else self.noise[at]
-        count = images.stop - images.start
-        if self.seed is not None and (count, bottom - top) != (len(self.images), lines):
-            # a chunk is whole images or a part of one: its rows follow each other
-            rows, columns = count * (tokens.stop - tokens.start), self.images.shape[1] * self.patch_size**2
-            first = images.start * lines * across + tokens.start
-            noise = plain_seeded_noise(rows, columns, self.seed, self.offset, self.images.device, first)
-            noise = noise.view(count, -1, columns)
         part = self._replace(
             images=self.images[images, :, top * self.patch_size : bottom * self.patch_size],
             t=self.t[at] if self.t.ndim == 2 else self.t[images],
-            noise=noise,
+            noise=None if self.noise is None else self.noise[at],
+            # whole images or a part of one: its rows follow each other
+            first_row=self.first_row + images.start * lines * across + tokens.start,
             weights=None if self.weights is None else self.weights[at],
             mask=None if self.mask is None else self.mask[at],
         )
@@ -161,7 +160,7 @@ class _Batch(NamedTuple):
 
 def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
     """The definition: interpolate, head, velocity loss."""
-    pixels: dict[str, Any] = {"offset": batch.offset, "mean": batch.mean, "std": batch.std}
+    pixels: dict[str, Any] = {name: getattr(batch, name) for name in ("offset", "first_row", "mean", "std")}
     x_t = interpolate(
         batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, **pixels,
         columns=batch.columns, dtype=condition.dtype,
@@ -354,8 +353,8 @@ _remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _LIBRARY.define(
     "flow_matching(Tensor condition, Tensor[] parameters, Tensor images, Tensor t, Tensor? noise, Tensor? held, "
-    "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt patch_size, "
-    "SymInt columns, float time_scale, "
+    "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt first_row, "
+    "SymInt patch_size, SymInt columns, float time_scale, "
     "SymInt chunk_tokens, int head, bool for_condition, ScalarType? autocast) -> (Tensor, Tensor, Tensor[])"
 )
 

@@ -62,18 +62,18 @@ def seeded_noise(
             follow each other; the rows of each are counted from `first_row`.
         offset: which part of it, in [0, 2^63): another offset gives other, independent numbers.
         device: where to make them.
-        first_row: the number of the first row: rows can be made piece by piece.
+        first_row: the number of the first row, in [0, 2^48): rows can be made piece by piece.
 
     Returns:
         [rows, columns], float32, standard normal, contiguous.
 
     Raises:
         TypeError: if `seed` is a tensor of another dtype.
-        ValueError: if `seed` or `offset` is out of range, or `seed` a tensor of another shape or device, or its number
-            of seeds does not divide `rows`. What a tensor holds is not looked at, since that would wait for its device:
-            all its 64 bits count.
+        ValueError: if `seed`, `offset` or `first_row` is out of range, or `seed` a tensor of another shape or device,
+            or its number of seeds does not divide `rows`. What a tensor holds is not looked at, since that would wait
+            for its device: all its 64 bits count.
     """
-    number, held = seed_of(seed, offset, torch.device(device), groups=True)
+    number, held = seed_of(seed, offset, torch.device(device), first_row, groups=True)
     seeds = torch.full((1,), number, device=device) if held is None else held
     if rows % max(1, len(seeds)) or (rows and not len(seeds)):
         raise ValueError(f"rows: expected as many for each of {len(seeds)} seeds, got {rows}")
@@ -81,7 +81,11 @@ def seeded_noise(
 
 
 def seed_of(
-    seed: int | Tensor | torch.Generator | None, offset: int, device: torch.device, groups: bool = False
+    seed: int | Tensor | torch.Generator | None,
+    offset: int,
+    device: torch.device,
+    first_row: int = 0,
+    groups: bool = False,
 ) -> tuple[int, Tensor | None]:
     """A seed as a number, or 0 and the tensor that holds it on `device`; raises what `seeded_noise` does.
 
@@ -89,6 +93,8 @@ def seed_of(
     """
     if not 0 <= offset < 2**63:
         raise ValueError(f"offset: expected an integer in [0, 2^63), got {offset}")
+    if not 0 <= first_row < 2**48:  # the counters of its rows then fit into 63 bits
+        raise ValueError(f"first_row: expected an integer in [0, 2^48), got {first_row}")
     if seed is None:
         return 0, None
     if isinstance(seed, torch.Generator):

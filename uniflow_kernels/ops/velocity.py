@@ -32,6 +32,7 @@ def interpolate(
     seed: int | Tensor | torch.Generator | None = None,
     *,
     offset: int = 0,
+    first_row: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     repeats: int = 1,
@@ -51,6 +52,8 @@ def interpolate(
             which advances: another call then has other noise, so for x_t and its loss draw one number and give it to
             both.
         offset: which part of the seed's numbers.
+        first_row: the row of the seed's noise that the first token has, where a batch comes piece by piece: x0 is
+            `seeded_noise(k*B*N, C*P*P, seed, offset, first_row=first_row)`.
         mean, std: C numbers each: pixels become (pixel - mean) / std, uint8 after the division by 255.
         repeats: k, how often every token is used, each time with its own t and noise: as if the images were
             `images.repeat(k, 1, 1, 1)`, without the copy.
@@ -69,7 +72,7 @@ def interpolate(
     Source: rectified flow (Liu et al. 2022) in the release's direction of time.
     """
     rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
-    number, held = seed_of(seed, offset, images.device)
+    number, held = seed_of(seed, offset, images.device, first_row)
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     if dtype is None:
@@ -77,7 +80,9 @@ def interpolate(
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
     columns = _check_columns(columns, rows)
-    return interpolate_op(images, t, noise, held, mean, std, number, offset, patch_size, repeats, columns, dtype)
+    return interpolate_op(
+        images, t, noise, held, mean, std, number, offset, first_row, patch_size, repeats, columns, dtype
+    )
 
 
 def velocity_loss(
@@ -88,6 +93,7 @@ def velocity_loss(
     seed: int | Tensor | torch.Generator | None = None,
     *,
     offset: int = 0,
+    first_row: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     repeats: int = 1,
@@ -102,7 +108,7 @@ def velocity_loss(
 
     Args:
         velocity: [k*B, N, columns or C*P*P], the prediction, float.
-        images, patch_size, noise, seed, offset, mean, std, repeats: as given to `interpolate`.
+        images, patch_size, noise, seed, offset, first_row, mean, std, repeats: as given to `interpolate`.
         columns: length of a row of `velocity`; what is beyond the patch does not count and gets a zero gradient.
         weights: [k*B, N], float, constants; 1 if not given. To learn weights, multiply the losses of
             reduction="none" with them.
@@ -120,7 +126,7 @@ def velocity_loss(
     Source: the flow matching objective of the UniFlow paper; weights, masks and repeats as in MAR's diffusion loss.
     """
     rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
-    number, held = seed_of(seed, offset, images.device)
+    number, held = seed_of(seed, offset, images.device, first_row)
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
         raise ValueError(
@@ -143,7 +149,7 @@ def velocity_loss(
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
     return velocity_loss_op(
         velocity, images, noise, held, weights, mask, mean, std,
-        number, offset, patch_size, repeats, reduction, with_gradient,
+        number, offset, first_row, patch_size, repeats, reduction, with_gradient,
     )  # fmt: skip
 
 
@@ -233,24 +239,25 @@ def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device, d
 
 def plain_interpolate(
     images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int,
-    patch_size: int, repeats: int, x_t: Tensor,
+    first_row: int, patch_size: int, repeats: int, x_t: Tensor,
 ) -> None:  # fmt: skip
     """`interpolate` in plain PyTorch: write x_t, a piece at a time."""
     times = (t if t.ndim == 2 else t[:, None]).float().expand(x_t.shape[:2])
-    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats, x_t):
+    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats, x_t):
         torch.lerp(x0, x1, part(times, place)[..., None], out=x1)
         _store(x1, part(x_t, place))
 
 
 def plain_velocity_loss(
     velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float, mean: Any, std: Any,
-    seed: int | Tensor, offset: int, patch_size: int, repeats: int, gradient: Tensor | None, losses: Tensor,
+    seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int, gradient: Tensor | None,
+    losses: Tensor,
 ) -> None:  # fmt: skip
     """Write each token's coefficient * sum of squared errors, and the gradient of their sum unless it is None.
 
     A coefficient of 0 leaves a token out.
     """
-    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats, gradient):
+    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats, gradient):
         # the error stands where x1 stood
         error = torch.sub(x0, x1, out=x1).add_(head(part(velocity, place), x1.shape[-1]))
         here = coefficients
@@ -264,7 +271,7 @@ def plain_velocity_loss(
 
 
 def _pieces(
-    images: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int,
+    images: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int, first_row: int,
     patch_size: int, repeats: int, into: Tensor | None = None,
 ) -> Iterator[tuple[Place, Tensor, Tensor]]:  # fmt: skip
     """Which rows and tokens a piece holds, and its patches x1 and noise x0 [rows, tokens, C*P*P] in float32.
@@ -298,7 +305,7 @@ def _pieces(
                 x0 = part(noise, place).float()
             else:
                 # whole images follow each other, a band is one image's: the rows are consecutive either way
-                first = rows.start * down * across + band.start
+                first = first_row + rows.start * down * across + band.start
                 count = (stop - start) * tokens
                 x0 = plain_seeded_noise(count, length, seed, offset, images.device, first).view(x1.shape)
             yield place, x1, x0
@@ -335,22 +342,24 @@ def _kernels(op: str, images: Tensor, patch_size: int, columns: int, *rows: Tens
 
 def _interpolate(
     images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
-    offset: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
+    offset: int, first_row: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    x_t = _interpolate_fake(images, t, noise, held, mean, std, number, offset, patch_size, repeats, columns, dtype)
+    x_t = _interpolate_fake(
+        images, t, noise, held, mean, std, number, offset, first_row, patch_size, repeats, columns, dtype
+    )
     seed = number if held is None else held
     kernels = _kernels("interpolate", images, patch_size, columns, x_t, noise)
     if kernels is None:
-        plain_interpolate(images, t, noise, mean, std, seed, offset, patch_size, repeats, x_t)
+        plain_interpolate(images, t, noise, mean, std, seed, offset, first_row, patch_size, repeats, x_t)
     else:
         affine = pixel_scale_and_shift(images, mean, std)
-        kernels.interpolate(images, t, noise, affine, seed, offset, patch_size, repeats, columns, x_t)
+        kernels.interpolate(images, t, noise, affine, seed, offset, first_row, patch_size, repeats, columns, x_t)
     return x_t
 
 
 def _interpolate_fake(
     images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
-    offset: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
+    offset: int, first_row: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     tokens = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
     return images.new_empty(repeats * images.shape[0], tokens, columns, dtype=dtype)
@@ -365,7 +374,7 @@ def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _interpolate_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     images, t, noise, held = ctx.saved_tensors
-    mean, std, number, offset, patch_size, repeats, *_ = ctx.options
+    mean, std, number, offset, first_row, patch_size, repeats, *_ = ctx.options
     length = images.shape[1] * patch_size * patch_size
     gradient = gradient[..., :length].float()
     times = t.float().reshape(*t.shape, *(1,) * (3 - t.ndim))
@@ -375,7 +384,7 @@ def _interpolate_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     if ctx.wanted[1]:
         for_t = gradient.new_empty(gradient.shape[:2])
         seed = number if held is None else held
-        for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, patch_size, repeats):
+        for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats):
             torch.sum(x1.sub_(x0).mul_(part(gradient, place)), -1, out=part(for_t, place))
         for_t = (for_t if t.ndim == 2 else for_t.sum(1)).to(t.dtype)
     if ctx.wanted[2]:
@@ -385,7 +394,7 @@ def _interpolate_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 interpolate_op = register(
     "interpolate(Tensor images, Tensor t, Tensor? noise, Tensor? held, float[]? mean, float[]? std, SymInt number, "
-    "SymInt offset, SymInt patch_size, SymInt repeats, SymInt columns, ScalarType dtype) -> Tensor",
+    "SymInt offset, SymInt first_row, SymInt patch_size, SymInt repeats, SymInt columns, ScalarType dtype) -> Tensor",
     _interpolate,
     _interpolate_fake,
     _interpolate_setup,
@@ -395,8 +404,8 @@ interpolate_op = register(
 
 def _velocity_loss(
     velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
-    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, patch_size: int, repeats: int, reduction: str,
-    with_gradient: bool,
+    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, first_row: int, patch_size: int, repeats: int,
+    reduction: str, with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     seed = number if held is None else held
     coefficients = _coefficients(velocity, images, patch_size, weights, mask, reduction)
@@ -406,12 +415,24 @@ def _velocity_loss(
     kernels = _kernels("velocity_loss", images, patch_size, velocity.shape[-1], velocity, noise)
     if kernels is None:
         plain_velocity_loss(
-            velocity, images, noise, coefficients, mean, std, seed, offset, patch_size, repeats, given, losses
+            velocity,
+            images,
+            noise,
+            coefficients,
+            mean,
+            std,
+            seed,
+            offset,
+            first_row,
+            patch_size,
+            repeats,
+            given,
+            losses,
         )
     else:
         affine = pixel_scale_and_shift(images, mean, std)
         kernels.velocity_loss(
-            velocity, images, noise, coefficients, affine, seed, offset, patch_size, repeats, given, losses
+            velocity, images, noise, coefficients, affine, seed, offset, first_row, patch_size, repeats, given, losses
         )
     return losses if reduction == "none" else losses.sum(), gradient
 
@@ -435,15 +456,15 @@ def _coefficients(
 
 def _velocity_loss_fake(
     velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
-    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, patch_size: int, repeats: int, reduction: str,
-    with_gradient: bool,
+    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, first_row: int, patch_size: int, repeats: int,
+    reduction: str, with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     losses = velocity.new_empty(velocity.shape[:2] if reduction == "none" else (), dtype=torch.float32)
     return losses, velocity.new_empty(velocity.shape if with_gradient else 0)
 
 
 def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, images, noise, _, _, _, mean, std, _, _, patch_size, repeats, *_ = inputs
+    _, images, noise, _, _, _, mean, std, _, _, _, patch_size, repeats, *_ = inputs
     # of the images only shape, dtype and device are needed, and those only for their gradient
     ctx.save_for_backward(output[1], images if images.requires_grad else None)
     ctx.normalization, ctx.patch_size, ctx.repeats = (mean, std), patch_size, repeats
@@ -460,13 +481,13 @@ def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, 
         for_images = -_into_images(rows, images, mean, std, ctx.patch_size, ctx.repeats)
     if ctx.noise_dtype is not None:
         for_noise = head(gradient, ctx.length).to(ctx.noise_dtype)
-    return gradient, for_images, for_noise, *[None] * 11
+    return gradient, for_images, for_noise, *[None] * 12
 
 
 velocity_loss_op = register(
     "velocity_loss(Tensor velocity, Tensor images, Tensor? noise, Tensor? held, Tensor? weights, Tensor? mask, "
-    "float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt patch_size, SymInt repeats, str reduction, "
-    "bool with_gradient) -> (Tensor, Tensor)",
+    "float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt first_row, SymInt patch_size, SymInt repeats, "
+    "str reduction, bool with_gradient) -> (Tensor, Tensor)",
     _velocity_loss,
     _velocity_loss_fake,
     _velocity_loss_setup,

@@ -22,13 +22,14 @@ _WARPS = 4
 
 @triton.jit
 def _ends(
-    images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, tokens, at, base, start, inside, length,
+    images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, noise_rows, at, base, start, inside, length,
     stride_channel, stride_row, stride_column,
     PATCH: tl.constexpr, NORMALIZED: tl.constexpr, SEEDED: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
     """x1 and x0 [G, C] in float32 of the columns from `start`; `inside` [G, C] says what exists.
 
-    `at` and `base` [G] are the offsets of each token's first pixel and of its row of noise, which is loaded or seeded.
+    `at` and `base` [G] are the offsets of each token's first pixel and of its row of noise; seeded noise has the rows
+    `noise_rows` [G] of its seed.
     """
     columns = start + tl.arange(0, QUADS * 4)  # [C]
     channel, offsets = pixels_of(columns, stride_channel, stride_row, stride_column, PATCH)
@@ -39,16 +40,16 @@ def _ends(
         x1 = x1 * scale[None, :] + shift[None, :]
     if SEEDED:
         key0, key1 = key_of(seed, key0, key1)
-        number = tokens[:, None] * ((length + 3) // 4) + (start // 4 + tl.arange(0, QUADS))[None, :]  # [G, C/4]
+        number = noise_rows[:, None] * ((length + 3) // 4) + (start // 4 + tl.arange(0, QUADS))[None, :]  # [G, C/4]
         x0 = normals(number, key0, key1, offset0, offset1)
     else:
         x0 = tl.load(noise + base[:, None] + columns[None, :], inside, other=0).to(tl.float32)
     return x1, x0
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1"])
+@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row"])
 def interpolate_kernel(
-    images, scale_and_shift, t, noise, x_t, seed, key0, key1, offset0, offset1,
+    images, scale_and_shift, t, noise, x_t, seed, key0, key1, offset0, offset1, first_row,
     tokens_in_all, batch, down, across, length, columns,
     stride_image, stride_channel, stride_row, stride_column, noise_row, noise_token,
     PATCH: tl.constexpr, NORMALIZED: tl.constexpr, SEEDED: tl.constexpr, T_PER_TOKEN: tl.constexpr,
@@ -58,6 +59,7 @@ def interpolate_kernel(
     length *= UNIT
     columns *= UNIT
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
+    noise_rows = tokens + first_row
     exists = tokens < tokens_in_all
     row, token, at = first_pixels(tokens, batch, down, across, stride_image, stride_row, stride_column, PATCH)
     base = (row * noise_row + token * noise_token) * UNIT
@@ -66,18 +68,18 @@ def interpolate_kernel(
         column = start + tl.arange(0, QUADS * 4)  # [C]
         inside = exists[:, None] & (column < length)[None, :]  # [G, C]
         x1, x0 = _ends(
-            images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, tokens, at, base, start, inside, length,
-            stride_channel, stride_row, stride_column, PATCH, NORMALIZED, SEEDED, QUADS,
+            images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, noise_rows, at, base, start, inside,
+            length, stride_channel, stride_row, stride_column, PATCH, NORMALIZED, SEEDED, QUADS,
         )  # fmt: skip
         value = tl.where(inside, x1 * time + x0 * (1.0 - time), 0.0)
         place = tokens[:, None] * columns + column[None, :]
         tl.store(x_t + place, value.to(x_t.dtype.element_ty), exists[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1"])
+@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row"])
 def velocity_loss_kernel(
     velocity, images, scale_and_shift, noise, coefficients, coefficient, gradient, losses,
-    seed, key0, key1, offset0, offset1, tokens_in_all, batch, down, across, length, columns,
+    seed, key0, key1, offset0, offset1, first_row, tokens_in_all, batch, down, across, length, columns,
     stride_image, stride_channel, stride_row, stride_column, noise_row, noise_token, velocity_row, velocity_token,
     PATCH: tl.constexpr, NORMALIZED: tl.constexpr, SEEDED: tl.constexpr, PER_TOKEN: tl.constexpr,
     GRADIENT: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, QUADS: tl.constexpr,
@@ -86,6 +88,7 @@ def velocity_loss_kernel(
     length *= UNIT
     columns *= UNIT
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
+    noise_rows = tokens + first_row
     exists = tokens < tokens_in_all
     row, token, at = first_pixels(tokens, batch, down, across, stride_image, stride_row, stride_column, PATCH)
     base = (row * noise_row + token * noise_token) * UNIT
@@ -100,8 +103,8 @@ def velocity_loss_kernel(
         column = start + tl.arange(0, QUADS * 4)  # [C]
         inside = counts[:, None] & (column < length)[None, :]  # [G, C]
         x1, x0 = _ends(
-            images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, tokens, at, base, start, inside, length,
-            stride_channel, stride_row, stride_column, PATCH, NORMALIZED, SEEDED, QUADS,
+            images, scale_and_shift, noise, seed, key0, key1, offset0, offset1, noise_rows, at, base, start, inside,
+            length, stride_channel, stride_row, stride_column, PATCH, NORMALIZED, SEEDED, QUADS,
         )  # fmt: skip
         v = tl.load(velocity + velocity_base[:, None] + column[None, :], inside, other=0).to(tl.float32)
         error = tl.where(inside, v + (x0 - x1), 0.0)
@@ -116,7 +119,7 @@ def velocity_loss_kernel(
 
 def interpolate(
     images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    patch_size: int, repeats: int, columns: int, x_t: Tensor,
+    first_row: int, patch_size: int, repeats: int, columns: int, x_t: Tensor,
 ) -> None:  # fmt: skip
     """Write x_t [k*B, N, columns]."""
     if not x_t.numel():
@@ -124,14 +127,14 @@ def interpolate(
     numbers, _, flags = _source(images, noise, scale_and_shift, patch_size, x_t)
     with torch.cuda.device_of(images):
         interpolate_kernel[(triton.cdiv(x_t.shape[0] * x_t.shape[1], _TOKENS),)](
-            images, scale_and_shift, t.float().contiguous(), noise, x_t, *words_of(seed, offset), *numbers,
-            T_PER_TOKEN=t.ndim == 2, **flags,
+            images, scale_and_shift, t.float().contiguous(), noise, x_t, *words_of(seed, offset), first_row,
+            *numbers, T_PER_TOKEN=t.ndim == 2, **flags,
         )  # fmt: skip
 
 
 def velocity_loss(
     velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float,
-    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, patch_size: int, repeats: int,
+    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int,
     gradient: Tensor | None, losses: Tensor,
 ) -> None:  # fmt: skip
     """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
@@ -142,7 +145,7 @@ def velocity_loss(
     with torch.cuda.device_of(images):
         velocity_loss_kernel[(triton.cdiv(losses.numel(), _TOKENS),)](
             velocity, images, scale_and_shift, noise, *factors, gradient, losses,
-            *words_of(seed, offset), *numbers, *strides,
+            *words_of(seed, offset), first_row, *numbers, *strides,
             PER_TOKEN=factors[0] is not None, GRADIENT=gradient is not None, **flags,
         )  # fmt: skip
 
