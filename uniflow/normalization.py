@@ -63,8 +63,3 @@ def _made_once(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor
     with torch.inference_mode(False):
         mean, std = (torch.tensor(values, device=device, dtype=dtype) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
-
-
-# compiled code holds them, and does not make them in each call; what torch.compiler.assume_constant_result does, which
-# would import the whole compiler for it
-_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
