@@ -122,8 +122,8 @@ class Recipe:
 class ModelChoice:
     """The model to train: a preset from scratch, a checkpoint folder, or a new decoder around a pretrained encoder.
 
-    `encoder` is a folder that holds an encoder of the InternViT kind, see `UniFlow.from_encoder`. `config` changes
-    fields of a preset's config, or of the decoder's around an encoder.
+    `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
+    decoder's around an encoder.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
