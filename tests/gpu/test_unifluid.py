@@ -1,0 +1,124 @@
+"""UniFluid on a GPU: the numbers of the CPU, the head's graphs, and no waiting for the device."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.conftest import randomize
+from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, draw_tokens
+from uniflow.unifluid.captions import Drawings, Readings
+from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.texts import make_text_tokenizer
+from uniflow_kernels.modules import sampling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.05,
+}
+N = 16
+
+
+class Tokens(torch.nn.Module):
+    channels, grid, image_size = 12, (4, 4), (8, 8)
+
+    def encode(self, images):
+        return torch.nn.functional.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)
+
+
+class Vision(torch.nn.Module):
+    width, image_size = 12, (8, 8)
+
+    def forward(self, images):
+        return Tokens().encode(images)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = UniFluidConfig(LLAMA, 12, (4, 4), 256, 3, vision_channels=12)
+    model = UniFluid(config, make_text_tokenizer(["a seven"], 300)).eval()
+    randomize(model.head)
+    return model
+
+
+@pytest.fixture
+def texts():
+    ids = torch.randint(3, 300, (2, 5), generator=torch.Generator().manual_seed(0))
+    real = torch.ones(2, 5, dtype=torch.bool)
+    real[1, :2] = False
+    return ids, real
+
+
+def seeded():
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_drawing_is_that_of_the_cpu(model, texts, cfg):
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
+    expected = draw_tokens(model, *texts, 6, head_steps=10, cfg=cfg, order=order, generator=seeded())
+    model = model.cuda()
+    on_device = [part.cuda() for part in (*texts, order)]
+    drawn = [
+        draw_tokens(model, *on_device[:2], 6, head_steps=10, cfg=cfg, order=on_device[2], generator=seeded())
+        for _ in range(3)
+    ]
+    assert len(sampling._GRAPHS[model.head]) > 0
+    for tokens in drawn:
+        torch.testing.assert_close(tokens.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_states_are_those_of_the_cpu(model, texts):
+    tokens = torch.randn(2, N, 12, generator=seeded())
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
+    groups = draw_groups(2, N, torch.device("cpu"))
+    with torch.no_grad():
+        expected = model.draw_states(tokens, *texts, order, groups)
+        found = model.cuda().draw_states(*(part.cuda() for part in (tokens, *texts, order, groups)))
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_training_step_does_not_wait_for_the_gpu(model, texts, autocast):
+    model = model.cuda().train()
+    objective = UniFluidObjective(model, Tokens(), Vision())
+    ids, real = (part.cuda() for part in texts)
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, device="cuda")
+    answer = torch.ones(2, 2, dtype=torch.bool, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            losses = objective(Drawings(images, ids, real), Readings(images, ids, real, answer))
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.isfinite(value) for value in losses.measured().values())
+
+
+def test_bfloat16(model, texts):
+    model = model.to("cuda", torch.bfloat16)
+    tokens = draw_tokens(model, *(part.cuda() for part in texts), 6, head_steps=10, cfg=2.0)
+    assert tokens.dtype == torch.float32
+    assert torch.isfinite(tokens).all()
