@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, run every seed, print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of each model")
+    parser.add_argument("--steps", type=int, default=400, help="of each model")
     parser.add_argument("--tokenizer-steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("out/read_and_draw"), help="folder for sheet and table")
     options = parser.parse_args(arguments)
