@@ -7,11 +7,11 @@ from examples import read_and_draw
 
 
 @pytest.mark.slow
-def test_a_short_run_writes_its_table_and_sheet(tmp_path, monkeypatch):
+def test_a_short_run_scores_every_way_and_draws_a_sheet(tmp_path, monkeypatch):
     monkeypatch.setattr(read_and_draw, "DRAWN", 7)
     monkeypatch.setattr(read_and_draw, "SHOWN", 2)
-    read_and_draw.main(["--seeds", "1", "--steps", "2", "--tokenizer-steps", "2", "--out", str(tmp_path)])
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (tmp_path / "table.md").read_text().splitlines()]
+    scores = read_and_draw.run(0, steps=2, tokenizer_steps=2, out=tmp_path)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in read_and_draw.table([scores]).splitlines()]
     assert rows[0][1:] == ["recognised, %", "distance", "recognised, guided, %", "distance, guided", "answers, %"]
     filled = {row[0]: [bool(cell) for cell in row[1:]] for row in rows[2:]}
     draws, reads = [True] * 4, [True]
