@@ -41,6 +41,7 @@ class UniFlow(nn.Module):
     encoder: LayerStack
 
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
+    untrained_parts: tuple[str, ...] = ()
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
@@ -429,8 +430,12 @@ class UniFlow(nn.Module):
                 "save_pretrained: the official format holds encoders of the InternViT kind only; keep state_dict(), "
                 "and load it into what UniFlow.from_encoder makes of the same encoder"
             )
-        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_state(self, folder)
+        self.save_config(folder)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write config.json alone."""
+        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:

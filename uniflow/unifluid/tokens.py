@@ -43,6 +43,11 @@ class ImageTokenizer(nn.Module, ABC):
         self.image_size = image_size
         self.grid = (height // patch_size, width // patch_size)
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Take and give images of the size that has so many lines of tokens, and tokens a line."""
+        patch = self.image_size[0] // self.grid[0]
+        self.grid, self.image_size = grid, (patch * grid[0], patch * grid[1])
+
     def train(self, mode: bool = True) -> ImageTokenizer:
         """Stay in evaluation mode."""
         return super().train(False)
