@@ -79,7 +79,7 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     if data.validation is None:
         return Trained(objective, samples, None)
     unseen = CaptionFolder(data.validation)
-    share = None if 0 < samples.reading_share < 1 else samples.reading_share  # what is not trained is not scored
+    share = None if vision and samples.reading_share < 1 else float(samples.reading_share)  # scored is what is trained
     scored = CaptionedPictures(unseen, *texts, recipe.seed, share, drop_caption=0.0)
     captions = [] if share == 1 else _first_captions(unseen, run.samples.captions)
     how = {"steps": run.samples.steps, "head_steps": run.samples.head_steps, "cfg": run.samples.cfg}
@@ -148,9 +148,9 @@ def _student(
 
 
 def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:
-    """Image tokens of the first pictures to be drawn, about `count` of them."""
+    """Image tokens of the first pictures to be drawn, about `count` of them or an epoch."""
     found: list[Tensor] = []
-    last = math.ceil(count / (1 - samples.reading_share))
+    last = math.ceil(min(count, len(samples.examples)) / (1 - samples.reading_share))
     for first in range(0, last, _AT_A_TIME):
         values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
         images = samples.collate(values)[0].images

@@ -85,7 +85,7 @@ class DrawingValidator:
                 totals += count * torch.stack([losses.text, losses.image]).double().cpu()
                 counts += count
         names = ("validation_text", "validation_image")
-        scores = {
+        scores: dict[str, float | None] = {
             name: float(total / count) for name, total, count in zip(names, totals, counts, strict=True) if count
         }
         if not self.captions:

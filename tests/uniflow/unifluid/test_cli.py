@@ -1,27 +1,14 @@
 """`uniflow unifluid` as a person uses it: training from files, resuming, drawing, asking, and what is refused."""
 
-import io
 import json
-import re
-import shutil
-import tarfile
-from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from tests.conftest import randomize
-from tests.uniflow.test_cli import WHILE_TRAINING, contents, fails, files, interrupted, ok
+from tests.uniflow.test_cli import contents, fails, files, ok
 from tests.uniflow.unifluid.conftest import LLAMA
-from tests.uniflow.unifluid.test_features import siglip
-from tests.uniflow.unifluid.test_tokens import autoencoder
-from uniflow.training.recipe import read_run
-from uniflow.unifluid import UniFluid, UniFluidConfig
-from uniflow.unifluid.recipe import UniFluidRun
+from uniflow.unifluid import UniFluid
 
 COLOURS = {"red": (220, 40, 30), "green": (30, 200, 60), "blue": (40, 60, 230), "grey": (120, 120, 120)}
 CONFIG = json.dumps({name: value for name, value in LLAMA.items() if name != "vocab_size"})
