@@ -190,7 +190,8 @@ def generate(
         images = read_image_tokenizer(tokenizer).to(model.device)
         images.set_grid(model.config.grid)
         check_tokenizer(model, images)
-        for caption in captions:  # one that is too long is found now, not after half of the pictures
+        group_sizes(model.config.tokens, how["steps"] or 1)  # a bad value is found before anything is drawn
+        for caption in captions:
             model.check_context(len(prompt_ids(model.text_tokenizer, caption)) + model.config.tokens)
     generator = torch.Generator().manual_seed(seed)
     prompts = [caption for caption in captions for _ in range(count)]

@@ -217,6 +217,7 @@ def _read_autoencoder(folder: str | Path) -> Any:
             "an AutoencoderKL needs diffusers: pip install 'uniflow-kernels[diffusers]'", name=error.name
         ) from None
     try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        # the default of low_cpu_mem_usage warns where accelerate is not installed
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no AutoencoderKL that diffusers can read: {error}") from None
