@@ -42,6 +42,7 @@ class UniFlow(nn.Module):
     encoder: LayerStack
 
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
+    untrained_parts: tuple[str, ...] = ()
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()
@@ -445,8 +446,12 @@ class UniFlow(nn.Module):
                 "save_pretrained: expected an encoder of the InternViT kind, or one that transformers makes from its "
                 "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
             )
-        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         write_state(self, folder)
+        self.save_config(folder)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write config.json alone."""
+        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:

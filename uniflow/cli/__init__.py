@@ -52,6 +52,8 @@ def _explain(error: Exception) -> str | None:
         return "the GPU's memory does not hold this; use a smaller --batch-size, or micro_batch_size in training"
     if type(error).__name__ == "ProcessLostError":
         return str(error)
+    if isinstance(error, ImportError) and "pip install" in str(error):  # names the extra that is missing
+        return str(error)
     return None
 
 

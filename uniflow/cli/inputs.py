@@ -28,7 +28,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        message = str(error)
+        path = getattr(error, "filename", None)
+        message = f"no such file: {path}" if path else str(error)
         if len(message) > _LONGEST_MESSAGE:  # a checkpoint of another model may name hundreds of keys
             message = message[:_LONGEST_MESSAGE] + " ..."
         raise InputError(message) from None

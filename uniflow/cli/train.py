@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from uniflow.training.processes import Processes
 from uniflow.training.recipe import DataChoice, ModelChoice, Run
 from uniflow.training.state import gather as gather_shards
 from uniflow.training.validation import ReconstructionValidator, Validator
+from uniflow.unifluid.config import MODEL_TYPE as UNIFLUID
+from uniflow.unifluid.model import UniFluid
 
 
 def train(config: Path, out: Path | None, resume: str | None, device: str, force: bool) -> None:
@@ -39,9 +42,17 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
     check_folder(out)
     check_outputs([out / "config.json", out / "model.safetensors"], force)
     with explained():
-        model = gather_shards(checkpoint, average, lambda folder: UniFlow(UniFlowConfig.from_pretrained(folder)))
+        model = gather_shards(checkpoint, average, _untrained)
     model.save_pretrained(out)
-    print(f"written to {out}: config.json, model.safetensors")
+    print(f"{type(model).__name__} written to {out}")
+
+
+def _untrained(folder: Path) -> UniFlow | UniFluid:
+    """A model of the kind that the folder's config.json names."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if values.get("model_type") == UNIFLUID:
+        return UniFluid.from_config(folder)
+    return UniFlow(UniFlowConfig.from_pretrained(folder))
 
 
 def _build(run: Run, device: torch.device, processes: Processes) -> Trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -35,9 +36,17 @@ from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid, read_backbone
 from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
+from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
-from uniflow.unifluid.texts import make_text_tokenizer, padded, question_ids, read_text_tokenizer
-from uniflow.unifluid.tokens import ImageTokenizer, read_image_tokenizer
+from uniflow.unifluid.texts import (
+    ids_fingerprint,
+    make_text_tokenizer,
+    padded,
+    prompt_ids,
+    question_ids,
+    read_text_tokenizer,
+)
+from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
 from uniflow.unifluid.validation import DrawingValidator, drawn_pictures
 
 _VALIDATED = 256  # examples that a validation looks at
@@ -52,33 +61,57 @@ def train(config: Path, out: Path | None, resume: str | None, device: str, force
 
 
 def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
-    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
-    examples = _examples(run.data)
-    reads = any(examples.texts(number).question is not None for number in range(len(examples)))
-    vision = VisionFeatures(run.vision or run.tokenizer).to(device) if reads else None
-    torch.manual_seed(run.recipe.seed)
-    student = _student(run.model, examples, tokenizer, vision).to(device)
     data, recipe = run.data, run.recipe
-    room = student.backbone.config.max_position_embeddings - max(student.config.tokens, vision.tokens if vision else 0)
-    reading_size = vision.image_size if vision else tokenizer.image_size
-    sizes = (student.text_tokenizer, tokenizer.image_size, reading_size, data.max_text or room)
-    samples = CaptionedPictures(examples, *sizes, recipe.seed, data.reading_share, data.drop_caption, data.flip)
-    if len(tokens := _tokens(samples, tokenizer, data.statistics, device)):
-        student.set_statistics(tokens)
+    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
+    examples = _examples(data)
+    vision = _vision(run, tokenizer).to(device) if _reads(data, examples) else None
+    torch.manual_seed(recipe.seed)
+    student = _student(run.model, examples, tokenizer, vision).to(device)
+    sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
+    texts = (student.text_tokenizer, *sizes, _longest_text(data, student, vision))
+    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, data.drop_caption, data.flip)
+    _, size = recipe.micro_batches(processes.world)
+    samples.check_batches(size)
+    student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
+    if samples.reading_share < 1:
+        student.set_statistics(_tokens(samples, tokenizer, data.statistics, device))
     objective = UniFluidObjective(student, tokenizer, vision, **asdict(run.objective))
     if data.validation is None:
         return Trained(objective, samples, None)
     unseen = CaptionFolder(data.validation)
-    _, size = recipe.micro_batches(processes.world)
-    validator = DrawingValidator(
-        objective,
-        CaptionedPictures(unseen, *sizes, recipe.seed, drop_caption=0.0),
-        min(len(unseen), _VALIDATED),
-        size,
-        _first_captions(unseen, run.samples.captions),
-        {"steps": run.samples.steps, "head_steps": run.samples.head_steps, "cfg": run.samples.cfg},
-    )
+    share = None if vision and samples.reading_share < 1 else float(samples.reading_share)  # scored is what is trained
+    scored = CaptionedPictures(unseen, *texts, recipe.seed, share, drop_caption=0.0)
+    captions = [] if share == 1 else _first_captions(unseen, run.samples.captions)
+    how = {"steps": run.samples.steps, "head_steps": run.samples.head_steps, "cfg": run.samples.cfg}
+    if run.samples.steps is not None:
+        group_sizes(student.config.tokens, run.samples.steps)  # too many are found now, not at the first validation
+    validator = DrawingValidator(objective, scored, min(len(unseen), _VALIDATED), size, captions, how)
     return Trained(objective, samples, validator)
+
+
+def _reads(data: DataChoice, examples: Examples) -> bool:
+    return data.reading_share != 0 and any(examples.texts(number).question for number in range(len(examples)))
+
+
+def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:
+    if run.vision is None and not isinstance(tokenizer, UniFlowTokens):
+        raise InputError(
+            f"vision: the data have questions, and {run.tokenizer} gives no features to read; expected the folder of a "
+            "vision encoder, or data.reading_share: 0"
+        )
+    return VisionFeatures(run.vision or run.tokenizer)
+
+
+def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | None) -> int:
+    """How many ids a text may have beside a picture."""
+    picture = max(student.config.tokens, vision.tokens if vision else 0)
+    room = student.check_context(picture + 1) + 1
+    if (data.max_text or 0) > room:
+        raise InputError(
+            f"data.max_text: expected at most {room}, what the transformer's context leaves beside a picture of "
+            f"{picture} tokens; got {data.max_text}"
+        )
+    return data.max_text or room
 
 
 def _examples(data: DataChoice) -> Examples:
@@ -96,7 +129,8 @@ def _student(
         texts = read_text_tokenizer(own_tokenizer)
     else:
         texts = make_text_tokenizer(every_text(examples), model.vocabulary)
-    values = {"vocab_size": len(texts), **(model.config or {})} if backbone is None else backbone.config.to_dict()
+    values = {"vocab_size": len(texts), **(model.config or {})} if backbone is None else backbone.config.to_diff_dict()
+    values.pop("transformers_version", None)  # says nothing of the model
     config = UniFluidConfig(
         values,
         tokenizer.channels,
@@ -108,15 +142,17 @@ def _student(
         None if vision is None else vision.width,
         tokenizer.fingerprint(),
         None if vision is None else vision.fingerprint(),
+        ids_fingerprint(texts),
     )
     return UniFluid(config, texts, backbone).float()
 
 
 def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:
-    """Image tokens of the pictures to be drawn among the first samples."""
+    """Image tokens of the first pictures to be drawn, about `count` of them or an epoch."""
     found: list[Tensor] = []
-    for first in range(0, count, _AT_A_TIME):
-        values = [samples[position].value for position in range(first, min(count, first + _AT_A_TIME))]
+    last = math.ceil(min(count, len(samples.examples)) / (1 - samples.reading_share))
+    for first in range(0, last, _AT_A_TIME):
+        values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
         images = samples.collate(values)[0].images
         found.append(tokenizer.encode(normalize(images.to(device))))
     return torch.cat(found)
@@ -125,7 +161,7 @@ def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, d
 def _first_captions(examples: Examples, count: int) -> list[str]:
     """The first captions that differ from each other."""
     captions = (examples.texts(number).caption for number in range(len(examples)))
-    return list(islice(dict.fromkeys(caption for caption in captions if caption is not None), count))
+    return list(islice(dict.fromkeys(filter(None, captions)), count))
 
 
 def generate(
@@ -151,9 +187,12 @@ def generate(
     check_outputs([*files, out / SHEET], force)
     model = load_unifluid(checkpoint, device, dtype)
     with explained():
-        images = read_image_tokenizer(tokenizer, None).to(model.device)
+        images = read_image_tokenizer(tokenizer).to(model.device)
+        images.set_grid(model.config.grid)
         check_tokenizer(model, images)
-    out.mkdir(parents=True, exist_ok=True)
+        group_sizes(model.config.tokens, how["steps"] or 1)  # a bad value is found before anything is drawn
+        for caption in captions:
+            model.check_context(len(prompt_ids(model.text_tokenizer, caption)) + model.config.tokens)
     generator = torch.Generator().manual_seed(seed)
     prompts = [caption for caption in captions for _ in range(count)]
     pictures: list[Tensor] = []
@@ -162,6 +201,7 @@ def generate(
         for first in range(0, len(prompts), batch_size):
             with explained():
                 batch = drawn_pictures(model, images, prompts[first : first + batch_size], generator, **how).cpu()
+            out.mkdir(parents=True, exist_ok=True)
             for picture, file in zip(batch, files[first:], strict=False):
                 save_picture(picture, file)
             pictures += batch

@@ -23,22 +23,9 @@ class Losses(Protocol):
         ...
 
 
-class Config(Protocol):
-    """What a student is built from."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        """Write `folder`/config.json."""
-        ...
-
-
 @runtime_checkable
 class Student(Protocol):
     """The model that is trained: an `nn.Module` with what a checkpoint and more than one process need."""
-
-    @property
-    def config(self) -> Config:
-        """What it is built from."""
-        ...
 
     @property
     def device(self) -> torch.device:
@@ -50,12 +37,21 @@ class Student(Protocol):
         """How the names of parameters begin that a stage may freeze or give a learning rate of their own."""
         ...
 
+    @property
+    def untrained_parts(self) -> tuple[str, ...]:
+        """How the names of parameters begin that no stage trains, as the data have no use for them."""
+        ...
+
     def layers(self) -> list[nn.Module]:
         """What FSDP gathers one by one; the rest is gathered once a step."""
         ...
 
+    def save_config(self, folder: Path) -> None:
+        """Write what it is built from, `folder`/config.json and whatever else that takes."""
+        ...
+
     def save_pretrained(self, folder: Path) -> None:
-        """Write `folder`/config.json and `folder`/model.safetensors, whose keys are those of `state_dict`."""
+        """Write that and `folder`/model.safetensors, whose keys are those of `state_dict`."""
         ...
 
     # as every nn.Module has them

@@ -16,8 +16,9 @@ from uniflow.training.recipe import Recipe, Stage
 
 def freeze(student: Student, stage: Stage) -> None:
     """Let the parameters that the stage trains have gradients, and no others."""
+    frozen = student.untrained_parts + (() if stage.train == "all" else student.pretrained_parts)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(stage.train == "all" or not name.startswith(student.pretrained_parts))
+        parameter.requires_grad_(not name.startswith(frozen))
 
 
 def make_optimizer(student: Student, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:

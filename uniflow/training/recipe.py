@@ -36,8 +36,8 @@ class Stage:
     seconds: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-        _at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps")
+        at_least(self, 1, "steps")
+        at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps")
         _above_zero(self, "seconds")
         _one_of(self, "train", ("all", "decoder"))
 
@@ -92,8 +92,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages: expected at least one")
-        _at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "save_every", "keep", "validate_every")
-        _at_least(self, 0, "weight_decay", "workers", "seed")
+        at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "save_every", "keep", "validate_every")
+        at_least(self, 0, "weight_decay", "workers", "seed")
         _above_zero(self, "max_gradient_norm")
         _one_of(self, "precision", ("float32", "bfloat16"))
         _one_of(self, "parallel", ("ddp", "fsdp"))
@@ -239,7 +239,8 @@ def read_run(path: Path, kind: type[R]) -> R:
         raise ValueError(f"{path}: {key + ': ' if key else ''}{message}{got}") from None
 
 
-def _at_least(recipe: object, least: float, *names: str) -> None:
+def at_least(recipe: object, least: float, *names: str) -> None:
+    """Refuse fields below `least`, by name; None is left alone."""
     for name in names:
         value = getattr(recipe, name)
         if value is not None and not value >= least:

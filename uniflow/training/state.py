@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +91,7 @@ def write_weights(
         except CheckpointException as error:  # no Exception: it would end the process past every handler
             raise OSError(f"cannot write {folder / _SHARDS}: {_first_cause(error)}") from None
         if processes.first:
-            student.config.save_pretrained(folder)
+            student.save_config(folder)
     elif processes.first:
         student.save_pretrained(folder)
         if average is not None:
@@ -111,6 +112,7 @@ def read_weights(
     Raises:
         CheckpointError: if the folder holds another model, or shards where whole tensors are wanted, or the reverse.
     """
+    _check_config(folder, student)
     sharded = (folder / _SHARDS).exists()
     if sharded != is_sharded(student):
         wrote, reads = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
@@ -176,6 +178,16 @@ def _module(student: Student) -> nn.Module:
 def _shards(student: Student, average: MovingAverage | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = {"model": student.state_dict(), "optimizer": get_optimizer_state_dict(_module(student), optimizer)}
     return state if average is None else {**state, _AVERAGE: average.values}
+
+
+def _check_config(folder: Path, student: Student) -> None:
+    """What the shapes of the weights do not show: another order, rotary base, tokenizer."""
+    with TemporaryDirectory() as own:
+        student.save_config(Path(own))
+        there, here = (json.loads((Path(place) / "config.json").read_text("utf-8")) for place in (folder, own))
+    differing = [name for name in there if name in here and there[name] != here[name]]
+    if differing:
+        raise CheckpointError(f"{folder} does not hold this model: its config.json has another {', '.join(differing)}")
 
 
 def _load(student: Student, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -244,7 +245,7 @@ class CaptionedPictures(Samples):
         self.flip = flip
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
-        self._share = _reading_share(reading_share, captions, questions)
+        self.reading_share = _reading_share(reading_share, captions, questions)
         # of the seed's streams the first is that of `RandomCrops`
         self._streams = {
             kind: Epochs(examples, seed, 2 + place, kinds[:, place])
@@ -263,7 +264,8 @@ class CaptionedPictures(Samples):
             PictureError: if no picture of its kind can be read.
             CaptionError: if its texts are too long.
         """
-        before, after = (place * self._share.numerator // self._share.denominator for place in (position, position + 1))
+        share = self.reading_share
+        before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
         number, picture, skipped = self._streams[kind].read(before if kind == "reading" else position - before)
         rng = np.random.default_rng((self.seed, position))
@@ -272,6 +274,19 @@ class CaptionedPictures(Samples):
         pixels = pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
         value = CaptionedPicture(kind, pixels, torch.tensor(ids), answer)
         return Sample(value, self.examples.name(number), skipped)
+
+    def check_batches(self, size: int) -> None:
+        """Refuse batches of `size` neighbours of which some lack a kind: their losses would not count as the others'.
+
+        Raises:
+            ValueError: naming the size that is needed.
+        """
+        rarer = min(self.reading_share, 1 - self.reading_share)
+        if rarer and size * rarer < 1:
+            raise ValueError(
+                f"micro_batch_size: expected at least {math.ceil(1 / rarer)}, to have pictures to draw and pictures to "
+                f"read in each with a reading_share of {float(self.reading_share):g}; got {size}"
+            )
 
     def collate(self, values: list[CaptionedPicture]) -> tuple[Drawings, Readings]:
         """Samples to a batch of each kind, in which those of the other kind are left out."""

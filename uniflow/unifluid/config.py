@@ -30,6 +30,7 @@ class UniFluidConfig:
         vision_channels: size of a feature of the pictures that are read; None for a model that only draws.
         tokenizer: fingerprint of the image tokenizer it was trained with, if known.
         vision: fingerprint of what its features come from, if known.
+        text_tokenizer: fingerprint of the text tokenizer, if known; see `uniflow.unifluid.texts.ids_fingerprint`.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -45,6 +46,7 @@ class UniFluidConfig:
     vision_channels: int | None = None
     tokenizer: str | None = None
     vision: str | None = None
+    text_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         self.grid = (int(self.grid[0]), int(self.grid[1])) if len(self.grid) == 2 else (0, 0)

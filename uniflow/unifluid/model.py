@@ -7,6 +7,7 @@ conditions the head; and as content, which the queries of later steps see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from uniflow.checkpoint import assign_state, read_state, write_state
 from uniflow.pretrained import transformers_package
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.texts import read_text_tokenizer
+from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ class UniFluid(nn.Module):
 
     Raises:
         ImportError: if the transformers package is not installed.
-        ValueError: if the tokenizer has more ids than the transformer.
+        ValueError: if the tokenizer has more ids than the transformer, or is another than the config knows.
 
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
     """
 
     pretrained_parts = ("backbone.",)
+    untrained_parts: tuple[str, ...] = ()  # see `train_for`
     time_scale = 1000.0  # the head is trained on 1000 t
 
     token_mean: Tensor
@@ -80,6 +82,8 @@ class UniFluid(nn.Module):
                 f"text_tokenizer: has {len(text_tokenizer)} ids, more than the vocab_size of the backbone "
                 f"({own.vocab_size})"
             )
+        if config.text_tokenizer not in (None, ids_fingerprint(text_tokenizer)):
+            raise ValueError("text_tokenizer: has other ids than the one that the model was trained with")
         width, channels = own.hidden_size, config.token_channels
         self.token_proj = nn.Linear(channels, width)
         self.place_embedding = nn.Parameter(torch.empty(config.tokens, width))
@@ -118,6 +122,12 @@ class UniFluid(nn.Module):
         """The transformer's layers."""
         return list(self.backbone.base_model.layers)
 
+    def train_for(self, drawing: bool, reading: bool) -> None:
+        """Leave out of the training what data of one kind have no use for: it stays as it is, and needs no moments."""
+        to_draw = ("token_proj.", "place_embedding", "query_embedding", "head.")
+        to_read = ("vision_proj.", "backbone.lm_head.")  # a tied one has the name of the text embedding
+        self.untrained_parts = (() if drawing else to_draw) + (() if reading else to_read)
+
     # image tokens and their statistics
 
     @torch.no_grad()
@@ -135,6 +145,16 @@ class UniFluid(nn.Module):
             raise ValueError(f"tokens: expected channels that vary, got standard deviations {std.tolist()}")
         self.token_mean.copy_(rows.mean(0))
         self.token_std.copy_(std)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniFluid:
+        """The statistics stay float32 in a model of another dtype: they belong to the tokens."""
+        before = self.token_mean, self.token_std
+        super()._apply(fn, recurse)
+        self.token_mean, self.token_std = (
+            now if now.dtype == was.dtype else was.to(now.device)
+            for was, now in zip(before, (self.token_mean, self.token_std), strict=True)
+        )
+        return self
 
     def normalized(self, tokens: Tensor) -> Tensor:
         """An image tokenizer's tokens [..., C] with mean 0 and standard deviation 1, as the model works on them."""
@@ -294,17 +314,26 @@ class UniFluid(nn.Module):
 
         Raises:
             FileNotFoundError: if something is missing.
-            ValueError: if config.json describes no UniFluid.
+            ValueError: if config.json describes no UniFluid, or the text tokenizer is another.
             CheckpointError: if the weights are damaged or of another model.
         """
-        model = cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER))
+        model = cls.from_config(folder)
         assign_state(model, read_state(folder), str(folder))
         model.backbone.tie_weights()
         return model.to(device, dtype).eval()
 
+    @classmethod
+    def from_config(cls, folder: str | Path) -> UniFluid:
+        """A new model of what `save_config` wrote; errors as of `from_pretrained`."""
+        return cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER))
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and the text tokenizer, in a folder of its own."""
+        """Write model.safetensors and what `save_config` writes."""
         write_state(self, folder)
+        self.save_config(folder)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write config.json and the text tokenizer, in a folder of its own."""
         self.config.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
 

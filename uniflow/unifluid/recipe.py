@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from uniflow.training.recipe import NO_UNKNOWN_KEYS, AnyRun
+from uniflow.training.recipe import NO_UNKNOWN_KEYS, AnyRun, at_least
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class ModelChoice:
         config: in its place a configuration, as in {model_type: llama, hidden_size: 512, ...}. Its vocab_size is that
             of the text tokenizer if not given.
         text_tokenizer: folder of the tokenizer; the backbone's if not given, or without a backbone one that is made
-            for the texts of the data.
+            for the texts of the data. A run that shall go on with other texts than it began with takes that of its
+            checkpoint, CHECKPOINT/text_tokenizer.
         vocabulary: ids of a tokenizer that is made.
         head_width, head_depth, head, order: see `UniFluidConfig`.
     """
@@ -77,8 +78,8 @@ class DataChoice:
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.shards is None):
             raise ValueError("expected either folder or shards")
-        if self.statistics < 2:
-            raise ValueError(f"statistics: expected at least 2, got {self.statistics}")
+        at_least(self, 2, "statistics")
+        at_least(self, 1, "max_text")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class SamplesChoice:
     steps: int | None = None
     head_steps: int = 20
     cfg: float = 3.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "captions")
+        at_least(self, 1, "steps", "head_steps")
 
 
 @dataclass(frozen=True, kw_only=True)

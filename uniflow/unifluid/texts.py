@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +78,12 @@ def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def ids_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of what each id stands for, which tells ids of one tokenizer from those of another."""
+    meaning = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:

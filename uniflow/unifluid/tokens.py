@@ -43,6 +43,11 @@ class ImageTokenizer(nn.Module, ABC):
         self.image_size = image_size
         self.grid = (height // patch_size, width // patch_size)
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Take and give images of the size that has so many lines of tokens, and tokens a line."""
+        patch = self.image_size[0] // self.grid[0]
+        self.grid, self.image_size = grid, (patch * grid[0], patch * grid[1])
+
     def train(self, mode: bool = True) -> ImageTokenizer:
         """Stay in evaluation mode."""
         return super().train(False)
@@ -212,6 +217,7 @@ def _read_autoencoder(folder: str | Path) -> Any:
             "an AutoencoderKL needs diffusers: pip install 'uniflow-kernels[diffusers]'", name=error.name
         ) from None
     try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        # the default of low_cpu_mem_usage warns where accelerate is not installed
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} holds no AutoencoderKL that diffusers can read: {error}") from None

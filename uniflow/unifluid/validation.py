@@ -73,18 +73,21 @@ class DrawingValidator:
     def score(self, student: UniFluid, step: int, processes: Processes) -> Validation:
         """Every process works on all of it, since all must call a student whose parameters are spread over them."""
         device = student.device
-        totals, batches = torch.zeros(2, dtype=torch.float64), 0
+        totals, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(_SEED)
             for first in range(0, self.count, self.batch_size):
                 positions = range(first, min(first + self.batch_size, self.count))
                 drawings, readings = self.samples.collate([self.samples[position].value for position in positions])
+                count = torch.tensor([readings.answer.sum(), len(drawings.images)])  # what either loss is a mean of
                 batch = (type(part)(*(tensor.to(device) for tensor in part)) for part in (drawings, readings))
                 losses = self.objective(*batch)
-                totals += torch.stack([losses.text, losses.image]).double().cpu()
-                batches += 1
-        text, image = (totals / batches).tolist()
-        scores = {"validation_text": text, "validation_image": image}
+                totals += count * torch.stack([losses.text, losses.image]).double().cpu()
+                counts += count
+        names = ("validation_text", "validation_image")
+        scores: dict[str, float | None] = {
+            name: float(total / count) for name, total, count in zip(names, totals, counts, strict=True) if count
+        }
         if not self.captions:
             return Validation(step, scores)
         generator = torch.Generator().manual_seed(_SEED)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.uniflow.training.conftest import Heard
-from uniflow.checkpoint import read_state, write_state
+from uniflow.checkpoint import CheckpointError, read_state, write_state
 from uniflow.data import Sample, Samples
 from uniflow.training import Recipe, Stage, Trainer
 from uniflow.training.logs import Validation
@@ -20,18 +20,13 @@ from uniflow.training.state import gather
 STAGES = (Stage(3, train="decoder", warmup_steps=0), Stage(4, encoder_learning_rate=1e-2, warmup_steps=0))
 
 
-class Config:
-    def save_pretrained(self, folder):
-        folder.mkdir(exist_ok=True)
-        (folder / "config.json").write_text('{"model_type": "line"}')
-
-
 class Line(nn.Module):
     pretrained_parts = ("features.",)
+    untrained_parts = ()
+    kind = "line"
 
     def __init__(self):
         super().__init__()
-        self.config = Config()
         self.features = nn.Linear(2, 8)
         self.out = nn.Linear(8, 1)
         self.register_buffer("scale", torch.tensor(2.0))
@@ -43,9 +38,13 @@ class Line(nn.Module):
     def layers(self):
         return [self.features]
 
+    def save_config(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"model_type": self.kind}))
+
     def save_pretrained(self, folder):
         write_state(self, folder)
-        self.config.save_pretrained(folder)
+        self.save_config(folder)
 
     def forward(self, x):
         return self.scale * self.out(self.features(x).tanh())[..., 0]
@@ -135,6 +134,19 @@ def test_it_goes_on_to_the_bit(tmp_path):
     assert again.run() == losses[2:]
     for name, parameter in whole.student.named_parameters():
         assert torch.equal(parameter, again.student.get_parameter(name))
+    again.student.kind = "curve"
+    with pytest.raises(CheckpointError, match=r"does not hold this model: its config.json has another model_type$"):
+        again.resume(folder)
+
+
+def test_parts_that_are_not_trained_stay_as_they_are():
+    objective = Fit()
+    objective.student.untrained_parts = ("out.",)
+    trainer = train(Stage(2), objective=objective)
+    start = {name: parameter.clone() for name, parameter in trainer.student.named_parameters()}
+    trainer.run()
+    kept = [name for name, parameter in trainer.student.named_parameters() if torch.equal(parameter, start[name])]
+    assert kept == ["out.weight", "out.bias"]
 
 
 def test_a_failure_keeps_the_inputs(tmp_path):
@@ -185,7 +197,7 @@ def test_a_student_that_lacks_something_is_refused_at_once():
     with pytest.raises(TypeError, match=r"objective: expected a module whose `student` .*; the student is a NoneType"):
         train(objective=objective)
     objective.student = nn.Linear(2, 1)
-    with pytest.raises(TypeError, match="is a Linear without config, device, layers, pretrained_parts, save_pre"):
+    with pytest.raises(TypeError, match="is a Linear without device, layers, pretrained_parts, save_config, save_pre"):
         train(objective=objective)
 
 

@@ -1,0 +1,94 @@
+"""Two gloo processes train the UniFluid of one, in both ways of spreading it, on data of both kinds and of one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import randomize
+from tests.uniflow.training.test_distributed import environment, free_port
+from tests.uniflow.unifluid.test_cli import BOTH, CONFIG, RECIPE, files, last, losses, write_folder
+from uniflow import UniFlow, UniFlowConfig
+from uniflow.cli import run
+from uniflow.unifluid import UniFluid
+
+pytestmark = pytest.mark.slow
+
+KINDS = {
+    "both": BOTH,
+    "drawing": {"caption": "a {} square"},
+    "reading": {"question": "which colour?", "answer": "{}"},
+}
+TINY = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "vit_hidden_size": 64, "intermediate_size": 96}
+TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "latent_ch": 8}
+TINY |= {"global_blocks_depth": 1, "num_decoder_layers": 2}
+
+
+def write(folder, kind, parallel="ddp"):
+    """A configuration, and the command that trains as it says."""
+    path = folder / f"{kind}-{parallel}.yaml"
+    size = "micro_batch_size: 2, ema_decay: 0.9"
+    path.write_text(
+        f"tokenizer: {folder / 'tokenizer'}\n"
+        f"model: {{config: {CONFIG}, head_width: 32, head_depth: 1, vocabulary: 300}}\n"
+        f"data: {{folder: {folder / kind}, validation: {folder / kind}}}\n"
+        f"samples: {{captions: 1, steps: 2, head_steps: 2}}\n"
+        f"tensorboard: false\nrecipe: {{{RECIPE}, {size}, parallel: {parallel}}}\n"
+    )
+    return ["unifluid", "train", str(path)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What one process did alone (KIND-alone), and two together (KIND-ddp, KIND-fsdp)."""
+    folder = tmp_path_factory.mktemp("two")
+    randomize(UniFlow(UniFlowConfig.preset("base", **TINY))).save_pretrained(folder / "tokenizer")
+    together = []
+    for kind, texts in KINDS.items():
+        write_folder(folder / kind, [texts] * 8)
+        assert run([*write(folder, kind), "--out", str(folder / f"{kind}-alone")]) == 0
+        together += [
+            [*write(folder, kind, parallel), "--out", str(folder / f"{kind}-{parallel}")]
+            for parallel in ("ddp", "fsdp")
+        ]
+    again = [*write(folder, "both", "fsdp"), "--out", str(folder / "again"), "--resume"]
+    together.append([*again, str(folder / "both-fsdp/checkpoints/step-00000002")])
+    command = [sys.executable, "-m", "tests.uniflow.unifluid.two", str(free_port()), json.dumps(together)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **environment(rank, 2, 0)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in started:
+        message = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, message
+    return folder
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_make_the_steps_of_one(folder, kind, parallel):
+    alone, together = losses(folder / f"{kind}-alone"), losses(folder / f"{kind}-{parallel}")
+    assert list(together) == [1, 2, 3, 4]
+    for step, found in together.items():
+        assert found == pytest.approx(alone[step], rel=1e-4)
+    drawn = [] if kind == "reading" else ["step-00000002.png", "step-00000004.png"]
+    assert (files(folder / f"{kind}-{parallel}" / "samples") if drawn else []) == drawn
+
+
+def test_shards_go_on_and_are_gathered(folder):
+    again, whole = losses(folder / "again"), losses(folder / "both-fsdp")
+    assert again == {step: whole[step] for step in (3, 4)}
+    for options, part in (([], ""), (["--ema"], "ema")):
+        out = folder / f"gathered{part}"
+        assert run(["gather", str(last(folder / "again")), "--out", str(out), *options]) == 0
+        gathered, alone = (
+            load_file(place / "model.safetensors") for place in (out, last(folder / "both-alone") / part)
+        )
+        assert gathered.keys() == alone.keys()
+        for name, value in alone.items():
+            assert torch.allclose(gathered[name], value, atol=1e-4), name
+        assert UniFluid.from_pretrained(out).text_tokenizer.get_vocab()
