@@ -34,12 +34,11 @@ from uniflow import Recipe, Trainer, UniFlow, UniFlowConfig, UniFlowObjective, n
 from uniflow.data import PictureList, RandomCrops
 from uniflow.pictures import save_picture
 from uniflow.training import Stage
-from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, answer
+from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, answer, draw_pictures
 from uniflow.unifluid.captions import CaptionedPictures, Texts, every_text
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.texts import make_text_tokenizer, padded, question_ids
 from uniflow.unifluid.tokens import UniFlowTokens
-from uniflow.unifluid.validation import drawn_pictures
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "which digit?"
@@ -176,7 +175,7 @@ def score_drawings(model: UniFluid, tokenizer: UniFlowTokens, train: Digits, jud
     scores = {}
     for cfg, name in ((1.0, ""), (GUIDED, ", guided")):
         generator = torch.Generator().manual_seed(seed)
-        pictures = drawn_pictures(model, tokenizer, captions, generator, cfg=cfg)
+        pictures = draw_pictures(model, tokenizer, captions, generator, cfg=cfg)
         recognised = torch.from_numpy(judge.predict(Pixels()(pictures).numpy())) == labels
         scores[f"recognised{name}, %"] = 100 * recognised.float().mean().item()
         scores[f"distance{name}"] = distance(pictures, train.pixels)
@@ -222,7 +221,7 @@ def run(seed: int, steps: int, tokenizer_steps: int, out: Path) -> dict[str, dic
 def save_sheet(model: UniFluid, tokenizer: UniFlowTokens, path: Path) -> None:
     """Drawn digits, a row for each caption, enlarged."""
     captions = [f"a {name}" for name in NAMES for _ in range(SHOWN)]
-    pictures = drawn_pictures(model, tokenizer, captions, torch.Generator().manual_seed(0), cfg=GUIDED)
+    pictures = draw_pictures(model, tokenizer, captions, torch.Generator().manual_seed(0), cfg=GUIDED)
     enlarged = pictures.repeat_interleave(4, 2).repeat_interleave(4, 3)
     save_picture(rearrange(enlarged, "(rows n) c h w -> c (rows h) (n w)", n=SHOWN), path)
 

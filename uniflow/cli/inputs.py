@@ -27,7 +27,7 @@ def explained() -> Iterator[None]:
     """Turn the errors that a library raises for bad values into the line that the user sees."""
     try:
         yield
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         path = getattr(error, "filename", None)
         message = f"no such file: {path}" if path else str(error)
         if len(message) > _LONGEST_MESSAGE:  # a checkpoint of another model may name hundreds of keys

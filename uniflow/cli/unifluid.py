@@ -33,6 +33,7 @@ from uniflow.training.processes import Processes
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.drawing import draw_pictures
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid, read_backbone
 from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
@@ -47,7 +48,7 @@ from uniflow.unifluid.texts import (
     read_text_tokenizer,
 )
 from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
-from uniflow.unifluid.validation import DrawingValidator, drawn_pictures
+from uniflow.unifluid.validation import DrawingValidator
 
 _VALIDATED = 256  # examples that a validation looks at
 _AT_A_TIME = 32  # pictures, for their statistics
@@ -200,7 +201,7 @@ def generate(
         task = bar.add_task("", total=len(prompts))
         for first in range(0, len(prompts), batch_size):
             with explained():
-                batch = drawn_pictures(model, images, prompts[first : first + batch_size], generator, **how).cpu()
+                batch = draw_pictures(model, images, prompts[first : first + batch_size], generator, **how).cpu()
             out.mkdir(parents=True, exist_ok=True)
             for picture, file in zip(batch, files[first:], strict=False):
                 save_picture(picture, file)

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
+from uniflow.normalization import to_uint8
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
+from uniflow.unifluid.texts import padded, prompt_ids
+
+if TYPE_CHECKING:
+    from uniflow.unifluid.tokens import ImageTokenizer
+
+
+def draw_pictures(
+    model: UniFluid,
+    tokenizer: ImageTokenizer,
+    captions: Sequence[str],
+    generator: torch.Generator | None = None,
+    **how: Any,
+) -> Tensor:
+    """Pictures for captions.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the one whose tokens it was trained on.
+        captions: B texts.
+        generator: for all that is drawn, on the CPU or the model's device.
+        how: further arguments of `draw_tokens`.
+
+    Returns:
+        uint8 [B, 3, H, W].
+
+    Raises:
+        ValueError: as `draw_tokens`.
+    """
+    prompts = [prompt_ids(model.text_tokenizer, caption) for caption in captions]
+    ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
+    tokens = draw_tokens(model, ids, real, generator=generator, **how)
+    return to_uint8(tokenizer.decode(tokens, generator))
 
 
 @torch.no_grad()

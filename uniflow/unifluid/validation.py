@@ -8,48 +8,16 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
 
-from uniflow.normalization import denormalize
 from uniflow.training.logs import Validation
 from uniflow.training.processes import Processes
 from uniflow.unifluid.captions import CaptionedPictures
-from uniflow.unifluid.drawing import draw_tokens
+from uniflow.unifluid.drawing import draw_pictures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective
-from uniflow.unifluid.texts import padded, prompt_ids
-from uniflow.unifluid.tokens import ImageTokenizer
 
 _SEED = 0  # of the orders, times and noise of a score
 _ACROSS = 8  # pictures in a row
-
-
-def drawn_pictures(
-    model: UniFluid,
-    tokenizer: ImageTokenizer,
-    captions: Sequence[str],
-    generator: torch.Generator | None = None,
-    **how: Any,
-) -> Tensor:
-    """Pictures for captions.
-
-    Args:
-        model: in evaluation mode.
-        tokenizer: the one whose tokens it was trained on.
-        captions: B texts.
-        generator: for all that is drawn, on the CPU or the model's device.
-        how: further arguments of `draw_tokens`.
-
-    Returns:
-        uint8 [B, 3, H, W].
-
-    Raises:
-        ValueError: as `draw_tokens`.
-    """
-    prompts = [prompt_ids(model.text_tokenizer, caption) for caption in captions]
-    ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
-    tokens = draw_tokens(model, ids, real, generator=generator, **how)
-    return (denormalize(tokenizer.decode(tokens, generator)).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -91,7 +59,7 @@ class DrawingValidator:
         if not self.captions:
             return Validation(step, scores)
         generator = torch.Generator().manual_seed(_SEED)
-        pictures = drawn_pictures(student, self.objective.tokenizer, self.captions, generator, **self.how).cpu()
+        pictures = draw_pictures(student, self.objective.tokenizer, self.captions, generator, **self.how).cpu()
         short = -len(pictures) % min(_ACROSS, len(pictures))
         pictures = torch.cat([pictures, pictures.new_zeros(short, *pictures.shape[1:])])
         sheet = rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=min(_ACROSS, len(pictures)))

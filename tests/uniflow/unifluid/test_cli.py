@@ -351,7 +351,7 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["generate", "a"], {"--steps": 0}, "Invalid value for '--steps'"),
         (["generate", "a"], {"--tokenizer": place / "file"}, "no image tokenizer in"),
         (["generate", "a"], {"--tokenizer": place / "none"}, "no image tokenizer in"),
-        (["generate", "a"], {"--tokenizer": checkpoint}, "model_type: expected 'uniflow', got 'unifluid'"),
+        (["generate", "a"], {"--tokenizer": checkpoint}, "'uniflow_with_encoder', got 'unifluid'"),
         (["generate", "a"], {"--checkpoint": place / "tokenizer"}, "expected a JSON object with model_type 'unifluid'"),
         (["generate", "a"], {"--checkpoint": place / "file"}, "no such checkpoint folder"),
         (["generate", "a"], {"--checkpoint": place}, f"no such file: {place / 'config.json'}"),
