@@ -50,8 +50,13 @@ def group_sizes(tokens: int, steps: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result  # else every line of it would be traced
 def _groups_by_steps(tokens: int) -> Tensor:
+    return _table(tokens)
+
+
+@lru_cache
+def _table(tokens: int) -> Tensor:
     """Row S - 1: the step that each token comes in when there are S of them; int64 [tokens, tokens] on the CPU."""
     rows = [
         torch.repeat_interleave(torch.arange(steps), torch.tensor(group_sizes(tokens, steps)))

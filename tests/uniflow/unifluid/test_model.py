@@ -9,6 +9,7 @@ from uniflow.checkpoint import CheckpointError, read_state
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid, read_backbone
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.texts import ids_fingerprint, make_text_tokenizer
 
 KINDS = [
     {},
@@ -191,6 +192,27 @@ def test_a_pretrained_backbone_is_taken_as_it_is(make_model, text_tokenizer, tmp
     assert torch.equal(UniFluid.from_pretrained(tmp_path / "whole").place_embedding, model.place_embedding)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         read_backbone(tmp_path / "nothing")
+
+
+def test_statistics_stay_float32(make_model):
+    model = make_model()
+    tokens = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    model.set_statistics(tokens)
+    mean, std = model.token_mean.clone(), model.token_std.clone()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert model.to(dtype).dtype == dtype
+        assert torch.equal(model.token_mean, mean)
+        assert torch.equal(model.token_std, std)
+    assert model.to("meta").token_mean.device.type == "meta"
+
+
+def test_another_text_tokenizer_is_refused(make_model, tmp_path):
+    model = make_model(text_tokenizer=ids_fingerprint(make_model().text_tokenizer))
+    model.save_pretrained(tmp_path)
+    assert UniFluid.from_pretrained(tmp_path).config == model.config
+    make_text_tokenizer(["something else"], 300).save_pretrained(str(tmp_path / "text_tokenizer"))
+    with pytest.raises(ValueError, match="text_tokenizer: has other ids than the one that the model was trained with"):
+        UniFluid.from_pretrained(tmp_path)
 
 
 def test_copies_and_pickles(make_model, texts):
