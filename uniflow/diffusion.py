@@ -6,7 +6,7 @@ Time runs the other way than in `uniflow.flow`: timestep 0 is nearly the data, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -94,7 +94,7 @@ def sample(
         diffusion: betas and respacing.
         method: "ddpm"; "ddim"; or "dpm-solver++", of second order, which needs diffusers.
         noise: [M, in_channels] to start from; drawn if not given.
-        generator: to draw it and the noise of the steps with, on the condition's device.
+        generator: to draw it and the noise of the steps with, on any device.
         cfg: guidance scale of the predicted noise; 1 is none.
         null_condition: [M, z_channels] or [1, z_channels], what guidance leads away from.
         temperature: what the noise of the steps is multiplied by (MAR's); the first noise is not.
@@ -123,7 +123,7 @@ def sample(
         raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
     shape = (*condition.shape[:-1], head.in_channels)
     if noise is None:
-        noise = torch.randn(shape, generator=generator, device=condition.device)
+        noise = _normal(shape, torch.float32, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
@@ -296,4 +296,11 @@ def _data(x: Tensor, noise: Tensor, signal: float) -> Tensor:
 
 def _drawn(x: Tensor, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     while True:
-        yield torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        yield _normal(x.shape, x.dtype, x.device, generator)
+
+
+def _normal(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    drawn_on = device if generator is None else generator.device
+    return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)

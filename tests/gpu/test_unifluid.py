@@ -81,6 +81,17 @@ def test_drawing_is_that_of_the_cpu(model, texts, cfg):
         torch.testing.assert_close(tokens.cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
+def test_a_generator_of_the_cpu_serves_both_heads(texts):
+    for head in ("flow", "ddpm"):
+        torch.manual_seed(0)
+        config = UniFluidConfig(LLAMA, 12, (4, 4), 256, 3, head=head)
+        model = UniFluid(config, make_text_tokenizer(["a seven"], 300)).eval().cuda()
+        randomize(model.head)
+        on_device = [part.cuda() for part in texts]
+        first, second = (draw_tokens(model, *on_device, 6, head_steps=4, generator=seeded()) for _ in range(2))
+        torch.testing.assert_close(first, second)
+
+
 def test_states_are_those_of_the_cpu(model, texts):
     tokens = torch.randn(2, N, 12, generator=seeded())
     order = draw_orders(2, N, "random", torch.device("cpu"), seeded())

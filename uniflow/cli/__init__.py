@@ -50,7 +50,7 @@ def _explain(error: Exception) -> str | None:
         return error.format_message()
     if type(error).__name__ == "OutOfMemoryError":
         return "the GPU's memory does not hold this; use a smaller --batch-size, or micro_batch_size in training"
-    if type(error).__name__ == "ProcessLostError":
+    if type(error).__name__ in ("ProcessLostError", "CaptionError"):  # whose modules take long to import
         return str(error)
     if isinstance(error, ImportError) and "pip install" in str(error):  # names the extra that is missing
         return str(error)

@@ -74,7 +74,7 @@ def draw_tokens(
         temperature: of the head's noise, see `FlowHead.sample` and, for a "ddpm" head, `uniflow.diffusion.sample`.
         schedule, solver: of a "flow" head, see `FlowHead.sample`.
         order: int64 [B, N], the places in the order in which they are drawn; drawn itself if not given.
-        generator: for the order and the noise, on any device ("ddpm": on the model's).
+        generator: for the order and the noise, on any device.
 
     Returns:
         [B, N, C] in raster order, as the image tokenizer makes them (not normalised), in float32.

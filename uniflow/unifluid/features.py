@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from uniflow.latents import hash_weights
 from uniflow.model import UniFlow
-from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.pretrained import pretrained_encoder
 from uniflow.teachers import EncoderTeacher
 
@@ -35,8 +34,8 @@ class VisionFeatures(nn.Module):
     def __init__(
         self,
         source: str | Path | nn.Module,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -29,6 +31,13 @@ def test_uniflows_hidden_states_without_the_class_token(tiny, images):
     features = VisionFeatures(model)
     assert (features.width, features.image_size, features.tokens) == (64, (16, 16), 16)
     assert torch.equal(features(images), model.hidden_states(images)[-1][:, 1:])
+
+
+def test_a_folders_own_statistics_are_used(images, tmp_path):
+    half = [0.5, 0.5, 0.5]
+    siglip().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
+    assert torch.equal(VisionFeatures(tmp_path)(images), VisionFeatures(siglip(), half, half)(images))
 
 
 def test_siglips_last_hidden_states(images):
