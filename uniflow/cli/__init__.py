@@ -39,13 +39,14 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:
         return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except Exception as error:
-        message = _explain(error)
+        message = explain(error)
         if message is None:
             raise
         return _fail(message)
 
 
-def _explain(error: Exception) -> str | None:
+def explain(error: Exception) -> str | None:
+    """The line for an error that is no defect but says what the user can do; None for others."""
     if hasattr(error, "format_message"):  # Typer's usage errors; where their class lives depends on its version
         return error.format_message()
     if type(error).__name__ == "OutOfMemoryError":
