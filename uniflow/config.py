@@ -225,20 +225,35 @@ class UniFlowConfig:
             FileNotFoundError: if there is none.
             ValueError: if it is no JSON object or describes no UniFlow.
         """
-        path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(read_config(folder))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(folder) / "config.json") as path:
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_config(folder, self.to_dict())
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What `folder`/config.json holds.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def write_config(folder: str | Path, values: dict[str, Any]) -> None:
+    """Write `folder`/config.json, whole or not at all; the folder is made if need be."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with replacing(Path(folder) / "config.json") as path:
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 # a config.json must say these; a guess would build another model than the checkpoint's

@@ -6,7 +6,7 @@ Time runs the other way than in `uniflow.flow`: timestep 0 is nearly the data, t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import FlowHead
-from uniflow_kernels.modules.sampling import Conditioned, replayed
+from uniflow_kernels.modules.sampling import Conditioned, normal, replayed
 from uniflow_kernels.solvers import guide
 
 METHODS = ("ddpm", "ddim", "dpm-solver++")
@@ -123,7 +123,7 @@ def sample(
         raise ValueError(f"eta: expected a number in [0, 1], got {eta}")
     shape = (*condition.shape[:-1], head.in_channels)
     if noise is None:
-        noise = _normal(shape, torch.float32, condition.device, generator)
+        noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
@@ -296,11 +296,4 @@ def _data(x: Tensor, noise: Tensor, signal: float) -> Tensor:
 
 def _drawn(x: Tensor, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     while True:
-        yield _normal(x.shape, x.dtype, x.device, generator)
-
-
-def _normal(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    drawn_on = device if generator is None else generator.device
-    return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)
+        yield normal(x.shape, x.device, generator, x.dtype)

@@ -76,12 +76,12 @@ def pretrained_encoder(
     if isinstance(source, nn.Module):
         return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
     path = Path(source) / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     config = config.get("vision_config", config)
     kind = config.get("model_type")
     if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
         preprocessor = Path(source) / "preprocessor_config.json"
-        said = _read_json(preprocessor) if preprocessor.exists() else {}
+        said = read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
         return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
     if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
@@ -94,7 +94,8 @@ def pretrained_encoder(
     return _from_internvit(Path(source), config)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of some other project's folder; a ValueError if it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -6,11 +6,14 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.conftest import randomize
+from tests.uniflow.unifluid.conftest import texts
 from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, draw_tokens
 from uniflow.unifluid.captions import Drawings, Readings
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import make_text_tokenizer
 from uniflow_kernels.modules import sampling
+
+__all__ = ["texts"]  # a fixture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,14 +55,6 @@ def model():
     model = UniFluid(config, make_text_tokenizer(["a seven"], 300)).eval()
     randomize(model.head)
     return model
-
-
-@pytest.fixture
-def texts():
-    ids = torch.randint(3, 300, (2, 5), generator=torch.Generator().manual_seed(0))
-    real = torch.ones(2, 5, dtype=torch.bool)
-    real[1, :2] = False
-    return ids, real
 
 
 def seeded():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 
 from uniflow.model import UniFlow
 from uniflow.pictures import PictureError, open_picture
+
+M = TypeVar("M")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_MESSAGE = 600
@@ -52,7 +55,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str) -> torch.dtype | None:
+def _choose_dtype(name: str) -> torch.dtype | None:
     """The dtype called `name`; None for "auto", that of the file."""
     if name != "auto" and name not in DTYPES:
         raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
@@ -60,13 +63,20 @@ def choose_dtype(name: str) -> torch.dtype | None:
 
 
 def load_model(checkpoint: Path, device: str, dtype: str) -> UniFlow:
-    """Read a checkpoint folder; the dtype "auto" is that of the file."""
-    own = choose_dtype(dtype)
+    """Read a UniFlow; the dtype "auto" is that of the file."""
+    return load_checkpoint(UniFlow.from_pretrained, checkpoint, device, dtype)
+
+
+def load_checkpoint(
+    read: Callable[[Path, torch.device, torch.dtype | None], M], checkpoint: Path, device: str, dtype: str
+) -> M:
+    """Read a model of any kind by its `from_pretrained`; the dtype "auto" is that of the file."""
+    own = _choose_dtype(dtype)
     chosen = choose_device(device)
     if not checkpoint.is_dir():
         raise InputError(f"no such checkpoint folder: {checkpoint}")
     with explained():
-        return UniFlow.from_pretrained(checkpoint, chosen, own)
+        return read(checkpoint, chosen, own)
 
 
 def parse_memory(text: str | None) -> int | None:

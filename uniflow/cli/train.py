@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from uniflow.cli.inputs import (
     read_picture,
 )
 from uniflow.cli.runs import Trained, find_shards, train_as_written
-from uniflow.config import UniFlowConfig
+from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
 from uniflow.model import UniFlow
 from uniflow.objective import UniFlowObjective
@@ -49,8 +48,7 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
 
 def _untrained(folder: Path) -> UniFlow | UniFluid:
     """A model of the kind that the folder's config.json names."""
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if values.get("model_type") == UNIFLUID:
+    if read_config(folder).get("model_type") == UNIFLUID:
         return UniFluid.from_config(folder)
     return UniFlow(UniFlowConfig.from_pretrained(folder))
 

@@ -19,10 +19,9 @@ from uniflow.cli.inputs import (
     InputError,
     check_folder,
     check_outputs,
-    choose_device,
-    choose_dtype,
     explained,
     find_pictures,
+    load_checkpoint,
     picture_suffixes,
     read_picture,
 )
@@ -186,7 +185,7 @@ def generate(
     names = _names(captions)
     files = [out / f"{name}-{number}.png" for name in names for number in range(count)]
     check_outputs([*files, out / SHEET], force)
-    model = load_unifluid(checkpoint, device, dtype)
+    model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
     with explained():
         images = read_image_tokenizer(tokenizer).to(model.device)
         images.set_grid(model.config.grid)
@@ -225,7 +224,7 @@ def ask(
     if not question.strip():
         raise InputError("--question: expected a text")
     sources = find_pictures(pictures)
-    model = load_unifluid(checkpoint, device, dtype)
+    model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
     with explained():
         features = VisionFeatures(vision).to(model.device)
         check_vision(model, features)
@@ -239,16 +238,6 @@ def ask(
             answers = answer(model, seen, ids, real, longest)
         for source, text in zip(batch, answers, strict=True):
             print(f"{source.path}\t{' '.join(text.split())}", flush=True)
-
-
-def load_unifluid(checkpoint: Path, device: str, dtype: str) -> UniFluid:
-    """Read a checkpoint folder; the dtype "auto" is that of the file."""
-    own = choose_dtype(dtype)
-    chosen = choose_device(device)
-    if not checkpoint.is_dir():
-        raise InputError(f"no such checkpoint folder: {checkpoint}")
-    with explained():
-        return UniFluid.from_pretrained(checkpoint, chosen, own)
 
 
 def _names(captions: Sequence[str]) -> list[str]:

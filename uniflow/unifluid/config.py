@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from uniflow.atomic import replacing
+from uniflow.config import read_config, write_config
 
 HEADS = ("flow", "ddpm")
 ORDERS = ("random", "raster")
@@ -77,12 +76,8 @@ class UniFluidConfig:
             FileNotFoundError: if there is none.
             ValueError: if it is no JSON object or describes no UniFluid.
         """
-        path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+        path, values = Path(folder) / "config.json", read_config(folder)
+        if values.pop("model_type", None) != MODEL_TYPE:
             raise ValueError(f"{path}: expected a JSON object with model_type {MODEL_TYPE!r}")
         known = {f.name for f in fields(cls)}
         for name in values:
@@ -95,6 +90,4 @@ class UniFluidConfig:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with replacing(Path(folder) / "config.json") as path:
-            path.write_text(json.dumps({"model_type": MODEL_TYPE, **asdict(self)}, indent=2) + "\n", encoding="utf-8")
+        write_config(folder, {"model_type": MODEL_TYPE, **asdict(self)})

@@ -11,6 +11,7 @@ from torch import Tensor
 from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
 from uniflow.normalization import to_uint8
+from uniflow.pretrained import transformers_package
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow.unifluid.texts import padded, prompt_ids
@@ -95,9 +96,7 @@ def draw_tokens(
         alone[:, -1:] = True
         real, order = torch.cat([real, alone]), order.repeat(2, 1)
     how = _Head(head_steps, cfg, temperature, schedule, solver, generator)
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
+    cache = transformers_package().DynamicCache()
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
     slots = [model.text_slots(ids, real)]
     cached, tokens = None, []

@@ -50,9 +50,12 @@ def group_sizes(tokens: int, steps: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-@torch.compiler.assume_constant_result  # else every line of it would be traced
 def _groups_by_steps(tokens: int) -> Tensor:
     return _table(tokens)
+
+
+# else every line of it would be traced; torch.compiler.assume_constant_result would import the whole compiler
+_groups_by_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

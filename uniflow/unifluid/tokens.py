@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from uniflow.latents import fingerprint, hash_weights
 from uniflow.model import UniFlow
 from uniflow.normalization import denormalize, normalize
+from uniflow.pretrained import read_json
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -195,11 +195,7 @@ def read_image_tokenizer(folder: str | Path, image_size: tuple[int, int] | None 
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no image tokenizer in {folder}: no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        made_by = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration: {error}") from None
+    made_by = read_json(path).get("_class_name")
     if made_by is None:
         return UniFlowTokens(UniFlow.from_pretrained(folder), image_size=image_size)
     if made_by != "AutoencoderKL":

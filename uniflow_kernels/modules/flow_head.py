@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow_kernels.modules.sampling import follow, replayed
+from uniflow_kernels.modules.sampling import follow, normal, replayed
 from uniflow_kernels.ops.flow_head import (
     RECOMPUTE,
     Affine,
@@ -339,8 +339,7 @@ class FlowHead(nn.Module):
             )
         shape = (*condition.shape[:-1], self.in_channels)
         if noise is None:
-            drawn_on = condition.device if generator is None else generator.device
-            noise = torch.randn(shape, device=drawn_on, generator=generator)
+            noise = normal(shape, condition.device, generator)
         elif noise.shape != shape:
             raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
         noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature

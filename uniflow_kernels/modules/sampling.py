@@ -133,6 +133,17 @@ class _Ahead:
         return self.made[1][within]
 
 
+def normal(
+    shape: Sequence[int],
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal numbers on `device`, drawn where the generator is."""
+    drawn_on = device if generator is None else generator.device
+    return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)
+
+
 def follow(
     head: FlowHead,
     noise: Tensor,

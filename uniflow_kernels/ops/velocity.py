@@ -415,20 +415,9 @@ def _velocity_loss(
     kernels = _kernels("velocity_loss", images, patch_size, velocity.shape[-1], velocity, noise)
     if kernels is None:
         plain_velocity_loss(
-            velocity,
-            images,
-            noise,
-            coefficients,
-            mean,
-            std,
-            seed,
-            offset,
-            first_row,
-            patch_size,
-            repeats,
-            given,
-            losses,
-        )
+            velocity, images, noise, coefficients, mean, std,
+            seed, offset, first_row, patch_size, repeats, given, losses,
+        )  # fmt: skip
     else:
         affine = pixel_scale_and_shift(images, mean, std)
         kernels.velocity_loss(
