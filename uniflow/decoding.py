@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uniflow_kernels import seeded_noise
 from uniflow_kernels.graphs import GraphCache, why_not_graph
 from uniflow_kernels.ops.patches import patch_grid
+from uniflow_kernels.torch_private import is_forward_hooked
 
 Size = tuple[int, int]
 Batch = Tensor | tuple[Tensor, Size]
@@ -107,7 +108,7 @@ class Decoder:
 
         with torch.no_grad():
             latents = latents.to(self._device, self._dtype, non_blocking=True)
-            if why_not_graph(self._device, ()) is not None or any(map(_has_hooks, self._model.modules())):
+            if why_not_graph(self._device, ()) is not None or any(map(is_forward_hooked, self._model.modules())):
                 return decode(latents, start)
             if noise is not None:
                 start = _moved(start.to(torch.promote_types(self._dtype, torch.float32)), self._device)
@@ -222,7 +223,3 @@ def _copied(images: Tensor, copies: torch.cuda.Stream) -> tuple[Tensor, torch.cu
 def _finished(host: Tensor, done: torch.cuda.Event) -> Tensor:
     done.synchronize()
     return host
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from uniflow_kernels.torch_private import constant
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -48,13 +50,9 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return _constants(images.device, images.dtype)
 
 
+@constant  # compiled code holds them, and does not make them in each call
 def _constants(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _made_once(device, dtype)
-
-
-# compiled code holds them, and does not make them in each call; what torch.compiler.assume_constant_result does, which
-# would import the whole compiler for it
-_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels.choice import requested
+from uniflow_kernels.torch_private import is_transforming
 
 Inputs = Sequence[Tensor | None]
 Function = Callable[..., Tensor]
@@ -26,7 +27,7 @@ def why_not_graph(device: torch.device, read: Sequence[Tensor | None]) -> str | 
     """Why no CUDA graph can serve a call on this device that reads these tensors; None where one can."""
     if torch.compiler.is_compiling():
         return "torch.compile is at work"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transforming():
         return "a transform of torch.func is at work"
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}"

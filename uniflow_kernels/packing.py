@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from uniflow_kernels.torch_private import is_traced, storage_of, uncompiled, version_of
 
 Derived = TypeVar("Derived")
 
@@ -77,6 +78,7 @@ def packed(kind: Hashable, sources: Sequence[Tensor | None], build: Callable[...
     return derived
 
 
+@uncompiled
 def forget(*_: object) -> None:
     """Drop all that is kept: after a change of parameters that PyTorch cannot see."""
     global _steps  # noqa: PLW0603 - one count for the process
@@ -84,13 +86,9 @@ def forget(*_: object) -> None:
     _kept.clear()
 
 
-# what torch.compiler.disable does, which would import the whole compiler for it
-forget._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
 def _lasts(sources: list[Tensor]) -> bool:
     """Whether what is derived from them may be kept."""
-    if is_in_torch_dispatch_mode() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_traced():
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
@@ -105,8 +103,7 @@ def _on_the_default_stream(device: torch.device) -> bool:
 
 def _state(source: Tensor) -> Hashable:
     """What changes with the source's values or memory."""
-    storage = source.untyped_storage()._cdata
-    return storage, source.data_ptr(), source._version, source.dtype, source.shape, source.stride()
+    return storage_of(source), source.data_ptr(), version_of(source), source.dtype, source.shape, source.stride()
 
 
 def _watch_optimizers() -> None:

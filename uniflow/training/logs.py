@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from uniflow.atomic import replacing
 from uniflow.pictures import save_picture
+from uniflow_kernels.torch_private import TorchDispatchMode, overloads_of, tree_map_only
 
 # dense bfloat16 products a second, from the makers' data sheets; the first name that is part of the device's counts
 _PEAKS = {
@@ -215,7 +214,7 @@ class _FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(overloads_of(func))
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
         return result

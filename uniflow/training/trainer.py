@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
 from uniflow.data import Batch, Positions, Samples, load
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
@@ -26,6 +25,7 @@ from uniflow.training.processes import Processes, gathered, replicate, shard, sy
 from uniflow.training.recipe import Recipe, Stage
 from uniflow.training.state import Progress, read_training, read_weights, write_training, write_weights
 from uniflow.training.validation import Validator
+from uniflow_kernels.torch_private import tree_map_only
 
 _NAMED = 8  # samples in an error message
 

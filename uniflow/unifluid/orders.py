@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from uniflow_kernels.torch_private import constant
+
 
 def draw_orders(
     batch: int, tokens: int, order: str, device: torch.device, generator: torch.Generator | None = None
@@ -50,12 +52,9 @@ def group_sizes(tokens: int, steps: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+@constant  # else every line of it would be traced
 def _groups_by_steps(tokens: int) -> Tensor:
     return _table(tokens)
-
-
-# else every line of it would be traced; torch.compiler.assume_constant_result would import the whole compiler
-_groups_by_steps._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uniflow_kernels.dropin.probe import TOLERANCE, NotOurs, Probe, check_untouched, difference, hooked, own_forward
+from uniflow_kernels.dropin.probe import TOLERANCE, NotOurs, Probe, check_untouched, difference, own_forward
 from uniflow_kernels.ops.attention import attention
+from uniflow_kernels.torch_private import children_of, is_hooked
 
 LENGTH = 5
 
@@ -42,7 +43,7 @@ class Attention:
 
     def attend(self, module: nn.Module, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
-        parts: Any = module._modules
+        parts: Any = children_of(module)
         q, k, v = parts["qkv"](x).chunk(3, dim=-1)
         if self.norm == "all":
             q, k = parts["q_norm"](q), parts["k_norm"](k)
@@ -55,10 +56,10 @@ class Attention:
     @staticmethod
     def _needs_scores(module: nn.Module) -> bool:
         """Whether attention weights are dropped, or a hook wants to see them."""
-        drop = module._modules.get("attn_drop")
+        drop = children_of(module).get("attn_drop")
         if drop is None:
             return False
-        return hooked(drop) or (drop.training and getattr(drop, "p", 0.0) > 0)
+        return is_hooked(drop) or (drop.training and getattr(drop, "p", 0.0) > 0)
 
 
 def recognise(module: nn.Module) -> Attention | None:
@@ -67,7 +68,7 @@ def recognise(module: nn.Module) -> Attention | None:
     Raises:
         NotOurs: if it looks like one and is none, or has nothing to gain, saying why.
     """
-    parts, heads = module._modules, getattr(module, "num_heads", None)
+    parts, heads = children_of(module), getattr(module, "num_heads", None)
     qkv, proj = parts.get("qkv"), parts.get("proj")
     if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear) or not isinstance(heads, int):
         return None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow_kernels.dropin.probe import ROWS, TOLERANCE, NotOurs, Probe, check_untouched, difference, drops, hooked
+from uniflow_kernels.dropin.probe import ROWS, TOLERANCE, NotOurs, Probe, check_untouched, difference, drops
 from uniflow_kernels.dropin.probe import own_forward as own_forward_of
 from uniflow_kernels.ops.flow_head import (
     MODULATION_ORDERS,
@@ -34,6 +34,7 @@ from uniflow_kernels.ops.flow_head import (
     swiglu,
 )
 from uniflow_kernels.packing import packed
+from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
 
 # what the projects call the same thing
 INPUTS = ("input_proj", "noisy_images_proj")
@@ -240,7 +241,7 @@ class Head:
         found = [*_children(module, self.blocks), _parts(module)[FINAL]]
         found += _children(module, GROUPS) if self.grouped else ()
         for part in found:  # grows on the way
-            found += [child for child in part._modules.values() if child is not None]
+            found += [child for child in children_of(part).values() if child is not None]
         return found
 
     def _bypassed(self, module: nn.Module) -> list[nn.Module]:
@@ -255,9 +256,9 @@ class Head:
 
     def _untouched(self, parts: Iterable[nn.Module]) -> bool:
         """Whether calling them does nothing but their class's forward, and the class is one that was looked at."""
-        if torch.nn.modules.module._has_any_global_hook():
+        if is_any_hooked():
             return False
-        return not any(type(part) not in self.types or hooked(part) for part in parts)
+        return not any(type(part) not in self.types or is_hooked(part) for part in parts)
 
 
 def recognise(module: nn.Module) -> Head | None:
@@ -474,7 +475,7 @@ def _same_in_all_rows(t: Tensor) -> bool:
     if t.stride(0) == 0:
         return True
     readable = t.device.type == "cpu" and type(t) is Tensor and not t.requires_grad and t.shape[0] >= ROWS_WORTH_READING
-    if not readable or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not readable or torch.compiler.is_compiling() or is_transforming():
         return False
     return bool((t == t[:1]).all())
 
@@ -485,11 +486,11 @@ def _first(found: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 def _parts(module: nn.Module) -> Any:
     """Its submodules by name; any type, since what they are was looked at once."""
-    return module._modules
+    return children_of(module)
 
 
 def _children(module: nn.Module, name: str) -> list[nn.Module]:
-    return list(_parts(module)[name]._modules.values())
+    return list(_parts(_parts(module)[name]).values())
 
 
 def _linear(module: nn.Module, name: str) -> nn.Linear:
@@ -506,7 +507,7 @@ def _modulation(module: nn.Module) -> nn.Module | None:
 
 
 def _has_mlp(block: nn.Module, mlp: Mlp) -> bool:
-    parts = (block if mlp.holder is None else _parts(block).get(mlp.holder) or nn.Module())._modules
+    parts = _parts(block if mlp.holder is None else _parts(block).get(mlp.holder) or nn.Module())
     if len(parts) < len(mlp.up) + 1 or not all(isinstance(parts.get(name), nn.Linear) for name in (*mlp.up, mlp.down)):
         return False
     ups, down = _linears(block, mlp)
@@ -514,7 +515,7 @@ def _has_mlp(block: nn.Module, mlp: Mlp) -> bool:
 
 
 def _linears(block: nn.Module, mlp: Mlp) -> tuple[list[nn.Linear], nn.Linear]:
-    parts: Any = (block if mlp.holder is None else _parts(block)[mlp.holder])._modules
+    parts = _parts(block if mlp.holder is None else _parts(block)[mlp.holder])
     return [parts[name] for name in mlp.up], parts[mlp.down]
 
 
@@ -525,7 +526,7 @@ def _check_widths(block: nn.Module, mlp: Mlp, width: int) -> None:
 
 
 def _affine(layer: Any) -> Affine:
-    found = layer._parameters  # an attribute of a module is found there too, but in ten times as long
+    found: Any = parameters_of(layer)
     if "weight" in found:
         return Affine(found["weight"], found.get("bias"))
     return Affine(layer.weight, getattr(layer, "bias", None))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uniflow_kernels.torch_private import before_compilation, buffers_of, is_any_hooked, is_hooked, parameters_of
+
 ROWS = 3
 # float32 rounding, after a dozen blocks, stays far below it; any other formula far above
 TOLERANCE = 1e-4
@@ -23,18 +25,18 @@ class NotOurs(Exception):  # noqa: N818 - an answer, not a failure
 def own_forward(module: nn.Module) -> Callable[..., Any]:
     """Its class's forward, as it was before any torch.compile decorator."""
     forward: Any = type(module).forward
-    return getattr(forward, "_torchdynamo_orig_callable", forward)
+    return before_compilation(forward)
 
 
 def check_untouched(module: nn.Module) -> None:
     """Raise NotOurs if calling a part of `module` does more than its class's forward, or its numbers cannot be read."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if is_any_hooked():
         raise NotOurs("a hook on all modules must fire")
     for name, part in module.named_modules():
         where = name or "the module"
         if "forward" in vars(part):
             raise NotOurs(f"{where}: its forward was replaced on the instance")
-        if name and hooked(part):
+        if name and is_hooked(part):
             raise NotOurs(f"{where}: a hook inside must fire")
     for name, tensor in module.named_parameters():
         if tensor.is_meta:
@@ -43,15 +45,6 @@ def check_untouched(module: nn.Module) -> None:
             raise NotOurs(f"{name}: a {type(tensor).__name__} in {tensor.dtype}; patch before sharding or quantizing")
     if len({tensor.device for tensor in module.parameters()}) > 1:
         raise NotOurs("its parameters are on several devices")
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling it fires a hook of its own, or a forward put on the instance."""
-    own = module.__dict__
-    return (
-        bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
-        or "forward" in own
-    )
 
 
 class Probe:
@@ -112,7 +105,9 @@ class Probe:
 
     def _stand_ins(self) -> list[tuple[dict[str, Any], str, Any]]:
         found = [
-            (part._parameters, name, p) for part in self.module.modules() for name, p in _present(part._parameters)
+            (parameters_of(part), name, p)
+            for part in self.module.modules()
+            for name, p in _present(parameters_of(part))
         ]
         matrices = [p for _, _, p in found if p.ndim > 1]
         largest = max(matrices, key=Tensor.numel)
@@ -125,7 +120,9 @@ class Probe:
             else:
                 new = self.rows(*p.shape, scale=0.3) + (0.0 if "bias" in name else 1.0)
             stand_ins.append((place, name, new))
-        buffers = [(part._buffers, name, b) for part in self.module.modules() for name, b in _present(part._buffers)]
+        buffers = [
+            (buffers_of(part), name, b) for part in self.module.modules() for name, b in _present(buffers_of(part))
+        ]
         stand_ins += [(place, name, buffer.clone()) for place, name, buffer in buffers]
         # what is dropped is no part of the formula
         return stand_ins + [(vars(part), "p", 0.0) for part in self.module.modules() if drops(part)]

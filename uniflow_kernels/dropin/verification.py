@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from uniflow_kernels.dropin.patching import Forward, PatchReport, is_patched, patched, unpatch
+from uniflow_kernels.torch_private import tree_leaves, tree_map
 
 FLOOR = 1e-6
 # where there is no float64 to compare with; relative to a tensor's largest number

@@ -35,6 +35,7 @@ from uniflow_kernels.ops.flow_head import (
 )
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
+from uniflow_kernels.torch_private import children_of, is_hooked, parameters_of
 
 
 class TimestepEmbedding(nn.Module):
@@ -84,7 +85,8 @@ def _norm(form: Form, width: int, affine: bool) -> nn.Module:
 
 def _affine(layer: nn.Module) -> Affine:
     # not layer.weight: a module finds its attributes slowly. Replicas of DataParallel hold them as plain ones
-    held = layer._parameters if "weight" in layer._parameters else vars(layer)
+    own = parameters_of(layer)
+    held = own if "weight" in own else vars(layer)
     return Affine(cast(Tensor, held["weight"]), held.get("bias"))
 
 
@@ -448,7 +450,7 @@ class FlowHead(nn.Module):
         """All that the fused op stands for, or all there is: found in every call, thrice as fast as `modules()` is."""
         parts: list[nn.Module] = list(self.children()) if whole else [self.res_blocks, self.final_layer]
         for part in parts:  # which grows
-            parts += [child for child in part._modules.values() if child is not None]
+            parts += [child for child in children_of(part).values() if child is not None]
         return parts
 
     def _blocks(self) -> list[FlowBlock]:
@@ -495,9 +497,4 @@ def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tenso
 
 def _is_plain(module: nn.Module, built: type, eps: float) -> bool:
     """Whether calling it does nothing but the forward of the class it was built with."""
-    state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]:
-        return False
-    if state["_backward_pre_hooks"] or "forward" in state:
-        return False
-    return type(module) is built and state.get("eps", eps) == eps
+    return not is_hooked(module) and type(module) is built and vars(module).get("eps", eps) == eps

@@ -18,6 +18,14 @@ from torch.func import functional_call
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.ops.noise import seed_of
 from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
+from uniflow_kernels.torch_private import (
+    autograd_inside_op,
+    constant,
+    foreach_add_,
+    foreach_mul,
+    foreach_mul_,
+    is_graph_kept,
+)
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -260,7 +268,7 @@ class _Step(NamedTuple):
             if for_condition:
                 rows[0][images, tokens] = found[0]
             if for_parameters:
-                torch._foreach_add_(for_parameters, found[-len(for_parameters) :])
+                foreach_add_(for_parameters, found[-len(for_parameters) :])
         return torch.stack(losses).sum(), rows + for_parameters
 
 
@@ -289,9 +297,9 @@ def _scaled(ctx: Any, incoming: Tensor, in_place: bool) -> tuple[Tensor | None, 
     """What was kept, as gradients of condition and parameters."""
     scale, *gradients = ctx.saved_tensors
     if in_place:
-        torch._foreach_mul_(gradients, incoming * scale)
+        foreach_mul_(gradients, incoming * scale)
     else:
-        gradients = list(torch._foreach_mul(gradients, incoming * scale))
+        gradients = list(foreach_mul(gradients, incoming * scale))
     for_condition = gradients.pop(0) if ctx.for_condition else None
     return for_condition, [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
 
@@ -308,7 +316,7 @@ class _FlowMatching(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        again = is_graph_kept()
         for_condition, for_parameters = _scaled(ctx, incoming, in_place=not again)
         return None, for_condition, *for_parameters
 
@@ -342,13 +350,12 @@ def _within_call(head: nn.Module, step: Callable[[Tensor], Tensor], condition: T
 _heads: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
+@constant
 def _remember(head: nn.Module) -> int:
     """A number that stands for the head in a graph, which is compiled again for another one."""
     _heads[id(head)] = head
     return id(head)
 
-
-_remember._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _LIBRARY.define(
@@ -364,9 +371,7 @@ def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> t
     *fields, chunk_tokens, head_number, for_condition, autocast = rest
     head = _heads[head_number]
     step = _Step(head, head, parameters, _Batch(*fields), chunk_tokens)
-    # autograd works inside as it does outside of an op
-    autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with autograd, torch.autocast(condition.device.type, dtype=autocast, enabled=autocast is not None):
+    with autograd_inside_op(), torch.autocast(condition.device.type, dtype=autocast, enabled=autocast is not None):
         return step.run(condition, for_condition)
 
 

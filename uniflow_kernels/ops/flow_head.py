@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.measured import fastest_first, measured
 from uniflow_kernels.packing import packed
+from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, width: int) -> str 
     return why_not_on(device, dtype)
 
 
+@constant
 def served_by(
     device: torch.device, dtype: torch.dtype, width: int, rows: int | None, why_not: str | None = None
 ) -> str:
@@ -315,17 +317,13 @@ def served_by(
         rows: R; None where a compiled graph is to serve any number.
         why_not: a further reason against the kernels, known to the caller.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transforming():
         why_not = "the Triton kernels have no rules for the transforms of torch.func"
     chosen = choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
     if chosen == "eager" or rows is None or requested() != "auto":
         return chosen
     paths = _fastest_first(architecture(device), dtype, width, rows, torch.is_grad_enabled())
     return "eager" if paths[:1] == ("eager",) else chosen
-
-
-# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
-served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rows_known(x: Tensor) -> int | None:

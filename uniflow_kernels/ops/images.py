@@ -11,6 +11,7 @@ from torch import Tensor
 from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.patches import check_patch_size, patch_grid, unpatchify
 from uniflow_kernels.ops.velocity import check_normalization, per_channel
+from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import why_not_on
 
 
@@ -109,18 +110,15 @@ def _check(
     return down * patch_size, across * patch_size
 
 
+@constant
 def _served_by(device: torch.device, dtypes: tuple[torch.dtype, ...], differentiated: bool) -> str:
     """The backend, "triton" or "eager"; chosen before the registered op: the plain form stays differentiable."""
     reason = next((reason for dtype in dtypes if (reason := why_not_on(device, dtype))), None)
     if reason is None and differentiated:
         reason = "a gradient is wanted, and the kernel has none"
-    if reason is None and torch._C._functorch.peek_interpreter_stack() is not None:
+    if reason is None and is_transforming():
         reason = "the kernel has no rules for the transforms of torch.func"
     return choose("to_images", {"triton": reason})
-
-
-# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
-_served_by._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _to_images(

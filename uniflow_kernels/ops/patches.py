@@ -10,6 +10,7 @@ from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.registration import kernels_for, register
+from uniflow_kernels.torch_private import constant
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -127,6 +128,7 @@ def _cut_rows(rows: Tensor, down: int, across: int, patch_size: int) -> Tensor:
 # --- registered ops: each is the other's gradient ---
 
 
+@constant
 def _is_plain(device: torch.device) -> bool:
     """Whether nothing but plain PyTorch moves patches on this device. A compiled graph keeps the answer.
 
@@ -134,10 +136,6 @@ def _is_plain(device: torch.device) -> bool:
     double backward.
     """
     return _kernels("patchify", device) is None
-
-
-# what torch.compiler.assume_constant_result does, which would import the whole compiler for it
-_is_plain._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _kernels(op: str, device: torch.device, channels: int = 1, patch_size: int = 1, itemsize: int = 4) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from uniflow_kernels import cuda_kernels
 from uniflow_kernels.choice import choose, requested
+from uniflow_kernels.torch_private import argument_types, is_dispatch_watched, number_of_outputs
 
 _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _OWN = (Tensor, Parameter, type(None))  # classes without rules of their own; a tensor may be missing
@@ -54,8 +55,8 @@ def register(
 
     torch.library.register_autograd(f"uniflow_kernels::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     op = getattr(torch.ops.uniflow_kernels, name).default
-    others = len(op._schema.returns) - 1
-    kinds = [str(argument.type) for argument in op._schema.arguments]
+    others = number_of_outputs(op) - 1
+    kinds = argument_types(op)
     places = [place for place, kind in enumerate(kinds) if "Tensor" in kind]
 
     def tensors_in(arguments: Sequence[Any]) -> list[Any]:
@@ -95,12 +96,7 @@ def register(
 
 def is_watched(*tensors: Tensor | None) -> bool:
     """Whether a compiler, a mode, a function transform or a subclass of Tensor wants to see what is done with these."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or any(type(tensor) not in _OWN for tensor in tensors)
-    )
+    return torch.compiler.is_compiling() or is_dispatch_watched() or any(type(tensor) not in _OWN for tensor in tensors)
 
 
 def kernels_for(

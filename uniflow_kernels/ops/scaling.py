@@ -7,6 +7,7 @@ from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.registration import is_watched, kernels_for
+from uniflow_kernels.torch_private import is_graph_kept
 
 
 def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """
     factor = factor.unsqueeze(-1) if factor.ndim else factor
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
-    if type(gradient) is not Tensor or torch._C._autograd._get_current_graph_task_keep_graph():
+    if type(gradient) is not Tensor or is_graph_kept():
         return (gradient * factor).to(gradient.dtype)
     scale = torch.ops.uniflow_kernels.scale_ if is_watched(gradient, factor) else _scale
     scale(gradient, factor)

@@ -1,0 +1,140 @@
+"""Everything private of torch that this project relies on: what a new torch may break stands here and nowhere else.
+
+Where torch has a public way it is used instead; each entry says what it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]  # used as they are
+
+Marked = TypeVar("Marked", bound=Callable[..., Any])
+
+# --- who is looking ---
+
+
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is at work: kernels have no rules for it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode or a transform of torch.func is at work: what is made then must not be kept."""
+    return is_in_torch_dispatch_mode() or is_transforming()
+
+
+def is_dispatch_watched() -> bool:
+    """Whether a dispatch mode or a transform wants to see every op. Cheaper than `is_traced`, which is as strict."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+# --- torch.compile, without importing the compiler as torch.compiler's own decorators do ---
+
+
+def constant(function: Marked) -> Marked:
+    """Let a compiled graph hold what the function gives; torch.compiler.assume_constant_result."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def uncompiled(function: Marked) -> Marked:
+    """Keep the compiler out of the function; torch.compiler.disable."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+def before_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that a torch.compile decorator was given."""
+    return getattr(function, "_torchdynamo_orig_callable", function)
+
+
+# --- autograd ---
+
+
+def is_graph_kept() -> bool:
+    """In a backward pass: whether its graph is kept for another one (retain_graph=True)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def autograd_inside_op() -> AbstractContextManager[None]:
+    """Autograd works inside an op's implementation as it does outside."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was changed in place."""
+    return tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The identity of the tensor's memory."""
+    return tensor.untyped_storage()._cdata
+
+
+# --- registered ops ---
+
+
+def argument_types(op: Any) -> list[str]:
+    """The types of an op's arguments, such as "Tensor?"."""
+    return [str(argument.type) for argument in op._schema.arguments]
+
+
+def number_of_outputs(op: Any) -> int:
+    """How many results an op returns."""
+    return len(op._schema.returns)
+
+
+def overloads_of(op: Any) -> Any:
+    """All overloads of an op as one, by which torch's table of FLOPs knows it."""
+    return op._overloadpacket
+
+
+# --- many tensors in a few launches ---
+
+foreach_add_ = torch._foreach_add_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+
+# --- modules: their attributes are ten times as slow to find by name, and more than a forward of few rows can bear ---
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's own submodules by name."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters by name; empty in a replica of DataParallel, where they are plain attributes."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers by name."""
+    return module._buffers
+
+
+def is_forward_hooked(module: nn.Module) -> bool:
+    """Whether calling the module fires a hook of its own in the forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module fires a hook of its own, or a forward put on the instance."""
+    own = module.__dict__
+    return (
+        bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+        or "forward" in own
+    )
+
+
+def is_any_hooked() -> bool:
+    """Whether a hook on all modules is set."""
+    return torch.nn.modules.module._has_any_global_hook()
