@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow_kernels.dropin.probe import ROWS, TOLERANCE, NotOurs, Probe, check_untouched, difference, drops
 from uniflow_kernels.dropin.probe import own_forward as own_forward_of
-from uniflow_kernels.ops.flow_head import (
+from uniflow_kernels.ops.flow_blocks import (
     MODULATION_ORDERS,
     Affine,
     Block,
@@ -28,11 +28,10 @@ from uniflow_kernels.ops.flow_head import (
     final_norm,
     flow_block,
     flow_blocks,
-    fused_flow_blocks,
-    rows_known,
-    served_by,
     swiglu,
 )
+from uniflow_kernels.ops.flow_choice import rows_known, served_by
+from uniflow_kernels.ops.flow_head import fused_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
 

@@ -17,22 +17,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniflow_kernels.modules.sampling import follow, normal, replayed
-from uniflow_kernels.ops.flow_head import (
-    RECOMPUTE,
+from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
     Form,
     check_choice,
-    explain,
     final_norm,
     flow_block,
     flow_blocks,
-    fused_flow_blocks,
-    rows_known,
-    served_by,
     split_modulation,
     swiglu,
 )
+from uniflow_kernels.ops.flow_choice import explain, rows_known, served_by
+from uniflow_kernels.ops.flow_head import RECOMPUTE, fused_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 from uniflow_kernels.torch_private import children_of, is_hooked, parameters_of
