@@ -8,12 +8,14 @@ Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 NORMS = ("layer", "rms")
 MLPS = ("silu", "swiglu")
@@ -106,53 +108,81 @@ def swiglu(p: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def block_after_block(
+    x: Tensor,
+    a: Tensor,
+    blocks: Sequence[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
+    shared: Sequence[Callable[[Tensor], Tensor]] = (),
+    recompute: bool = False,
+) -> Tensor:
+    """All blocks, whatever each of them is: the one loop of every plain form.
+
+    Args:
+        x: [..., W].
+        a: what modulations are made of, [..., W], broadcastable to x's rows.
+        blocks: each takes x, a and its group's modulation, which is None if every block makes its own, and gives x.
+        shared: for each group of consecutive blocks what makes their modulation of a; each is called when its first
+            block needs it, and no modulation outlives its blocks.
+        recompute: whether the backward pass computes each block again instead of keeping what is inside it.
+    """
+    per_group = len(blocks) // max(1, len(shared))
+    modulation = None
+    for i, block in enumerate(blocks):
+        if shared and i % per_group == 0:
+            modulation = shared[i // per_group](a)
+        x = checkpoint(block, x, a, modulation, use_reentrant=False) if recompute else block(x, a, modulation)
+    return x
+
+
+def modulation_of(source: Affine | Tensor, a: Tensor) -> Tensor:
+    """Shift, scale (and gate) of rows, [..., 2W or 3W]: made of a by a linear layer, or made before."""
+    return source if isinstance(source, Tensor) else F.linear(a, *source)
+
+
 def flow_blocks(
     x: Tensor,
     a: Tensor,
     blocks: Sequence[Block],
-    modulations: Sequence[Affine],
-    final_modulation: Affine | None,
+    modulations: Sequence[Affine | Tensor],
+    final_modulation: Affine | Tensor | None,
     form: Form,
+    recompute: bool = False,
 ) -> Tensor:
-    """The definition of `fused_flow_blocks` in plain PyTorch, behind SiLU: a = SiLU(y)."""
-    layers = [*modulations, *([] if final_modulation is None else [final_modulation])]
-    # each is made when its first block needs it, and none outlives its blocks
-    made = (F.linear(a, *layer) for layer in layers)
-    return modulated_blocks(x, made, blocks, len(blocks) // max(1, len(modulations)), form)
+    """The definition of `fused_flow_blocks` in plain PyTorch, behind SiLU: a = SiLU(y).
 
-
-def modulated_blocks(
-    x: Tensor, modulations: Iterable[Tensor], blocks: Sequence[Block], per_group: int, form: Form
-) -> Tensor:
-    """`flow_blocks` behind its modulations.
-
-    Args:
-        x: [..., W].
-        modulations: [..., 3W] for each group of blocks and [..., 2W] for the last norm, if that has one.
-        blocks: the blocks' tensors.
-        per_group: how many blocks that follow each other share a modulation.
-        form: of the head.
+    A modulation may also be given as it is. `recompute` as in `block_after_block`.
     """
+    per_group = len(blocks) // max(1, len(modulations))
+    made = [partial(modulation_of, source) for source in modulations]
+    each = [partial(_block, form, block, made[i // per_group]) for i, block in enumerate(blocks)]
+    x = block_after_block(x, a, each, made if per_group > 1 else (), recompute)
+    last = None if final_modulation is None else modulation_of(final_modulation, a)
+    return final_norm(x, last, form.modulation_order, partial(_norm, form))
 
-    def norm(x: Tensor, affine: Affine | None) -> Tensor:
-        weight, bias = affine or (None, None)
-        if form.norm == "layer":
-            return F.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
-        return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
+def _block(
+    form: Form,
+    block: Block,
+    own: Callable[[Tensor], Tensor],
+    x: Tensor,
+    a: Tensor,
+    shared: Tensor | None,
+) -> Tensor:
+    """One block, with its group's modulation or one that it makes of a."""
     activation = F.silu if form.mlp == "silu" else swiglu
-    following = iter(modulations)
-    for i, block in enumerate(blocks):
-        if i % per_group == 0:
-            modulation = next(following)
-        x = flow_block(
-            x,
-            modulation,
-            form.modulation_order,
-            lambda x, block=block: norm(x, block.norm),  # type: ignore[misc]
-            lambda h, block=block: F.linear(activation(F.linear(h, *block.up)), *block.down),  # type: ignore[misc]
-        )
-    return final_norm(x, next(following, None), form.modulation_order, lambda x: norm(x, None))
+    return flow_block(
+        x,
+        own(a) if shared is None else shared,
+        form.modulation_order,
+        lambda x: _norm(form, x, *block.norm),
+        lambda h: F.linear(activation(F.linear(h, *block.up)), *block.down),
+    )
+
+
+def _norm(form: Form, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    if form.norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
+    return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
 
 def check_shapes(

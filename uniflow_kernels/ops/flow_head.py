@@ -21,7 +21,6 @@ from uniflow_kernels.ops.flow_blocks import (
     check_shapes,
     flow_blocks,
     in_order,
-    modulated_blocks,
 )
 from uniflow_kernels.ops.flow_choice import forced_path, rows_known, served_by, why_not_tensors
 from uniflow_kernels.ops.flow_passes import ModulatedPass, Pass, unit_stride
@@ -143,7 +142,9 @@ class ModulatedBlocks:
     def __call__(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """x [R, W] and the modulations of its rows at one step -> [R, W], as `fused_flow_blocks` makes it."""
         if not self.fused:
-            return modulated_blocks(x, modulations, self.blocks, self.per_group, self.form)
+            groups = len(self.blocks) // self.per_group
+            last = modulations[groups] if len(modulations) > groups else None
+            return flow_blocks(x, x, self.blocks, modulations[:groups], last, self.form)
         x = unit_stride(x.to(self.dtype))
         weights = [tensor for block in self.blocks for affine in block for tensor in affine]
         return torch.ops.uniflow_kernels.modulated_flow_blocks(x, modulations, weights, self.per_group, *self.form)
