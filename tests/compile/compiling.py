@@ -118,7 +118,8 @@ def compile_one(request: Request) -> Compiled:
         compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)
     registers = re.search(r"Used (\d+) registers", said.getvalue())
     stack = re.search(r"(\d+) bytes stack frame", said.getvalue())
-    assert registers and stack, f"ptxas: {said.getvalue()!r}"
+    assert registers is not None, said.getvalue()
+    assert stack is not None, said.getvalue()
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
