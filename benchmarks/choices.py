@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.results import ROOT, Entry, ResultsError
 from uniflow.atomic import replacing
-from uniflow_kernels.measured import FILE
+from uniflow_kernels.ops.flow_choice import FILE
 
 TABLE = ROOT / "uniflow_kernels" / FILE
 CASE = "flow_head_paths"

@@ -12,7 +12,7 @@ import torch
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
-from uniflow_kernels.ops.flow_head import RUNS, UNMEASURED, explain
+from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, explain
 
 
 @dataclass(frozen=True)

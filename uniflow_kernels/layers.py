@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from uniflow_kernels.ops.attention import attention
-from uniflow_kernels.ops.flow_head import Affine, Block, fused_flow_blocks
+from uniflow_kernels.ops.flow_blocks import Affine, Block
+from uniflow_kernels.ops.flow_head import fused_flow_blocks
 
 
 class SimpleMLPAdaLN(nn.Module):

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
 from uniflow_kernels import FlowHead, backend
-from uniflow_kernels.ops.flow_head import flow_blocks, forced_path
+from uniflow_kernels.ops.flow_blocks import flow_blocks
+from uniflow_kernels.ops.flow_choice import forced_path
 
 
 def build(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:

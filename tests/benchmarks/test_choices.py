@@ -3,7 +3,8 @@ import json
 from benchmarks import choices
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
-from uniflow_kernels.ops.flow_head import PATHS, _Pass
+from uniflow_kernels.ops.flow_choice import PATHS
+from uniflow_kernels.ops.flow_passes import Pass
 
 GPU = {"machine": "some H100", "environment": {"GPU": "some H100 (sm_90, 79 GiB)"}}
 
@@ -63,8 +64,8 @@ def test_the_case_holds_every_form_to_its_path(monkeypatch):
     """The backward pass too, which is called outside the form."""
     problem = CASES[choices.CASE].problem("cpu", {"tokens": 5, "width": 16, "depth": 2, "dtype": "float32"})
     taken = []
-    path = _Pass.path
-    monkeypatch.setattr(_Pass, "path", lambda self: taken.append(path(self)) or taken[-1])
+    path = Pass.path
+    monkeypatch.setattr(Pass, "path", lambda self: taken.append(path(self)) or taken[-1])
     expected = {"ours": ["rows", "rows"], "products": ["products", "products"], "plain": []}
     libraries = {label: load() for label, load in problem.libraries.items()}
     for label, form in {"ours": problem.ours, "plain": problem.plain, **libraries}.items():

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, doctor, flow_matching_loss
-from uniflow_kernels.ops.flow_head import PATHS, forced_path
+from uniflow_kernels.ops.flow_choice import PATHS, forced_path
 from uniflow_kernels.triton_kernels.flow_products import ARCHITECTURES, architecture
 
 pytestmark = [
@@ -214,7 +214,7 @@ def test_doctor_says_what_was_measured():
 def test_compute_sanitizer(sanitized, path, dtype, width, options, recompute):
     sanitized(
         "import torch; from uniflow_kernels import FlowHead, backend;"
-        "from uniflow_kernels.ops.flow_head import forced_path;"
+        "from uniflow_kernels.ops.flow_choice import forced_path;"
         f"backend('triton').__enter__(); forced_path({path!r}).__enter__();"
         f"head = FlowHead(16, {width}, 16, 16, 2, recompute={recompute!r}, **{options!r}).to('cuda', torch.{dtype});"
         f"x, y = (torch.randn(37, n, device='cuda', dtype=torch.{dtype}) for n in (16, {width}));"

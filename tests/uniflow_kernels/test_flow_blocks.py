@@ -9,7 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.ops import flow_head
-from uniflow_kernels.ops.flow_head import PATHS, Affine, Block, _in_order, _Pass, _path, forced_path
+from uniflow_kernels.ops.flow_blocks import Affine, Block, in_order
+from uniflow_kernels.ops.flow_choice import PATHS, _path, forced_path
+from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.triton_kernels import flow_products
 
 OPTIONS = {
@@ -562,7 +564,7 @@ def test_what_the_kernels_cannot_serve_is_said():
 def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypatch, recompute, shared, products_from):
     """Nor for another path: each pass chooses it while it runs."""
     if products_from:
-        choice = "uniflow_kernels.ops.flow_head._path"
+        choice = "uniflow_kernels.ops.flow_choice._path"
         monkeypatch.setattr(choice, lambda arch, dtype, width, rows, _: PATHS[rows >= products_from])
     head = make_head(32, depth=2, recompute=recompute)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -589,7 +591,7 @@ def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypat
 def test_registered_ops(options, keep, path):
     head = make_head(16, depth=2, **{**options, **({"modulation_groups": 1} if options else {})})
     (blocks, modulations, final), _ = tensors_of(head)
-    weights = [t for pair in _in_order(blocks, modulations, final) for t in pair]
+    weights = [t for pair in in_order(blocks, modulations, final) for t in pair]
     weights = [None if t is None else t.detach() for t in weights]
     repeat = 2 if path == "rows" else 1
     x, y = (t.detach() for t in inputs((6,), (6 // repeat,), 16))
@@ -702,7 +704,7 @@ def test_why_there_are_no_products(monkeypatch):
             with forced_path("products"), pytest.raises(ValueError, match=r"^flow_head: path 'products' cannot") as no:
                 fused_flow_blocks(x, y, *weights, **keywords(head))
             with monkeypatch.context() as preferred:
-                preferred.setattr("uniflow_kernels.ops.flow_head._path", lambda *_: "products")
+                preferred.setattr("uniflow_kernels.ops.flow_choice._path", lambda *_: "products")
                 by_rows = fused_flow_blocks(x, y, *weights, **keywords(head))
             assert torch.equal(by_rows, fused_flow_blocks(x, y, *weights, **keywords(head)))
         return str(no.value).partition(": path 'products' cannot serve this input: ")[2]
@@ -768,8 +770,8 @@ def test_distributed(process_group, wrap, monkeypatch):
     head = make_head(depth=2)
     data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
     launches = []
-    forward = _Pass.forward
-    monkeypatch.setattr(_Pass, "forward", lambda self: launches.append(self) or forward(self))
+    forward = Pass.forward
+    monkeypatch.setattr(Pass, "forward", lambda self: launches.append(self) or forward(self))
     with backend("triton"):
         out, *gradients = module_results(head, *data)
         wrapped = wrap(head)

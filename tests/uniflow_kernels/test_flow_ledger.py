@@ -8,7 +8,8 @@ from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.ops import flow_ledger
-from uniflow_kernels.ops.flow_head import PATHS, _flow_blocks, _modulated_flow_blocks, forced_path
+from uniflow_kernels.ops.flow_choice import PATHS, forced_path
+from uniflow_kernels.ops.flow_head import _flow_blocks, _modulated_flow_blocks
 from uniflow_kernels.triton_kernels import flow_head as row_kernels
 from uniflow_kernels.triton_kernels import flow_products
 

@@ -6,9 +6,9 @@ from importlib.resources import files
 import pytest
 import torch
 
-from uniflow_kernels import backend, doctor, measured
-from uniflow_kernels.ops import flow_head
-from uniflow_kernels.ops.flow_head import UNMEASURED, _path, explain, rows_known, served_by
+from uniflow_kernels import backend, doctor
+from uniflow_kernels.ops import flow_choice
+from uniflow_kernels.ops.flow_choice import UNMEASURED, _path, explain, rows_known, served_by
 
 PATHS = {"eager", "rows", "products"}
 CUDA = torch.device("cuda", 0)
@@ -29,8 +29,8 @@ TABLE = [
 def h100(monkeypatch):
     """A GPU that is not there, of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(measured, "_table", lambda: {"flow_head": TABLE})
-    caches = flow_head.architecture, measured.measured
+    monkeypatch.setattr(flow_choice, "_table", lambda: {"flow_head": TABLE})
+    caches = flow_choice.architecture, flow_choice.measured
     for cache in caches:
         cache.cache_clear()
     yield
@@ -68,8 +68,8 @@ def test_eager_serves_where_it_was_the_fastest():
 
 def test_the_table_is_read_once(monkeypatch):
     reads = []
-    monkeypatch.setattr(measured, "_table", lambda: reads.append(1) or {"flow_head": TABLE})
-    measured.measured.cache_clear()
+    monkeypatch.setattr(flow_choice, "_table", lambda: reads.append(1) or {"flow_head": TABLE})
+    flow_choice.measured.cache_clear()
     for rows in range(100):
         path(rows)
     assert len(reads) == 1
@@ -77,7 +77,7 @@ def test_the_table_is_read_once(monkeypatch):
 
 def test_what_is_said():
     runs, why = explain(CUDA, torch.bfloat16, 1024, 1024)
-    plain, by_rows, products = (flow_head.RUNS[name] for name in ("eager", "rows", "products"))
+    plain, by_rows, products = (flow_choice.RUNS[name] for name in ("eager", "rows", "products"))
     assert runs == (
         f"{by_rows}; from 64 rows {plain}; from 512 rows {by_rows}; "
         f"from 4096 rows {by_rows} (training: {products}); from 8192 rows {products} (training: {by_rows})"
@@ -99,7 +99,7 @@ def test_doctor_says_it(monkeypatch):
 
 
 def test_the_shipped_table():
-    table = json.loads(files("uniflow_kernels").joinpath(measured.FILE).read_text())
+    table = json.loads(files("uniflow_kernels").joinpath(flow_choice.FILE).read_text())
     assert table.keys() == {"flow_head"}
     for entry in table["flow_head"]:
         assert entry.keys() == {

@@ -14,7 +14,7 @@ from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.modules.sampling import Conditioned
-from uniflow_kernels.ops.flow_head import forced_path
+from uniflow_kernels.ops.flow_choice import forced_path
 from uniflow_kernels.solvers import SOLVERS, Plan, schedule_steps
 
 __all__ = ["stand_in"]  # a fixture

@@ -14,25 +14,22 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from uniflow_kernels.modules.sampling import follow, normal, replayed
-from uniflow_kernels.ops.flow_head import (
-    RECOMPUTE,
+from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
     Form,
+    block_after_block,
     check_choice,
-    explain,
     final_norm,
     flow_block,
     flow_blocks,
-    fused_flow_blocks,
-    rows_known,
-    served_by,
     split_modulation,
     swiglu,
 )
+from uniflow_kernels.ops.flow_choice import explain, rows_known, served_by
+from uniflow_kernels.ops.flow_head import RECOMPUTE, fused_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 from uniflow_kernels.torch_private import children_of, is_hooked, parameters_of
@@ -461,12 +458,9 @@ class FlowHead(nn.Module):
         again = (self.grad_checkpointing or self.recompute == "block") and torch.is_grad_enabled()
         if not again and self._why_not_fused() is None:
             return self.final_layer.linear(flow_blocks(x, a, *self.tensors(), self.form))
-        modulation = None
-        for i, block in enumerate(self._blocks()):
-            if self.blocks_per_group > 1 and i % self.blocks_per_group == 0:
-                modulation = block.modulation(a)
-            x = checkpoint(block, x, a, modulation, use_reentrant=False) if again else block(x, a, modulation)
-        return self.final_layer(x, a)
+        blocks = self._blocks()
+        shared = [first.modulation for first in blocks[:: self.blocks_per_group]] if self.blocks_per_group > 1 else []
+        return self.final_layer(block_after_block(x, a, blocks, shared, again), a)
 
     def _plain_together(self, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:
         """`_plain` for each condition a; norms and products run on the rows of all of them, xs [len, ..., W]."""

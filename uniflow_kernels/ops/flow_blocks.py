@@ -1,0 +1,228 @@
+"""The flow head's blocks in plain PyTorch: adaptive norm, MLP and gated residual, and the last adaptive norm.
+
+This is the definition that the kernels are held to, with the tensors that it is of and what is checked of them.
+
+Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` copies, with the variants of its relatives
+(DeCo, Ming-UniVision, VibeVoice, SphereAR) as options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+NORMS = ("layer", "rms")
+MLPS = ("silu", "swiglu")
+MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
+
+
+class Affine(NamedTuple):
+    """A weight with the bias that may go with it: of a linear layer [out, in] and [out], of a norm [W] and [W]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Block(NamedTuple):
+    """The tensors of one flow block of width W and hidden size H.
+
+    `up` is [H, W]; for a SwiGLU MLP [2H, W], the rows of the gate before those that it multiplies. `down` is [W, H].
+    """
+
+    norm: Affine
+    up: Affine
+    down: Affine
+
+
+class Form(NamedTuple):
+    """What kind of head it is."""
+
+    norm: str = "layer"
+    eps: float = 1e-6
+    mlp: str = "silu"
+    modulation_order: str = "shift-scale-gate"
+
+    def check(self) -> None:
+        """Raise a ValueError for a name that is not one of those there are."""
+        check_choice("norm", self.norm, NORMS)
+        check_choice("mlp", self.mlp, MLPS)
+        check_choice("modulation_order", self.modulation_order, MODULATION_ORDERS)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError that lists the choices if `value` is none of them."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def flow_block(
+    x: Tensor,
+    modulation: Tensor,
+    order: str,
+    norm: Callable[[Tensor], Tensor],
+    mlp: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """One block: x + gate * mlp(norm(x) * (1 + scale) + shift).
+
+    Args:
+        x: [..., W].
+        modulation: shift, scale and gate side by side in the given order, [..., 3W], broadcastable to x's rows.
+        order: one of MODULATION_ORDERS.
+        norm: [..., W] -> [..., W].
+        mlp: [..., W] -> [..., W].
+    """
+    shift, scale, gate = split_modulation(modulation, order, 3)
+    return torch.addcmul(x, gate, mlp(torch.addcmul(shift, norm(x), 1 + scale)))
+
+
+def final_norm(x: Tensor, modulation: Tensor | None, order: str, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the output's linear layer is given: norm(x) * (1 + scale) + shift, or norm(x) without a modulation.
+
+    Args:
+        x: [..., W].
+        modulation: shift and scale side by side in the given order, [..., 2W], broadcastable to x's rows; or None.
+        order: one of MODULATION_ORDERS.
+        norm: [..., W] -> [..., W].
+    """
+    if modulation is None:
+        return norm(x)
+    shift, scale = split_modulation(modulation, order, 2)
+    return torch.addcmul(shift, norm(x), 1 + scale)
+
+
+def split_modulation(modulation: Tensor, order: str, parts: int) -> tuple[Tensor, ...]:
+    """Shift, scale (and the gate, of three parts), in this order, as views."""
+    first, second, *gate = modulation.chunk(parts, dim=-1)
+    return (first, second, *gate) if order == "shift-scale-gate" else (second, first, *gate)
+
+
+def swiglu(p: Tensor) -> Tensor:
+    """[..., 2H] -> [..., H]: SiLU of the first half times the second (Shazeer 2020)."""
+    gate, up = p.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def block_after_block(
+    x: Tensor,
+    a: Tensor,
+    blocks: Sequence[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
+    shared: Sequence[Callable[[Tensor], Tensor]] = (),
+    recompute: bool = False,
+) -> Tensor:
+    """All blocks, whatever each of them is: the one loop of every plain form.
+
+    Args:
+        x: [..., W].
+        a: what modulations are made of, [..., W], broadcastable to x's rows.
+        blocks: each takes x, a and its group's modulation, which is None if every block makes its own, and gives x.
+        shared: for each group of consecutive blocks what makes their modulation of a; each is called when its first
+            block needs it, and no modulation outlives its blocks.
+        recompute: whether the backward pass computes each block again instead of keeping what is inside it.
+    """
+    per_group = len(blocks) // max(1, len(shared))
+    modulation = None
+    for i, block in enumerate(blocks):
+        if shared and i % per_group == 0:
+            modulation = shared[i // per_group](a)
+        x = checkpoint(block, x, a, modulation, use_reentrant=False) if recompute else block(x, a, modulation)
+    return x
+
+
+def modulation_of(source: Affine | Tensor, a: Tensor) -> Tensor:
+    """Shift, scale (and gate) of rows, [..., 2W or 3W]: made of a by a linear layer, or made before."""
+    return source if isinstance(source, Tensor) else F.linear(a, *source)
+
+
+def flow_blocks(
+    x: Tensor,
+    a: Tensor,
+    blocks: Sequence[Block],
+    modulations: Sequence[Affine | Tensor],
+    final_modulation: Affine | Tensor | None,
+    form: Form,
+    recompute: bool = False,
+) -> Tensor:
+    """The definition of `fused_flow_blocks` in plain PyTorch, behind SiLU: a = SiLU(y).
+
+    A modulation may also be given as it is. `recompute` as in `block_after_block`.
+    """
+    per_group = len(blocks) // max(1, len(modulations))
+    made = [partial(modulation_of, source) for source in modulations]
+    each = [partial(_block, form, block, made[i // per_group]) for i, block in enumerate(blocks)]
+    x = block_after_block(x, a, each, made if per_group > 1 else (), recompute)
+    last = None if final_modulation is None else modulation_of(final_modulation, a)
+    return final_norm(x, last, form.modulation_order, partial(_norm, form))
+
+
+def _block(
+    form: Form,
+    block: Block,
+    own: Callable[[Tensor], Tensor],
+    x: Tensor,
+    a: Tensor,
+    shared: Tensor | None,
+) -> Tensor:
+    """One block, with its group's modulation or one that it makes of a."""
+    activation = F.silu if form.mlp == "silu" else swiglu
+    return flow_block(
+        x,
+        own(a) if shared is None else shared,
+        form.modulation_order,
+        lambda x: _norm(form, x, *block.norm),
+        lambda h: F.linear(activation(F.linear(h, *block.up)), *block.down),
+    )
+
+
+def _norm(form: Form, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    if form.norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
+    return F.rms_norm(x, x.shape[-1:], weight, form.eps)
+
+
+def check_shapes(
+    x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None, form: Form
+) -> None:
+    """Raise a ValueError, naming the argument, for tensors that do not fit together."""
+    width = x.shape[-1] if x.ndim else 0
+    if x.ndim == 0 or not x.dtype.is_floating_point:
+        raise ValueError(f"x: expected [..., W] in a floating dtype, got shape {tuple(x.shape)} in {x.dtype}")
+    fits = y.ndim and y.ndim <= x.ndim and y.shape[-1] == width
+    rows = x.shape[x.ndim - y.ndim : -1]
+    if not fits or any(mine not in (1, theirs) for mine, theirs in zip(y.shape[:-1], rows, strict=True)):
+        raise ValueError(f"y: expected [..., {width}], broadcastable to x's {tuple(x.shape)}, got {tuple(y.shape)}")
+    if not blocks:
+        raise ValueError("blocks: expected at least one")
+    if not modulations or len(blocks) % len(modulations):
+        raise ValueError(f"modulations: expected a divisor of the {len(blocks)} blocks, got {len(modulations)}")
+    hidden = blocks[0].down.weight.shape[-1]
+    up = 2 * hidden if form.mlp == "swiglu" else hidden
+    for i, block in enumerate(blocks):
+        _check_affine(f"blocks[{i}].norm", block.norm, (width,))
+        _check_affine(f"blocks[{i}].up", block.up, (up, width))
+        _check_affine(f"blocks[{i}].down", block.down, (width, hidden))
+    if form.norm == "rms" and any(block.norm.bias is not None for block in blocks):
+        raise ValueError("blocks: an rms norm has no bias")
+    for i, modulation in enumerate(modulations):
+        _check_affine(f"modulations[{i}]", modulation, (3 * width, width))
+    if final is not None:
+        _check_affine("final_modulation", final, (2 * width, width))
+
+
+def _check_affine(name: str, affine: Affine, shape: tuple[int, ...]) -> None:
+    if affine.weight.shape != shape:
+        raise ValueError(f"{name}.weight: expected shape {shape}, got {tuple(affine.weight.shape)}")
+    if affine.bias is not None and affine.bias.shape != shape[:1]:
+        raise ValueError(f"{name}.bias: expected shape {shape[:1]}, got {tuple(affine.bias.shape)}")
+
+
+def in_order(
+    blocks: Sequence[Block], modulations: Sequence[Affine], final_modulation: Affine | None
+) -> list[Affine | tuple[None, None]]:
+    """The one order in which the registered ops take the weights."""
+    return [final_modulation or (None, None), *(affine for block in blocks for affine in block), *modulations]
