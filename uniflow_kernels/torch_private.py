@@ -5,6 +5,7 @@ Where torch has a public way it is used instead; each entry says what it is for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -95,6 +96,15 @@ def number_of_outputs(op: Any) -> int:
 def overloads_of(op: Any) -> Any:
     """All overloads of an op as one, by which torch's table of FLOPs knows it."""
     return op._overloadpacket
+
+
+@functools.cache
+def draws(name: str) -> bool:
+    """Whether torch's operator of this name draws random numbers."""
+    found = getattr(torch.ops.aten, name, None)
+    return found is not None and any(
+        torch.Tag.nondeterministic_seeded in getattr(found, overload).tags for overload in found.overloads()
+    )
 
 
 # --- many tensors in a few launches ---
