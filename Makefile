@@ -1,11 +1,11 @@
-# make demo | test | lint | setup: each works from a fresh clone and makes .venv if it is not there.
+# make demo | test | fuzz | lint | setup: each works from a fresh clone and makes .venv if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/triton-3.6.0
 
-.PHONY: setup demo test lint gpu clean
+.PHONY: setup demo test fuzz lint gpu clean
 
 setup: $(READY)
 
@@ -28,6 +28,10 @@ $(OLDEST): | $(READY)
 test: $(READY) $(OLDEST)
 	$(BIN)/python -m pytest -n auto --dist loadscope -m "not gpu"
 
+# what hypothesis makes up, for minutes in place of the second that it has in `make test`; other examples in each run
+fuzz: $(READY)
+	$(BIN)/python -m pytest -n auto -m "hypothesis and not gpu" --hypothesis-profile fuzz
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +43,4 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(if $(CASES),--cases $(CASES))
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build *.egg-info .hypothesis
