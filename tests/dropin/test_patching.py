@@ -159,6 +159,63 @@ def test_an_argument_that_changes_the_result_keeps_the_own_forward():
     assert torch.equal(head(*inputs, pos), before[1])
 
 
+class Cached(Canonical):
+    """An argument whose value selects another path; `looks` is how it looks at it."""
+
+    looks = staticmethod(lambda mode: mode == "cached")
+
+    def forward(self, x, t, c, mode):
+        y = self.time_embed(t) + self.cond_embed(c)
+        return self.run(x, 1.2 * y if self.looks(mode) else y)
+
+
+class CachedIfAsked(Cached):
+    def forward(self, x, t, c, mode="plain"):
+        return super().forward(x, t, c, mode)
+
+
+LOOKS = {
+    "comparison": (lambda mode: mode == "cached", "cached"),
+    "order": (lambda mode: not isinstance(mode, str) and mode < 3, 2),
+    "truth": (lambda mode: not mode, 0),
+    "hash": (lambda mode: {"cached": True}.get(mode, False), "cached"),
+    "arithmetic": (lambda mode: mode != "plain" and (mode + 1) % 2 == 0, 3),
+    "formatting": (lambda mode: f"{mode}" == "cached", "cached"),
+    "printing": (lambda mode: "cached" in repr(mode), "cached"),
+    "attribute": (lambda mode: hasattr(mode, "startswith") and mode.startswith("c"), "cached"),
+    "class": (lambda mode: isinstance(mode, int), 5),
+    "length": (lambda mode: len(mode) == 6, "cached"),
+    "call": (lambda mode: mode is not None and not isinstance(mode, str) and mode(), lambda: True),
+    "identity": (lambda mode: mode is True, True),
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_an_argument_whose_value_is_looked_at_is_not_unused(how):
+    looks, value = LOOKS[how]
+    required = randomize(type("Own", (Cached,), {"looks": staticmethod(looks)})())
+    assert "its forward looks at mode" in patch(required).left_alone[""]
+    optional = randomize(type("Own", (CachedIfAsked,), {"looks": staticmethod(looks)})())
+    before = optional(*INPUTS), optional(*INPUTS, value)
+    assert not torch.allclose(*before)
+    patch(optional, strict=True)
+    close(optional(*INPUTS), before[0])
+    assert torch.equal(optional(*INPUTS, value), before[1])
+    assert torch.equal(optional(*INPUTS, mode=value), before[1])
+
+
+def test_none_stands_for_a_default_only_where_it_is_the_default():
+    class OffByNone(Canonical):
+        def forward(self, x, t, c, scale=1.0):
+            y = self.time_embed(t) + self.cond_embed(c)
+            return self.run(x, 0 * y if scale is None else scale * y)
+
+    head = randomize(OffByNone())
+    expected = head(*INPUTS, None)
+    patch(head, strict=True)
+    assert torch.equal(head(*INPUTS, None), expected)
+
+
 def test_meta_and_foreign_parameters():
     assert "meta" in patch(Canonical().to("meta")).left_alone[""]
     head = Canonical()

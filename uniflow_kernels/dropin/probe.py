@@ -220,6 +220,38 @@ def _keeps_all(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool =
     return not (p and training)
 
 
+class Unseen:
+    """Stands for the value of an argument, and notices all that looks at it but `is` and `type()`."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seen", False)
+
+
+def is_seen(value: Unseen) -> bool:
+    """Whether it was compared, tested, hashed, printed, reckoned with, called or asked for its class, say."""
+    return object.__getattribute__(value, "seen")
+
+
+def _see(self: Unseen, *_: object) -> None:
+    object.__setattr__(self, "seen", True)
+    raise TypeError("the value of this argument is not known")
+
+
+_SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
+_SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
+_SPECIAL -= {
+    "__class__",
+    "__class_getitem__",
+    "__doc__",
+    "__init__",
+    "__init_subclass__",
+    "__new__",
+    "__subclasshook__",
+}
+for _name in _SPECIAL:
+    setattr(Unseen, _name, _see)
+
+
 def drops(module: nn.Module) -> bool:
     """Whether it is a dropout layer."""
     return isinstance(module, nn.modules.dropout._DropoutNd)

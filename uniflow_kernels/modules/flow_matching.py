@@ -25,6 +25,7 @@ from uniflow_kernels.torch_private import (
     foreach_mul,
     foreach_mul_,
     is_graph_kept,
+    object_of,
 )
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -200,7 +201,7 @@ def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chun
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return torch.ops.uniflow_kernels.flow_matching(
             condition, parameters, *batch, chunk_tokens,
-            _remember(head), condition.requires_grad, autocast,
+            _remember(id(head)), condition.requires_grad, autocast,
         )[0]  # fmt: skip
     step = _Step(head, call, parameters, batch, chunk_tokens)
     return _FlowMatching.apply(step, condition, *parameters)
@@ -351,10 +352,10 @@ _heads: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 @constant
-def _remember(head: nn.Module) -> int:
-    """A number that stands for the head in a graph, which is compiled again for another one."""
-    _heads[id(head)] = head
-    return id(head)
+def _remember(number: int) -> int:
+    """The id of the head, which stands for it in a graph; the graph is compiled again for another one."""
+    _heads[number] = object_of(number)
+    return number
 
 
 _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
