@@ -26,6 +26,7 @@ from uniflow_kernels.torch_private import (
     foreach_mul,
     foreach_mul_,
     is_graph_kept,
+    object_of,
 )
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -200,7 +201,7 @@ def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chun
         device = condition.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return flow_matching_op(
-            condition, parameters, *batch, chunk_tokens, _remember(head), condition.requires_grad, autocast
+            condition, parameters, *batch, chunk_tokens, _remember(id(head)), condition.requires_grad, autocast
         )
     step = _Step(head, call, parameters, batch, chunk_tokens)
     return _FlowMatching.apply(step, condition, *parameters)
@@ -351,10 +352,10 @@ _heads: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 @constant
-def _remember(head: nn.Module) -> int:
-    """A number that stands for the head in a graph, which is compiled again for another one."""
-    _heads[id(head)] = head
-    return id(head)
+def _remember(number: int) -> int:
+    """The id of the head, which stands for it in a graph; the graph is compiled again for another one."""
+    _heads[number] = object_of(number)
+    return number
 
 
 def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
