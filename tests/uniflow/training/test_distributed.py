@@ -120,7 +120,7 @@ def test_one_goes_on_from_the_shards_of_two(folder, monkeypatch):
             made.resume(folder / "fsdp" / "checkpoints" / f"step-{step:08}")
             assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
         # averages that were not kept cannot go on
-        with pytest.raises(CheckpointError, match="another recipe.ema_decay .0.9, was none.: it has no moving average"):
+        with pytest.raises(CheckpointError, match=r"another recipe.ema_decay .0.9, was none.: it has no"):
             made.resume(folder / "half" / "checkpoints" / "step-00000005")
 
 
