@@ -46,6 +46,10 @@ class Stage:
         """The encoder's highest learning rate."""
         return self.learning_rate if self.encoder_learning_rate is None else self.encoder_learning_rate
 
+    def spent(self, steps: int, seconds: float) -> float:
+        """The share of its budget that so many steps and seconds make up; from 1 on it is over."""
+        return max(steps / self.steps, seconds / (self.seconds or float("inf")))
+
 
 @dataclass(frozen=True)
 class Recipe:
