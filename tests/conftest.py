@@ -24,6 +24,14 @@ if not torch.cuda.is_available():
     # before any kernel is defined: Triton then runs them on the CPU. tests/compile compiles in a process of its own
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if importlib.util.find_spec("hypothesis") is not None:  # `make gpu` takes what a machine has
+    from hypothesis import settings
+
+    # no deadlines: the first example imports and compiles, and the machine may be shared
+    settings.register_profile("default", max_examples=25, derandomize=True, database=None, deadline=None)
+    settings.register_profile("fuzz", max_examples=1000, derandomize=False, deadline=None, print_blob=True)
+    settings.load_profile("default")
+
 # processes of pytest-xdist share the cores; what they start has as many threads, on which the last bit may depend
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())

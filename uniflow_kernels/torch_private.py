@@ -5,6 +5,8 @@ Where torch has a public way it is used instead; each entry says what it is for.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -56,6 +58,11 @@ def before_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
+def object_of(identity: int) -> Any:
+    """The living object whose id() it is. torch 2.11 hands no module to a `constant` function, but its id()."""
+    return ctypes.cast(identity, ctypes.py_object).value
+
+
 # --- autograd ---
 
 
@@ -95,6 +102,15 @@ def number_of_outputs(op: Any) -> int:
 def overloads_of(op: Any) -> Any:
     """All overloads of an op as one, by which torch's table of FLOPs knows it."""
     return op._overloadpacket
+
+
+@functools.cache
+def draws(name: str) -> bool:
+    """Whether torch's operator of this name draws random numbers."""
+    found = getattr(torch.ops.aten, name, None)
+    return found is not None and any(
+        torch.Tag.nondeterministic_seeded in getattr(found, overload).tags for overload in found.overloads()
+    )
 
 
 # --- many tensors in a few launches ---

@@ -1,9 +1,9 @@
 """The losses' kernels, compiled for sm_80, sm_90 and sm_100: registers, spills, and how wide they read and write."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from tests.compile.compiling import ARCHES, Request, arches, compile_all
 
 CSRC = Path(__file__).parents[2] / "csrc"
+FILES = ("velocity", "distillation", "patches")
 KERNELS = "uniflow_kernels.triton_kernels"
 
 
@@ -115,26 +116,34 @@ def tool(name):
 
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """The CUDA part's kernels: {(file, arch): cubin}."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("needs nvcc")
+    """The CUDA part's kernels as they were installed: {(file, arch): cubin}."""
+    spec = importlib.util.find_spec("uniflow_kernels._cuda")
+    if spec is None:
+        pytest.skip("the CUDA part is not built: `make setup` does it where nvcc is")
+    module = Path(spec.origin)
+    newest = max(CSRC.iterdir(), key=lambda source: source.stat().st_mtime)
+    assert module.stat().st_mtime >= newest.stat().st_mtime, f"built before {newest.name}: make setup"
     folder = tmp_path_factory.mktemp("cubins")
-
-    def build(job):
-        name, arch = job
-        cubin = folder / f"{name}_{arch}.cubin"
-        flags = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Werror", "all-warnings"]
-        subprocess.run([nvcc, *flags, str(CSRC / f"{name}.cu"), "-o", str(cubin)], check=True)
-        return cubin
-
-    jobs = [(name, arch) for name in ("velocity", "distillation", "patches") for arch in ARCHES]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(jobs, pool.map(build, jobs), strict=True))
+    subprocess.run([tool("cuobjdump"), "-xelf", "all", module], cwd=folder, check=True, capture_output=True)
+    found = {}
+    for cubin in folder.iterdir():
+        names = set(re.findall(r"_(\w+?)_cu_", output(tool("cuobjdump"), "--dump-resource-usage", cubin)))
+        for name in FILES:
+            if any(known.endswith(f"_{name}") for known in names):
+                found[name, int(re.search(r"sm_(\d+)\.cubin$", cubin.name)[1])] = cubin
+    assert found.keys() == {(name, arch) for name in FILES for arch in ARCHES}
+    return found
 
 
 def output(*command):
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_sources_give_no_warnings(tmp_path):
+    for name in FILES:
+        flags = ["-std=c++17", "-Xcicc", "-O0", "-ptx", "-arch=sm_90", "-Werror", "all-warnings"]
+        output("nvcc", *flags, CSRC / f"{name}.cu", "-o", tmp_path / "ptx")
 
 
 def test_cuda_kernels(cubins):
@@ -149,7 +158,7 @@ def test_cuda_kernels(cubins):
             assert int(registers) <= (168 if "cosine" in kernel else 64), (kernel, arch, registers)
         sass = output(tool("cuobjdump"), "-sass", cubin)
         assert not re.search(r"\b(STL|LDL)\b", sass)
-        functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
+        functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
         assert len(functions) == len(kernels)
         for kernel, code in functions.items():
             # a mangled name ends its template arguments in Lb1E, or in Li<elements>ELi<kept>E

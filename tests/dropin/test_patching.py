@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import inspect
 import pickle
+import sys
+import threading
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from tests.conftest import randomize
 from tests.dropin.stand_ins import (
@@ -32,6 +39,7 @@ from tests.dropin.stand_ins import (
     rows,
 )
 from uniflow_kernels import FlowHead, backend, patch, patched, unpatch
+from uniflow_kernels.dropin import probe
 
 INPUTS = PROJECTS["MAR"].inputs
 
@@ -149,6 +157,63 @@ def test_an_argument_that_changes_the_result_keeps_the_own_forward():
     patch(head, strict=True)
     close(head(*inputs), before[0])
     assert torch.equal(head(*inputs, pos), before[1])
+
+
+class Cached(Canonical):
+    """An argument whose value selects another path; `looks` is how it looks at it."""
+
+    looks = staticmethod(lambda mode: mode == "cached")
+
+    def forward(self, x, t, c, mode):
+        y = self.time_embed(t) + self.cond_embed(c)
+        return self.run(x, 1.2 * y if self.looks(mode) else y)
+
+
+class CachedIfAsked(Cached):
+    def forward(self, x, t, c, mode="plain"):
+        return super().forward(x, t, c, mode)
+
+
+LOOKS = {
+    "comparison": (lambda mode: mode == "cached", "cached"),
+    "order": (lambda mode: not isinstance(mode, str) and mode < 3, 2),
+    "truth": (lambda mode: not mode, 0),
+    "hash": (lambda mode: {"cached": True}.get(mode, False), "cached"),
+    "arithmetic": (lambda mode: mode != "plain" and (mode + 1) % 2 == 0, 3),
+    "formatting": (lambda mode: f"{mode}" == "cached", "cached"),
+    "printing": (lambda mode: "cached" in repr(mode), "cached"),
+    "attribute": (lambda mode: hasattr(mode, "startswith") and mode.startswith("c"), "cached"),
+    "class": (lambda mode: isinstance(mode, int), 5),
+    "length": (lambda mode: len(mode) == 6, "cached"),
+    "call": (lambda mode: mode is not None and not isinstance(mode, str) and mode(), lambda: True),
+    "identity": (lambda mode: mode is True, True),
+}
+
+
+@pytest.mark.parametrize("how", LOOKS)
+def test_an_argument_whose_value_is_looked_at_is_not_unused(how):
+    looks, value = LOOKS[how]
+    required = randomize(type("Own", (Cached,), {"looks": staticmethod(looks)})())
+    assert "its forward looks at mode" in patch(required).left_alone[""]
+    optional = randomize(type("Own", (CachedIfAsked,), {"looks": staticmethod(looks)})())
+    before = optional(*INPUTS), optional(*INPUTS, value)
+    assert not torch.allclose(*before)
+    patch(optional, strict=True)
+    close(optional(*INPUTS), before[0])
+    assert torch.equal(optional(*INPUTS, value), before[1])
+    assert torch.equal(optional(*INPUTS, mode=value), before[1])
+
+
+def test_none_stands_for_a_default_only_where_it_is_the_default():
+    class OffByNone(Canonical):
+        def forward(self, x, t, c, scale=1.0):
+            y = self.time_embed(t) + self.cond_embed(c)
+            return self.run(x, 0 * y if scale is None else scale * y)
+
+    head = randomize(OffByNone())
+    expected = head(*INPUTS, None)
+    patch(head, strict=True)
+    assert torch.equal(head(*INPUTS, None), expected)
 
 
 def test_meta_and_foreign_parameters():
@@ -341,14 +406,23 @@ def test_a_forward_that_is_compiled_by_a_decorator():
     def compiles(graph, inputs):
         raise AssertionError("it was compiled")
 
-    class Compiled(Canonical):
+    class Compiled(FlowBlock):
+        @torch.compile(backend=compiles)
+        def forward(self, x, y):
+            return super().forward(x, y)
+
+    class CompiledToo(Canonical):
+        make_block = Compiled
+
         @torch.compile(backend=compiles)
         def forward(self, x, t, c):
             return super().forward(x, t, c)
 
-    head = randomize(Compiled())
+    head = randomize(CompiledToo())
+    plain = Canonical()
+    plain.load_state_dict(head.state_dict())
     patch(head, strict=True)
-    close(head(*INPUTS), Canonical.forward(head, *INPUTS))
+    close(head(*INPUTS), plain(*INPUTS))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -404,6 +478,158 @@ def test_wrappers(head):
     unwrapped = head(*INPUTS)
     unpatch(head)
     assert torch.equal(unwrapped, head(*INPUTS))
+
+
+# ------------------------------------------------------------------------------- other threads, and what all share
+
+
+def state_of_the_process():
+    """What other threads would see change."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.get_rng_state().sum().item(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_default_dtype(),
+        list(warnings.filters),
+        nn.modules.module._has_any_global_hook(),
+        is_in_torch_dispatch_mode(),
+    )
+
+
+def seen_by_another_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(state_of_the_process).result()
+
+
+@pytest.mark.parametrize("make", [Canonical, lambda: inside("layer", NaiveAttention())], ids=["head", "attention"])
+def test_patching_only_reads_the_model_and_sets_nothing(make):
+    model, before, seen = randomize(make()), seen_by_another_thread(), []
+    state = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    class Watches(nn.Linear):
+        def forward(self, x):
+            assert seen_by_another_thread() == before
+            assert all(part.training for part in model.modules())
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                assert tensor is state[name][0]
+                assert torch.equal(tensor, state[name][1])
+            seen.append(self)
+            return super().forward(x)
+
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.__class__ = Watches
+    patch(model, strict=True)
+    assert seen
+    assert set(seen).isdisjoint(model.modules())
+
+
+def test_threads():
+    """Two that patch one model; one that patches and unpatches while another runs the head."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for seed in range(5):
+                head, start, done = randomize(Canonical(depth=4), seed), threading.Barrier(2), threading.Event()
+                state, expected = {name: value.clone() for name, value in head.state_dict().items()}, head(*INPUTS)
+
+                def patches(head=head, start=start):
+                    start.wait()
+                    return patch(head)
+
+                def runs(head=head, start=start, done=done):
+                    start.wait()
+                    found = [head(*INPUTS)]
+                    while not done.is_set():
+                        found.append(head(*INPUTS))
+                    return found
+
+                one, two = (pool.submit(patches) for _ in range(2))
+                assert list(one.result().patched) == list(two.result().patched) == [""]
+                running = pool.submit(runs)
+                start.wait()
+                for _ in range(2):
+                    unpatch(head)
+                    patch(head)
+                done.set()
+                for found in running.result():
+                    close(found, expected)
+                for name, value in head.state_dict(keep_vars=True).items():
+                    assert isinstance(value, nn.Parameter)
+                    assert torch.equal(value, state[name])
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_what_a_forward_changes_is_not_changed_by_looking_at_it():
+    class Remembers(Canonical):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.log, self.latest = 0, [], {"x": []}
+            self.last = torch.zeros(())
+            self.register_buffer("total", torch.zeros(()))
+            self.model = [self, nn.Linear(2, 2)]
+            self.embed, self.project = self.both, functools.partial(self.input_proj)
+
+        def both(self, t, c):
+            return self.time_embed(t) + self.cond_embed(c)
+
+        def forward(self, x, t, c):
+            assert self.model[0] is self
+            assert self.latest["x"] is not self.log
+            self.calls += 1
+            self.log.append(x)
+            self.latest["x"].append(x)
+            self.last.add_(1)
+            self.total += 1
+            y, x = self.embed(t, c), self.project(x)
+            for block in self.res_blocks:
+                x = block(x, y)
+            return self.final_layer(x, y)
+
+    head = randomize(Remembers())
+    patch(head, strict=True)
+    assert (head.calls, head.log, head.latest, head.last.item(), head.total.item()) == (0, [], {"x": []}, 0, 0)
+
+
+def test_a_forward_that_draws_random_numbers_is_left_alone():
+    class Draws(FlowBlock):
+        def forward(self, x, y):
+            torch.rand(1)
+            return super().forward(x, y)
+
+    head, seed = with_blocks(Draws)(), torch.get_rng_state()
+    assert "it draws random numbers" in patch(head).left_alone[""]
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_a_probe_holds_one_block_of_memory():
+    head = Canonical(depth=5)
+    with probe.Probe(head) as probed:
+        matrices = [p for p in probed.module.parameters() if p.ndim > 1]
+        assert len(matrices) == len([p for p in head.parameters() if p.ndim > 1])
+        assert len({p.untyped_storage().data_ptr() for p in matrices}) == 1
+        assert matrices[0].untyped_storage().nbytes() < 2 * 4 * max(map(torch.numel, matrices))
+
+
+def test_where_products_are_rounded(head):
+    """As by TF32: a switch that all threads share, and that is therefore left where it is."""
+
+    class Rounds(TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (F.linear, torch.Tensor.matmul) and out.dtype == torch.float32:
+                self.calls += 1
+                out *= 1 + 1e-3 * (-1) ** self.calls
+            return out
+
+    with Rounds():
+        patch(head, strict=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- hooks

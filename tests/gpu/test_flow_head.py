@@ -215,6 +215,7 @@ def test_doctor_says_what_was_measured():
     ],
 )
 @pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.sanitizer
 def test_compute_sanitizer(sanitized, path, dtype, width, options, recompute):
     sanitized(
         "import torch; from uniflow_kernels import FlowHead, backend, fused_flow_blocks;"

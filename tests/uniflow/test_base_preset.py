@@ -41,19 +41,20 @@ def test_keys_and_counts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_whole(dtype):
+def test_runs_whole():
     torch.manual_seed(0)
-    model = UniFlow(UniFlowConfig.preset("base")).to(dtype)
-    with torch.no_grad():  # a new head's modulations and output are zero
-        for name, parameter in model.flow_head.net.named_parameters():
-            if name.endswith("weight") and ("adaLN_modulation" in name or "final_layer" in name):
-                parameter.normal_(std=0.02)
+    with torch.device("meta"):
+        model = UniFlow(UniFlowConfig.preset("base")).bfloat16()
+    model.to_empty(device="cpu")
+    with torch.no_grad():  # uniform numbers are drawn in a fraction of the time of those that a new model gets
+        for name, parameter in model.named_parameters():
+            spread = 1 if name.endswith(("embed", "embedding")) else 0.06 if parameter.ndim > 1 else 0.5
+            parameter.uniform_(-spread, spread)
     with torch.inference_mode():
         latents = model.encode(torch.randn(1, 3, 448, 448))
         image = model.decode(latents, steps=1)
     assert latents.shape == (1, 1024, 64)
     assert image.shape == (1, 3, 448, 448)
-    assert latents.dtype == image.dtype == dtype
+    assert latents.dtype == image.dtype == torch.bfloat16
     assert torch.isfinite(image).all()
     assert image.float().std() > 0.1

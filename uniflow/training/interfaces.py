@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Losses(Protocol):
-    """What one call of an objective gives."""
+    """What one call of an objective gives; with `parallel: fsdp` a dataclass, whose tensors FSDP finds."""
 
     @property
     def total(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from uniflow.training.interfaces import student_of
+from uniflow.training.interfaces import Losses, student_of
+from uniflow_kernels.torch_private import tree_leaves, uncompiled
 
 T = TypeVar("T")
 
@@ -53,6 +54,13 @@ class Processes:
         if self.control is not None:
             dist.all_reduce(values)
             values /= self.world
+        return values
+
+    def of_all(self, value: T) -> list[T]:
+        """The value that each process gives, by rank."""
+        values = [value] * self.world
+        if self.control is not None:
+            dist.all_gather_object(values, value, self.control)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -105,9 +113,11 @@ def shard(objective: nn.Module, precision: str, processes: Processes) -> None:
 
     Raises:
         ValueError: if there are no processes.
+        TypeError: when the objective is called, if FSDP cannot find the total in what it gives.
     """
     if processes.control is None:
         raise ValueError("parallel: fsdp needs torchrun")
+    objective.register_forward_hook(_show_total)  # before FSDP's own
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bfloat16" else None,
         reduce_dtype=torch.float32,
@@ -118,6 +128,25 @@ def shard(objective: nn.Module, precision: str, processes: Processes) -> None:
         fully_shard(layer, mp_policy=policy)
     others = set(objective.parameters()) - {parameter for _, parameter in student.named_parameters()}
     fully_shard(objective, mp_policy=policy, ignored_params=others)
+
+
+@uncompiled
+def _show_total(_objective: nn.Module, _inputs: Any, losses: Losses) -> None:
+    """Let FSDP find the total: a root whose outputs it does not find keeps its parameters as they are, without a word.
+
+    torch 2.11 looks where pytrees do, to which a dataclass is a leaf until it is registered; later ones look into
+    dataclasses too.
+    """
+    kind = type(losses)
+
+    def hidden() -> bool:
+        return not any(leaf is losses.total for leaf in tree_leaves(losses))
+
+    if hidden():
+        if is_dataclass(kind):
+            torch.export.register_dataclass(kind)
+        if hidden():
+            raise TypeError(f"objective: parallel: fsdp needs losses that are a dataclass with total, got {kind}")
 
 
 def replicate(objective: nn.Module, processes: Processes) -> nn.Module:

@@ -7,7 +7,7 @@ the `attention` operation between its own linear layers and norms.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Attention:
             return type(module).forward(module, *args, **kwargs)
         return self.attend(module, given[0])
 
-    def attend(self, module: nn.Module, x: Tensor) -> Tensor:
+    def attend(self, module: nn.Module, x: Tensor, attention: Callable[..., Tensor] = attention) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
         parts: Any = children_of(module)
         q, k, v = parts["qkv"](x).chunk(3, dim=-1)
@@ -80,10 +80,8 @@ def recognise(module: nn.Module) -> Attention | None:
     normed = any(isinstance(parts.get(name), nn.Module) for name in ("q_norm", "k_norm"))
     with Probe(module) as probe:
         x = probe.rows(2, LENGTH, width)
-        with _SeesAttention() as seen:
-            own = probe.in_both_modes(lambda: own_forward(module)(module, x))
-        if seen.fused:
-            raise NotOurs("nothing to gain: it calls scaled_dot_product_attention already")
+        with _SeesAttention():
+            own = probe.in_both_modes(lambda: own_forward(module)(probe.module, x))
         for norm in ("head", "all") if normed else (None,):
             tried = Attention(heads, norm, names[0])
             if _apart(tried, probe, x, own) < TOLERANCE:
@@ -92,17 +90,22 @@ def recognise(module: nn.Module) -> Attention | None:
 
 
 class _SeesAttention(TorchFunctionMode):
-    """Notices calls of scaled_dot_product_attention."""
-
-    fused = False
+    """Refuses calls of scaled_dot_product_attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.fused |= func is F.scaled_dot_product_attention
+        if func is F.scaled_dot_product_attention:
+            raise NotOurs("nothing to gain: it calls scaled_dot_product_attention already")
         return func(*args, **(kwargs or {}))
+
+
+def _by_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What `attention` computes, [B, S, H, D], in products alone."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
 
 
 def _apart(tried: Attention, probe: Probe, x: Tensor, own: list[Tensor]) -> float:
     try:
-        return difference(probe.in_both_modes(lambda: tried.attend(probe.module, x)), own)
+        return difference(probe.in_both_modes(lambda: tried.attend(probe.module, x, _by_scores)), own)
     except NotOurs:  # norms of another size
         return float("inf")

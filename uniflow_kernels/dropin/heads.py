@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.dropin.probe import ROWS, TOLERANCE, NotOurs, Probe, check_untouched, difference, drops
+from uniflow_kernels.dropin.probe import (
+    ROWS,
+    TOLERANCE,
+    NotOurs,
+    Probe,
+    Unseen,
+    check_untouched,
+    difference,
+    drops,
+    is_seen,
+)
 from uniflow_kernels.dropin.probe import own_forward as own_forward_of
 from uniflow_kernels.dropin.running import (
     FINAL,
@@ -140,7 +150,8 @@ def _arguments(module: nn.Module, time: str | None) -> Arguments:
     if counts != [1, 1, wanted]:
         raise NotOurs(f"forward({', '.join(names)}): expected x, c and {wanted} of t, by the names that are known")
     index = roles["index"][0] if roles["index"] and INDEX in parts_of(module) else None
-    return Arguments(names, roles["x"][0], tuple(roles["t"]), roles["c"][0], index, frozenset())
+    left_out = frozenset(p.name for p in parameters if p.default is None)
+    return Arguments(names, roles["x"][0], tuple(roles["t"]), roles["c"][0], index, frozenset(), left_out)
 
 
 def _check_mlps(head: Head, probe: Probe) -> None:
@@ -237,17 +248,33 @@ def _own_outputs(head: Head, probe: Probe, inputs: list[dict[str, Any]]) -> tupl
     """What its own forward returns for each of the inputs, in both modes; and its arguments with the unused ones."""
     arguments, forward = head.arguments, own_forward_of(probe.module)
     roles = {arguments.x, *arguments.times, arguments.condition, arguments.row_index}
-    others = frozenset(name for name in arguments.names if name not in roles)
+    signature = inspect.signature(forward).parameters
 
     def outputs(extra: dict[str, Any]) -> list[list[Tensor]]:
         return [probe.in_both_modes(functools.partial(forward, probe.module, **given, **extra)) for given in inputs]
 
-    try:  # with an object that nothing can be done with, which shows that nothing is
-        return arguments._replace(unused=others), outputs({name: object() for name in others})
-    except NotOurs:
-        if not others:
-            raise
+    unused = {name for name in arguments.names if name not in roles}
+    while unused:
+        unseen = {name: Unseen() for name in unused}
+        failure = None
+        try:
+            own = outputs(unseen)
+            # what `is` would tell apart
+            alike = all(_equal(outputs(dict.fromkeys(unused, value)), own) for value in (None, True, False))
+        except NotOurs as error:
+            failure = error
+        seen = {name for name, value in unseen.items() if is_seen(value)}
+        if failure is None and alike and not seen:
+            return arguments._replace(unused=frozenset(unused)), own
+        used = sorted(seen or unused)
+        if any(signature[name].default is inspect.Parameter.empty for name in used):
+            raise NotOurs(f"its forward looks at {', '.join(used)}") if seen or failure is None else failure
+        unused.difference_update(used)
     return arguments, outputs({})
+
+
+def _equal(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    return all(torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True))
 
 
 def _apart(head: Head, probe: Probe, given: dict[str, Any], own: list[Tensor]) -> float:

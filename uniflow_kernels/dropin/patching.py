@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from uniflow_kernels.dropin import attentions, heads
 from uniflow_kernels.dropin.probe import NotOurs
 from uniflow_kernels.modules.flow_head import FlowHead
 
+_lock = threading.RLock()  # one thread at a time puts forwards in place, or takes them away
 RECOGNISERS = (heads.recognise, attentions.recognise)
 
 
@@ -80,7 +82,7 @@ def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: boo
     Recognised are, by structure and by numbers, the per-token heads of MAR's family, and attention that writes its
     scores. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict, hooks, modes, copies and
     pickles stay as they are. Patch after loading and before wrapping, sharding or compiling the model. Patching twice
-    is patching once.
+    is patching once. Other threads may use or patch the model meanwhile.
 
     Args:
         model: any module, itself perhaps such a head.
@@ -96,10 +98,18 @@ def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: boo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    with _lock:
+        report = _patch(_chosen(model, only))
+    if strict and not report.patched:
+        raise ValueError(f"model: nothing to patch. {report}")
+    return report
+
+
+def _patch(chosen: list[tuple[str, nn.Module]]) -> PatchReport:
     patched: dict[str, str] = {}
     left_alone: dict[str, str] = {}
     inside: list[str] = []
-    for name, module in _chosen(model, only):
+    for name, module in chosen:
         if any(name.startswith(outer) for outer in inside):
             continue  # a part of a head
         if not is_patched(module):
@@ -113,30 +123,31 @@ def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: boo
             module.forward = Forward(module, recognised)
         patched[name] = str(vars(module)["forward"].recognised)
         inside.append(f"{name}." if name else "")
-    report = PatchReport(patched, left_alone)
-    if strict and not patched:
-        raise ValueError(f"model: nothing to patch. {report}")
-    return report
+    return PatchReport(patched, left_alone)
 
 
 def unpatch(model: nn.Module) -> None:
     """Give every patched module in `model` its own forward back."""
-    for module in model.modules():
-        if is_patched(module):
-            del module.forward
+    _unpatch(model, ())
+
+
+def _unpatch(model: nn.Module, but: Collection[nn.Module]) -> None:
+    with _lock:
+        for module in model.modules():
+            if module not in but and is_patched(module):
+                del module.forward
 
 
 @contextmanager
 def patched(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> Iterator[PatchReport]:
     """`patch` inside the block; afterwards what it patched is as before. What was patched before stays so."""
-    before = {module for module in model.modules() if is_patched(module)}
-    report = patch(model, only, strict)
+    with _lock:
+        before = {module for module in model.modules() if is_patched(module)}
+        report = patch(model, only, strict)
     try:
         yield report
     finally:
-        for module in model.modules():
-            if module not in before and is_patched(module):
-                del module.forward
+        _unpatch(model, before)
 
 
 def _chosen(model: nn.Module, only: str | Sequence[str] | None) -> list[tuple[str, nn.Module]]:

@@ -46,7 +46,10 @@ class Mlp(NamedTuple):
 
 
 class Arguments(NamedTuple):
-    """The parameters of a head's forward: all names in order, those of each role, and those it has no use for."""
+    """The parameters of a head's forward: all names in order, those of each role, those it has no use for.
+
+    `left_out` are those that None stands for when they are not given.
+    """
 
     names: tuple[str, ...]
     x: str
@@ -54,6 +57,7 @@ class Arguments(NamedTuple):
     condition: str
     row_index: str | None
     unused: frozenset[str]
+    left_out: frozenset[str]
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Name -> value of one call; None if the call needs the head's own forward."""
@@ -67,7 +71,8 @@ class Arguments(NamedTuple):
                 return None
         if len(given) > len(self.needed):
             free = (*self.needed, *self.unused, self.row_index)
-            return given if all(value is None or name in free for name, value in given.items()) else None
+            known = (name in free or (value is None and name in self.left_out) for name, value in given.items())
+            return given if all(known) else None
         return given
 
     @property

@@ -1,5 +1,6 @@
 """`uniflow unifluid` as a person uses it: training from files, resuming, drawing, asking, and what is refused."""
 
+import functools
 import io
 import json
 import re
@@ -15,6 +16,8 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.utils import counters
 
 from tests.conftest import randomize
 from tests.uniflow.test_cli import WHILE_TRAINING, contents, fails, files, interrupted, ok
@@ -482,17 +485,17 @@ def test_bfloat16(capsys, run_file, place):
 
 
 @pytest.mark.slow
-def test_compiled(capsys, run_file, place):
+def test_compiled(capsys, run_file, place, monkeypatch):
+    # what Inductor would generate takes a minute and a half to compile here, and is not this project's
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
     config = CONFIG.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
     model = f"{{config: {config}, head_width: 32, head_depth: 1, vocabulary: 300}}"
     recipe = "stages: [{steps: 1}], batch_size: 4"
     ok(capsys, "unifluid", "train", run_file(model=model, recipe=f"{{{recipe}}}"))
-    compiled = run_file(model=model, recipe=f"{{{recipe}, compile: true}}")
-    ok(capsys, "unifluid", "train", compiled, "--out", place / "compiled")
-    _, text, image = losses(place / "run")[1]
-    _, compiled_text, compiled_image = losses(place / "compiled")[1]
-    assert compiled_text == pytest.approx(text, rel=1e-4)
-    assert compiled_image == pytest.approx(image, rel=0.3)  # Inductor draws its own noise
+    counters.clear()
+    ok(capsys, "unifluid", "train", run_file(model=model, recipe=f"{{{recipe}, compile: true}}"), "--out", place / "c")
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert losses(place / "c")[1] == pytest.approx(losses(place / "run")[1], rel=1e-4)
 
 
 def test_the_example_shows_every_key_and_its_default():
