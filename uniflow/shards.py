@@ -33,6 +33,7 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> State:
+        """That of an open file, or of a path."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -124,7 +125,7 @@ def _headers(path: Path) -> list[tuple[str, int, int]]:
                     if member.size < 0 or tar.offset <= before:
                         raise tarfile.ReadError(f"{shown(member.name)} has a size of {member.size} bytes")
                     before = tar.offset
-                    tar.members.clear()  # it would keep them all
+                    tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
                     if member.issparse():
                         raise tarfile.ReadError(f"{shown(member.name)} is sparse")
                     if member.isreg():

@@ -175,12 +175,10 @@ def test_a_damaged_picture_is_read_or_refused_in_one_line(kind, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            picture = open_picture(io.BytesIO(content), "x", largest=10_000_000)
+            outcome = open_picture(io.BytesIO(content), "x", largest=10_000_000).mode
         except PictureError as error:
-            assert str(error).startswith("x is ")
-            assert "\n" not in str(error)
-        else:
-            assert picture.mode == "RGB"
+            outcome = str(error)
+    assert outcome == "RGB" or (outcome.startswith("x is ") and "\n" not in outcome)
 
 
 def release_center_crop(picture, size):

@@ -149,8 +149,7 @@ def test_damage_is_refused_or_harmless(tmp_path_factory, data):
     path.write_bytes(content)
     try:
         members = members_of(path)
-    except PictureError as error:
-        assert "\n" not in str(error)
+    except PictureError:
         return
     for number, name in enumerate(members.names):
         assert members.find(name) == number
