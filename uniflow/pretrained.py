@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +155,14 @@ def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
         if name != "encoder" and getattr(config, name) != value:
             raise ValueError(f"{name}: expected {value}, as the encoder has it, got {getattr(config, name)}")
     return pretrained
+
+
+@torch.no_grad()
+def take_tensors(module: nn.Module, source: nn.Module) -> None:
+    """Give a module the values of another one of its kind: of all parameters and buffers, saved or not."""
+    tensors = (chain(part.parameters(), part.buffers()) for part in (module, source))
+    for own, its in zip(*tensors, strict=True):
+        own.copy_(its)
 
 
 def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
