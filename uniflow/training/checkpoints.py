@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from uniflow import reading
 from uniflow.checkpoint import CheckpointError
 from uniflow.training.processes import Processes
 
@@ -161,12 +162,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     _check_regular(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got a {type(values).__name__}")
-    return values
+        return reading.read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _check_regular(path: Path) -> None:

@@ -41,7 +41,7 @@ from uniflow_kernels.dropin.running import (
     linears_of,
     parts_of,
 )
-from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, flow_blocks, swiglu
+from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, FromLayers, flow_blocks, swiglu
 
 # what the projects call the same thing
 INPUTS = ("input_proj", "noisy_images_proj")
@@ -287,7 +287,8 @@ def _apart(head: Head, probe: Probe, given: dict[str, Any], own: list[Tensor]) -
         apart = difference(probe.in_both_modes(lambda: linear(head.plain(module, x, F.silu(y)))), own)
         if head.form is None:
             return apart
-        out = linear(flow_blocks(x, F.silu(y), *head.tensors(module), head.form))
+        blocks, modulations, last = head.tensors(module)
+        out = linear(flow_blocks(x, blocks, FromLayers(F.silu(y), modulations, last), head.form))
         return max(apart, difference([out] * 2, own))
     except RuntimeError:  # shapes that do not go together
         return float("inf")

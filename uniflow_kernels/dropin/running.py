@@ -22,11 +22,10 @@ from uniflow_kernels.ops.flow_blocks import (
     block_after_block,
     final_norm,
     flow_block,
-    flow_blocks,
     swiglu,
 )
-from uniflow_kernels.ops.flow_choice import rows_known, served_by
-from uniflow_kernels.ops.flow_head import fused_flow_blocks
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
+from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
 
@@ -117,17 +116,22 @@ class Head:
             return type(module).forward(module, *args, **kwargs)
         x = parts_of(module)[self.projection](given[self.arguments.x])
         y = self.embedded(module, given)
+        return parts_of(module)[FINAL].linear(self._blocks(module, x, y, whole))
+
+    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
+        """All between the projections; `whole`: whether all inside is as it was when it was looked at."""
         recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-        if self._fused(x, y, whole):
+        dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
+        # where only the modules can serve, their tensors need not be put together
+        if reason is None and (self.functional or why_not_device(x.device, dtype, self.width) is None):
             assert self.form is not None
-            how = {**self.form._asdict(), "recompute": "block" if recompute else "none"}
-            x = fused_flow_blocks(x, y, *self.tensors(module), **how)
-        elif whole and self.functional and not recompute:
-            assert self.form is not None
-            x = flow_blocks(x, F.silu(y), *self.tensors(module), self.form)
+            tensors = self.tensors(module)
+            path = choose_path(call_of(x, y, *tensors))
+            if self.functional or path != "eager":
+                return run_flow_blocks(x, y, *tensors, self.form, "block" if recompute else "none", path)
         else:
-            x = self.plain(module, x, F.silu(y), recompute)
-        return parts_of(module)[FINAL].linear(x)
+            choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason))  # raises, or eager
+        return self.plain(module, x, F.silu(y), recompute)
 
     def embedded(self, module: nn.Module, given: dict[str, Any]) -> Tensor:
         """Time and condition embedded and added, one row for all rows where they share both."""
@@ -154,13 +158,13 @@ class Head:
 
     def plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
         """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
-        blocks = [functools.partial(self._block, block) for block in children_in(module, self.blocks)]
-        shared = children_in(module, GROUPS) if self.grouped else []
-        x = block_after_block(x, a, blocks, shared, recompute)
+        blocks = [functools.partial(self._block, block, a) for block in children_in(module, self.blocks)]
+        shared = [functools.partial(group, a) for group in children_in(module, GROUPS)] if self.grouped else []
+        x = block_after_block(x, blocks, shared, recompute)
         last = self._final_modulation(module)
         return final_norm(x, None if last is None else last(a), self.order, parts_of(module)[FINAL].norm_final)
 
-    def _block(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
+    def _block(self, block: nn.Module, a: Tensor, x: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
         parts: Any = parts_of(block)
         modulation = parts_of(parts[MODULATION])["1"](a) if modulation is None else modulation
@@ -194,11 +198,6 @@ class Head:
             blocks.append(Block(affine_of(parts_of(block)[self.norm]), up, affine_of(down)))
         last = self._final_modulation(module)
         return blocks, list(map(affine_of, self.modulations(module))), None if last is None else affine_of(last)
-
-    def _fused(self, x: Tensor, y: Tensor, whole: bool) -> bool:
-        """Whether the blocks run as one op; `whole`: whether all inside is as it was when it was looked at."""
-        what = x.device, x.dtype, self.width, rows_known(x)
-        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused(x, y, whole)) != "eager"
 
     def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
         if self.why_not_fused is not None:
