@@ -43,8 +43,7 @@ from uniflow.training.state import (
     write_weights,
 )
 from uniflow.training.validation import Validator
-from uniflow_kernels.torch_private import end_readers
-from uniflow_kernels.torch_private import tree_map_only
+from uniflow_kernels.torch_private import end_readers, tree_map_only
 
 _NAMED = 8  # samples in an error message
 

@@ -303,7 +303,7 @@ def test_a_reader_that_is_killed_ends_the_run_with_a_message(make):
 
     trainer = make(steps=1000, workers=1)
     trainer.optimizer.register_step_post_hook(kill)
-    with pytest.raises(ProcessLostError, match="a process that reads samples was killed; .* --resume auto"):
+    with pytest.raises(ProcessLostError, match=r"a process that reads samples was killed; .* --resume auto"):
         trainer.run()
     assert trainer.progress.step < 100
 
