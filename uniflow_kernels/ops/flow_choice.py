@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
+from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
@@ -75,7 +76,7 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
         width,
         blocks[0].down.weight.shape[1],
         None if compiling and x.numel() else rows,
-        is_training(x, y, *every),
+        wants_gradient((x, y, *every)),
         None if compiling else what_is_shared(conditions_of(x, y)[0], rows, len(modulations), len(blocks)),
         tensors=of_products(blocks, modulations, final),
         inputs=(x, y),
@@ -88,11 +89,6 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def is_training(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass will follow: gradients are recorded, and that of one of the tensors is wanted."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def what_is_shared(conditions: int, rows: int, groups: int, blocks: int) -> str | None:
