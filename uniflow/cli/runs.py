@@ -206,10 +206,13 @@ def check_installed(*modules: str) -> None:
 
 def find_shards(pattern: str) -> list[Path]:
     """The tar files that a pattern with braces and asterisks stands for."""
-    check_installed("wids", "braceexpand")
-    from braceexpand import braceexpand
+    parts = [pattern]
+    if "{" in pattern:
+        check_installed("braceexpand")
+        from braceexpand import braceexpand
 
-    shards = [Path(path) for part in braceexpand(pattern) for path in sorted(glob(part)) or [part]]
+        parts = list(braceexpand(pattern))
+    shards = [Path(path) for part in parts for path in sorted(glob(part)) or [part]]
     for shard in shards:
         if not shard.is_file():
             raise InputError(f"no such file: {shard}")
