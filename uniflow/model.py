@@ -157,6 +157,7 @@ class UniFlow(nn.Module):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise a ValueError unless they are [B, N, latent_ch]."""
+        _refuse_tracing()
         if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
             raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
 
@@ -174,6 +175,7 @@ class UniFlow(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together.
         """
+        _refuse_tracing()
         expected = (*condition.shape[:2], self.config.patch_values)
         if x.shape != expected:
             raise ValueError(f"x: expected shape {expected}, one row of pixels a token, got {tuple(x.shape)}")
@@ -360,6 +362,7 @@ class UniFlow(nn.Module):
         self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:
+        _refuse_tracing()
         config = self.config
         if images.ndim != 4 or images.shape[1] != config.num_channels:
             raise ValueError(f"images: expected shape [B, {config.num_channels}, H, W], got {tuple(images.shape)}")
@@ -371,3 +374,8 @@ class UniFlow(nn.Module):
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
+
+
+def _refuse_tracing() -> None:
+    if torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace: would keep the sizes of one input; take torch.export.export")

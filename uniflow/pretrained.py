@@ -243,7 +243,7 @@ class HuggingFaceEmbeddings(nn.Module):
         patch = self.patch_size
         if self.takes_patches:
             rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(len(images), 2)
+            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(images.shape[0], 2)
             return self.norm(self.embed(rows, grid))
         if self.can_interpolate:
             return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))

@@ -64,6 +64,15 @@ def object_of(identity: int) -> Any:
     return ctypes.cast(identity, ctypes.py_object).value
 
 
+def always(condition: bool) -> bool:
+    """Whether a condition on sizes holds; in a graph of many sizes, whether for all of them, and none is assumed."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(condition)
+
+
 # --- autograd ---
 
 

@@ -246,15 +246,6 @@ def test_copies_and_pickles(tiny):
     assert torch.equal(pickle.loads(pickle.dumps(model)).encode(x), expected)
 
 
-@pytest.mark.parametrize("method", ["encode", "forward"])
-def test_compiles_whole(tiny, method):
-    model, x = tiny(), images(16, 16)
-    noise = torch.randn(2, 16, 48)
-    arguments = {"noise": noise, "steps": 2, "cfg": 2.0} if method == "forward" else {}
-    compiled = torch.compile(getattr(model, method), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x, **arguments), getattr(model, method)(x, **arguments), atol=1e-5)
-
-
 def test_autocast_in_bfloat16_is_close(tiny):
     model, x = tiny(), images(16, 16)
     noise = torch.randn(2, 16, 48)

@@ -7,6 +7,7 @@ kernels' work ("products"). What was measured stands in measured.json, which `py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -68,7 +69,7 @@ class Call(NamedTuple):
 def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None) -> Call:
     """The facts of a call with these tensors, as `fused_flow_blocks` takes them."""
     compiling = torch.compiler.is_compiling()
-    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]  # torch.Size.numel would fix the sizes of an exported program
     every = [tensor for affine in in_order(blocks, modulations, final) for tensor in affine]
     return Call(
         x.device,
