@@ -85,9 +85,10 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """Autocast's, where it is on, or x's; float64 is left alone, as autocast does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    """Autocast's, where it is on (on meta it never is), or x's; float64 is left alone, as autocast does."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return x.dtype
 
 

@@ -1,5 +1,8 @@
 import functools
 import math
+import multiprocessing
+import os
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +18,7 @@ from uniflow.metrics import psnr, ssim
 from uniflow.normalization import normalize, to_uint8
 from uniflow.pictures import center_crop, open_picture, to_tensor
 from uniflow.training import Stage
-from uniflow.training.processes import Processes
+from uniflow.training.processes import Processes, ProcessLostError
 from uniflow.training.validation import ReconstructionValidator
 from uniflow_kernels import seeded_noise
 
@@ -291,6 +294,18 @@ def test_processes_share_the_pictures_to_validate_on(picture_folder):
     psnr_sum, ssim_sum, pictures = sum(totals).tolist()
     assert pictures == 3
     assert alone.scores == pytest.approx({"psnr": psnr_sum / 3, "ssim": ssim_sum / 3})
+
+
+def test_a_reader_that_is_killed_ends_the_run_with_a_message(make):
+    def kill(*_):
+        for reader in multiprocessing.active_children():
+            os.kill(reader.pid, signal.SIGKILL)
+
+    trainer = make(steps=1000, workers=1)
+    trainer.optimizer.register_step_post_hook(kill)
+    with pytest.raises(ProcessLostError, match=r"a process that reads samples was killed; .* --resume auto"):
+        trainer.run()
+    assert trainer.progress.step < 100
 
 
 # losses that are not finite
