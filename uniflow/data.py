@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import signal
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from uniflow.pictures import PictureError, open_picture, to_tensor
 from uniflow.shards import Members, members_of
@@ -299,10 +300,14 @@ class Positions(Sampler[list[int]]):
                 yield list(range(position, position + self.micro_batch_size))
 
 
-def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for)."""
+def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch | Exception]:
+    """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for).
+
+    In place of a batch comes the ValueError or OSError of a sample that cannot be read: raised where it is read, it
+    would bring a traceback of that process in its message.
+    """
     loader = DataLoader(
-        samples,
+        _Tried(samples),
         batch_sampler=positions,
         num_workers=workers,
         collate_fn=partial(_batch, samples),
@@ -313,11 +318,30 @@ def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool)
     return iter(loader)
 
 
-def _batch(samples: Samples, taken: list[Sample]) -> Batch:
+class _Tried(Dataset[Sample | Exception]):
+    """Samples, or what was raised instead; a worker's traceback is a note on it."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, position: int) -> Sample | Exception:
+        try:
+            return self.samples[position]
+        except (ValueError, OSError) as error:
+            if get_worker_info() is not None:
+                error.add_note(traceback.format_exc())
+            return error
+
+
+def _batch(samples: Samples, taken: list[Sample | Exception]) -> Batch | Exception:
+    for sample in taken:
+        if isinstance(sample, Exception):
+            return sample
+    read = [sample for sample in taken if not isinstance(sample, Exception)]
     return Batch(
-        samples.collate([sample.value for sample in taken]),
-        [sample.name for sample in taken],
-        [name for sample in taken for name in sample.skipped],
+        samples.collate([sample.value for sample in read]),
+        [sample.name for sample in read],
+        [name for sample in read for name in sample.skipped],
     )
 
 

@@ -219,12 +219,12 @@ class Trainer:
 
     def _read(self) -> Batch:
         try:
-            return next(self._batches)
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
-            if not self.recipe.workers or str(error).startswith("Caught "):  # it is the samples' own
-                raise
-            # a batch was just being handed over
+            batch = next(self._batches)
+        except (ConnectionError, EOFError, FileNotFoundError):  # it was killed while it handed one over
             raise ProcessLostError(READER_LOST) from None
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
 
     def _moved(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), inputs)

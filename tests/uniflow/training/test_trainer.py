@@ -2,6 +2,7 @@ import functools
 import math
 import multiprocessing
 import os
+import re
 import signal
 from dataclasses import dataclass, replace
 
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.conftest import smooth_picture
 from tests.uniflow.training.conftest import Heard, small_crops, small_objective
 from uniflow import UniFlow
 from uniflow.data import PictureList, RandomCrops, Sample
 from uniflow.metrics import psnr, ssim
 from uniflow.normalization import normalize, to_uint8
-from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
 from uniflow.training import Stage
 from uniflow.training.processes import Processes, ProcessLostError
 from uniflow.training.validation import ReconstructionValidator
@@ -294,6 +296,19 @@ def test_processes_share_the_pictures_to_validate_on(picture_folder):
     psnr_sum, ssim_sum, pictures = sum(totals).tolist()
     assert pictures == 3
     assert alone.scores == pytest.approx({"psnr": psnr_sum / 3, "ssim": ssim_sum / 3})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_ends_the_run_in_its_own_words(make, tmp_path, workers):
+    for number in range(2):
+        smooth_picture((20, 20), number).save(tmp_path / f"{number}.png")
+    crops = RandomCrops(PictureList({path.name: path for path in tmp_path.iterdir()}), 16)
+    trainer = make(steps=100, crops=crops, workers=workers)
+    trainer.optimizer.register_step_post_hook(lambda *_: [path.unlink() for path in tmp_path.iterdir()])
+    with pytest.raises(PictureError) as caught:
+        trainer.run()
+    assert re.fullmatch("none of the 2 pictures can be read; the last: .*png", str(caught.value))
+    assert ["in __getitem__" in note for note in getattr(caught.value, "__notes__", [])] == [True] * workers
 
 
 def test_a_reader_that_is_killed_ends_the_run_with_a_message(make):
