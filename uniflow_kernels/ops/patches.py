@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def patch_grid(tokens: int, patch_size: int, size: tuple[int, int] | None = None
         ValueError: if `size` is no multiple of the patch, or `tokens` does not fit it, or is no square without it.
     """
     if size is None:
-        side = math.isqrt(tokens)
+        side = round(tokens**0.5)  # math.isqrt cannot be compiled for any number
         if side * side != tokens:
             raise ValueError(f"size: {tokens} tokens form no square grid; give size=(height, width) in pixels")
         return side, side
