@@ -105,6 +105,7 @@ def sample(
 
     Raises:
         ModuleNotFoundError: for "dpm-solver++" without diffusers, naming the extra.
+        TypeError: if condition or noise is not floating point.
         ValueError: for an unknown method, a head of other channels, guidance without a null condition, eta out of
             range, shapes that do not fit.
 
@@ -126,6 +127,9 @@ def sample(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    for name, given in (("condition", condition), ("noise", noise)):
+        if not given.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {given.dtype}")
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
     null_condition = None if cfg == 1.0 else null_condition
     if method == "dpm-solver++":

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from uniflow_kernels.ops.noise import where_drawn
 from uniflow_kernels.torch_private import constant
 
 
@@ -25,10 +26,9 @@ def draw_orders(
     """
     if order == "raster":
         return torch.arange(tokens, device=device).expand(batch, tokens)
-    drawn_on = device if generator is None else generator.device
-    return (
-        torch.rand(batch, tokens, dtype=torch.float32, device=drawn_on, generator=generator).argsort(dim=1).to(device)
-    )
+    drawn_on = where_drawn(generator, device)
+    drawn = torch.rand(batch, tokens, dtype=torch.float32, device=drawn_on, generator=generator)
+    return drawn.argsort(dim=1).to(device)
 
 
 @lru_cache
