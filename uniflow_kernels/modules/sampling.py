@@ -96,7 +96,7 @@ class Conditioned:
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
-        on_device = torch.stack([torch.full((), t, device=condition.device) for t in times])
+        on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=condition.device) for t in times])
         self.embedded = head.time_embed(on_device)
         self.index = {time: i for i, time in enumerate(times)}
         self.ahead = _Ahead.of(head, self.embedded, self.c, self.null) if ahead else None
