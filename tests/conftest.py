@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,39 @@ def within_twice() -> Callable[..., None]:
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
     return check
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def same_bits(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[[], list[object]]], None]]:
+    """Check that a call gives the same values under PyTorch's own and another default dtype or device.
+
+    "meta" stands for any other device, since what is made there holds nothing.
+    """
+
+    def made_anew(call: Callable[[], list[object]]) -> list[object]:
+        for name, module in list(sys.modules.items()):
+            for value in list(vars(module).values()) if name.startswith("uniflow") else ():
+                getattr(value, "cache_clear", int)()  # what is made once is made under the default that holds now
+        torch.manual_seed(0)
+        return call()
+
+    def check(call: Callable[[], list[object]]) -> None:
+        expected = made_anew(call)
+        if request.param == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(request.param)
+        for ours, theirs in zip(made_anew(call), expected, strict=True):
+            if isinstance(theirs, Tensor):
+                assert isinstance(ours, Tensor)
+                assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours == theirs
+
+    yield check
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -106,9 +106,9 @@ def storage_of(tensor: Tensor) -> int:
 # --- registered ops ---
 
 
-def argument_types(op: Any) -> list[str]:
-    """The types of an op's arguments, such as "Tensor?"."""
-    return [str(argument.type) for argument in op._schema.arguments]
+def argument_types(op: Any) -> dict[str, str]:
+    """The types of an op's arguments, such as "Tensor?", by their names, in their order."""
+    return {argument.name: str(argument.type) for argument in op._schema.arguments}
 
 
 def number_of_outputs(op: Any) -> int:

@@ -333,6 +333,7 @@ class FlowHead(nn.Module):
             [..., in_channels], in the condition's dtype.
 
         Raises:
+            TypeError: if condition or noise is not floating point.
             ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
         """
         plan = Plan(steps, schedule, solver, cfg, cfg_interval)
