@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -29,6 +30,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
+        from uniflow.checkpoint import NotFiniteWarning
         from uniflow.cli.app import app
         from uniflow.cli.inputs import InputError
         from uniflow.pictures import PictureError
@@ -36,13 +38,14 @@ def _run(arguments: Sequence[str]) -> int:
         if (message := explain(error)) is None:
             raise
         return _fail(message)
+    warnings.simplefilter("error", NotFiniteWarning)  # nothing can be made of such weights
     try:
         # without standalone mode errors come as exceptions, and an exit status as the result
         status = app(args=list(arguments), prog_name="uniflow", standalone_mode=False) or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # help, too, may go where there is no room
         return status
-    except (InputError, PictureError, FloatingPointError) as error:
+    except (InputError, PictureError, FloatingPointError, NotFiniteWarning) as error:
         return _fail(str(error))
     except (BrokenPipeError, SystemExit):  # whoever read the output has seen enough; Typer makes the latter of it
         _stop_output()
