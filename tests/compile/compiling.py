@@ -112,7 +112,7 @@ def compile_one(request: Request) -> Compiled:
             [((index,), kinds)] if isinstance(kinds, str) else [((index, i), kind) for i, kind in enumerate(kinds)]
         )
     ]
-    never = [kernel.arg_names.index(name) for name in kernel.do_not_specialize or ()]
+    never = [place for place, name in enumerate(kernel.arg_names) if name in (kernel.do_not_specialize or ())]
     aligned = {
         place: [["tt.divisibility", 16]]
         for place, kind in places
