@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import check_reset
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.encoder import resize_position_embedding
 
@@ -173,6 +174,12 @@ def test_no_pictures(tiny):
     assert model(images(16, 16, batch=0)).shape == (0, 3, 16, 16)
 
 
+def complex_at(place):
+    """What `velocity` takes, one of it complex."""
+    given = [torch.zeros(1, 16, 48), torch.zeros(1), torch.zeros(1, 16, 64)]
+    return [tensor.to(torch.complex64) if i == place else tensor for i, tensor in enumerate(given)]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -199,6 +206,17 @@ def test_no_pictures(tiny):
             lambda m: m.velocity(torch.zeros(1, 15, 48), torch.zeros(1), torch.zeros(1, 16, 64)),
             ValueError,
             "x: expected",
+        ),
+        (
+            lambda m: m.velocity(torch.zeros(1, 16, 48), torch.zeros(1), torch.zeros(1, 16, 63)),
+            ValueError,
+            r"condition: expected shape \[B, N, 64\]",
+        ),
+        (lambda m: m.condition(torch.zeros(1, 16, 8, dtype=torch.complex64)), TypeError, "latents: expected a float"),
+        (lambda m: m.decode(torch.zeros(1, 16, 8, dtype=torch.complex64)), TypeError, "latents: expected a float"),
+        *(
+            (lambda m, i=i: m.velocity(*complex_at(i)), TypeError, f"{name}: expected (a float|real).*complex64")
+            for i, name in enumerate(("x", "t", "condition"))
         ),
     ],
 )
@@ -304,3 +322,17 @@ def test_random_weights_follow_the_seed():
     two = UniFlow(UniFlowConfig.preset("tiny"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert all(torch.isfinite(p).all() for p in one.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_type": "rms_norm", "qk_normalization": True, "initializer_factor": 0.1}]
+)
+def test_reset_parameters_leaves_nothing_as_it_was(changes):
+    check_reset(lambda: UniFlow(UniFlowConfig.preset("tiny", **changes)))
+
+
+def test_a_model_made_without_memory_can_be_started(tiny):
+    with torch.device("meta"):
+        model = UniFlow(UniFlowConfig.preset("tiny"))
+    model.to_empty(device="cpu").reset_parameters()
+    assert torch.isfinite(model(images(32, 32))).all()

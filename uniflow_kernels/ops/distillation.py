@@ -246,7 +246,7 @@ def _cosine_distances(
 ) -> tuple[Tensor, list[Tensor]]:
     batch, length, _ = student[0].shape
     gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
-    distances = torch.empty(len(student), batch, length - skip_tokens, device=student[0].device)
+    distances = student[0].new_empty(len(student), batch, length - skip_tokens, dtype=torch.float32)
     kernels = _kernels(student, teacher)
     compute = plain_cosine_distances if kernels is None else kernels.cosine_distances
     compute(student, teacher, skip_tokens, gradients, distances)
@@ -269,13 +269,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
     ctx.tokens = student[0].shape[0] * (student[0].shape[1] - skip_tokens)
 
 
-def _backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     factors = incoming / max(1, ctx.tokens)
     gradients = [
         scaled(gradient, factor) if wanted else None
         for gradient, factor, wanted in zip(ctx.saved_tensors, factors.unbind(), ctx.wanted, strict=True)
     ]
-    return gradients, [None] * ctx.layers, None, None
+    return {"student": gradients, "teacher": [None] * ctx.layers}
 
 
 cosine_distances_op = register(

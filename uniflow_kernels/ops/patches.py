@@ -169,8 +169,8 @@ def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.grid = images.shape[2] // ctx.patch_size, images.shape[3] // ctx.patch_size
 
 
-def _patchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
-    return unpatchify_op(incoming, ctx.patch_size, *ctx.grid), None
+def _patchify_backward(ctx: Any, incoming: Tensor) -> dict[str, Any]:
+    return {"images": unpatchify_op(incoming, ctx.patch_size, *ctx.grid)}
 
 
 patchify_op = register(
@@ -203,8 +203,8 @@ def _unpatchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     _, ctx.patch_size, *_ = inputs
 
 
-def _unpatchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
-    return patchify_op(incoming, ctx.patch_size), None, None, None
+def _unpatchify_backward(ctx: Any, incoming: Tensor) -> dict[str, Any]:
+    return {"rows": patchify_op(incoming, ctx.patch_size)}
 
 
 unpatchify_op = register(

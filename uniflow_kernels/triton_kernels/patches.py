@@ -13,6 +13,9 @@ from uniflow_kernels.triton_kernels import unit_of
 _TOKENS = 16
 _COLUMNS = 128
 _WARPS = 4
+# a kernel is not compiled anew, for half a second, because one of these became 1 or a multiple of 16; `across` and the
+# number of tokens stay out of it: without what is known of them the registers triple
+GRID = ("batch", "down")
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def pixels_of(columns, stride_channel, stride_row, stride_column, PATCH: tl.cons
     return channel, channel.to(tl.int64) * stride_channel + (line * stride_row + left * stride_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def patches_kernel(
     images, rows, tokens_in_all, batch, down, across, length,
     stride_image, stride_channel, stride_row, stride_column, rows_image, rows_token, rows_column,
@@ -78,7 +81,24 @@ def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
     unit = unit_of(length, *rows.stride()[:2])
     with torch.cuda.device_of(images):
         patches_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(length, _COLUMNS))](
-            images, rows, tokens, batch, height // patch_size, width // patch_size, length // unit,
-            *images.stride(), rows.stride(0) // unit, rows.stride(1) // unit, rows.stride(2),
-            PATCH=patch_size, CUT=cut, UNIT=unit, TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=_WARPS,
-        )  # fmt: skip
+            images=images,
+            rows=rows,
+            tokens_in_all=tokens,
+            batch=batch,
+            down=height // patch_size,
+            across=width // patch_size,
+            length=length // unit,
+            stride_image=images.stride(0),
+            stride_channel=images.stride(1),
+            stride_row=images.stride(2),
+            stride_column=images.stride(3),
+            rows_image=rows.stride(0) // unit,
+            rows_token=rows.stride(1) // unit,
+            rows_column=rows.stride(2),
+            PATCH=patch_size,
+            CUT=cut,
+            UNIT=unit,
+            TOKENS=_TOKENS,
+            COLUMNS=_COLUMNS,
+            num_warps=_WARPS,
+        )
