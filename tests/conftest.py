@@ -148,6 +148,23 @@ def tiny() -> Callable[..., UniFlow]:
     return make
 
 
+def derivative_error(function: Callable[[], Tensor], leaves: list[Tensor]) -> float:
+    """How far the gradient of a scalar is from its finite difference, relative, in a random direction of all leaves."""
+    leaves = [leaf for leaf in leaves if leaf.is_floating_point()]
+    gradients = torch.autograd.grad(function(), leaves, allow_unused=True)
+    generator = torch.Generator().manual_seed(5)
+    directions = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves]
+    step, values = 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=sign * step)
+        values.append(function().item())
+    found = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
+    exact = (values[0] - values[1]) / (2 * step)
+    return abs(float(found) - exact) / abs(exact)
+
+
 @pytest.fixture
 def within_twice() -> Callable[..., None]:
     """The 2x rule: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus a floor."""
