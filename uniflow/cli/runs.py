@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -71,6 +72,8 @@ def train_as_written(
     check_folder(out)
     if run.tensorboard:
         check_installed("tensorboard")
+        if os.fsencode(out) != str(out).encode(errors="replace"):
+            raise InputError(f"{out}: TensorBoard writes to folders whose names are UTF-8; or say tensorboard: false")
     chosen = choose_device(device)
     settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", "out", "tensorboard")}
     with joined(chosen) as (processes, own_device):
