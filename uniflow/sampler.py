@@ -270,7 +270,7 @@ class Decoder:
         self.size = size
         self._graphs = GraphCache("Decoder")
         if sampler.model.device.type == "cuda":
-            latents = torch.zeros(batch, tokens, config.latent_ch, device=sampler.model.device)
+            latents = torch.zeros(batch, tokens, config.latent_ch, dtype=torch.float32, device=sampler.model.device)
             for _ in range(2):  # the second of a kind is captured
                 self(latents, seed=0)
 
@@ -343,7 +343,7 @@ class Decoder:
 
 def _copied(images: Tensor, copies: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
     """A copy in pinned memory, and what says that it is there."""
-    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host = torch.empty(images.shape, dtype=images.dtype, device="cpu", pin_memory=True)
     copies.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(copies):
         host.copy_(images, non_blocking=True)

@@ -37,10 +37,10 @@ def noise_seed(generator: torch.Generator | None = None) -> int:
         waits for the GPU.
     """
     if generator is None or where_drawn(generator, torch.device("cpu")).type == "cpu":
-        return int(torch.randint(2**63 - 1, (), generator=generator))
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu", generator=generator))
     position = generator.get_offset()
     generator.set_offset(position + 4)  # a position counts 32-bit numbers, and moves in fours
-    counter = [torch.tensor(half) for half in (position & _LOW, position >> 32, 0, 0)]
+    counter = [torch.tensor(half, dtype=torch.int64, device="cpu") for half in (position & _LOW, position >> 32, 0, 0)]
     low, high = (int(word) for word in philox(counter, generator.initial_seed())[:2])
     return (high << 32 | low) >> 1
 
@@ -104,7 +104,7 @@ def seeded_noise(
             for its device: all its 64 bits count.
     """
     number, held = seed_of(seed, offset, torch.device(device), first_row, groups=True)
-    seeds = torch.full((1,), number, device=device) if held is None else held
+    seeds = torch.full((1,), number, dtype=torch.int64, device=device) if held is None else held
     groups = seeds.shape[0]
     if rows % groups if groups else rows:
         raise ValueError(f"rows: expected as many for each of {groups} seeds, got {rows}")
@@ -152,12 +152,12 @@ def plain_seeded_noise(
     keys = seed.view(-1, 1) if isinstance(seed, Tensor) else seed
     groups = len(keys) if isinstance(keys, Tensor) else 1
     quads, in_group = -(-columns // 4), rows // max(1, groups)
-    noise = torch.empty(groups, in_group, columns, device=device)
+    noise = torch.empty(groups, in_group, columns, dtype=torch.float32, device=device)
     limit = (_CHUNK if noise.device.type == "cpu" else 1 << 24) // max(1, quads)  # rows
     at_once, in_piece = max(1, limit // max(1, in_group)), max(1, limit)
     for start, top in itertools.product(range(0, groups, at_once), range(0, in_group, in_piece)):
         part = noise[start : start + at_once, top : top + in_piece]
-        number = torch.arange(part.shape[1] * quads, device=device) + (first_row + top) * quads
+        number = torch.arange(part.shape[1] * quads, dtype=torch.int64, device=device) + (first_row + top) * quads
         number = number.expand(len(part), -1)
         counter = [number & _LOW, number >> 32, number & 0, number & 0]
         counter[2] += offset & _LOW
@@ -166,7 +166,7 @@ def plain_seeded_noise(
         if columns % 4 == 0:
             box_muller(words, part.view(*number.shape, 4))
         else:
-            normals = torch.empty(*number.shape, 4, device=device)
+            normals = noise.new_empty(*number.shape, 4)
             box_muller(words, normals)
             part.copy_(normals.view(*part.shape[:2], quads * 4)[..., :columns])
     return noise.view(rows, columns)
