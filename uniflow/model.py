@@ -173,6 +173,7 @@ class UniFlow(nn.Module):
             [B, N, D].
 
         Raises:
+            TypeError: if they are not floating point.
             ValueError: if the shape does not fit the model or `size`.
         """
         self.check_latents(latents)
@@ -186,10 +187,11 @@ class UniFlow(nn.Module):
         return x + resize_position_embedding(self.decoder_pos_embed, grid)
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raise a ValueError unless they are [B, N, latent_ch]."""
+        """Raise an error unless they are [B, N, latent_ch], float."""
         _refuse_tracing()
         if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
             raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
+        _check_float(latents=latents)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The flow head's velocity at x and t.
@@ -203,9 +205,13 @@ class UniFlow(nn.Module):
             [B, N, C*P*P], an estimate of image - noise.
 
         Raises:
+            TypeError: if x or the condition is not floating point, or t is complex.
             ValueError: if the shapes do not fit together.
         """
         _refuse_tracing()
+        width = self.config.vit_hidden_size
+        if condition.ndim != 3 or condition.shape[-1] != width:
+            raise ValueError(f"condition: expected shape [B, N, {width}], got {tuple(condition.shape)}")
         expected = (*condition.shape[:2], self.config.patch_values)
         if x.shape != expected:
             raise ValueError(f"x: expected shape {expected}, one row of pixels a token, got {tuple(x.shape)}")
@@ -213,6 +219,9 @@ class UniFlow(nn.Module):
             raise ValueError(
                 f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}"
             )
+        _check_float(x=x, condition=condition)
+        if t.is_complex():
+            raise TypeError(f"t: expected real numbers, got {t.dtype}")
         t = t.unsqueeze(-1) if t.ndim == 1 else t
         return self.flow_head.velocity(x.to(self.dtype), t, condition)
 
@@ -259,7 +268,7 @@ class UniFlow(nn.Module):
             gradient is wanted.
 
         Raises:
-            TypeError: if noise or seeds have a dtype that does not fit.
+            TypeError: if latents, noise or seeds have a dtype that does not fit, or the generator is none.
             ValueError: if a shape does not fit, for an unknown schedule or solver, a seed out of range, more than one
                 of noise, generator and seed, or memory that is not enough.
         """
@@ -429,6 +438,12 @@ class UniFlow(nn.Module):
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
+
+
+def _check_float(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
 
 
 def _refuse_tracing() -> None:

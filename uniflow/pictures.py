@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -27,6 +30,48 @@ class PictureError(ValueError):
 
 class TooLargeError(PictureError):
     """A picture of more pixels than are allowed."""
+
+
+class _Warnings:
+    """Warnings of Pillow begin with the name of the picture that their thread reads.
+
+    What Python has to record them takes those of all threads, and where two overlap none is heard afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[int, str] = {}  # by thread
+        self._changed = ExitStack()
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._lock:
+            if not self._names:
+                self._change()
+            self._names[thread] = name
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._names[thread]
+                if not self._names:
+                    self._changed.close()
+
+    def _change(self) -> None:
+        show = warnings.showwarning
+
+        def named(message: Warning | str, *rest: Any, **options: Any) -> None:
+            name = self._names.get(threading.get_ident())
+            show(message if name is None else f"{name}: {message}", *rest, **options)
+
+        self._changed.enter_context(warnings.catch_warnings())
+        warnings.showwarning = named
+        # a text that was there before is another one with another name; what the user filters comes first
+        warnings.filterwarnings("always", module="PIL", append=True)
+
+
+_warnings = _Warnings()
 
 
 def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | None = None) -> Image.Image:
@@ -54,11 +99,8 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
             raise
         except ValueError as error:
             raise PictureError(str(error)) from None
-    with warnings.catch_warnings(record=True) as said:
-        picture = _open(file, name, largest)
-    for warning in said:
-        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
-    return picture
+    with _warnings.naming(name):
+        return _open(file, name, largest)
 
 
 def _open(file: Path | BinaryIO, name: str, largest: int | None) -> Image.Image:

@@ -302,7 +302,9 @@ class HuggingFaceEmbeddings(nn.Module):
         self.takes_patches = "spatial_shapes" in accepted  # SigLIP2: rows of pixels, and how they lie
         self.can_interpolate = "interpolate_pos_encoding" in accepted
         # from ImageNet's statistics to its own: x*scale + shift
-        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)])[:, :, None, None]
+        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)], dtype=torch.float32)[
+            :, :, None, None
+        ]
         self.rescales = not torch.equal(statistics[:2], statistics[2:])
         self.register_buffer("scale", statistics[1] / statistics[3], persistent=False)
         self.register_buffer("shift", (statistics[0] - statistics[2]) / statistics[3], persistent=False)
@@ -320,7 +322,7 @@ class HuggingFaceEmbeddings(nn.Module):
             down, across = size[0] // patch, size[1] // patch
             images = images[..., : down * patch, : across * patch]
             rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-            grid = torch.tensor([[down, across]]).expand(images.shape[0], 2)
+            grid = torch.tensor([[down, across]], device="cpu").expand(images.shape[0], 2)
             return self.norm(self.embed(rows, grid))
         if self.can_interpolate:
             return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))
@@ -333,7 +335,7 @@ class HuggingFaceEmbeddings(nn.Module):
         side = lines * self.patch_size
         device = next(self.embed.parameters()).device
         places = sorted({0, min(1, lines * lines - 1), lines * lines - 1})
-        images = torch.zeros(1 + len(places), channels, side, side, device=device)
+        images = torch.zeros(1 + len(places), channels, side, side, dtype=torch.float32, device=device)
         for image, place in zip(images[1:], places, strict=True):
             top, left = (self.patch_size * at for at in divmod(place, lines))
             image[:, top : top + self.patch_size, left : left + self.patch_size] = 1.0

@@ -112,7 +112,12 @@ def compile_one(request: Request) -> Compiled:
             [((index,), kinds)] if isinstance(kinds, str) else [((index, i), kind) for i, kind in enumerate(kinds)]
         )
     ]
-    aligned = {place: [["tt.divisibility", 16]] for place, kind in places if kind == "i32" or kind.startswith("*")}
+    never = [place for place, name in enumerate(kernel.arg_names) if name in (kernel.do_not_specialize or ())]
+    aligned = {
+        place: [["tt.divisibility", 16]]
+        for place, kind in places
+        if (kind == "i32" and place[0] not in never) or kind.startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=request.constexprs, attrs=aligned)
     options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
     with redirect_stdout(io.StringIO()) as said:  # what ptxas warns of; see `_environment`

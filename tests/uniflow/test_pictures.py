@@ -2,6 +2,7 @@ import io
 import os
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -156,6 +157,18 @@ def test_warnings_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
     with pytest.warns(Image.DecompressionBombWarning, match=r"x\.png: Image size \(200 pixels\)"):
         open_picture(tmp_path / "x.png")
+
+
+def test_threads_hear_every_warning(tmp_path, monkeypatch):
+    for name in "abcd":
+        smooth_picture((20, 10), 0).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    with warnings.catch_warnings(record=True) as heard, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: open_picture(tmp_path / f"{'abcd'[i % 4]}.png"), range(100)))
+        warnings.warn("afterwards", UserWarning, stacklevel=1)
+    names = [str(warning.message).split(":")[0] for warning in heard]
+    assert sorted(names[:-1]) == sorted(25 * [str(tmp_path / f"{name}.png") for name in "abcd"])
+    assert names[-1] == "afterwards"
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -7,10 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
 
-from tests.conftest import check_reset, randomize
-from uniflow_kernels import FlowHead
+from tests.conftest import check_reset, derivative_error, randomize
+from uniflow_kernels import FlowHead, backend
 
 
 def plain_head(p, x, t, c):
@@ -145,6 +147,28 @@ def test_several_conditions_at_the_same_x(options, gradients):
         assert torch.allclose(out, head.from_embedding(x, y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_hooks_fire_once_for_each_module(options):
+    """On all modules at once: those that are called are those that there are."""
+    head, calls = randomize(FlowHead(24, 64, 24, 40, 4, **options)), []
+    for name, module in head.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: calls.append(name))
+    expected = sorted(name for name, _ in head.named_modules() if name != "res_blocks")  # a list is not called
+    head(*make_inputs())
+    assert sorted(calls) == expected
+
+
+def test_hooks_on_all_modules_fire():
+    head, calls = make_head(), []
+    handle = register_module_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
+    try:
+        head(*make_inputs())
+    finally:
+        handle.remove()
+    assert calls.count("FlowBlock") == 3
+    assert calls.count("FinalLayer") == calls.count("FlowHead") == 1
+
+
 def test_no_rows():
     head = make_head()
     x, t, c = make_inputs(0)
@@ -174,6 +198,67 @@ def test_strided_inputs():
 def test_wrong_shapes_name_the_argument(name, inputs):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         make_head()(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("x", torch.Tensor.cfloat), ("t", torch.Tensor.cfloat), ("c", torch.Tensor.cfloat), ("x", torch.Tensor.int)],
+)
+def test_dtypes_that_are_no_numbers_for_it_name_the_argument(name, change):
+    inputs = dict(zip("xtc", make_inputs(5), strict=True))
+    inputs[name] = change(inputs[name])
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        make_head()(**inputs)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with an int8 weight and a scale a row, as weight-only quantization has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        exact = layer.weight.detach().float()
+        scale = exact.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (exact / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class PackedLinear(torch.nn.Module):
+    """One whose weight is a method, as in torch's own quantized layers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = Int8Linear(layer)
+
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "dtype"),
+    [
+        *[(Int8Linear, True, torch.float32), (Int8Linear, True, torch.bfloat16), (Int8Linear, False, torch.float32)],
+        (PackedLinear, True, torch.float32),
+    ],
+)
+def test_quantized_layers(kind, bias, dtype):
+    """The sinusoids were rounded to the weight's dtype, int8: to -1, 0 and 1."""
+    head = randomize(FlowHead(24, 64, 24, 40, 3, bias=bias)).to(dtype)
+    x, t, c = make_inputs(dtype=dtype)
+    expected = head(x, t, c).float()
+    for module in list(head.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is torch.nn.Linear:
+                setattr(module, name, kind(layer))
+    error = (head(x, t, c).float() - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.05
+    assert head.explain().startswith("flow_head: plain PyTorch")
 
 
 def test_starts_at_zero_velocity():
@@ -219,6 +304,41 @@ def test_copies_pickles_and_functional_calls():
     assert torch.equal(copy.deepcopy(head)(*inputs), expected)
     assert torch.equal(pickle.loads(pickle.dumps(head))(*inputs), expected)
     assert torch.equal(functional_call(head, dict(head.named_parameters()), inputs), expected)
+
+
+def by_func(function, x, dx):
+    return torch.func.jvp(function, (x,), (dx,))[1]
+
+
+def by_dual_numbers(function, x, dx):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, dx))).tangent
+
+
+@pytest.mark.parametrize("derivative", [by_func, by_dual_numbers])
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "mlp": "swiglu"}, {"recompute": "block"}, {"hooks": True}])
+def test_gradients_of_forward_mode_derivatives(derivative, options):
+    """Against finite differences: torch's own layer norm gives wrong ones."""
+    hooks = options.get("hooks")
+    head = randomize(FlowHead(4, 8, 4, 6, 2, **{} if hooks else options)).double()
+    if hooks:
+        for module in (head.res_blocks[0], head.res_blocks[1].in_ln, head.final_layer.norm_final):
+            module.register_forward_hook(lambda *_: None)
+    x, dx, c = (torch.randn(3, size, dtype=torch.float64) for size in (4, 4, 6))
+    t, parameters = torch.rand(3), list(head.parameters())
+
+    def loss():
+        tangent = derivative(lambda x: head(x, t, c), x, dx)
+        return (tangent * torch.arange(12.0).view(3, 4)).sum()
+
+    assert derivative_error(loss, [x.requires_grad_(), *parameters]) < 1e-6
+
+
+def test_dual_numbers_are_not_for_the_kernels():
+    head = make_head()
+    x, t, c = make_inputs(3)
+    with backend("triton"), pytest.raises(ValueError, match="nor for dual numbers"):
+        by_dual_numbers(lambda x: head(x, t, c), x, x)
 
 
 def test_runs_are_equal_to_the_bit():

@@ -37,7 +37,13 @@ MaxMemory = Annotated[
     typer.Option(help="Memory for the model's work beside weights and pictures, as in 2GB.", show_default=False),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read pictures, and as many that write them.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at a file of a folder that cannot be read, which is else skipped.")
+]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Pixels (width times height) that a picture to read may have.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results as an object of JSON a line.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+_MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte
 Config = Annotated[Path, typer.Argument(help="YAML file, as those in examples/.", show_default=False)]
 RunFolder = Annotated[
     Path | None,
@@ -102,16 +108,21 @@ def reconstruct(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force)
+    given = Given(pictures, strict, max_pixels)
+    reconstruct(given, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
 
 
 @app.command()
@@ -123,15 +134,19 @@ def encode(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode pictures into one file of latents."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import encode
 
-    encode(pictures, checkpoint, out, keep_size, batch_size, parse_memory(max_memory), workers, dtype, device, force)
+    given, memory = Given(pictures, strict, max_pixels), parse_memory(max_memory)
+    encode(given, checkpoint, out, keep_size, batch_size, memory, workers, dtype, device, force)
 
 
 @app.command()
@@ -179,23 +194,28 @@ def evaluate(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device)
+    given = Given([folder], strict, max_pixels)
+    evaluate(given, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what is installed here, what each op would run on, and why not something faster."""
     from uniflow.cli.doctor import doctor
 
-    doctor()
+    doctor(as_json)
 
 
 unifluid = typer.Typer(
@@ -258,10 +278,13 @@ def unifluid_ask(
     ],
     longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
     batch_size: BatchSize = 16,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Answer a question about pictures: a line each, the file, a tab and the answer."""
+    from uniflow.cli.files import Given
     from uniflow.cli.unifluid import ask
 
-    ask(pictures, question, checkpoint, vision, longest, batch_size, dtype, device)
+    ask(Given(pictures, strict, max_pixels), question, checkpoint, vision, longest, batch_size, dtype, device)

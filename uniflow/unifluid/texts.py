@@ -126,9 +126,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def padded(rows: Sequence[Sequence[int] | Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
     length = max(map(len, rows), default=0)
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.int64, device="cpu")
+    real = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
     for row, own in enumerate(rows):
-        ids[row, length - len(own) :] = torch.as_tensor(own)
+        ids[row, length - len(own) :] = torch.as_tensor(own, device="cpu")
         real[row, length - len(own) :] = True
     return ids, real

@@ -22,12 +22,20 @@ from uniflow_kernels.ops.flow_blocks import (
     block_after_block,
     final_norm,
     flow_block,
+    layer_norm,
     swiglu,
 )
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
 from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
+from uniflow_kernels.torch_private import (
+    children_of,
+    is_any_hooked,
+    is_forward_mode,
+    is_hooked,
+    is_transforming,
+    parameters_of,
+)
 
 FINAL = "final_layer"
 MODULATION = "adaLN_modulation"
@@ -161,14 +169,14 @@ class Head:
         blocks = [functools.partial(self._block, block, a) for block in children_in(module, self.blocks)]
         shared = [functools.partial(group, a) for group in children_in(module, GROUPS)] if self.grouped else []
         x = block_after_block(x, blocks, shared, recompute)
-        last = self._final_modulation(module)
-        return final_norm(x, None if last is None else last(a), self.order, parts_of(module)[FINAL].norm_final)
+        last, norm = self._final_modulation(module), _normed_by(parts_of(module)[FINAL].norm_final)
+        return final_norm(x, None if last is None else last(a), self.order, norm)
 
     def _block(self, block: nn.Module, a: Tensor, x: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
         parts: Any = parts_of(block)
         modulation = parts_of(parts[MODULATION])["1"](a) if modulation is None else modulation
-        return flow_block(x, modulation, self.order, parts[self.norm], self.mlp_of(block))
+        return flow_block(x, modulation, self.order, _normed_by(parts[self.norm]), self.mlp_of(block))
 
     def mlp_of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
         """What [..., W] -> [..., W] a block's MLP is."""
@@ -230,6 +238,13 @@ class Head:
         if is_any_hooked():
             return False
         return not any(type(part) not in self.types or is_hooked(part) for part in parts)
+
+
+def _normed_by(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm, but torch's layer norm with the right derivatives of forward-mode derivatives."""
+    if type(norm) is nn.LayerNorm and is_forward_mode() and not is_hooked(norm):
+        return functools.partial(layer_norm, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    return norm
 
 
 def _same_in_all_rows(t: Tensor) -> bool:
