@@ -152,6 +152,15 @@ def test_too_large_is_not_damaged(tmp_path, monkeypatch):
         open_picture(tmp_path / "x.png")
 
 
+def test_a_file_of_terabytes_is_not_read(tmp_path):
+    """The reader of WebP takes all of it into memory."""
+    with (tmp_path / "x.webp").open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\xffWEBPVP8 ")
+        file.truncate(1 << 40)
+    with pytest.raises(TooLargeError, match=r"x\.webp is too large: 1099511627776 bytes, at most 2147483648 are read"):
+        open_picture(tmp_path / "x.webp")
+
+
 def test_warnings_name_the_file(tmp_path, monkeypatch):
     smooth_picture((20, 10), 0).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
