@@ -327,6 +327,8 @@ def test_empty_batches():
     loss = velocity_loss(velocity, images, 4, seed=0)
     assert loss == 0
     assert torch.autograd.grad(loss, velocity)[0].shape == velocity.shape
+    losses = velocity_loss(velocity, images, 4, seed=0, reduction="none")
+    assert torch.autograd.grad(losses, velocity, torch.ones(0, 6))[0].shape == velocity.shape
 
 
 def test_registered_ops_are_sound():
@@ -382,6 +384,11 @@ def test_compiles_whole_and_once(dtype):
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.zeros(2).long()), ValueError, r"seed: .*\[\] or \[1\]"),
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.tensor(1, device="meta")), ValueError, "seed: .*device"),
         (lambda i, n, v: interpolate(i.long(), torch.zeros(2), 4, n), TypeError, "images: .*uint8, got torch.int64"),
+        (lambda i, n, v: interpolate(i + 0j, torch.zeros(2), 4, n), TypeError, "images: .*got torch.complex64"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n + 0j), TypeError, "noise: .*got torch.complex64"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2) + 0j, 4, n), TypeError, "t: expected real .*torch.complex64"),
+        (lambda i, n, v: velocity_loss(v + 0j, i, 4, n), TypeError, "velocity: .*got torch.complex64"),
+        (lambda i, n, v: velocity_loss(v, i, 4, n, weights=torch.ones(2, 6) + 0j), TypeError, "weights: expected real"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, columns=40), ValueError, "columns: .*48, got 40"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, repeats=0), ValueError, "repeats: expected at least 1"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, mean=[0.0] * 3), ValueError, "mean, std: "),

@@ -81,6 +81,8 @@ def interpolate_from(source: Source, t: Tensor, columns: int | None, dtype: torc
     rows, images = source.rows, source.images
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
+    if t.is_complex():
+        raise TypeError(f"t: expected real numbers, got {t.dtype}")
     if dtype is None:
         x0 = source.noise
         dtype = images.dtype if images.is_floating_point() else torch.float32 if x0 is None else x0.dtype
@@ -155,6 +157,8 @@ def velocity_loss_from(
     check_weights(weights, mask, rows[:2])
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+    if weights is not None and weights.is_complex():
+        raise TypeError(f"weights: expected real numbers, got {weights.dtype}")
     if weights is not None and weights.requires_grad:
         raise ValueError(
             'weights: expected constants; to learn them, multiply the losses of reduction="none" with them'
