@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from uniflow.reading import check_file
 
 # by Pillow's names: those whose readers are Pillow's own and start no other program, as that of EPS would
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
+_LARGEST_FILE = 1 << 31  # bytes, unless more pixels are allowed than fit; readers of some formats take it whole
 _STRIP = 64  # times as long as the size that is cut out of it
+
+# what Pillow logs it raises as well, but where no one listens Python would print it, without the picture's name
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class PictureError(ValueError):
@@ -29,7 +32,7 @@ class PictureError(ValueError):
 
 
 class TooLargeError(PictureError):
-    """A picture of more pixels than are allowed."""
+    """A picture of more pixels, or bytes, than are allowed."""
 
 
 class _Warnings:
@@ -83,11 +86,12 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
     Args:
         file: one of `FORMATS`, whatever it is called.
         name: for errors and warnings; the file's path if not given.
-        largest: how many pixels it may have. Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, holds beside it.
+        largest: how many pixels it may have. Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, holds beside it; and
+            a file may have 2 GiB, or 8 bytes for each of the pixels if these are more.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        TooLargeError: if it has more pixels.
+        TooLargeError: if it has more pixels or bytes.
         PictureError: if it is no picture, damaged or truncated, or of floating-point values; or no file to read from
             but a pipe or a device.
     """
@@ -99,6 +103,8 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
             raise
         except ValueError as error:
             raise PictureError(str(error)) from None
+        if (size := file.stat().st_size) > (most := max(_LARGEST_FILE, 8 * (largest or 0))):
+            raise TooLargeError(f"{name} is too large: {size} bytes, at most {most} are read")
     with _warnings.naming(name):
         return _open(file, name, largest)
 

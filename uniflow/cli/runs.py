@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -31,6 +33,8 @@ from uniflow.training.state import read_progress
 from uniflow.training.validation import Validator
 
 R = TypeVar("R", bound=AnyRun)
+
+_MOST_SHARDS = 1_000_000
 
 # what a run leaves in its folder, which may hold other things too
 _OF_A_RUN = (
@@ -71,6 +75,8 @@ def train_as_written(
     check_folder(out)
     if run.tensorboard:
         check_installed("tensorboard")
+        if os.fsencode(out) != str(out).encode(errors="replace"):
+            raise InputError(f"{out}: TensorBoard writes to folders whose names are UTF-8; or say tensorboard: false")
     chosen = choose_device(device)
     settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", "out", "tensorboard")}
     with joined(chosen) as (processes, own_device):
@@ -206,15 +212,25 @@ def check_installed(*modules: str) -> None:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The tar files that a pattern with braces and asterisks stands for."""
-    parts = [pattern]
+    """The tar files that a pattern with braces and asterisks stands for.
+
+    Raises:
+        InputError: for a file that is not there, or a range of more than a million.
+        ValueError: if braces are not closed.
+    """
+    parts: Iterable[str] = [pattern]
     if "{" in pattern:
         check_installed("braceexpand")
         from braceexpand import braceexpand
 
-        parts = list(braceexpand(pattern))
-    shards = [Path(path) for part in parts for path in sorted(glob(part)) or [part]]
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"no such file: {shard}")
+        for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+            if abs(float(last) - float(first)) >= _MOST_SHARDS:  # braceexpand makes a list of them first
+                raise InputError(f"shards: {{{first}..{last}}} stands for more than {_MOST_SHARDS} files")
+        parts = braceexpand(pattern)
+    shards: list[Path] = []
+    for part in parts:
+        for shard in map(Path, sorted(glob(part)) or [part]):
+            if not shard.is_file():
+                raise InputError(f"no such file: {shard}")
+            shards.append(shard)
     return shards

@@ -202,8 +202,8 @@ def _why_not_backend() -> str | None:
 
 
 def _why_not_path(call: Call, path: str) -> str | None:
-    """Why a path cannot serve what the kernels can."""
-    if path != "products":
+    """Why a path cannot serve what the kernels can; in a graph of any number of rows the op finds it out."""
+    if path != "products" or call.rows is None:
         return None
     from uniflow_kernels.triton_kernels import flow_products as products
 
