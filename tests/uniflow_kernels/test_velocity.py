@@ -327,6 +327,8 @@ def test_empty_batches():
     loss = velocity_loss(velocity, images, 4, seed=0)
     assert loss == 0
     assert torch.autograd.grad(loss, velocity)[0].shape == velocity.shape
+    losses = velocity_loss(velocity, images, 4, seed=0, reduction="none")
+    assert torch.autograd.grad(losses, velocity, torch.ones(0, 6))[0].shape == velocity.shape
 
 
 def test_registered_ops_are_sound():

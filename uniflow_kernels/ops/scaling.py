@@ -57,7 +57,7 @@ def split(coefficient: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:
-    if factor.numel() > 1:
+    if factor.numel() != 1:
         # in pieces, since a CPU copies what it multiplies by another dtype
         at_once = max(1, chunk(gradient.device) // max(1, gradient[:1].numel()))
         for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
