@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from tests.conftest import png, smooth_picture, write_shard
 from tests.dropin.stand_ins import Canonical
@@ -36,10 +35,17 @@ def snippets(page):
     return SNIPPET.findall(page.read_text())
 
 
+def shortened(snippet):
+    for long, short in SHORTER.items():
+        snippet = snippet.replace(long, short)
+    made = sorted(Path().glob("runs/one/checkpoints/step-*"))
+    return LAST_STEP.sub(made[-1].name, snippet) if made else snippet
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """What there is after `make demo`, and what the pages suppose beside it; small."""
-    transformers = pytest.importorskip("transformers")
+    transformers, yaml = pytest.importorskip("transformers"), pytest.importorskip("yaml")
     folder = tmp_path_factory.mktemp("clone")
     torch.manual_seed(0)
     demo = UniFlow(UniFlowConfig.preset("tiny"))
@@ -50,11 +56,8 @@ def prepared(tmp_path_factory):
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder / "checkpoints" / "dinov2")
     texts = make_text_tokenizer(["a seven", "which digit?", "seven"], 300)
     texts.save_pretrained(folder / "checkpoints" / "language")
-    llama = {**LLAMA, "max_position_embeddings": 256, "vocab_size": len(texts)}
-    llama.pop("model_type")
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama)).save_pretrained(
-        folder / "checkpoints" / "language"
-    )
+    llama = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 256, "vocab_size": len(texts)})
+    transformers.LlamaForCausalLM(llama).save_pretrained(folder / "checkpoints" / "language")
 
     for name in ("photo.jpg", "folder/a.jpg", "folder/b.jpg", "data/validation/a.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -97,19 +100,14 @@ def test_what_is_printed_runs(page, prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verification, "SECONDS", 0.0)
     names = {"__name__": "__main__"}
     for python, command in snippets(page):
-        for long, short in SHORTER.items():
-            python = python.replace(long, short)
         if python:
-            exec(compile(python, page.name, "exec"), names)
+            exec(compile(shortened(python), page.name, "exec"), names)
         elif not command.startswith(NOT_RUN):
-            made = sorted(Path().glob("runs/one/checkpoints/step-*"))
-            command = LAST_STEP.sub(made[-1].name if made else "", command)
-            arguments = shlex.split(command, comments=True)
+            arguments = shlex.split(shortened(command), comments=True)
             if arguments[0] == "uniflow":
                 assert run(arguments[1:]) == 0, (command, capsys.readouterr().err)
             else:
                 subprocess.run(arguments, check=True)
-    names.clear()
 
 
 def test_every_block_is_of_a_kind_that_is_run():
