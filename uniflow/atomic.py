@@ -31,6 +31,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             temporary.chmod(mode)
             os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename in (None, str(temporary)):
+                raise OSError(error.errno, error.strerror, str(path)) from None  # which file it was about
+            raise
         finally:
             temporary.unlink(missing_ok=True)
     finally:

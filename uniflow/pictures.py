@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from uniflow.reading import check_file
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _LARGEST_FILE = 1 << 31  # bytes, unless more pixels are allowed than fit; readers of some formats take it whole
 _STRIP = 64  # times as long as the size that is cut out of it
+
+# what Pillow logs it raises as well, but where no one listens Python would print it, without the picture's name
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class PictureError(ValueError):

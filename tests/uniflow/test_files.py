@@ -16,6 +16,7 @@ from safetensors import safe_open
 from tests.conftest import smooth_picture
 from tests.uniflow.test_cli import CHECKPOINT, contents, fails, files, ok
 from uniflow import UniFlow
+from uniflow.atomic import replacing
 from uniflow.cli import batches, run, tokenize
 from uniflow.latents import EncodedPicture, write_latents
 
@@ -254,6 +255,34 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(
     before = files(tmp_path)
     assert message.format(t=tmp_path) in fails(capsys, command, source, *CHECKPOINT, "--out", out)
     assert files(tmp_path) == before
+
+
+def test_pictures_are_not_written_over_themselves(capsys, picture_folder, tmp_path):
+    (tmp_path / "link").symlink_to(picture_folder)
+    before = contents(picture_folder)
+    for out in (picture_folder, tmp_path / "link"):
+        wrong = fails(capsys, "reconstruct", picture_folder, *CHECKPOINT, "--out", out, "--force")
+        assert f"{out}/a.png is one of the pictures to read" in wrong
+    assert contents(picture_folder) == before
+
+
+@pytest.mark.parametrize("temporary_name", [False, True])
+def test_errors_of_writing_name_the_file(tmp_path, temporary_name):
+    def write():
+        with replacing(tmp_path / "x.png") as temporary:
+            raise OSError(28, "No space left on device", *([str(temporary)] if temporary_name else []))
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write()
+    assert caught.value.filename == str(tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
+def test_errors_of_reading_name_the_file(capsys, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    for command in ("reconstruct", "decode"):
+        assert "Input/output error: /proc/self/mem" in fails(capsys, command, "/proc/self/mem", *CHECKPOINT, *out)
 
 
 @pytest.mark.parametrize("name", ["latents", "latents.pt", "latents.safetensors.bin"])

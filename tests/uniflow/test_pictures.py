@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import struct
 import warnings
@@ -178,6 +179,17 @@ def test_threads_hear_every_warning(tmp_path, monkeypatch):
     names = [str(warning.message).split(":")[0] for warning in heard]
     assert sorted(names[:-1]) == sorted(25 * [str(tmp_path / f"{name}.png") for name in "abcd"])
     assert names[-1] == "afterwards"
+
+
+def test_what_pillow_logs_is_not_printed_beside_the_error(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.tif"
+    smooth_picture((20, 10), 0).save(path)
+    samples = struct.pack("<HHI", 277, 3, 1)  # a tag, its type and count; how many colours a pixel has
+    path.write_bytes(path.read_bytes().replace(samples + b"\3", samples + b"\x80"))
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with pytest.raises(PictureError, match=r"x\.tif is (damaged|not a picture)"):
+        open_picture(path)
+    assert not capsys.readouterr().err
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

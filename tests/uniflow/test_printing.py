@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
+import uniflow_kernels
 from tests.conftest import smooth_picture
 from tests.uniflow.test_cli import CHECKPOINT, fails, files, ok
 from uniflow import UniFlow
@@ -162,6 +163,13 @@ def test_no_arguments_show_the_help_alone(capsys):
         printed = capsys.readouterr()
         assert "Usage: uniflow" in printed.out
         assert printed.err == ""
+
+
+def test_what_newcomers_try(capsys, tmp_path):
+    assert ok(capsys, "--version") == f"{uniflow_kernels.__version__}\n"
+    assert "--checkpoint" in ok(capsys, "encode", "-h")
+    wrong = fails(capsys, "reconstruct", "", *CHECKPOINT, "--out", tmp_path / "out")
+    assert "one of the arguments is empty" in wrong
 
 
 def test_doctor_names_each_reason_once(capsys):

@@ -21,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command and return its exit status."""
+    if "" in arguments:  # a path would be that of the working folder
+        return _fail("one of the arguments is empty, as of a variable that is not set")
     try:
         with warnings_as_notices():
             return _run(arguments)

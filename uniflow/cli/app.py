@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="UniFlow: a visual tokenizer that both understands and generates.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
@@ -21,7 +21,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 KeepSize = Annotated[
     bool, typer.Option("--keep-size", help="Keep each picture's size (to the nearest multiple of the patch).")
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own if not given.")]
+_MOST_STEPS = 100_000  # their times are counted out before the first
+Steps = Annotated[
+    int | None, typer.Option(min=1, max=_MOST_STEPS, help="Sampling steps; the checkpoint's own if not given.")
+]
 Schedule = Annotated[str, typer.Option(help="linear, or pow_ or shifted_ and a number, as in pow_0.25.")]
 Solver = Annotated[str, typer.Option(help="euler, heun or midpoint; the last two work twice in a step.")]
 Temperature = Annotated[float, typer.Option(min=0, help="What the noise is multiplied by.")]
@@ -29,7 +32,8 @@ Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 CfgInterval = Annotated[
     tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
 ]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
+_LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
@@ -55,11 +59,29 @@ Resume = Annotated[
 ]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from uniflow.cli.printing import say
+        from uniflow_kernels import __version__
+
+        say(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """UniFlow: a visual tokenizer that both understands and generates."""
+
+
 @app.command()
 def demo(
     out: OutFolder = Path("out/demo"),
     seconds: Annotated[float, typer.Option(min=1, help="Time to train for.")] = 170,
-    seed: Annotated[int, typer.Option(help="Of the weights, the crops and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the weights, the crops and the noise.")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -251,7 +273,7 @@ def unifluid_generate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
     ] = None,
-    head_steps: Annotated[int, typer.Option(min=1, help="Steps of the head for each token.")] = 20,
+    head_steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Steps of the head for each token.")] = 20,
     cfg: Cfg = 3.0,
     temperature: Temperature = 1.0,
     seed: Seed = 0,

@@ -213,6 +213,14 @@ def check_outputs(paths: Sequence[Path], force: bool) -> None:
             raise InputError(f"{path} exists; --force overwrites it")
 
 
+def check_not_read(paths: Sequence[Path], sources: Sequence[Source]) -> None:
+    """Refuse to write over what is read, also if told to overwrite."""
+    read = {source.path.resolve() for source in sources}
+    for path in paths:
+        if path.resolve() in read:
+            raise InputError(f"{path} is one of the pictures to read; take another folder to write to")
+
+
 def check_folder(path: Path) -> None:
     """Refuse an output folder whose name is taken by a file, or that cannot be written to."""
     for part in (path, *path.parents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,6 @@ def parse_memory(text: str | None) -> int | None:
         number = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
     except ValueError:
         number = 0.0
-    if number < 1:
+    if not 1 <= number < math.inf:
         raise InputError(f"--max-memory: expected a number of bytes as in 2GB or 500MB, got {text!r}")
     return int(number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import Item, Size, Slow, batches, fitted, runs, stacked
-from uniflow.cli.files import Given, Pictures, check_folder, check_outputs, find_pictures, picture_suffixes
+from uniflow.cli.files import (
+    Given,
+    Pictures,
+    check_folder,
+    check_not_read,
+    check_outputs,
+    find_pictures,
+    picture_suffixes,
+)
 from uniflow.cli.inputs import InputError, explained, load_model
 from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
@@ -48,6 +57,8 @@ class Sampling:
         """Find a bad value before any work is done."""
         with explained():
             Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
+        if not math.isfinite(self.temperature):
+            raise InputError(f"--temperature: expected a finite number, got {self.temperature}")
 
     def decoder(self, model: UniFlow, batch: int, size: tuple[int, int]) -> Decoder:
         """For batches of pictures of a size, and others when they come."""
@@ -91,7 +102,9 @@ def reconstruct(
     # the bar stays until the last file is written and its row printed
     with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
         sources = pictures.sources
-        check_outputs([out / source.name for source in sources], force)
+        outputs = [out / source.name for source in sources]
+        check_outputs(outputs, force)
+        check_not_read(outputs, sources)
         model = load_model(checkpoint, device, dtype)
         columns = (
             Column("picture", "picture", width=max(len(str(source.path)) for source in sources)),
