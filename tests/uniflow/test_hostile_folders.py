@@ -4,6 +4,7 @@
 line with status 2.
 """
 
+import functools
 import io
 import json
 import os
@@ -14,22 +15,29 @@ import struct
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import transformers
+import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import smooth_picture
 from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow.cli.train import _untrained
+from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.training.checkpoints import MANIFEST, check, read_json, read_tensors, write_json, write_tensors
+from uniflow.training.recipe import read_run
 from uniflow.training.state import gather
+from uniflow.unifluid.captions import CaptionFolder
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid, read_backbone
+from uniflow.unifluid.recipe import UniFluidRun
 from uniflow.unifluid.texts import make_text_tokenizer, read_text_tokenizer
 from uniflow.unifluid.tokens import read_image_tokenizer
 
@@ -46,9 +54,14 @@ def encoded(model):
     return model.encode(images.to(model.dtype)) if images.numel() < 10**6 else None
 
 
-def read_run(folder):
+def read_checkpoint(folder):
     check(folder)
     return read_json(folder / "progress.json"), read_tensors(folder / "optimizer.pt")
+
+
+@functools.cache
+def of_latents():
+    return UniFlow(UniFlowConfig.preset("tiny"))
 
 
 # how the commands read a folder of each kind
@@ -63,7 +76,10 @@ READERS = {
     "unifluid": UniFluid.from_pretrained,
     "autoencoder": read_image_tokenizer,
     "shards": lambda folder: gather(folder, False, lambda place: _untrained(False, place)),
-    "run": read_run,
+    "run": read_checkpoint,
+    "latents": lambda folder: read_latents(folder / "latents.safetensors", of_latents()),
+    "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
+    "recipe": lambda folder: read_run(folder / "run.yaml", UniFluidRun),
 }
 
 
@@ -100,6 +116,13 @@ def whole(tmp_path_factory, golden_folder):
     write_tensors(place / "run" / "optimizer.pt", {"state": {"a": {"step": torch.zeros(())}}, "groups": [1.0, True]})
     for name in ("run", "shards"):
         seal(place / name)
+    for name in ("latents", "captions", "recipe"):
+        (place / name).mkdir()
+    picture = EncodedPicture("a.png", 16, 16)
+    write_latents(place / "latents" / "latents.safetensors", [torch.zeros(16, 16)], [picture], of_latents())
+    smooth_picture((8, 8), 0).save(place / "captions" / "a.png")
+    (place / "captions" / "captions.jsonl").write_text('{"image": "a.png", "caption": "a seven"}\n' * 2)
+    shutil.copy(Path(__file__).parents[2] / "examples" / "unifluid.yaml", place / "recipe" / "run.yaml")
     for name, read in READERS.items():
         read(place / name)
     return place
@@ -196,6 +219,11 @@ def change_file(data, path, marker):
     how = data.draw(st.sampled_from(["json", "json", "json", "cut", "flip", "pickle", "other"]))
     if how == "json" and path.suffix == ".json":
         path.write_text(change_json(data, content.decode()))
+    elif how == "json" and path.suffix == ".jsonl":
+        first, _, rest = content.decode().partition("\n")
+        path.write_text(f"{change_json(data, first)}\n{rest}")
+    elif how == "json" and path.suffix == ".yaml":
+        path.write_text(change_json(data, json.dumps(yaml.safe_load(content))))  # JSON is YAML
     elif how == "json" and path.suffix == ".safetensors":
         size = struct.unpack("<Q", content[:8])[0]
         header = change_json(data, content[8 : 8 + size].decode()).encode()
@@ -263,7 +291,7 @@ def test_whatever_is_wrong_is_said(whole, tmp_path_factory, asked, kind, data):
     place = tmp_path_factory.mktemp("hostile")
     folder, marker = place / "folder", place / "ran"
     shutil.copytree(whole / kind, folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, "a.png"))
     plant(folder, marker)
     for path in data.draw(st.lists(st.sampled_from(files), min_size=1, max_size=2, unique=True)):
         change_file(data, path, marker)

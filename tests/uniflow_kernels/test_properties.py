@@ -178,8 +178,8 @@ def test_layerwise_distillation(data, name):
     alphas = [1 - F.cosine_similarity(s[:, skip:], t[:, skip:].double(), dim=-1).mean() for s, t in pairs]
     deep = torch.stack([(k + 1) * torch.exp(2 * a.detach()) for k, a in enumerate(alphas)])
     expected = (deep / deep.sum() * torch.stack(alphas)).sum()
-    near(loss.detach(), expected.detach(), 1e-5)
-    near(alpha, torch.stack(alphas).detach(), 1e-5)
+    near(loss.detach(), expected.detach(), least=1.0)  # 1 less a cosine
+    near(alpha, torch.stack(alphas).detach(), least=1.0)
     near(weights, deep / deep.sum(), 1e-5)
     gradients = torch.autograd.grad(1024 * expected, exact)
     for s, mine, theirs, weight in zip(exact, ours, gradients, deep / deep.sum(), strict=True):
