@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -186,3 +188,20 @@ def test_what_would_be_refused_is_not_written(written_once, tmp_path, latents, p
 def test_golden_fingerprint_is_stable(golden_folder):
     one, two = (fingerprint(UniFlow.from_pretrained(golden_folder)) for _ in range(2))
     assert one == two
+
+
+@given(st.data())
+def test_a_damaged_file_is_read_or_refused(written_once, tmp_path_factory, data):
+    model, metadata = written_once
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    save_file({"latents.0": torch.zeros(16, model.config.latent_ch)}, path, metadata=metadata)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        content[start : start + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    path.write_bytes(content)
+    try:
+        outcome = str(len(read_latents(path, model)[0]))
+    except LatentsError as error:
+        outcome = str(error)
+    assert outcome in "01" or (str(path) in outcome and len(outcome) < 1000)

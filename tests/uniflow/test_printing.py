@@ -195,6 +195,21 @@ def test_output_that_nobody_reads_or_that_has_no_room(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert run(["doctor"]) == 0
     assert capsys.readouterr().err == ""
+    with suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert run(["none"]) == 2
+
+
+def test_an_interrupt_that_became_another_error(capsys, monkeypatch, picture_folder, tmp_path):
+    class Interrupting:
+        def __set_name__(self, owner, name):
+            raise KeyboardInterrupt
+
+    def encode(self, images):
+        type("Made", (), {"x": Interrupting()})  # before Python 3.12 this raises a RuntimeError
+
+    monkeypatch.setattr(UniFlow, "encode", encode)
+    assert run(["encode", str(picture_folder), *CHECKPOINT, "--out", str(tmp_path / "l.safetensors")]) == 130
 
 
 def test_memory_that_is_not_there_is_one_line(capsys, monkeypatch, picture_folder, tmp_path):

@@ -28,6 +28,10 @@ def run(arguments: Sequence[str]) -> int:
             return _run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if not _tells_of_an_interrupt(error):
+            raise
+        return INTERRUPTED
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -53,8 +57,7 @@ def _run(arguments: Sequence[str]) -> int:
         _stop_output()
         return 1
     except OSError as error:
-        if sys.stdout is not None:
-            _stop_output()
+        _stop_output()
         return _fail(explain_os_error(error))
     except Exception as error:
         message = explain(error)
@@ -80,6 +83,13 @@ def explain(error: Exception) -> str | None:
     return str(error) if known or names_an_extra else None
 
 
+def _tells_of_an_interrupt(error: BaseException | None) -> bool:
+    # an interrupt while a class is made reaches us as the cause of another error
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _fail(message: str) -> int:
     if message:  # Typer's error for no arguments at all has none, since the help was shown
         notice(message)
@@ -88,6 +98,8 @@ def _fail(message: str) -> int:
 
 def _stop_output() -> None:
     """Keep Python from trying again, when it ends, to write what could not be written."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except (OSError, ValueError):  # there is no room, or nobody who reads it

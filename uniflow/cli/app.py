@@ -269,7 +269,7 @@ def unifluid_generate(
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
     ],
     out: OutFolder,
-    count: Annotated[int, typer.Option(min=1, help="Pictures for each caption.")] = 4,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
     ] = None,

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from uniflow.model import UniFlow
+from uniflow.reading import shown
 
 M = TypeVar("M")
 
@@ -75,6 +76,18 @@ def load_checkpoint(
         raise InputError(f"no such checkpoint folder: {checkpoint}")
     with explained():
         return read(checkpoint, chosen, own)
+
+
+def check_finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity."""
+    if not math.isfinite(value):
+        raise InputError(f"{name}: expected a finite number, got {value}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse a text that is empty or, as of bytes that are no UTF-8, no text at all."""
+    if not text.strip() or re.search("[\ud800-\udfff]", text):
+        raise InputError(f"{name}: expected a text, not empty and in UTF-8, got {shown(text)}")
 
 
 def parse_memory(text: str | None) -> int | None:

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -38,7 +38,8 @@ def say(*cells: str) -> None:
 def notice(text: str) -> None:
     """A line beside the result: an error, what is skipped, what takes long."""
     line = re.sub(r"\s*\n\s*", " ", text.strip())
-    _print(f"uniflow: {printable(line)}", sys.stderr)
+    with suppress(OSError):  # whoever does not hear it has the exit status
+        _print(f"uniflow: {printable(line)}", sys.stderr)
 
 
 def explain_os_error(error: OSError) -> str:

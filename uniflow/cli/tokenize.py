@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from uniflow.cli.files import (
     find_pictures,
     picture_suffixes,
 )
-from uniflow.cli.inputs import InputError, explained, load_model
+from uniflow.cli.inputs import InputError, check_finite, explained, load_model
 from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.latents import EncodedPicture, read_latents, write_latents
@@ -57,8 +56,7 @@ class Sampling:
         """Find a bad value before any work is done."""
         with explained():
             Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
-        if not math.isfinite(self.temperature):
-            raise InputError(f"--temperature: expected a finite number, got {self.temperature}")
+        check_finite("--temperature", self.temperature)
 
     def decoder(self, model: UniFlow, batch: int, size: tuple[int, int]) -> Decoder:
         """For batches of pictures of a size, and others when they come."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import runs
 from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
-from uniflow.cli.inputs import InputError, explained, load_checkpoint
+from uniflow.cli.inputs import InputError, check_finite, check_text, explained, load_checkpoint
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.workers import Workers
@@ -177,6 +177,8 @@ def generate(
 
     `how` are arguments of `uniflow.unifluid.drawing.draw_tokens`.
     """
+    check_finite("--temperature", how["temperature"])
+    check_finite("--cfg", how["cfg"])
     check_folder(out)
     names = _names(captions)
     files = [out / f"{name}-{number}.png" for name in names for number in range(count)]
@@ -217,8 +219,7 @@ def ask(
     device: str,
 ) -> None:
     """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
-    if not question.strip():
-        raise InputError("--question: expected a text")
+    check_text("--question", question)
     with Workers(1) as files, find_pictures(given, files) as pictures:
         model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
         with explained():
@@ -244,8 +245,7 @@ def _names(captions: Sequence[str]) -> list[str]:
     """A file name for each caption, all different."""
     names: list[str] = []
     for caption in captions:
-        if not caption.strip():
-            raise InputError("captions: expected texts, got an empty one")
+        check_text("captions", caption)
         stem = re.sub(r"\W+", "-", caption.lower()).strip("-")[:_LONGEST_NAME] or "picture"
         name, number = stem, 1
         while name in names:

@@ -360,7 +360,11 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
     ask = {"--checkpoint": checkpoint, "--vision": place / "tokenizer", "--question": "which colour?"}
     picture = place / "data" / "0.png"
     cases = [
-        (["generate", "  "], {}, "captions: expected texts, got an empty one"),
+        (["generate", "  "], {}, "captions: expected a text, not empty and in UTF-8, got '  '"),
+        (["generate", "\udcff"], {}, r"captions: expected a text, not empty and in UTF-8, got '\udcff'"),
+        (["generate", "a"], {"--count": 10**9}, "Invalid value for '--count'"),
+        (["generate", "a"], {"--cfg": "nan"}, "cfg: expected a finite number, got nan"),
+        (["generate", "a"], {"--temperature": "inf"}, "--temperature: expected a finite number, got inf"),
         (["generate", "a red square", long], {"--batch-size": 1}, "context: the transformer has positions for 64 tok"),
         (["generate", "a"], {"--steps": 5}, "steps: expected between 1 and 4, the picture's tokens, got 5"),
         (["generate", "a"], {"--steps": 0}, "Invalid value for '--steps'"),
