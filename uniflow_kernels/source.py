@@ -33,7 +33,8 @@ class Source(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """Lines of patches, and patches a line."""
-        return self.images.shape[2] // self.patch_size, self.images.shape[3] // self.patch_size
+        height, width = self.images.shape[2:]
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def length(self) -> int:
@@ -43,8 +44,9 @@ class Source(NamedTuple):
     @property
     def rows(self) -> tuple[int, int, int]:
         """The shape that x1 and x0 have, [k*B, N, C*P*P]."""
-        lines, across = self.grid
-        return self.repeats * self.images.shape[0], lines * across, self.length
+        batch, channels, height, width = self.images.shape
+        patch = self.patch_size
+        return self.repeats * batch, (height // patch) * (width // patch), channels * patch * patch
 
     def part(self, images: slice, lines: slice) -> Source:
         """Some images, or some lines of patches of one, without repeats: either way the rows follow each other."""

@@ -8,7 +8,7 @@ import torch
 from uniflow import denormalize
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD, to_uint8
 from uniflow_kernels import backend, patchify, to_images, unpatchify
-from uniflow_kernels.ops.velocity import _per_channel
+from uniflow_kernels.ops.pixels import _per_channel
 
 
 @pytest.fixture(params=["eager", "triton"], autouse=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.patches import check_patch_size, patch_grid, unpatchify
+from uniflow_kernels.ops.pixels import check_normalization, per_channel
 from uniflow_kernels.ops.registration import register
-from uniflow_kernels.ops.velocity import check_normalization, per_channel
 from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import why_not_on
 

@@ -28,7 +28,7 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """
     if factor.ndim:
         factor = factor.unsqueeze(-1)
-    elif factor.device.type != "cpu":
+    elif factor.dtype != gradient.dtype and factor.device.type != "cpu":
         factor = factor.view(1)  # a scalar would first be rounded to the gradient's dtype
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
     if type(gradient) is not Tensor or is_graph_kept():

@@ -6,7 +6,6 @@ gradient in the same pass, so that nothing of the size of the prediction is stor
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,8 @@ from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
-from uniflow_kernels.ops.registration import is_watched, kernels_for, register, wants_gradient
+from uniflow_kernels.ops.pixels import check_normalization, per_channel
+from uniflow_kernels.ops.registration import kernels_for, register, wants_gradient
 from uniflow_kernels.ops.scaling import power_of, scaled, split
 from uniflow_kernels.source import Source
 
@@ -189,7 +189,7 @@ def source_of(
     if images.ndim != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got shape {tuple(images.shape)}")
     check_patch_size(patch_size)
-    height, width = images.shape[-2:]
+    _, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
@@ -200,24 +200,16 @@ def source_of(
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
     if (noise is None) == (seed is None):
         raise ValueError("noise, seed: expected exactly one of them")
-    check_normalization(mean, std, images.shape[1])
+    check_normalization(mean, std, channels)
     number, held = seed_of(seed, offset, images.device, first_row)
     source = Source(images, noise, held, mean, std, number, offset, first_row, patch_size, repeats)
     if noise is not None:
-        if noise.shape != source.rows:
-            raise ValueError(f"noise: expected shape {source.rows}, one row a patch, got {tuple(noise.shape)}")
+        rows = source.rows
+        if noise.shape != rows:
+            raise ValueError(f"noise: expected shape {rows}, one row a patch, got {tuple(noise.shape)}")
         if not noise.is_floating_point():
             raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
     return source
-
-
-def check_normalization(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
-    """Raise a ValueError unless there are both, with a number for each channel, or neither."""
-    if (mean is None) != (std is None):
-        raise ValueError("mean, std: expected both or neither")
-    for name, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) != channels:
-            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(value)}")
 
 
 def _check_columns(columns: int | None, rows: tuple[int, int, int]) -> int:
@@ -240,22 +232,6 @@ def pixel_scale_and_shift(source: Source) -> Tensor | None:
     unit = 255.0 if images.dtype == torch.uint8 else 1.0
     normalization = zip(mean or [0.0] * channels, std or [1.0] * channels, strict=True)
     return per_channel(tuple((1 / (unit * s), -m / s) for m, s in normalization), images)
-
-
-def per_channel(pairs: tuple[tuple[float, float], ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[C, 2], on the device of `like`."""
-    if is_watched(like):  # what a compiler traces with must not be kept; a copy of a list would wait for the device
-        numbers = like.new_empty(2 * len(pairs), dtype=dtype)
-        for place, number in enumerate(itertools.chain(*pairs)):
-            numbers[place].fill_(number)
-        return numbers.view(-1, 2)
-    return _per_channel(pairs, like.device, dtype)
-
-
-@functools.lru_cache(64)  # to copy it to a GPU takes longer than to use it
-def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
-        return torch.tensor(pairs, dtype=dtype, device=device).reshape(-1, 2)
 
 
 def plain_interpolate(source: Source, t: Tensor, x_t: Tensor) -> None:
@@ -292,9 +268,9 @@ def _pieces(source: Source, into: Tensor | None = None) -> Iterator[tuple[Place,
     x1 may be overwritten: it lies in `into` [k*B, N, columns] where that is in float32, else in memory that every piece
     uses again.
     """
-    images, noise, patch_size, length = source.images, source.noise, source.patch_size, source.length
-    batch, channels = images.shape[:2]
-    down, across = source.grid
+    images, noise, patch_size, repeats = source.images, source.noise, source.patch_size, source.repeats
+    batch, channels, height, width = images.shape
+    down, across, length = height // patch_size, width // patch_size, channels * patch_size * patch_size
     in_line = max(1, across * length)
     limit = chunk(images.device)
     at_once = max(1, min(batch, limit // max(1, down * in_line)))
@@ -307,9 +283,9 @@ def _pieces(source: Source, into: Tensor | None = None) -> Iterator[tuple[Place,
         pixels, tokens = images, (bottom - top) * across
         if (stop - start, bottom - top) != (batch, down):
             pixels = images[start:stop, :, top * patch_size : bottom * patch_size]
-        for repeat in range(source.repeats):
+        for repeat in range(repeats):
             rows, band = slice(repeat * batch + start, repeat * batch + stop), slice(top * across, bottom * across)
-            place = None if pixels is images and source.repeats == 1 else (rows, band)
+            place = None if pixels is images and repeats == 1 else (rows, band)
             x1 = scratch[: stop - start, :tokens] if into is None else head(part(into, place), length)
             patches_into(x1, pixels, patch_size)
             if affine is not None:
