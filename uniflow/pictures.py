@@ -18,8 +18,15 @@ from torch import Tensor
 from uniflow.atomic import replacing
 from uniflow.reading import check_file
 
+try:
+    from PIL import AvifImagePlugin
+except ImportError:  # before Pillow 11.3
+    _HAS_AVIF = False
+else:
+    _HAS_AVIF = AvifImagePlugin.SUPPORTED
+
 # by Pillow's names: those whose readers are Pillow's own and start no other program, as that of EPS would
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if _HAS_AVIF else []))
 _LARGEST_FILE = 1 << 31  # bytes, unless more pixels are allowed than fit; readers of some formats take it whole
 _STRIP = 64  # times as long as the size that is cut out of it
 

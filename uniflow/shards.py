@@ -24,9 +24,7 @@ _LARGEST_HEADERS = 1 << 20  # bytes of what stands before one member
 _LARGEST_MEMBER = 1 << 30  # bytes
 _LARGEST_REST = 1 << 22  # bytes of zeros behind the end
 _MOST_GLOBAL = 100  # records of PAX that hold for all members; each member is compared with all of them
-_NUMBER = re.compile(
-    rb"[0-9]{256}"
-)  # longer than a file's name may be; tarfile of Python 3.11.7 takes its square in time
+_NUMBER = re.compile(rb"[0-9]{256}")  # longer than a name may be; tarfile of Python 3.11.7 takes its square in time
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 

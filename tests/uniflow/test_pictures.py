@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from tests.conftest import smooth_picture
+from uniflow.cli.files import picture_suffixes
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD, denormalize, normalize, to_uint8
 from uniflow.pictures import (
+    FORMATS,
     PictureError,
     TooLargeError,
     center_crop,
@@ -71,7 +73,8 @@ def test_normalization_refuses_other_shapes(wrong):
 
 
 @pytest.mark.parametrize(
-    ("mode", "suffix"), [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")]
+    ("mode", "suffix"),
+    [("L", "png"), ("RGBA", "png"), ("P", "gif"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")],
 )
 def test_every_kind_becomes_rgb(tmp_path, mode, suffix):
     original = smooth_picture((20, 10), 0)
@@ -119,6 +122,13 @@ def test_what_is_no_picture_is_refused(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(PictureError, match="floating-point"):
         open_picture(tmp_path / "x.tif")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow with AVIF")
+def test_avif_is_read_where_pillow_has_it(tmp_path):
+    smooth_picture((20, 10), 0).save(tmp_path / "x.avif")
+    assert open_picture(tmp_path / "x.avif").size == (20, 10)
+    assert ".avif" in picture_suffixes()
 
 
 @pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO"])
@@ -198,7 +208,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         open_picture(tmp_path / "x.png")
 
 
-@given(st.sampled_from(["png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm", "jpeg2000"]), st.data())
+@given(st.sampled_from([kind.lower() for kind in FORMATS]), st.data())
 def test_a_damaged_picture_is_read_or_refused_in_one_line(kind, data):
     buffer = io.BytesIO()
     smooth_picture((11, 7), 0).save(buffer, kind)
