@@ -79,6 +79,16 @@ def test_float16_gradients_under_a_scaler(within_twice, scale, how):
         within_twice(ours.grad, gradient, expected, floor=2**-11 if scale == 3 * 2.0**16 else 1e-6)
 
 
+def test_the_largest_error_of_float16_has_a_gradient(on_each_backend):
+    """What is stored is not the gradient, but less than a quarter of twice the error, which float16 holds."""
+    largest = torch.finfo(torch.float16).max
+    images, noise = torch.full((1, 3, 28, 42), -largest).half(), torch.zeros(1, 6, 588).half()
+    velocity = torch.full((1, 6, 588), largest).half().requires_grad_()
+    velocity_loss(velocity, images, 14, noise).backward()
+    expected = torch.full_like(velocity, 2 * 2 * largest / velocity.numel())
+    assert torch.allclose(velocity.grad, expected, rtol=2**-10)
+
+
 def test_perfect_prediction_costs_nothing():
     images, noise, _ = inputs()
     assert velocity_loss(patchify(images, 4) - noise, images, 4, noise) == 0
