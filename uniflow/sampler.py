@@ -53,7 +53,7 @@ class Tokenizer(Protocol):
         """All that may have hooks."""
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.11 compiles none that is
 class Sampler:
     """Latents to images, with settings that were chosen once.
 

@@ -30,6 +30,12 @@ def constant(function: Marked) -> Marked:
     return function
 
 
+@constant
+def has_autocast(kind: str) -> bool:
+    """Whether a kind of device has autocast, as meta has not; torch 2.11 does not trace the question."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def uncompiled(function: Marked) -> Marked:
     """Keep the compiler out of the function; torch.compiler.disable."""
     function._torchdynamo_disable = True  # type: ignore[attr-defined]

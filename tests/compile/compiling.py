@@ -34,9 +34,14 @@ OLDEST = Path(os.environ.get("UNIFLOW_OLDEST_TRITON", Path(sys.prefix) / "triton
 ARCHES = (80, 90, 100)
 
 
+def is_oldest(oldest: bool) -> bool:
+    """Whether the oldest Triton compiles: the one beside the installed one or, in `make oldest`, the installed one."""
+    return oldest or version("triton").startswith("3.6.")
+
+
 def arches(oldest: bool) -> tuple[int, ...]:
     """What to compile for; by the oldest Triton for sm_90 alone: more is not asked of it."""
-    return (90,) if oldest or version("triton").startswith("3.6.") else ARCHES
+    return (90,) if is_oldest(oldest) else ARCHES
 
 
 @dataclass(frozen=True)

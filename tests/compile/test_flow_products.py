@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.compile.compiling import ARCHES, Request, compile_all
+from tests.compile.compiling import ARCHES, Request, compile_all, is_oldest
 from uniflow_kernels.triton_kernels import flow_products as products
 
 pytestmark = pytest.mark.slow
@@ -78,7 +78,7 @@ def request(name, arch):
 def compiled(oldest):
     # what the compiler makes of these depends on its release most: the architectures that differ on both
     asked = {(name, arch): request(name, arch) for arch in ARCHES for name in products.ARCHITECTURES[arch].tiles}
-    if not oldest:
+    if not is_oldest(oldest):
         asked |= {(name, arch): request(name, arch) for arch, names in LARGEST.items() for name in names}
     return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
 

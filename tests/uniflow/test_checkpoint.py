@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import stat
@@ -114,7 +115,7 @@ def test_pickled_code_is_never_executed(golden_folder, state, tmp_path, writer):
     assert "weights_only" not in str(caught.value)  # torch's own line advises to execute it
     assert "none of it was executed" in str(caught.value)
     if writer is torch.save:
-        assert "it asks for io.open" in str(caught.value)
+        assert re.search(r"it asks for _?io\.open", str(caught.value))  # by the version of Python
 
 
 def test_every_wrong_key_is_named_in_one_error(golden_folder, state, tmp_path):

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
 from uniflow_kernels.ops.registration import wants_gradient
-from uniflow_kernels.torch_private import constant, is_forward_mode, is_transforming
+from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 PATHS = ("eager", "rows", "products")
@@ -87,7 +87,7 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
 def dtype_of_products(x: Tensor) -> torch.dtype:
     """Autocast's, where it is on (on meta it never is), or x's; float64 is left alone, as autocast does."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if has_autocast(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

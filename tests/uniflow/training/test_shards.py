@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import warnings
 
 import pytest
@@ -130,7 +131,8 @@ def test_code_in_metadata_and_in_settings_is_not_run(model, tmp_path, capsys):
     forge(folder, lambda _: Command(tmp_path / "ran"))
     status, error = gather(folder, tmp_path / "out", capsys)
     assert status == 2
-    assert ".metadata is damaged or holds more than sizes: it asks for 'io.open', and none of it was executed" in error
+    said = r"\.metadata is damaged or holds more than sizes: it asks for '_?io\.open', and none of it was executed"
+    assert re.search(said, error)
     state = {"lr": Command(tmp_path / "ran"), "betas": (0.9, 0.95), "x": torch.zeros(2)}
     write(tmp_path / "other", model, optimizer=state)
     for name, expected in (("betas", (0.9, 0.95)), ("lr", None)):
