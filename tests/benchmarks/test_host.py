@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,7 @@ with patch.object(host, "questions", lambda: {"of a test": backward}):
 """
 
 
+@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler")
 def test_launches_that_do_nothing_are_timed_and_counted(tmp_path):
     """In a process of its own, since what stands in for the driver is for good."""
     out = tmp_path / "host.json"
