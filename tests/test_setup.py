@@ -1,4 +1,4 @@
-"""What setup.py decides and says about the CUDA part, where a stand-in for nvcc fails, and what a wheel says of itself."""
+"""What setup.py decides and says about the CUDA part, where a stand-in for nvcc fails; what a wheel says of itself."""
 
 import importlib.util
 import os
