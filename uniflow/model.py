@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow.checkpoint import as_dtype, assign_state, outline, read_state, write_state
+from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
@@ -44,6 +44,7 @@ class UniFlow(nn.Module):
     embeddings: Embeddings | HuggingFaceEmbeddings
     encoder: LayerStack
 
+    mark = "chal_proj.c_fc.weight"  # the name of a parameter that each has, by which it is found in a checkpoint
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
     untrained_parts: tuple[str, ...] = ()
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
@@ -333,6 +334,7 @@ class UniFlow(nn.Module):
         dtype: torch.dtype | str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
     ) -> UniFlow:
         """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
 
@@ -341,26 +343,41 @@ class UniFlow(nn.Module):
             device: where the parameters go.
             dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
             torch_dtype: the same, by the name that the transformers package had for it.
+            weights: which model of a file that holds several, as one and its average: "ema", or all of its prefix.
 
         Raises:
             FileNotFoundError: if there is no config.json or no weights.
             NotADirectoryError: if it is a file.
             CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
-                of a model that the weights cannot fill, or a file is damaged.
+                of a model that the weights cannot fill, a file is damaged, or it holds several models and `weights`
+                names none.
             ImportError: if its encoder is one of the transformers package, and this is not installed.
             ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
 
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
+            UserWarning: if the weights lie under a prefix or in a dictionary beside others: "module.", "state_dict".
 
         Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded.
         """
         chosen = as_dtype(dtype, torch_dtype)
         config = UniFlowConfig.from_pretrained(folder)
-        state = read_state(folder)
+        state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(config, state, str(folder))
         assign_state(model, state, str(folder), chosen)
         return model.to(device, chosen).eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; also the state of one that was compiled or wrapped, or a checkpoint with that in it.
+
+        Raises:
+            CheckpointError: if there are several models in it.
+            RuntimeError: if it does not fit.
+
+        Warns:
+            UserWarning: what was taken off the keys.
+        """
+        return super().load_state_dict(chosen_weights(state_dict, self.mark, "state_dict"), strict, assign)
 
     @classmethod
     def outlined(cls, config: UniFlowConfig, state: Mapping[str, Tensor], source: str) -> UniFlow:
@@ -377,6 +394,7 @@ class UniFlow(nn.Module):
         encoder: str | Path | nn.Module,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        weights: str | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
@@ -385,6 +403,7 @@ class UniFlow(nn.Module):
             encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
             mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
                 still those of `normalize`.
+            weights: which of several models in the folder's file, as `from_pretrained` takes it.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 
@@ -394,7 +413,7 @@ class UniFlow(nn.Module):
 
         It is saved and loaded like any other. The official code reads it if the encoder is of the InternViT kind.
         """
-        pretrained = pretrained_encoder(encoder, mean, std)
+        pretrained = pretrained_encoder(encoder, mean, std, weights)
         for name in decoder:
             if name not in DECODER_FIELDS:
                 raise TypeError(

@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite_are_named(golden_folder, state, tmp_path, c
 
 
 def test_a_long_mismatch_says_all_kinds_in_one_line(golden_folder, state, tmp_path, capsys):
-    renamed = {"module." + name: tensor for name, tensor in state.items()}
+    renamed = {"module_" + name: tensor for name, tensor in state.items()}
     folder = save(tmp_path, golden_folder, {**renamed, "bad\x1b[31m": torch.zeros(1)})
     smooth_picture((56, 56), 0).save(tmp_path / "a.png")
     arguments = ["reconstruct", tmp_path / "a.png", "--checkpoint", folder, "--out", tmp_path / "out"]

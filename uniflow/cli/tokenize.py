@@ -25,7 +25,7 @@ from uniflow.cli.files import (
     find_pictures,
     picture_suffixes,
 )
-from uniflow.cli.inputs import InputError, check_finite, explained, load_model
+from uniflow.cli.inputs import InputError, Named, check_finite, explained, load_model
 from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.latents import EncodedPicture, read_latents, write_latents
@@ -80,7 +80,7 @@ class Sampling:
 
 def reconstruct(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     keep_size: bool,
@@ -128,7 +128,7 @@ def reconstruct(
 
 def encode(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     keep_size: bool,
     batch_size: int,
@@ -166,7 +166,7 @@ def encode(
 
 def decode(
     latents: Path,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     batch_size: int,
@@ -206,7 +206,7 @@ def decode(
 
 def evaluate(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     sampling: Sampling,
     fid_weights: Path | None,
     keep_size: bool,

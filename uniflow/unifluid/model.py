@@ -18,6 +18,7 @@ from uniflow.checkpoint import (
     CheckpointError,
     as_dtype,
     assign_state,
+    chosen_weights,
     outline,
     read_state,
     refuse_keys,
@@ -70,6 +71,7 @@ class UniFluid(nn.Module):
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
     """
 
+    mark = "token_proj.weight"  # see `UniFlow.mark`
     pretrained_parts = ("backbone.",)
     untrained_parts: tuple[str, ...] = ()  # see `train_for`
     time_scale = 1000.0  # the head is trained on 1000 t
@@ -333,6 +335,7 @@ class UniFluid(nn.Module):
         dtype: torch.dtype | str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
     ) -> UniFluid:
         """Read what `save_pretrained` wrote, in the dtype of the file if none is given; see `UniFlow.from_pretrained`.
 
@@ -350,11 +353,15 @@ class UniFluid(nn.Module):
         """
         chosen = as_dtype(dtype, torch_dtype)
         UniFluidConfig.from_pretrained(folder)  # says what is wrong with a folder before its weights are read
-        state = read_state(folder)
+        state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(folder, state)
         assign_state(model, state, str(folder), chosen)
         model.backbone.tie_weights()
         return model.to(device, chosen).eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `UniFlow.load_state_dict`."""
+        return super().load_state_dict(chosen_weights(state_dict, self.mark, "state_dict"), strict, assign)
 
     @classmethod
     def outlined(cls, folder: str | Path, state: Mapping[str, Tensor]) -> UniFluid:
