@@ -321,7 +321,7 @@ def test_a_long_mismatch_says_all_kinds_in_one_line(golden_folder, state, tmp_pa
     assert run([str(argument) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert f"missing ({len(state)}): global_block_pos_embed, " in error
-    assert f"unexpected ({len(state) + 1}): 'bad\\x1b[31m', module." in error
+    assert f"unexpected ({len(state) + 1}): 'bad\\x1b[31m', module_" in error
     assert "\x1b" not in error
 
 
