@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, 
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
+from uniflow.hub import local_folder, model_card, push
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
     PretrainedEncoder,
@@ -25,6 +27,14 @@ from uniflow.sampler import Decoder, Sampler
 from uniflow.transformer import RMSNorm, TransformerLayer
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
+
+# what a model card counts the parameters of
+_PARTS = {
+    "encoder": ("embeddings.", "encoder."),
+    "latents": ("chal_proj.", "chal_unproj."),
+    "global blocks": ("global_block", "decoder_pos_embed"),
+    "flow head": ("flow_head.",),
+}
 
 
 class UniFlow(nn.Module):
@@ -335,32 +345,40 @@ class UniFlow(nn.Module):
         *,
         torch_dtype: torch.dtype | str | None = None,
         weights: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> UniFlow:
         """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
 
         Args:
-            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
+            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin; or the
+                name of a repository on the Hub, OWNER/NAME or OWNER/NAME@REVISION.
             device: where the parameters go.
             dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
             torch_dtype: the same, by the name that the transformers package had for it.
             weights: which model of a file that holds several, as one and its average: "ema", or all of its prefix.
+            revision, cache_dir, local_files_only: of a repository, see `uniflow.hub.local_folder`.
 
         Raises:
-            FileNotFoundError: if there is no config.json or no weights.
+            FileNotFoundError: if there is no config.json or no weights, or a repository cannot be had.
             NotADirectoryError: if it is a file.
             CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
                 of a model that the weights cannot fill, a file is damaged, or it holds several models and `weights`
                 names none.
-            ImportError: if its encoder is one of the transformers package, and this is not installed.
+            ImportError: if its encoder is one of the transformers package, and this is not installed; without
+                huggingface_hub for a repository.
             ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
 
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
             UserWarning: if the weights lie under a prefix or in a dictionary beside others: "module.", "state_dict".
 
-        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded.
+        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded but a
+        repository that is named.
         """
         chosen = as_dtype(dtype, torch_dtype)
+        folder = local_folder(folder, revision, cache_dir, local_files_only)
         config = UniFlowConfig.from_pretrained(folder)
         state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(config, state, str(folder))
@@ -437,6 +455,44 @@ class UniFlow(nn.Module):
             )
         write_state(self, folder)
         self.save_config(folder)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        licence: str | None = None,
+        scores: Mapping[str, float] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to the Hub.
+
+        Args:
+            repository: OWNER/NAME; made if it is not there.
+            licence, scores: for the card, see `uniflow.hub.model_card`.
+            private: whether a repository that is made is.
+            revision: the branch to write to.
+            message: of the commit.
+            token: of the account, if huggingface_hub does not know it.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: if huggingface_hub is not installed.
+            ValueError: as `save_pretrained`; if the name is not OWNER/NAME.
+        """
+        sizes = {
+            name: sum(parameter.numel() for own, parameter in self.named_parameters() if own.startswith(starts))
+            for name, starts in _PARTS.items()
+        }
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            card = model_card(repository, self.config.to_dict(), sizes, licence, scores)
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return push(Path(folder), repository, private, revision, message, token)
 
     def save_config(self, folder: str | Path) -> None:
         """Write config.json alone."""

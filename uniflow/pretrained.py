@@ -22,6 +22,7 @@ from uniflow.checkpoint import CheckpointError, assign_state, outline, read_stat
 from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, check_integer, read_config, vision_config
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.foreign import checked_values, configuration, loaded_model, new_model, transformers_package
+from uniflow.hub import local_folder
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.reading import printable, read_json, shown
 
@@ -88,9 +89,9 @@ def pretrained_encoder(
     """An encoder for `UniFlow.from_encoder` or `EncoderTeacher`.
 
     Args:
-        source: a checkpoint folder, of a UniFlow, of an InternViT, or one that transformers' AutoModel reads; or a
-            vision model of the transformers package, which is taken as it is, but for a mask token: it is taken out,
-            since nothing is masked here.
+        source: a checkpoint folder, or a repository on the Hub (OWNER/NAME, OWNER/NAME@REVISION), of a UniFlow, of an
+            InternViT, of an InternVL, or one that transformers' AutoModel reads; or a vision model of the transformers
+            package, which is taken as it is, but for a mask token: it is taken out, since nothing is masked here.
         mean, std: what the encoder's images are normalised with. It is given those of `uniflow.normalize`, as every
             encoder here, and brings them to its own statistics. If not given they are what the folder says (a UniFlow's
             config.json, or the preprocessor_config.json of the transformers package), else ImageNet's.
@@ -104,12 +105,13 @@ def pretrained_encoder(
         ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix; or
             under `torch.device("meta")`.
 
-    Nothing in the folder is executed, and nothing is downloaded.
+    Nothing in the folder is executed, and nothing is downloaded but a repository that is named.
     """
     if torch.get_default_device().type == "meta":
         raise ValueError("encoder: it has weights, which the meta device cannot hold; make it outside of torch.device")
     if isinstance(source, nn.Module):
         return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+    source = local_folder(source)
     values = read_config(source)
     config = vision_config(values)
     kind = config.get("model_type")

@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder in the official format.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder, or OWNER/NAME on the Hub.", show_default=False)]
 Weights = Annotated[
     str | None,
     typer.Option(help="Which model of a checkpoint that holds several, as in ema.", show_default=False),
@@ -255,7 +255,7 @@ unifluid = typer.Typer(
 app.add_typer(unifluid, name="unifluid")
 
 UniFluidCheckpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid.", show_default=False)
+    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid, or OWNER/NAME.", show_default=False)
 ]
 
 

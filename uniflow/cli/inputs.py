@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from uniflow.hub import local_folder
 from uniflow.model import UniFlow
 from uniflow.reading import shown
 
@@ -64,7 +65,7 @@ def _choose_dtype(name: str) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Named:
-    """The folder that the user names, and which model in it if there are several."""
+    """The folder, or repository on the Hub, that the user names, and which model in it if there are several."""
 
     folder: Path
     weights: str | None = None
@@ -79,10 +80,12 @@ def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtyp
     """Read a model of any kind by its `from_pretrained`; the dtype "auto" is that of the file."""
     own = _choose_dtype(dtype)
     chosen = choose_device(device)
-    if not checkpoint.folder.is_dir():
-        raise InputError(f"no such checkpoint folder: {checkpoint.folder}")
     with explained():
-        return read(checkpoint.folder, chosen, own, weights=checkpoint.weights)
+        folder = local_folder(checkpoint.folder)
+    if not folder.is_dir():
+        raise InputError(f"no such checkpoint folder: {folder}")
+    with explained():
+        return read(folder, chosen, own, weights=checkpoint.weights)
 
 
 def check_finite(name: str, value: float) -> None:

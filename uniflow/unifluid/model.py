@@ -26,6 +26,7 @@ from uniflow.checkpoint import (
 )
 from uniflow.config import check_integer, read_config
 from uniflow.foreign import configuration, is_language_model, loaded_model, new_model, transformers_package
+from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
 from uniflow.reading import shown
 from uniflow.unifluid.config import UniFluidConfig
@@ -349,9 +350,10 @@ class UniFluid(nn.Module):
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
 
-        Nothing in the folder is executed, and nothing is downloaded.
+        Nothing in the folder is executed, and nothing is downloaded but a repository that is named.
         """
         chosen = as_dtype(dtype, torch_dtype)
+        folder = local_folder(folder)
         UniFluidConfig.from_pretrained(folder)  # says what is wrong with a folder before its weights are read
         state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(folder, state)
