@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniflow_kernels.dropin import deferral
 from uniflow_kernels.ops.flow_blocks import (
-    MODULATION_ORDERS,
     Affine,
     Block,
     Form,
@@ -30,170 +30,218 @@ from uniflow_kernels.ops.flow_head import fused_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
 
-FINAL = "final_layer"
-MODULATION = "adaLN_modulation"
-GROUPS = "ada_ln_blocks"  # SphereAR: linear layers of the head, each for several blocks
-INDEX = "index_cond_embed"  # FAR: of an optional argument, added to the condition
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
+Path = tuple[str, ...]  # of a submodule, in a block or in the last layer
+
+
+class Norm(NamedTuple):
+    """A norm: where it is (None: a function without a weight), and what it computes, "layer" or "rms"."""
+
+    path: Path | None
+    kind: str
+    eps: float
+
+    def of(self, part: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is called."""
+        if self.path is not None:
+            return at(part, self.path)
+        function: Any = F.layer_norm if self.kind == "layer" else F.rms_norm
+        return lambda x: function(x, x.shape[-1:], eps=self.eps)
 
 
 class Mlp(NamedTuple):
-    """Where a block has its MLP: the submodule that is called (None: the block itself), and its linear layers."""
+    """A block's MLP: the submodule that is called (None: its linear layers are), those layers, and "silu" or "swiglu".
 
-    holder: str | None
-    up: tuple[str, ...]
-    down: str
+    Of two layers up, the first is the gate.
+    """
+
+    path: Path | None
+    up: tuple[Path, ...]
+    down: Path
     kind: str
 
+    def of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is called."""
+        if self.path is not None:
+            return at(block, self.path)
+        return self.by_layers(block)
 
-class Arguments(NamedTuple):
-    """The parameters of a head's forward: all names in order, those of each role, those it has no use for.
+    def by_layers(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The same by its layers."""
+        ups, down = self.layers(block)
+        activation = F.silu if self.kind == "silu" else swiglu
 
-    `left_out` are those that None stands for when they are not given.
+        def mlp(h: Tensor) -> Tensor:
+            up = ups[0](h) if len(ups) == 1 else torch.cat([layer(h) for layer in ups], -1)
+            return down(activation(up))
+
+        return mlp
+
+    def layers(self, block: nn.Module) -> tuple[list[Any], Any]:
+        """The linear layers up, and the one down."""
+        return [at(block, path) for path in self.up], at(block, self.down)
+
+
+class Parts(NamedTuple):
+    """Where a block, or the last layer, has what; `modulation` is its linear layer, if it has one of its own."""
+
+    norm: Norm
+    modulation: Path | None
+    mlp: Mlp | None = None
+    linear: Path = ()
+
+    @property
+    def called(self) -> list[Path]:
+        """The submodules that are called as they are."""
+        mlp = self.mlp
+        paths = [
+            self.norm.path,
+            self.modulation,
+            *([] if mlp is None else [mlp.path] if mlp.path else [*mlp.up, mlp.down]),
+        ]
+        return [path for path in (*paths, self.linear) if path]
+
+
+class Rows(NamedTuple):
+    """The arguments that a head's forward requires, and those that may be given for one row where all rows share it.
+
+    Attributes:
+        names: all that it requires, in order.
+        x: the one that has a row for each row of the result, of `ndim` dimensions.
+        times: tensors of one number a row.
+        condition: a wide tensor, which may have one row where all times do.
     """
 
     names: tuple[str, ...]
     x: str
+    ndim: int
     times: tuple[str, ...]
-    condition: str
-    row_index: str | None
-    unused: frozenset[str]
-    left_out: frozenset[str]
+    condition: str | None
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Name -> value of one call; None if the call needs the head's own forward."""
-        given = dict(zip(self.names, args))  # noqa: B905 - names may be left out
-        if kwargs:
-            given.update(kwargs)
-        if len(given) != len(args) + len(kwargs):
-            return None
-        for name in self.needed:
-            if not isinstance(given.get(name), Tensor):
-                return None
-        if len(given) > len(self.needed):
-            free = (*self.needed, *self.unused, self.row_index)
-            known = (name in free or (value is None and name in self.left_out) for name, value in given.items())
-            return given if all(known) else None
-        return given
-
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """The names without which there is no call."""
-        return (self.x, self.condition, *self.times)
+    def share(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of a call, with one row of what all rows share."""
+        given = {**dict(zip(self.names, args)), **kwargs}  # noqa: B905 - the others are given by name
+        if len(args) + len(kwargs) != len(self.names) or given.keys() != set(self.names):
+            return args, kwargs
+        x, times = given[self.x], [given[name] for name in self.times]
+        if not isinstance(x, Tensor) or x.ndim != self.ndim or len(x) < 2:
+            return args, kwargs
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == len(x) for t in times):
+            return args, kwargs
+        times = [t[:1] if _same_in_all_rows(t) else t for t in times]
+        given.update(zip(self.times, times, strict=True))
+        c = given.get(self.condition or "")
+        if isinstance(c, Tensor) and c.ndim and c.stride(0) == 0 and all(len(t) == 1 for t in times):
+            given[self.condition] = c[:1]
+        return (), given
 
 
 @dataclass(frozen=True)
 class Head:
-    """A recognised head: what its parts are called and how they are put together. Holds no part of the module."""
+    """A recognised head: what its parts are called and how they are put together. Holds no part of the module.
 
-    projection: str
-    condition: str
-    time: str | None
-    blocks: str
-    norm: str
-    mlp: Mlp
-    grouped: bool
-    final_modulation: str | None
+    Attributes:
+        names: of its blocks, its last layer and shared modulations.
+        block: where a block has what.
+        last: where the last layer has what.
+        width: W.
+        depth: how many blocks.
+        order: in which modulations lie.
+        activated: whether SiLU of the condition is what blocks are given.
+        types: classes of all that is in blocks and last layer.
+        rows: which arguments rows may share.
+        form: the kind of head as the kernels know it.
+        why_not_fused: why there is no such kind.
+        functional: whether all inside is PyTorch's own and no tensor needs a copy, so that no module must be called.
+    """
+
+    names: deferral.Names
+    block: Parts
+    last: Parts
     width: int
     depth: int
-    arguments: Arguments
+    order: str
+    activated: bool
     types: frozenset[type]
-    time_scale: int = 1
-    order: str = MODULATION_ORDERS[0]
+    rows: Rows | None = None
     form: Form | None = None
     why_not_fused: str | None = None
-    functional: bool = False  # all inside is PyTorch's own, and its tensors need no copy: no module must be called
+    functional: bool = False
 
     def __str__(self) -> str:
-        form = f"{self.depth} blocks of {self.width}, {self.mlp.kind} MLP, {self.order}"
+        assert self.block.mlp is not None
+        form = f"{self.depth} blocks of {self.width}, {self.block.mlp.kind} MLP, {self.order}"
         kernels = "Triton where it can serve" if self.why_not_fused is None else f"plain only: {self.why_not_fused}"
         return f"flow head ({form}); {kernels}"
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What `module(*args, **kwargs)` computes; by its own forward where something inside must fire."""
-        given = self.arguments.bind(args, kwargs)
-        whole = given is not None and self._untouched(self._inside(module))
-        if given is None or not (whole or self._untouched(self._bypassed(module))):
-            return type(module).forward(module, *args, **kwargs)
-        x = parts_of(module)[self.projection](given[self.arguments.x])
-        y = self.embedded(module, given)
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What `module(*args, **kwargs)` computes; by its blocks' own forwards where something inside must fire."""
+        whole = self._untouched(self._inside(module))
+        if whole or self._untouched(self._bypassed(module)):
+            shared = (args, kwargs) if self.rows is None else self.rows.share(args, kwargs)
+            try:
+                return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, whole), *shared)
+            except deferral.Deviation:
+                pass
+        return type(module).forward(module, *args, **kwargs)
+
+    def _compute(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
+        """All from the blocks on; `whole`: whether all inside is as it was when it was looked at."""
         recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
         if self._fused(x, y, whole):
             assert self.form is not None
-            how = {**self.form._asdict(), "recompute": "block" if recompute else "none"}
+            how = {**self.form._asdict(), "recompute": "block" if recompute else "none", "activated": self.activated}
             x = fused_flow_blocks(x, y, *self.tensors(module), **how)
         elif whole and self.functional and not recompute:
             assert self.form is not None
-            x = flow_blocks(x, F.silu(y), *self.tensors(module), self.form)
+            x = flow_blocks(x, self.activation_of(y), *self.tensors(module), self.form)
         else:
-            x = self.plain(module, x, F.silu(y), recompute)
-        return parts_of(module)[FINAL].linear(x)
+            x = self.plain(module, x, self.activation_of(y), recompute)
+        return at(children_of(module)[self.names.last], self.last.linear)(x)
 
-    def embedded(self, module: nn.Module, given: dict[str, Any]) -> Tensor:
-        """Time and condition embedded and added, one row for all rows where they share both."""
-        parts = parts_of(module)
-        c = given[self.arguments.condition]
-        if self.time is None:
-            return parts[self.condition](c).reshape(c.shape[0], -1, self.width)
-        times = [given[name] for name in self.arguments.times]
-        rows = given[self.arguments.x].shape[0]
-        if rows > 1 and all(t.ndim and t.shape[0] == rows for t in (c, *times)):
-            times = [t[:1] if _same_in_all_rows(t) else t for t in times]
-            c = c[:1] if c.stride(0) == 0 and all(t.shape[0] == 1 for t in times) else c
-        y = self._time(parts[self.time], times) + parts[self.condition](c)
-        index = given.get(self.arguments.row_index) if self.arguments.row_index else None
-        return y if index is None else y + parts[INDEX](index)
-
-    def _time(self, embed: Any, times: list[Tensor]) -> Tensor:
-        if self.time_scale != 1:
-            times = [t * self.time_scale for t in times]
-        if not isinstance(embed, nn.ModuleList):
-            return embed(times[0])
-        embedded = [one(t) for one, t in zip(embed, times, strict=True)]
-        return functools.reduce(torch.add, embedded) / len(embedded)
+    def activation_of(self, y: Tensor) -> Tensor:
+        """What modulations are made of the condition from."""
+        return y if self.activated else F.silu(y)
 
     def plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
         """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
-        blocks = [functools.partial(self._block, block) for block in children_in(module, self.blocks)]
-        shared = children_in(module, GROUPS) if self.grouped else []
-        x = block_after_block(x, a, blocks, shared, recompute)
-        last = self._final_modulation(module)
-        return final_norm(x, None if last is None else last(a), self.order, parts_of(module)[FINAL].norm_final)
+        blocks = [functools.partial(self.block_of, block) for block in self.blocks_of(module)]
+        x = block_after_block(x, a, blocks, self._groups(module), recompute)
+        return self.last_norm_of(self._last(module), x, a)
 
-    def _block(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
+    def last_norm_of(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """What the last layer's linear layer is given."""
+        modulation = None if self.last.modulation is None else at(last, self.last.modulation)(a)
+        return final_norm(x, modulation, self.order, self.last.norm.of(last))
+
+    def block_of(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
-        parts: Any = parts_of(block)
-        modulation = parts_of(parts[MODULATION])["1"](a) if modulation is None else modulation
-        return flow_block(x, modulation, self.order, parts[self.norm], self.mlp_of(block))
-
-    def mlp_of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What [..., W] -> [..., W] a block's MLP is."""
-        parts: Any = parts_of(block)
-        if self.mlp.holder is not None:
-            return parts[self.mlp.holder]
-        return lambda h: parts[self.mlp.down](swiglu(parts[self.mlp.up[0]](h)))
-
-    def modulations(self, module: nn.Module) -> list[nn.Module]:
-        """The linear layers that make the blocks' modulations, one a group."""
-        if self.grouped:
-            return children_in(module, GROUPS)
-        return [parts_of(parts_of(block)[MODULATION])["1"] for block in children_in(module, self.blocks)]
-
-    def _final_modulation(self, module: nn.Module) -> nn.Module | None:
-        if self.final_modulation is None:
-            return None
-        last: Any = parts_of(parts_of(module)[FINAL])[self.final_modulation]
-        return parts_of(last)["1"] if self.final_modulation == MODULATION else last
+        if self.block.modulation is not None:
+            modulation = at(block, self.block.modulation)(a)
+        assert modulation is not None and self.block.mlp is not None
+        return flow_block(x, modulation, self.order, self.block.norm.of(block), self.block.mlp.of(block))
 
     def tensors(self, module: nn.Module) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
-        blocks = []
-        for block in children_in(module, self.blocks):
-            ups, down = linears_of(block, self.mlp)
+        blocks, modulations = [], [affine_of(group) for group in self._groups(module)]
+        for block in self.blocks_of(module):
+            ups, down = self.block.mlp.layers(block)
             up = affine_of(ups[0]) if len(ups) == 1 else _side_by_side(ups)
-            blocks.append(Block(affine_of(parts_of(block)[self.norm]), up, affine_of(down)))
-        last = self._final_modulation(module)
-        return blocks, list(map(affine_of, self.modulations(module))), None if last is None else affine_of(last)
+            blocks.append(Block(affine_of(at(block, self.block.norm.path)), up, affine_of(down)))
+            if self.block.modulation is not None:
+                modulations.append(affine_of(at(block, self.block.modulation)))
+        last = self.last.modulation
+        return blocks, modulations, None if last is None else affine_of(at(self._last(module), last))
+
+    def blocks_of(self, module: nn.Module) -> list[Any]:
+        """The blocks."""
+        return list(children_of(children_of(module)[self.names.blocks]).values())
+
+    def _groups(self, module: nn.Module) -> list[Any]:
+        return [] if self.names.groups is None else list(children_of(children_of(module)[self.names.groups]).values())
+
+    def _last(self, module: nn.Module) -> Any:
+        return children_of(module)[self.names.last]
 
     def _fused(self, x: Tensor, y: Tensor, whole: bool) -> bool:
         """Whether the blocks run as one op; `whole`: whether all inside is as it was when it was looked at."""
@@ -208,22 +256,24 @@ class Head:
             return f"the condition {tuple(y.shape)} has more rows than x {tuple(x.shape)}"
         return None if whole else "a submodule was replaced, wrapped or given a hook"
 
-    def _inside(self, module: nn.Module) -> list[nn.Module]:
+    def _inside(self, module: nn.Module) -> list[Any]:
         """The blocks, the last layer and the shared modulations, with all that is in them."""
-        found = [*children_in(module, self.blocks), parts_of(module)[FINAL]]
-        found += children_in(module, GROUPS) if self.grouped else ()
+        found = [*self.blocks_of(module), self._last(module), *self._groups(module)]
         for part in found:  # grows on the way
             found += [child for child in children_of(part).values() if child is not None]
         return found
 
-    def _bypassed(self, module: nn.Module) -> list[nn.Module]:
+    def _bypassed(self, module: nn.Module) -> list[Any]:
         """The submodules whose own forward is not called."""
         found = []
-        for whole in (*children_in(module, self.blocks), parts_of(module)[FINAL]):
-            found.append(whole)
-            modulation = parts_of(whole).get(MODULATION)
-            if modulation is not None:
-                found += (modulation, parts_of(modulation).get("0"))
+        for wholes, parts in ((self.blocks_of(module), self.block), ([self._last(module)], self.last)):
+            for whole in wholes:
+                called = [at(whole, path) for path in parts.called]
+                around = [whole]
+                for part in around:  # grows on the way
+                    inside = [child for child in children_of(part).values() if child is not None]
+                    around += [child for child in inside if not any(child is one for one in called)]
+                found += around
         return found
 
     def _untouched(self, parts: Iterable[nn.Module]) -> bool:
@@ -245,20 +295,11 @@ def _same_in_all_rows(t: Tensor) -> bool:
     return bool((t == t[:1]).all())
 
 
-def parts_of(module: nn.Module) -> Any:
-    """Its submodules by name; any type, since what they are was looked at once."""
-    return children_of(module)
-
-
-def children_in(module: nn.Module, name: str) -> list[nn.Module]:
-    """The submodules of the list that is called so."""
-    return list(parts_of(parts_of(module)[name]).values())
-
-
-def linears_of(block: nn.Module, mlp: Mlp) -> tuple[list[nn.Linear], nn.Linear]:
-    """Of a block's MLP: the layers up, and the layer down."""
-    parts = parts_of(block if mlp.holder is None else parts_of(block)[mlp.holder])
-    return [parts[name] for name in mlp.up], parts[mlp.down]
+def at(module: Any, path: Path) -> Any:
+    """The submodule there; any type, since what it is was looked at once."""
+    for name in path:
+        module = children_of(module)[name]
+    return module
 
 
 def affine_of(layer: Any) -> Affine:

@@ -41,6 +41,7 @@ def fused_flow_blocks(
     mlp: str = "silu",
     modulation_order: str = "shift-scale-gate",
     recompute: str = "none",
+    activated: bool = False,
 ) -> Tensor:
     """All blocks of a flow head and its last norm: everything between `input_proj` and `final_layer.linear`.
 
@@ -57,6 +58,7 @@ def fused_flow_blocks(
         modulation_order: "shift-scale-gate" or "scale-shift-gate": how the modulations lie side by side.
         recompute: what the backward pass computes again instead of keeping it: "none", "gate" (gates and the MLPs'
             outputs) or "block" (everything but the blocks' inputs).
+        activated: whether y is the condition behind SiLU.
 
     Returns:
         [..., W], in x's dtype; under autocast in autocast's.
@@ -70,7 +72,7 @@ def fused_flow_blocks(
     form.check()
     check_choice("recompute", recompute, RECOMPUTE)
     check_shapes(x, y, blocks, modulations, final_modulation, form)
-    a = F.silu(y)
+    a = y if activated else F.silu(y)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a = x.to(dtype), a.to(dtype)
