@@ -1,11 +1,13 @@
-# make demo | test | fuzz | lint | setup: each works from a fresh clone and makes .venv if it is not there.
+# make demo | test | oldest | fuzz | lint | setup: each works from a fresh clone and makes .venv if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/triton-3.6.0
+OLDEST_PYTHON ?= python3.12
+OLDEST_VENV := .venv-oldest
 
-.PHONY: setup demo test fuzz lint gpu clean
+.PHONY: setup demo test oldest fuzz lint gpu clean
 
 setup: $(READY)
 
@@ -32,6 +34,13 @@ test: $(READY) $(OLDEST)
 fuzz: $(READY)
 	$(BIN)/python -m pytest -n auto -m "hypothesis and not gpu" --hypothesis-profile fuzz
 
+# the same tests on the oldest torch that is promised, with the Triton of its time; 5 GB, since torch comes with CUDA
+oldest:
+	test -x $(OLDEST_VENV)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	UNIFLOW_CUDA=0 PYTHONWARNINGS=ignore $(OLDEST_VENV)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
+	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadscope -m "not gpu"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +52,4 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(if $(CASES),--cases $(CASES))
 
 clean:
-	rm -rf $(VENV) out build *.egg-info .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) out build *.egg-info .hypothesis

@@ -2,7 +2,8 @@
 
 Where nvcc is found the module uniflow_kernels._cuda is built from csrc/, else it is left out: the package works without
 it. Environment variables: UNIFLOW_CUDA=1 insists on it, UNIFLOW_CUDA=0 leaves it out; UNIFLOW_CUDA_ARCHS lists the
-architectures ("80;90;100", "90a"), with PTX of the last one for later GPUs; CUDA_HOME says where nvcc is.
+architectures ("80;90", "90a"), by default those of 80, 90 and 100 that nvcc knows, with PTX of the last one for later
+GPUs; CUDA_HOME says where nvcc is.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+ARCHS = ["80", "90", "100"]
 WITHOUT = "To install without the CUDA part, which is optional, say UNIFLOW_CUDA=0."
 
 # one rule for host and device code: nvcc hands .cpp files on to the host's compiler
@@ -51,12 +53,23 @@ def is_wanted() -> bool:
     return wish != "0" and find_nvcc() is not None
 
 
+def known_archs() -> list[str]:
+    """Those of ARCHS that nvcc compiles for; all of them where it does not say."""
+    done = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    listed = re.findall(r"^compute_(\d+)$", done.stdout, re.MULTILINE)
+    return [arch for arch in ARCHS if arch in listed] if listed else ARCHS
+
+
 def arch_flags() -> str:
     """nvcc's options for the architectures."""
-    archs = [arch for arch in re.split(r"[;, ]+", os.environ.get("UNIFLOW_CUDA_ARCHS", "80;90;100")) if arch]
+    wish = os.environ.get("UNIFLOW_CUDA_ARCHS")
+    archs = known_archs() if wish is None else [arch for arch in re.split(r"[;, ]+", wish) if arch]
     wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]
-    if wrong or not archs:
-        sys.exit(f'UNIFLOW_CUDA_ARCHS: expected a list such as "80;90;100", got {os.environ["UNIFLOW_CUDA_ARCHS"]!r}')
+    if wrong or (not archs and wish is not None):
+        sys.exit(f'UNIFLOW_CUDA_ARCHS: expected a list such as "80;90;100", got {wish!r}')
+    if not archs:
+        wanted = ", ".join(f"sm_{arch}" for arch in ARCHS)
+        sys.exit(f"{find_nvcc()} compiles for none of {wanted}: a newer CUDA toolkit is needed. {WITHOUT}")
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 

@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UnknownCaseError, results.ResultsError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # at a step's limit; what was measured is written
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -72,7 +75,7 @@ def _choices(options: argparse.Namespace) -> int:
 
 def _gpu(options: argparse.Namespace) -> int:
     select(options.cases)  # a wrong name is said now, not minutes later
-    return gpu.session(options.cases)
+    return gpu.session(options.cases, options.rehearse)
 
 
 def _device() -> str:
@@ -120,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_choices)
 
     command = commands.add_parser("gpu", parents=[cases], help="all that is to be done with a GPU, in under 9 minutes")
+    command.add_argument(
+        "--rehearse", type=float, default=0.0, metavar="SECONDS", help="without a GPU: what each test is to take"
+    )
     command.set_defaults(command=_gpu)
     return parser
 

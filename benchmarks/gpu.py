@@ -1,8 +1,10 @@
 """All that is to be done with a GPU, in one command and under nine minutes: build, test, measure, report.
 
-Made for a machine lent for minutes, with whatever Python it has and no network. Correctness comes before speed; a first
-round of measurements without torch.compile comes before a second one with it; whatever is measured is on the disk at
-once. On a machine without a GPU the same steps are gone through as a rehearsal that checks every case and times none.
+Made for a machine lent for minutes, with whatever Python it has and no network. Correctness comes before speed, and
+what is worth most before the rest: the tests in several processes at once, a first round of measurements without
+torch.compile, a second one with it, compute-sanitizer last. Whatever is measured or fails is on the disk at once, so a
+kill at any second leaves what can be read. On a machine without a GPU the same steps are gone through as a rehearsal
+that checks every case and times none.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from benchmarks.results import FOLDER, ROOT, begin, default_path, load, save
 from uniflow_kernels import doctor
 
 BUDGET = 520  # seconds for everything; the command promises 540
-OPTIONAL = ("pytest", "matplotlib", "pytest_benchmark", "liger_kernel", "quack", "flash_attn", "pybind11")
+GRACE = 10  # seconds between the interrupt, at which a program says what it has, and the kill
+PROCESSES = 6  # of the tests; most of their time is compiling, on the host
+OPTIONAL = ("pytest", "xdist", "matplotlib", "pytest_benchmark", "liger_kernel", "quack", "flash_attn", "pybind11")
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,18 @@ class Session:
             errors="replace",
             process_group=0,  # so that its own children end with it
         )
-        timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
+        ends = {signal.SIGINT: max(0.75 * seconds, seconds - GRACE), signal.SIGKILL: seconds}
+        timers = [threading.Timer(after, os.killpg, (process.pid, end)) for end, after in ends.items()]
+        for timer in timers:
+            timer.start()
         try:
             for line in process.stdout or ():
                 self.say(line.rstrip("\n"))
             status = process.wait()
         finally:
-            stopped = not timer.is_alive()
-            timer.cancel()
+            stopped = not timers[0].is_alive()
+            for timer in timers:
+                timer.cancel()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
         ended = "stopped at its limit" if stopped else f"exit status {status}"
@@ -97,8 +104,13 @@ class Session:
         return None if stopped else status
 
 
-def session(cases: str) -> int:
-    """Go through all steps for the named cases, all if none is; returns 0 if everything went well, else 1."""
+def session(cases: str, rehearse: float = 0.0) -> int:
+    """Go through all steps; returns 0 if everything went well, else 1.
+
+    Args:
+        cases: names of those to measure; all if none is given.
+        rehearse: without a GPU, the seconds for which every test is pretended to run; 0 only collects them.
+    """
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(os.environ.get("OUT") or (FOLDER if on_gpu else scratch)).resolve()
@@ -107,20 +119,28 @@ def session(cases: str) -> int:
         path = default_path(file, out)
         save(file, path)
         with path.with_suffix(".log").open("w", encoding="utf-8", buffering=1) as log:
-            return _steps(Session(log), cases, path, on_gpu)
+            return _steps(Session(log), cases, path, on_gpu, rehearse)
 
 
-def _steps(here: Session, cases: str, path: Path, on_gpu: bool) -> int:
+def _steps(here: Session, cases: str, path: Path, on_gpu: bool, rehearse: float) -> int:
     if not on_gpu:
         here.say("no CUDA GPU here: a rehearsal; every case is checked at its small sizes, nothing is timed")
     here.say(str(doctor()))
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
     here.say(f"not installed, so left out: {', '.join(missing) or 'nothing'}")
+    how = [] if on_gpu else ["--pretend", str(rehearse)] if rehearse else ["--collect-only"]
+    if "xdist" not in missing and how != ["--collect-only"]:
+        how += ["-n", str(PROCESSES)]
+    tests = Step("tests", _pytest("gpu and not sanitizer", how), 150, reserve=290)
+    sanitizer = Step("compute-sanitizer", _pytest("gpu and sanitizer", how), 80, reserve=40)
+    measure = ["-m", "benchmarks", "run", "--quick", "--resume", "--out", str(path)]
+    measure += ["--cases", cases] if cases else []
     report = Step("report", ["-m", "benchmarks", "report", str(path), "--out", str(path.parent), "--flat"], 30)
     went_well = {
         "build": _build(here),
-        "tests": _test(here, missing, on_gpu),
-        "benchmarks": _measure(here, cases, path, on_gpu),
+        "tests": _test(here, tests, missing),
+        "benchmarks": _measure(here, measure, path, on_gpu),
+        "compute-sanitizer": _test(here, sanitizer, missing),
         "report": here.run(report) == 0,
     }
     statuses = [entry["status"] for entry in load(path)["entries"]]
@@ -140,40 +160,25 @@ def _build(here: Session) -> bool:
     return here.run(Step("build", ["setup.py", "build_ext", "--inplace"], 90, reserve=300)) == 0
 
 
-def _test(here: Session, missing: list[str], on_gpu: bool) -> bool:
+def _test(here: Session, step: Step, missing: list[str]) -> bool:
     if "pytest" in missing:
-        here.say("== tests: pytest is not installed, so left out; the benchmarks check every case themselves")
+        here.say(f"== {step.name}: pytest is not installed, so left out; the benchmarks check every case themselves")
         return True
-    command = [
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        *([] if on_gpu else ["--collect-only"]),
-    ]
-    return here.run(Step("tests", command, 150, reserve=280)) in (0, 5)  # 5: there is none
+    return here.run(step) in (0, 5)  # 5: there is none
 
 
-def _measure(here: Session, cases: str, path: Path, on_gpu: bool) -> bool:
-    command = [
-        "-m",
-        "benchmarks",
-        "run",
-        "--quick",
-        "--resume",
-        "--out",
-        str(path),
-        *(["--cases", cases] if cases else []),
-    ]
+def _pytest(marks: str, how: list[str]) -> list[str]:
+    # the folder is named: its conftest.py then tells a failure at once, in the process that prints
+    quiet = ["-q", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    return ["-m", "pytest", "tests/gpu", "-m", marks, *quiet, *how]
+
+
+def _measure(here: Session, command: list[str], path: Path, on_gpu: bool) -> bool:
     if on_gpu:
-        plain = _benchmark(here, Step("benchmarks", [*command, "--no-compile"], 230, reserve=40), path)
-        return _benchmark(here, Step("benchmarks with torch.compile", command, BUDGET, reserve=40), path) and plain
+        plain = _benchmark(here, Step("benchmarks", [*command, "--no-compile"], 230, reserve=130), path)
+        return _benchmark(here, Step("benchmarks with torch.compile", command, BUDGET, reserve=120), path) and plain
     here.say("on a GPU: all sizes of `list --device cuda --quick`, first without torch.compile, then with it")
-    return _benchmark(here, Step("benchmarks", [*command, "--check"], 300, reserve=40), path)
+    return _benchmark(here, Step("benchmarks", [*command, "--check"], 300, reserve=120), path)
 
 
 def _benchmark(here: Session, step: Step, path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,3 +78,28 @@ def test_wrong_settings_are_named(tmp_path, broken_nvcc, name, value, expected):
     done = run("build_ext", *folders, **{"CUDA_HOME": str(broken_nvcc), name: value})
     assert done.returncode != 0
     assert f"{name}: {expected}" in done.stderr
+
+
+@needs_ninja
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("compute_75 compute_80 compute_87 compute_90", ["80", "90"]),  # of CUDA 12.4: no sm_100
+        ("compute_80 compute_90 compute_100 compute_120", ["80", "90", "100"]),
+        ("compute_50 compute_75", []),
+    ],
+)
+def test_it_is_built_for_what_the_compiler_knows(tmp_path, listed, expected):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-arch ] && printf "%s\\n" {listed} && exit 0\nexit 1\n')
+    nvcc.chmod(0o755)
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    done = run("build_ext", *folders, CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0  # this compiler compiles nothing
+    if not expected:
+        assert "compiles for none of sm_80, sm_90, sm_100" in done.stderr
+        return
+    rules = (tmp_path / "temp" / "build.ninja").read_text()
+    assert set(re.findall(r"code=sm_(\d+)", rules)) == set(expected)
+    assert set(re.findall(r"code=compute_(\d+)", rules)) == {expected[-1]}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from uniflow.atomic import replacing
+from uniflow.reading import read_json, shown
 
 GLOBAL_BLOCK_HEADS = 16  # the release's global blocks have 16 heads whatever the width
 
@@ -38,6 +40,24 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 6,
     },
     "base": {},
+}
+
+# the most that is taken for a model's size: many times the largest there are, and what fits an allocator's arithmetic
+LARGEST_WIDTH = 1 << 17
+LARGEST_DEPTH = 1 << 10
+_MOST_STEPS = 10_000
+_SIZES = {
+    "image_size": 1 << 15,
+    "patch_size": 1 << 10,
+    "num_channels": 1 << 6,
+    "hidden_size": LARGEST_WIDTH,
+    "vit_hidden_size": LARGEST_WIDTH,
+    "intermediate_size": 8 * LARGEST_WIDTH,
+    "num_hidden_layers": LARGEST_DEPTH,
+    "num_attention_heads": LARGEST_WIDTH,
+    "latent_ch": LARGEST_WIDTH,
+    "global_blocks_depth": LARGEST_DEPTH,
+    "num_decoder_layers": LARGEST_DEPTH,
 }
 
 _OFFICIAL = "uniflow"
@@ -118,20 +138,27 @@ class UniFlowConfig:
             )
 
     def _check_numbers(self) -> None:
-        positive = ["image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size", "num_hidden_layers"]
-        positive += ["num_attention_heads", "vit_hidden_size", "latent_ch", "num_decoder_layers"]
-        for name in (*positive, "global_blocks_depth"):
-            value, least = getattr(self, name), 1 if name in positive else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        for name, most in _SIZES.items():
+            check_integer(name, getattr(self, name), 0 if name == "global_blocks_depth" else 1, most)
         for name in ("dropout", "attention_dropout", "drop_path_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
-        if not isinstance(self.layer_norm_eps, (int, float)) or self.layer_norm_eps <= 0:
-            raise ValueError(f"layer_norm_eps: expected a positive number, got {self.layer_norm_eps!r}")
-        if not str(self.num_sampling_steps).isdecimal() or int(self.num_sampling_steps) < 1:
-            raise ValueError(f"num_sampling_steps: expected an integer of at least 1, got {self.num_sampling_steps!r}")
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {shown(value)}")
+        for name in ("layer_norm_eps", "initializer_factor", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
+        if not 0 < self.layer_norm_eps <= 1:
+            raise ValueError(f"layer_norm_eps: expected a positive number of at most 1, got {self.layer_norm_eps}")
+        if self.initializer_range < 0:
+            raise ValueError(f"initializer_range: expected a standard deviation, got {self.initializer_range}")
+        for name in ("qkv_bias", "qk_normalization", "use_flash_attn", "use_global_blocks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
+        steps = self.num_sampling_steps
+        if isinstance(steps, str) and steps.isdecimal() and len(steps) < 10:
+            steps = int(steps)
+        check_integer("num_sampling_steps", steps, 1, _MOST_STEPS)
 
     def _check_fit(self) -> None:
         if self.image_size % self.patch_size:
@@ -158,7 +185,7 @@ class UniFlowConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {', '.join(map(repr, allowed))}, got {shown(getattr(self, name))}"
                 )
         if not self.use_global_blocks and self.global_blocks_depth:
             raise ValueError(f"use_global_blocks: is false, but global_blocks_depth is {self.global_blocks_depth}")
@@ -196,10 +223,10 @@ class UniFlowConfig:
         Raises:
             ValueError: if it is for another model type, or does not say what the model looks like: nothing is guessed.
         """
-        values = values.get("vision_config", values)
+        values = vision_config(values)
         kind = values.get("model_type", _OFFICIAL)
         if kind not in (_OFFICIAL, WITH_ENCODER):
-            raise ValueError(f"model_type: expected {_OFFICIAL!r} or {WITH_ENCODER!r}, got {kind!r}")
+            raise ValueError(f"model_type: expected {_OFFICIAL!r} or {WITH_ENCODER!r}, got {shown(kind)}")
         wanted = (*_ARCHITECTURE, "encoder") if kind == WITH_ENCODER else _ARCHITECTURE
         missing = [name for name in wanted if values.get(name) is None]
         if missing:
@@ -232,21 +259,34 @@ class UniFlowConfig:
         write_config(folder, self.to_dict())
 
 
+def vision_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that is about pictures: its `vision_config`, or all of it.
+
+    Raises:
+        ValueError: if that is no object.
+    """
+    part = values.get("vision_config", values)
+    if not isinstance(part, dict):
+        raise ValueError(f"vision_config: expected an object, got {shown(part)}")
+    return part
+
+
+def check_integer(name: str, value: object, least: int, most: int) -> None:
+    """Refuse what is no integer in [least, most], by name."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {shown(value)}")
+    if value > most:
+        raise ValueError(f"{name}: expected an integer of at most {most}, got {shown(value)}")
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """What `folder`/config.json holds.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no JSON object.
+        ValueError: if it is no JSON object, or one that `uniflow.reading` refuses.
     """
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+    return read_json(Path(folder) / "config.json")
 
 
 def write_config(folder: str | Path, values: dict[str, Any]) -> None:

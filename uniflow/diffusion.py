@@ -1,6 +1,6 @@
 """Sampling heads that were trained to predict noise, as MAR's are: DDPM, DDIM, and DPM-Solver++ by way of diffusers.
 
-Time runs the other way than in `uniflow.flow`: timestep 0 is nearly the data, the last one noise.
+Time runs the other way than in `uniflow_kernels.solvers`: timestep 0 is nearly the data, the last one noise.
 """
 
 from __future__ import annotations

@@ -26,6 +26,19 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     return planes.flatten(2).transpose(1, 2).to(embedding.dtype)
 
 
+def encoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype) -> int:
+    """At most how many bytes a token encoding holds at a time beside weights and images.
+
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+    """
+    # the sum, its norm, queries, keys, values and what attention makes of them, or the MLP's inner layer twice
+    in_layers = 4 * config.hidden_size + max(6 * config.hidden_size, 2 * config.intermediate_size)
+    images = config.patch_values * (8 + dtype.itemsize)  # as floats, normalised, and in the model's dtype
+    return in_layers * dtype.itemsize + images
+
+
 class Embeddings(nn.Module):
     """Patch, class and position embeddings. Source: `UniFlowVisionEmbeddings` of the official release."""
 

@@ -1,7 +1,4 @@
-"""Flow matching in the release's direction of time: t = 0 is noise, t = 1 the image, v = image - noise.
-
-How it is sampled (schedules, solvers, classifier-free guidance), and how t is drawn in training.
-"""
+"""The times that flow matching is trained at: t = 0 is noise, t = 1 the image, as in the release."""
 
 from __future__ import annotations
 
@@ -10,32 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from uniflow_kernels.solvers import (
-    SOLVERS,
-    Interval,
-    Plan,
-    Update,
-    guide,
-    guides_at,
-    integrate,
-    last_update,
-    schedule_steps,
-)
-
-__all__ = [
-    "SOLVERS",
-    "T_DISTRIBUTIONS",
-    "Interval",
-    "Plan",
-    "Update",
-    "guide",
-    "guides_at",
-    "integrate",
-    "last_update",
-    "sample_t",
-    "schedule_steps",
-]
 
 
 def _draw(

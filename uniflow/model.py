@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow.checkpoint import assign_state, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
-from uniflow.decoder import FlowDecoder, channel_projection, sincos_position_embedding
-from uniflow.decoding import Decoder, Shape, noise_of, start_of
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
-from uniflow.flow import Interval, Plan
-from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, described_encoder, pretrained_encoder
+from uniflow.sampler import Decoder, Sampler
 from uniflow.transformer import TransformerLayer
-from uniflow_kernels import to_images
 from uniflow_kernels.ops.patches import patch_grid
+from uniflow_kernels.solvers import Interval, Plan
 
 
 class UniFlow(nn.Module):
@@ -148,7 +145,7 @@ class UniFlow(nn.Module):
         Raises:
             ValueError: if the shape does not fit the model or `size`.
         """
-        self._check_latents(latents)
+        self.check_latents(latents)
         grid = patch_grid(latents.shape[1], self.config.patch_size, size)
         x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
         for block in self.global_blocks:
@@ -157,6 +154,11 @@ class UniFlow(nn.Module):
             else:
                 x = block(x)
         return x + resize_position_embedding(self.decoder_pos_embed, grid)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Raise a ValueError unless they are [B, N, latent_ch]."""
+        if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
+            raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The flow head's velocity at x and t.
@@ -172,7 +174,9 @@ class UniFlow(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together.
         """
-        self._check_rows("x", x, condition)
+        expected = (*condition.shape[:2], self.config.patch_values)
+        if x.shape != expected:
+            raise ValueError(f"x: expected shape {expected}, one row of pixels a token, got {tuple(x.shape)}")
         if t.shape not in ((), x.shape[:1], x.shape[:2]):
             raise ValueError(
                 f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}"
@@ -203,9 +207,9 @@ class UniFlow(nn.Module):
         Args:
             latents: [B, N, latent_ch].
             steps: number of steps; the config's `num_sampling_steps` if not given.
-            schedule: "linear", "pow_p" or "shifted_a", see `uniflow.flow.schedule_steps`.
+            schedule: "linear", "pow_p" or "shifted_a", see `uniflow_kernels.solvers.schedule_steps`.
             cfg: guidance scale; 1 is none (and costs none).
-            cfg_interval: the sigmas at which to guide, see `uniflow.flow.guides_at`.
+            cfg_interval: the sigmas at which to guide, see `uniflow_kernels.solvers.guides_at`.
             noise: [B, N, C*P*P] to start from, instead of seeds.
             generator: to draw the seeds with, one picture after the other, on any device: batches that follow each
                 other have the noise that they would have as one. If none of the three is given, PyTorch's default one
@@ -227,12 +231,8 @@ class UniFlow(nn.Module):
             ValueError: if a shape does not fit, for an unknown schedule or solver, a seed out of range, more than one
                 of noise, generator and seed, or memory that is not enough.
         """
-        steps = self.config.sampling_steps if steps is None else steps
-        plan = Plan(steps, schedule, solver, cfg, cfg_interval)
-        plan.check()
-        self._check_latents(latents)
-        start = start_of((*latents.shape[:2], self.config.patch_values), noise, generator, seed, self.device)
-        return self._images(latents, start, size, plan, temperature, max_memory, dtype=self.dtype)
+        sampler = Sampler(self, self._plan(steps, schedule, solver, cfg, cfg_interval), temperature, max_memory)
+        return sampler(latents, sampler.start(latents, size, noise, generator, seed), size)
 
     def compile_decoder(
         self,
@@ -263,109 +263,14 @@ class UniFlow(nn.Module):
             ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, and as
                 `decode`.
         """
-        config = self.config
-        plan = Plan(config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
+        plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
+        size = (self.config.image_size, self.config.image_size) if size is None else size
+        return Decoder(Sampler(self, plan, temperature, max_memory, dtype), batch, size)
+
+    def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
+        plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
         plan.check()
-        size = (config.image_size, config.image_size) if size is None else size
-        shape = Shape(batch, size, config.patch_size, config.latent_ch, config.patch_values)
-        if batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {batch}")
-        if not (dtype.is_floating_point or dtype == torch.uint8):
-            raise TypeError(f"dtype: expected a floating point dtype or torch.uint8, got {dtype}")
-        self._at_a_time(patch_grid(shape.tokens, config.patch_size, size), plan, max_memory)
-        pictures = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "clamp": True, "dtype": dtype}
-
-        def decode(latents: Tensor, start: Tensor, size: tuple[int, int]) -> Tensor:
-            self._check_latents(latents)
-            return self._images(latents, start, size, plan, temperature, max_memory, **pictures)
-
-        return Decoder(self, decode, shape, (plan, temperature, dtype, max_memory), self.device, self.dtype)
-
-    def _images(
-        self,
-        latents: Tensor,
-        start: Tensor,
-        size: tuple[int, int] | None,
-        plan: Plan,
-        temperature: float,
-        max_memory: int | None,
-        **end: Any,
-    ) -> Tensor:
-        """Latents to what `to_images` makes with `end`: pictures, or lines of patches, as many as memory allows.
-
-        They start from what `start_of` gives.
-        """
-        patch, batch, row = self.config.patch_size, len(latents), self.config.patch_values
-        down, across = patch_grid(latents.shape[1], patch, size)
-        rows, lines = self._at_a_time((down, across), plan, max_memory)
-        images = None
-        for first in range(0, max(1, batch), rows):
-            part = slice(first, first + rows)
-            condition = self.condition(latents[part], (down * patch, across * patch))
-            for top in range(0, down, lines):
-                bottom = min(top + lines, down)
-                band = slice(top * across, bottom * across)
-                x0 = noise_of(start, part, band, row)
-                x0 = x0.to(self.device, torch.promote_types(self.dtype, torch.float32))
-                if temperature != 1.0:
-                    x0 = x0 * temperature
-                x, velocity, dt = self.flow_head.sample(x0, condition[:, band], plan)
-                part_size = (bottom - top) * patch, across * patch
-                piece = to_images(x, patch, part_size, velocity=velocity, dt=dt, **end)
-                if rows >= batch and lines >= down:
-                    return piece
-                if images is None:
-                    images = piece.new_empty(batch, piece.shape[1], down * patch, across * patch)
-                images[part, :, top * patch : bottom * patch] = piece
-                del x0, x, velocity, piece  # before the next ones are made
-        assert images is not None
-        return images
-
-    def _at_a_time(self, grid: tuple[int, int], plan: Plan, max_memory: int | None) -> tuple[int, int]:
-        """How many pictures, and of one picture how many lines of patches, are decoded at a time."""
-        if max_memory is None:
-            return sys.maxsize, grid[0]
-        tokens = grid[0] * grid[1]
-        in_blocks, in_head = self.bytes_per_token(plan.cfg != 1.0)
-        if tokens * max(in_blocks, in_head) <= max_memory:
-            return max_memory // (tokens * max(in_blocks, in_head)), grid[0]
-        # the global blocks need a picture whole; its condition stays while its lines are decoded
-        kept = tokens * self.config.vit_hidden_size * self.dtype.itemsize
-        lines = (max_memory - kept) // (grid[1] * in_head)
-        least = max(tokens * in_blocks, kept + grid[1] * in_head)
-        if max_memory < least:
-            height, width = (extent * self.config.patch_size for extent in grid)
-            raise ValueError(
-                f"max_memory: a picture of {height}x{width} needs at least {least / 1e6:.0f} MB, got "
-                f"{max_memory / 1e6:.0f} MB"
-            )
-        return 1, min(lines, grid[0])
-
-    def encoding_bytes_per_token(self) -> int:
-        """At most how many bytes a token `encode` holds at a time beside weights and images."""
-        config, size = self.config, self.dtype.itemsize
-        # the sum, its norm, queries, keys, values and what attention makes of them, or the MLP's inner layer twice
-        return (4 * config.hidden_size + max(6 * config.hidden_size, 2 * config.intermediate_size)) * size + (
-            config.patch_values * (8 + size)  # images as floats, normalised, and in the model's dtype
-        )
-
-    def bytes_per_token(self, guided: bool) -> tuple[int, int]:
-        """At most how many bytes a token decoding holds at a time beside weights, latents and pictures.
-
-        Args:
-            guided: whether there is guidance, whose two branches go through the flow head together.
-
-        Returns:
-            In the global blocks, and in the flow head with the end of sampling.
-        """
-        width, row, size = self.config.vit_hidden_size, self.config.patch_values, self.dtype.itemsize
-        # the sum, its norm, four widths before and four after GELU, two to spare
-        in_blocks = 12 * width * size
-        # conditions, three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
-        # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
-        in_head = (22 if guided else 13) * width * size + 4 * row * (max(4, size) + size)
-        in_noise = width * size + 40 * row  # in plain PyTorch: the words that noise is made of, eight bytes each
-        return in_blocks, max(in_head, in_noise)
+        return plan
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""
@@ -466,12 +371,3 @@ class UniFlow(nn.Module):
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
-
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
-            raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
-
-    def _check_rows(self, name: str, rows: Tensor, tokens: Tensor) -> None:
-        expected = (*tokens.shape[:2], self.config.patch_values)
-        if tuple(rows.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, one row of pixels a token, got {tuple(rows.shape)}")

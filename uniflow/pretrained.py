@@ -18,9 +18,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uniflow.checkpoint import CheckpointError, assign_state, read_state
-from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig
+from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, vision_config
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.reading import read_json
 
 # of a configuration: who wrote it and in which dtype, and the classes of a classifier
 _NOT_OF_THE_ENCODER = (
@@ -77,7 +78,7 @@ def pretrained_encoder(
         return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
     path = Path(source) / "config.json"
     config = read_json(path)
-    config = config.get("vision_config", config)
+    config = vision_config(config)
     kind = config.get("model_type")
     if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
         preprocessor = Path(source) / "preprocessor_config.json"
@@ -92,17 +93,6 @@ def pretrained_encoder(
         _read_weights(pretrained, Path(source))
         return pretrained
     return _from_internvit(Path(source), config)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of some other project's folder; a ValueError if it holds none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no configuration: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no configuration: expected a JSON object, got {type(values).__name__}")
-    return values
 
 
 def _read_weights(encoder: PretrainedEncoder, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
-from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, explain
+from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def doctor() -> DoctorReport:
 
 
 def _flow_head(cuda: bool) -> OpReport:
-    return OpReport("flow_head", *explain(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 1024, 1024))
+    call = Call(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, width=1024, hidden=1024, rows=1)
+    return OpReport("flow_head", *explain(call))
 
 
 def _loss(name: str, cuda: bool) -> OpReport:

@@ -24,7 +24,16 @@ def test_the_rehearsal_goes_through_every_step(tmp_path):
         cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for step in ("rehearsal", "not installed", "build", "tests", "benchmarks", "report", "all went well"):
+    for step in (
+        "rehearsal",
+        "not installed",
+        "build",
+        "tests",
+        "benchmarks",
+        "compute-sanitizer",
+        "report",
+        "all went well",
+    ):
         assert step in done.stdout
     assert str(results.ROOT) + os.sep not in done.stdout
     files = list(tmp_path.iterdir())
@@ -43,6 +52,24 @@ def test_a_step_is_stopped_at_its_limit_with_all_it_started(session, capsys):
     out = capsys.readouterr().out
     assert "on\n" in out
     assert "stopped at its limit after 1 s" in out
+
+
+def test_a_program_says_what_it_has_before_it_is_killed(session, capsys):
+    program = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what there is')\ntime.sleep(60)"
+    assert session.run(gpu.Step("sleeper", ["-c", program], 2)) is None
+    assert "what there is\n" in capsys.readouterr().out
+
+
+def test_a_failing_gpu_test_is_told_at_once_and_in_full(tmp_path):
+    """With what `make gpu` says to pytest; the session is killed while the next test runs."""
+    (tmp_path / "conftest.py").write_text((results.ROOT / "tests" / "gpu" / "conftest.py").read_text())
+    (tmp_path / "test_two.py").write_text(
+        "import os\ndef test_one():\n    assert 2 + 2 == 5\ndef test_two():\n    os._exit(9)\n"
+    )
+    command = [sys.executable, "-m", "pytest", str(tmp_path), "-q", "--tb=short", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 9
+    assert "assert (2 + 2) == 5" in done.stdout
 
 
 def test_a_step_keeps_back_what_later_steps_need(session):

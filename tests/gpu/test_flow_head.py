@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import randomize
-from uniflow_kernels import FlowHead, backend, doctor, flow_matching_loss
-from uniflow_kernels.ops.flow_choice import PATHS, forced_path
+from uniflow_kernels import FlowHead, backend, doctor, flow_matching_loss, fused_flow_blocks
+from uniflow_kernels.ops.flow_choice import KERNELS
 from uniflow_kernels.triton_kernels.flow_products import ARCHITECTURES, architecture
 
 pytestmark = [
@@ -23,13 +23,11 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=KERNELS)
 def path(request):
-    """Every pass takes it."""
     if request.param == "products" and architecture(torch.device("cuda")) not in ARCHITECTURES:
         pytest.skip("there are no tiles for this GPU")
-    with forced_path(request.param):
-        yield request.param
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +46,24 @@ def make(rows, width=1024, depth=2, dtype=torch.bfloat16, row=588, conditions=No
     return head, x, y
 
 
-def results(head, x, y, name):
-    with backend(name):
-        out = head.from_embedding(x, y)
+def run(head, x, y, path):
+    """`head.from_embedding`, its blocks on a path of the kernels, on the fastest of them, or plain."""
+    how = {**head.form._asdict(), "recompute": head.recompute}
+    with backend("eager" if path == "eager" else "triton"):
+        x = fused_flow_blocks(head.input_proj(x), y, *head.tensors(), **how, path="auto" if path == "eager" else path)
+    return head.final_layer.linear(x)
+
+
+def results(head, x, y, path):
+    out = run(head, x, y, path)
     generator = torch.Generator("cuda").manual_seed(1)
     cotangent = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
     wanted = [x, y, *(p for key, p in head.named_parameters() if not key.startswith(("time_embed", "cond_embed")))]
     return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
 
 
-def check(within_twice, head, x, y, floor):
-    ours, plain = results(head, x, y, "triton"), results(head, x, y, "eager")
+def check(within_twice, head, x, y, floor, path="auto"):
+    ours, plain = results(head, x, y, path), results(head, x, y, "eager")
     head.double()
     exact = results(head, x.detach().double().requires_grad_(), y.detach().double().requires_grad_(), "eager")
     for triple in zip(ours, plain, exact, strict=True):
@@ -66,11 +71,11 @@ def check(within_twice, head, x, y, floor):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
 def test_numbers_and_gradients(within_twice, options, recompute, path):
     if path == "products" and "modulation_groups" in options:
         pytest.skip("blocks share a modulation")
-    check(within_twice, *make(4099, recompute=recompute, **options), floor=1e-3)
+    check(within_twice, *make(4099, recompute=recompute, **options), floor=1e-3, path=path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -79,7 +84,7 @@ def test_odd_sizes(within_twice, dtype, rows, width, path):
     if path == "products" and dtype == torch.float32:
         pytest.skip("products are of 16-bit numbers")
     floor = 1e-5 if dtype == torch.float32 else 1e-3
-    check(within_twice, *make(rows, width, depth=1, dtype=dtype, row=16), floor=floor)
+    check(within_twice, *make(rows, width, depth=1, dtype=dtype, row=16), floor=floor, path=path)
 
 
 def test_one_condition_for_all_rows(within_twice):
@@ -92,22 +97,22 @@ def test_a_condition_for_the_rows_of_each_picture(within_twice):
     check(within_twice, head, x, y, floor=1e-3)
 
 
-@pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
 def test_every_row_is_written(recompute, path):
     """Memory that nobody wrote is NaN under deterministic algorithms."""
     head, x, y = make(1001, recompute=recompute)
     torch.use_deterministic_algorithms(True)
     try:
-        assert all(torch.isfinite(result).all() for result in results(head, x, y, "triton"))
+        assert all(torch.isfinite(result).all() for result in results(head, x, y, path))
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_a_thousand_runs_are_equal_to_the_bit(path):
     head, x, y = make(777, width=256)
-    first = results(head, x, y, "triton")
+    first = results(head, x, y, path)
     for _ in range(1000):
-        assert all(map(torch.equal, results(head, x, y, "triton"), first))
+        assert all(map(torch.equal, results(head, x, y, path), first))
 
 
 def test_more_than_2_31_elements():
@@ -141,7 +146,7 @@ def test_a_train_step_in_a_cuda_graph(path):
     parameters = [p for key, p in head.named_parameters() if not key.startswith(("time_embed", "cond_embed"))]
 
     def step():
-        return torch.autograd.grad(head.from_embedding(x, y).square().mean(), parameters)
+        return torch.autograd.grad(run(head, x, y, path).square().mean(), parameters)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -164,10 +169,10 @@ def test_a_train_step_in_a_cuda_graph(path):
 
 def test_nothing_waits_for_the_device(path):
     head, x, y = make(512)
-    results(head, x, y, "triton")
+    results(head, x, y, path)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        head.from_embedding(x, y).sum().backward()
+        run(head, x, y, path).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -175,7 +180,7 @@ def test_nothing_waits_for_the_device(path):
 def test_autocast():
     head, x, y = make(300, dtype=torch.float32)
     with torch.autocast("cuda", torch.bfloat16):
-        ours, plain = results(head, x, y, "triton"), results(head, x, y, "eager")
+        ours, plain = results(head, x, y, "auto"), results(head, x, y, "eager")
     assert ours[0].dtype == torch.bfloat16
     for mine, theirs in zip(ours, plain, strict=True):
         assert mine.dtype == theirs.dtype
@@ -184,15 +189,14 @@ def test_autocast():
 
 def test_memory_of_a_train_step(path):
     peaks = {}
-    for name in ("eager", "triton"):
+    for name in ("eager", path):
         head, x, y = make(8192, depth=12)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with backend(name):
-            head.from_embedding(x, y).sum().backward()
+        run(head, x, y, name).sum().backward()
         peaks[name] = torch.cuda.max_memory_allocated() - before
-    assert peaks["triton"] < peaks["eager"]
+    assert peaks[path] < peaks["eager"]
 
 
 def test_doctor_says_what_was_measured():
@@ -211,14 +215,15 @@ def test_doctor_says_what_was_measured():
     ],
 )
 @pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.sanitizer
 def test_compute_sanitizer(sanitized, path, dtype, width, options, recompute):
     sanitized(
-        "import torch; from uniflow_kernels import FlowHead, backend;"
-        "from uniflow_kernels.ops.flow_choice import forced_path;"
-        f"backend('triton').__enter__(); forced_path({path!r}).__enter__();"
+        "import torch; from uniflow_kernels import FlowHead, backend, fused_flow_blocks;"
+        "backend('triton').__enter__();"
         f"head = FlowHead(16, {width}, 16, 16, 2, recompute={recompute!r}, **{options!r}).to('cuda', torch.{dtype});"
         f"x, y = (torch.randn(37, n, device='cuda', dtype=torch.{dtype}) for n in (16, {width}));"
-        "head.from_embedding(x, y).sum().backward(); torch.cuda.synchronize()"
+        f"how = dict(**head.form._asdict(), recompute={recompute!r}, path={path!r});"
+        "fused_flow_blocks(head.input_proj(x), y, *head.tensors(), **how).sum().backward(); torch.cuda.synchronize()"
     )
 
 

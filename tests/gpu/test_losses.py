@@ -290,6 +290,7 @@ def test_more_than_2_to_the_31_elements(kernels):
     assert torch.allclose(losses[-1:], alone, rtol=1e-4)
 
 
+@pytest.mark.sanitizer
 def test_compute_sanitizer(sanitized, kernels):
     sanitized(
         "import torch; from uniflow_kernels import backend, interpolate, layerwise_distillation, velocity_loss;"

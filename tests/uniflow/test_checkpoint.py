@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import stat
 
 import pytest
 import torch
@@ -7,6 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from uniflow import CheckpointError, UniFlow
+from uniflow.atomic import replacing
+from uniflow.latents import EncodedPicture, write_latents
+from uniflow.pictures import save_picture
+
+PICTURE = EncodedPicture("a.png", 56, 56)
 
 
 def save(tmp_path, golden_folder, state, name="model.safetensors"):
@@ -145,3 +152,26 @@ def test_non_contiguous_parameters_are_written(golden_model, tmp_path):
     golden_model.to(memory_format=torch.channels_last)
     golden_model.save_pretrained(tmp_path)
     assert_same(UniFlow.from_pretrained(tmp_path), golden_model.state_dict())
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path, golden_model, umask):
+    """Of every writer: safetensors' own files can be read by their owner alone."""
+    before = os.umask(umask)
+    try:
+        golden_model.save_pretrained(tmp_path)
+        write_latents(tmp_path / "latents.safetensors", [torch.zeros(16, 8)], [PICTURE], golden_model)
+        save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "a.png")
+    finally:
+        os.umask(before)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_what_cannot_be_written_is_named(tmp_path, golden_model):
+    with pytest.raises(OSError, match="No such file or directory") as caught, replacing(tmp_path / "none" / "a.png"):
+        pass
+    assert caught.value.filename == str(tmp_path / "none" / "a.png")
+    long = tmp_path / ("n" * 240 + ".png")
+    save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), long)
+    assert list(tmp_path.iterdir()) == [long]

@@ -1,15 +1,7 @@
 import pytest
 import torch
 
-from uniflow import flow
 from uniflow.flow import sample_t
-
-
-def test_the_samplers_are_those_of_the_kernels_package():
-    from uniflow_kernels import solvers
-
-    for name in ("SOLVERS", "Plan", "guide", "guides_at", "integrate", "schedule_steps"):
-        assert getattr(flow, name) is getattr(solvers, name)
 
 
 def test_t_distributions():

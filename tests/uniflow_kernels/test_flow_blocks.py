@@ -10,7 +10,8 @@ from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.ops import flow_head
 from uniflow_kernels.ops.flow_blocks import Affine, Block, in_order
-from uniflow_kernels.ops.flow_choice import PATHS, _path, forced_path
+from uniflow_kernels.ops.flow_choice import KERNELS
+from uniflow_kernels.ops.flow_head import RECOMPUTE
 from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.triton_kernels import flow_products
 
@@ -28,7 +29,7 @@ OPTIONS = {
     "SphereAR": {"mlp": "swiglu", "hidden": 96, "modulation_order": "scale-shift-gate", "modulation_groups": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-paths = pytest.mark.parametrize("path", PATHS)
+paths = pytest.mark.parametrize("path", KERNELS)
 
 
 @pytest.fixture(autouse=True)
@@ -221,14 +222,15 @@ def against_definition(
         # every form is given the numbers of `dtype`
         x, y = (t.detach().to(precision).requires_grad_() for t in inputs(rows, conditions, width, dtype))
         weights, every = tensors_of(head.to(dtype), precision)
-        with backend(name), forced_path(path):
-            results.append(run(fused_flow_blocks, x, y, weights, every, **keywords(head), recompute=recompute))
+        how = {**keywords(head), "recompute": recompute, "path": path if name == "triton" else "auto"}
+        with backend(name):
+            results.append(run(fused_flow_blocks, x, y, weights, every, **how))
     for ours, plain, exact in zip(*results, strict=True):
         assert ours.dtype == dtype
         within_twice(ours, plain, exact, floor=floor)
 
 
-recomputes = pytest.mark.parametrize("recompute", ["none", "gate", "block"])
+recomputes = pytest.mark.parametrize("recompute", RECOMPUTE)
 
 
 def head_for(path, width=64, **options):
@@ -268,7 +270,7 @@ def test_kernels_at_odd_sizes(within_twice, rows, width, path):
 def test_targets_of_the_module(within_twice, target, width, rows):
     head = randomize(FlowHead(target, width, target, 40, 1))
     data = torch.randn(rows, target), 1000 * torch.rand(rows), torch.randn(rows, 40)
-    with backend("triton"), forced_path("rows"):
+    with backend("triton"):
         ours = module_results(head, *data)
     plain = module_results(head, *data)
     exact = module_results(head.double(), *(t.double() for t in data))
@@ -305,7 +307,7 @@ def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch, nam
     ],
 )
 def test_shared_conditions(within_twice, rows, conditions):
-    for name, recompute in (("canonical", "none"), ("canonical", "gate"), ("SphereAR", "block")):
+    for name, recompute in (("canonical", "none"), ("SphereAR", "none"), ("SphereAR", "block")):
         head = make_head(24, depth=2, **{**OPTIONS[name], "hidden": 20})
         against_definition(within_twice, head, rows, conditions, recompute=recompute)
 
@@ -317,7 +319,7 @@ def test_strided_inputs_and_expanded_gradients(path):
     x, y = inputs((20,), (20,))
 
     def gradients(x, y):
-        out = fused_flow_blocks(x, y, *weights)
+        out = fused_flow_blocks(x, y, *weights, path=path)
         (reduced,) = torch.autograd.grad(out.sum(), x, retain_graph=True)  # an expanded gradient, of stride 0
         return [out, reduced, *torch.autograd.grad(out.t().contiguous().t(), [x, y, *every], torch.ones_like(out))]
 
@@ -327,7 +329,7 @@ def test_strided_inputs_and_expanded_gradients(path):
     def transposed(t):
         return t.detach().t().contiguous().t().requires_grad_()
 
-    with backend("triton"), forced_path(path):
+    with backend("triton"):
         expected = gradients(x, y)
         for change in (strided, transposed):
             for ours, theirs in zip(gradients(change(x), change(y)), expected, strict=True):
@@ -354,10 +356,11 @@ def test_every_output_is_written(path):
         assert torch.utils.deterministic.fill_uninitialized_memory
         head = make_head(40, depth=2)
         shared = ((2, 17), (2, 1)) if path == "rows" else ((34,), (34,))
-        for rows, conditions, recompute in (((33,), (33,), "none"), (*shared, "gate"), ((5,), (5,), "block")):
+        for rows, conditions, recompute in (((33,), (33,), "none"), (*shared, "none"), ((5,), (5,), "block")):
             weights, every = tensors_of(head)
-            with backend("triton"), forced_path(path):
-                results = run(fused_flow_blocks, *inputs(rows, conditions, 40), weights, every, recompute=recompute)
+            how = {"recompute": recompute, "path": path}
+            with backend("triton"):
+                results = run(fused_flow_blocks, *inputs(rows, conditions, 40), weights, every, **how)
             assert all(torch.isfinite(result).all() for result in results)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -367,12 +370,13 @@ def test_every_output_is_written(path):
 def test_runs_are_equal_to_the_bit(path):
     head = make_head(40, depth=2)
     weights, every = tensors_of(head)
-    with backend("triton"), forced_path(path):
-        first = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every)
-        for recompute in ("none", "gate", "block"):
-            again = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, recompute=recompute)
+    with backend("triton"):
+        first = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, path=path)
+        for recompute in RECOMPUTE:
+            how = {"recompute": recompute, "path": path}
+            again = run(fused_flow_blocks, *inputs((50,), (50,), 40), weights, every, **how)
             # products of gate and of shift and scale, apart or together or by another kernel, may round differently
-            exact = recompute == "none" or (recompute == "block" and path == "rows")
+            exact = recompute == "none" or path == "rows"
             for one, other in zip(first, again, strict=True):
                 assert torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -382,15 +386,15 @@ def test_inference_and_frozen_weights(path):
     head = make_head(depth=3)
     weights, every = tensors_of(head)
     x, y = inputs()
-    with backend("triton"), forced_path(path):
-        out, dx, dy, *_ = run(fused_flow_blocks, x, y, weights, every)
+    with backend("triton"):
+        out, dx, dy, *_ = run(fused_flow_blocks, x, y, weights, every, path=path)
         with torch.inference_mode():
             before = x.clone()
-            assert torch.equal(fused_flow_blocks(x, y, *weights), out)
+            assert torch.equal(fused_flow_blocks(x, y, *weights, path=path), out)
             assert torch.equal(x, before)
         for tensor in every:
             tensor.requires_grad_(False)
-        frozen = run(fused_flow_blocks, x, y, weights, [])
+        frozen = run(fused_flow_blocks, x, y, weights, [], path=path)
     assert torch.equal(frozen[1], dx)
     assert torch.equal(frozen[2], dy)
 
@@ -408,7 +412,7 @@ def test_module(within_twice, options):
     plain = module_results(head, *data)
     exact = module_results(head.double(), *(t.double() for t in data))
     head.float()
-    for recompute in ("none", "gate", "block"):
+    for recompute in RECOMPUTE:
         head.recompute = recompute
         with backend("triton"):
             ours = module_results(head, *data)
@@ -434,13 +438,12 @@ def test_autocast_casts_once_while_nothing_changes(monkeypatch):
     """Without gradients; a step between two calls is seen. Weights of autocast's own dtype are taken as they are."""
     head = make_head(depth=2)
     x, y = (t.detach() for t in inputs())
-    plain = flow_head.flow_blocks
-    given = []
-    monkeypatch.setattr(flow_head, "flow_blocks", lambda *what: given.append(what) or plain(*what))
+    cast, given = flow_head._cast, []
+    monkeypatch.setattr(flow_head, "_cast", lambda *what: given.append(cast(*what)) or given[-1])
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, fused=True)
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), backend("triton"):
             return fused_flow_blocks(x, y, *head.tensors())
 
     with torch.no_grad():
@@ -452,7 +455,7 @@ def test_autocast_casts_once_while_nothing_changes(monkeypatch):
         changed = run()
         head.bfloat16()
         run()
-    ups = [what[2][0].up.weight for what in given]
+    ups = [blocks[0].up.weight for blocks, *_ in given]
     assert ups[0].dtype == torch.bfloat16
     assert ups[0] is ups[1]
     assert ups[2].requires_grad
@@ -559,13 +562,14 @@ def test_what_the_kernels_cannot_serve_is_said():
 
 @pytest.mark.parametrize(
     ("recompute", "shared", "products_from"),
-    [("none", False, None), ("gate", True, None), ("block", False, None), ("none", False, 20)],
+    [("none", True, None), ("block", False, None), ("none", False, 20)],
 )
 def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypatch, recompute, shared, products_from):
     """Nor for another path: each pass chooses it while it runs."""
+    taken = []
     if products_from:
-        choice = "uniflow_kernels.ops.flow_choice._path"
-        monkeypatch.setattr(choice, lambda arch, dtype, width, rows, _: PATHS[rows >= products_from])
+        order = "uniflow_kernels.ops.flow_choice._order"
+        monkeypatch.setattr(order, lambda call: taken.append(call) or KERNELS[call.rows >= products_from :])
     head = make_head(32, depth=2, recompute=recompute)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=True)
 
@@ -578,13 +582,15 @@ def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypat
         for m in (37, 5, 64):
             for ours, theirs in zip(results(compiled, m), results(head, m), strict=True):
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    # of the compiled one each pass asks, of the other one the whole
+    assert [call.rows for call in taken] == ([37] * 3 + [5] * 3 + [64] * 3 if products_from else [])
 
 
 @pytest.mark.parametrize(
     ("options", "keep", "path"),
     [
-        *[(OPTIONS["canonical"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
-        *[(OPTIONS["SphereAR"], keep, "rows") for keep in ("nothing", "all", "no gate", "inputs")],
+        *[(OPTIONS["canonical"], keep, "rows") for keep in ("nothing", "all", "inputs")],
+        *[(OPTIONS["SphereAR"], keep, "auto") for keep in ("nothing", "all", "inputs")],
         *[(OPTIONS["canonical"], keep, "products") for keep in ("nothing", "all")],
     ],
 )
@@ -593,15 +599,14 @@ def test_registered_ops(options, keep, path):
     (blocks, modulations, final), _ = tensors_of(head)
     weights = [t for pair in in_order(blocks, modulations, final) for t in pair]
     weights = [None if t is None else t.detach() for t in weights]
-    repeat = 2 if path == "rows" else 1
+    repeat = 1 if path == "products" else 2
     x, y = (t.detach() for t in inputs((6,), (6 // repeat,), 16))
     how = (2, repeat, *head.form, keep)
     ops = torch.ops.uniflow_kernels
-    with forced_path(path):
-        torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how))
-        if keep != "nothing":
-            _, kept = ops.flow_blocks(x, y, weights, *how)
-            torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True))
+    torch.library.opcheck(ops.flow_blocks.default, (x, y, weights, *how, path))
+    if keep != "nothing":
+        _, kept = ops.flow_blocks(x, y, weights, *how, path)
+        torch.library.opcheck(ops.flow_blocks_backward.default, (x, x, y, weights, kept, *how, True, path))
 
 
 # modulations that were made before
@@ -611,7 +616,7 @@ def modulated(head, x, modulations, weights, name):
     """The blocks of `head` on a backend, with the tensors given in the place of its own."""
     with torch.no_grad(), backend(name):
         blocks = flow_head.ModulatedBlocks(*weights, head.form, x, len(x))
-        assert blocks.fused == (name == "triton")
+        assert blocks.path == ("rows" if name == "triton" else "eager")
         return blocks(x, modulations)
 
 
@@ -664,35 +669,43 @@ def test_the_registered_op_of_modulations_made_before(name):
     torch.library.opcheck(torch.ops.uniflow_kernels.modulated_flow_blocks.default, (x, list(steps[0]), tensors, *how))
 
 
-def test_the_paths_of_a_forward_and_a_backward_pass_are_chosen_apart(within_twice):
-    """What is kept is the same."""
+def test_either_path_goes_on_from_what_the_other_has_kept(within_twice):
+    """As in a compiled graph, whose passes choose for themselves."""
     head = make_head(40, depth=2)
     exact_weights, exact_every = tensors_of(head, torch.float64)
     exact = run(fused_flow_blocks, *inputs((9,), (9,), 40, torch.float64), exact_weights, exact_every)
     weights, every = tensors_of(head)
     plain = run(fused_flow_blocks, *inputs((9,), (9,), 40), weights, every)
-    for recompute, first, second in (("none", *PATHS), ("gate", *PATHS), ("none", *PATHS[::-1])):
-        x, y = inputs((9,), (9,), 40)
-        with backend("triton"), forced_path(first):
-            out = fused_flow_blocks(x, y, *weights, recompute=recompute)
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
-        with forced_path(second):
-            ours = [out, *torch.autograd.grad(out, [x, y, *every], cotangent)]
-        for triple in zip(ours, plain, exact, strict=True):
+    flat = [t for pair in in_order(*weights) for t in pair]
+    x, y = inputs((9,), (9,), 40)
+    a, ops = torch.nn.functional.silu(y).detach(), torch.ops.uniflow_kernels
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    for keep, first, second in (("all", *KERNELS), ("inputs", *KERNELS), ("all", *KERNELS[::-1])):
+        how = 2, 1, *head.form, keep
+        with torch.no_grad():
+            out, kept = ops.flow_blocks(x, a, flat, *how, first)
+            dx, da, found = ops.flow_blocks_backward(cotangent, x, a, flat, kept, *how, True, second)
+        (dy,) = torch.autograd.grad(torch.nn.functional.silu(y), y, da)
+        gradients = dict(zip((id(t) for t in flat), found, strict=True))
+        for triple in zip([out, dx, dy, *(gradients[id(t)] for t in every)], plain, exact, strict=True):
             within_twice(*triple, floor=2e-6)
 
 
-def test_the_path():
-    """Products where they were counted to win, rows elsewhere."""
-    assert _path(90, torch.bfloat16, 1024, 4096, False) == _path(90, torch.float16, 1536, 32768, True) == "products"
-    for arch, dtype, width, rows in (
-        (90, torch.bfloat16, 1024, 4095),
-        (90, torch.float32, 1024, 32768),
-        (90, torch.bfloat16, 64, 32768),
-        (80, torch.bfloat16, 1024, 32768),
-        (100, torch.bfloat16, 1024, 32768),
-    ):
-        assert _path(arch, dtype, width, rows, False) == _path(arch, dtype, width, rows, True) == "rows"
+@paths
+def test_norms_whose_weights_do_not_lie_side_by_side(within_twice, path):
+    head = make_head(24, depth=2)
+    (blocks, modulations, final), every = tensors_of(head)
+
+    def apart(vector):
+        return torch.stack([vector, torch.full_like(vector, torch.nan)], 1)[:, 0]
+
+    strided = [block._replace(norm=Affine(*map(apart, block.norm))) for block in blocks]
+    assert strided[0].norm.weight.stride() == (2,)
+    x, y = inputs((5,), (5,), 24)
+    with backend("triton"):
+        ours = run(fused_flow_blocks, x, y, (strided, modulations, final), every, path=path)
+        expected = run(fused_flow_blocks, x, y, (blocks, modulations, final), every, path=path)
+    assert all(map(torch.equal, ours, expected))
 
 
 def test_why_there_are_no_products(monkeypatch):
@@ -701,12 +714,12 @@ def test_why_there_are_no_products(monkeypatch):
     def reason(head, x, y, weights=None):
         weights = tensors_of(head)[0] if weights is None else weights
         with backend("triton"):
-            with forced_path("products"), pytest.raises(ValueError, match=r"^flow_head: path 'products' cannot") as no:
-                fused_flow_blocks(x, y, *weights, **keywords(head))
+            with pytest.raises(ValueError, match=r"^flow_head: path 'products' cannot") as no:
+                fused_flow_blocks(x, y, *weights, **keywords(head), path="products")
+            by_rows = fused_flow_blocks(x, y, *weights, **keywords(head), path="rows")
             with monkeypatch.context() as preferred:
-                preferred.setattr("uniflow_kernels.ops.flow_choice._path", lambda *_: "products")
-                by_rows = fused_flow_blocks(x, y, *weights, **keywords(head))
-            assert torch.equal(by_rows, fused_flow_blocks(x, y, *weights, **keywords(head)))
+                preferred.setattr("uniflow_kernels.ops.flow_choice._order", lambda _: ("products", "rows"))
+                assert torch.equal(fused_flow_blocks(x, y, *weights, **keywords(head)), by_rows)
         return str(no.value).partition(": path 'products' cannot serve this input: ")[2]
 
     head = make_head(depth=2)
@@ -771,7 +784,7 @@ def test_distributed(process_group, wrap, monkeypatch):
     data = torch.randn(9, 24), torch.rand(9), torch.randn(9, 40)
     launches = []
     forward = Pass.forward
-    monkeypatch.setattr(Pass, "forward", lambda self: launches.append(self) or forward(self))
+    monkeypatch.setattr(Pass, "forward", lambda self, path: launches.append(self) or forward(self, path))
     with backend("triton"):
         out, *gradients = module_results(head, *data)
         wrapped = wrap(head)

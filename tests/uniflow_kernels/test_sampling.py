@@ -14,7 +14,6 @@ from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.modules.sampling import Conditioned
-from uniflow_kernels.ops.flow_choice import forced_path
 from uniflow_kernels.solvers import SOLVERS, Plan, schedule_steps
 
 __all__ = ["stand_in"]  # a fixture
@@ -323,13 +322,6 @@ def test_mapped_over_noises_and_conditions():
     head, noise, condition = make_head(), torch.randn(3, 5, 6), torch.randn(3, 5, 20)
     mapped = torch.vmap(lambda n, c: head.sample(c, 4, noise=n, cfg=2.0))(noise, condition)
     assert torch.allclose(mapped, head.sample(condition, 4, noise=noise, cfg=2.0), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_path_that_makes_modulations_itself_is_refused():
-    head, (noise, condition) = make_head(), inputs()
-    with backend("triton"), forced_path("products"), pytest.raises(ValueError, match="modulations are made before"):
-        head.sample(condition, 4, noise=noise)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +20,26 @@ from uniflow.cli.inputs import InputError, check_folder, choose_device, explaine
 from uniflow.cli.training_bar import TrainingBar
 from uniflow.data import Samples
 from uniflow.training import Trainer
-from uniflow.training.checkpoints import check, newest_first, newest_whole
+from uniflow.training.changes import check_alike, settings_of
+from uniflow.training.checkpoints import check, newest_first, newest_whole, rests, step_of
+from uniflow.training.lock import held
 from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard
 from uniflow.training.processes import Processes, joined
 from uniflow.training.recipe import AnyRun, read_run
+from uniflow.training.state import read_progress
 from uniflow.training.validation import Validator
 
 R = TypeVar("R", bound=AnyRun)
 
-# what a run leaves in its folder
-_OF_A_RUN = ("checkpoints", "samples", "tensorboard", "log*.jsonl", "failure-*")
+# what a run leaves in its folder, which may hold other things too
+_OF_A_RUN = (
+    "checkpoints/step-*",
+    "samples/step-*.png",
+    "tensorboard/events.out.tfevents.*",
+    "log.jsonl",
+    "log-*.jsonl",
+    "failure-*",
+)
 
 
 @dataclass(frozen=True)
@@ -61,25 +71,40 @@ def train_as_written(
     if run.tensorboard:
         check_installed("tensorboard")
     chosen = choose_device(device)
+    settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", "out", "tensorboard")}
     with joined(chosen) as (processes, own_device):
-        start = processes.from_first(lambda: _start(out, resume, force))
         with explained():
-            trained = build(run, own_device, processes)
-            trained.samples[0]  # nothing can be trained on if no picture can be read
-            trainer = Trainer(
-                trained.objective, trained.samples, run.recipe, out, validator=trained.validator, processes=processes
-            )
-            if start is not None:
-                trainer.resume(start)
-        _train(run, out, start, trainer)
+            check_alike(settings_of(run.recipe, {**settings, "out": out}), processes)
+        with _alone(out, processes):
+            start = processes.from_first(lambda: _start(out, resume, force))
+            with explained():
+                trained = build(run, own_device, processes)
+                trained.samples[0]  # nothing can be trained on if no picture can be read
+                trainer = Trainer(
+                    trained.objective,
+                    trained.samples,
+                    run.recipe,
+                    out,
+                    validator=trained.validator,
+                    processes=processes,
+                    settings=settings,
+                )
+                if start is not None:
+                    _resume(trainer, start)
+            _train(run, out, start, trainer)
+
+
+def _resume(trainer: Trainer, start: Path) -> None:
+    changed = trainer.resume(start)
+    if changed and trainer.processes.first:
+        print(f"uniflow: goes on from {start} with another {changed}", file=sys.stderr)
 
 
 def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None:
     processes = trainer.processes
     if processes.first:
         # what came after the start will come again
-        _delete(_of_a_run(out) if start is None else _newer(out, start))
-        out.mkdir(parents=True, exist_ok=True)
+        _delete([*(_newer(out, start) if start and _is_of(out, start) else _of_a_run(out)), *rests(out)])
     processes.wait()
     with ExitStack() as stack:
         for log in _logs(run, out, trainer.progress.step, processes, stack):
@@ -88,25 +113,41 @@ def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None
         stack.enter_context(_at_sigterm(trainer.stop))
         losses = trainer.run()
     if processes.first:
-        state = "trained" if trainer.finished else "stopped"
+        done = "trained" if losses else "nothing was left to train"
+        state = done if trainer.finished else "stopped"
         last = f", last loss {losses[-1]:.4f}" if losses else ""
         print(f"{state} at step {trainer.progress.step}{last}; checkpoint in {trainer.latest}")
 
 
+@contextmanager
+def _alone(out: Path, processes: Processes) -> Iterator[None]:
+    """Hold the folder; the first process does it for all."""
+    if not processes.first:
+        yield
+        return
+    with held(out) as locked:
+        if not locked:
+            print(f"uniflow: {out} cannot be locked; see to it that no other run goes there", file=sys.stderr)
+        yield
+
+
 def _start(out: Path, resume: str | None, force: bool) -> Path | None:
     """The checkpoint to go on from, if any; refuses to mix a new run with what is there."""
+    there = _of_a_run(out)
     if resume is None:
-        there = _of_a_run(out)
         if there and not force:
             raise InputError(f"{there[0]} exists; --resume auto goes on from there, --force starts anew")
         return None
     if resume != "auto":
+        start = Path(resume)
         with explained():
-            check(Path(resume))
-        newer = _newer(out, Path(resume))
+            check(start)
+        if there and not force and not _is_of(out, start):
+            raise InputError(f"{there[0]} is of another run than {start}; --force deletes it, or take another --out")
+        newer = _newer(out, start)
         if newer and not force:
-            raise InputError(f"{newer[0]} is newer than {resume}; --force deletes it, or take another --out")
-        return Path(resume)
+            raise InputError(f"{newer[0]} is newer than {start}; --force deletes it, or take another --out")
+        return start
     whole, wrong = newest_whole(out / "checkpoints")
     if wrong and whole is None:
         raise InputError(f"no checkpoint in {out} is whole: {wrong[0]}")
@@ -115,8 +156,14 @@ def _start(out: Path, resume: str | None, force: bool) -> Path | None:
     return whole
 
 
+def _is_of(out: Path, checkpoint: Path) -> bool:
+    return checkpoint.resolve().parent == (out / "checkpoints").resolve()
+
+
 def _newer(out: Path, start: Path) -> list[Path]:
-    return [path for path in newest_first(out / "checkpoints") if path.name > start.resolve().name]
+    with explained():
+        step = read_progress(start).step
+    return [path for path in newest_first(out / "checkpoints") if (step_of(path) or 0) > step]
 
 
 def _of_a_run(out: Path) -> list[Path]:

@@ -32,13 +32,14 @@ from uniflow.cli.inputs import (
 )
 from uniflow.cli.workers import Workers
 from uniflow.config import UniFlowConfig
-from uniflow.decoding import Decoder
-from uniflow.flow import Interval, Plan
+from uniflow.encoder import encoding_bytes_per_token
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.metrics import ReconstructionFID, psnr, ssim
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, fit_to_patches, save_picture, to_tensor
+from uniflow.sampler import Decoder
+from uniflow_kernels.solvers import Interval, Plan
 
 T = TypeVar("T")
 
@@ -301,7 +302,7 @@ def _most_encoded(model: UniFlow, size: Sequence[int], max_memory: int | None) -
     if max_memory is None:
         return sys.maxsize
     tokens = 1 + math.prod(size) // model.config.patch_size**2
-    needed = tokens * model.encoding_bytes_per_token()
+    needed = tokens * encoding_bytes_per_token(model.config, model.dtype)
     if needed > max_memory:
         raise InputError(
             f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.0f} MB, got "

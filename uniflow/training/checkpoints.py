@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from uniflow import reading
 from uniflow.checkpoint import CheckpointError
 from uniflow.training.processes import Processes
 
 MANIFEST = "manifest.json"
 _PREFIX = "step-"
+_REST = ".*.tmp*"  # how what is being written is called, and what a run leaves that is killed then
 
 
 class Checkpoints:
@@ -50,9 +54,10 @@ class Checkpoints:
 @contextmanager
 def replacing_folder(final: Path, processes: Processes) -> Iterator[Path]:
     """Give all processes a folder beside `final`; it is written to the disk and renamed when all are done."""
-    temporary = final.with_name(f".{final.name}.tmp")
+    # a name that no other run has, even one that writes the same step
+    token = processes.from_first(lambda: secrets.token_hex(4))
+    temporary = final.with_name(f".{final.name}.{token}.tmp")
     if processes.first:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
         temporary.mkdir(parents=True)
     processes.wait()
     try:
@@ -76,7 +81,19 @@ def replacing_folder(final: Path, processes: Processes) -> Iterator[Path]:
 
 def newest_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, unchecked."""
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if path.is_dir()), reverse=True)
+    found = [(step_of(path), path) for path in folder.glob(f"{_PREFIX}*") if path.is_dir()]
+    return [path for _, path in sorted(((step, path) for step, path in found if step is not None), reverse=True)]
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint is called after, None if it is called otherwise."""
+    name = re.fullmatch(rf"{_PREFIX}([0-9]+)", checkpoint.name)
+    return int(name[1]) if name else None
+
+
+def rests(out: Path) -> list[Path]:
+    """What runs that were killed while they wrote have left in their folder, if none is writing to it now."""
+    return [path for part in ("", "checkpoints", "samples") for path in (out / part).glob(_REST)]
 
 
 def check(folder: Path) -> None:
@@ -85,11 +102,7 @@ def check(folder: Path) -> None:
     Raises:
         CheckpointError: naming what is damaged or missing.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise CheckpointError(f"{folder} is no checkpoint of a training run: no {MANIFEST} that can be read") from None
-    for name, digest in manifest.items():
+    for name, digest in read_json(folder / MANIFEST).items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
@@ -119,13 +132,44 @@ def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote, on the CPU; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `write_tensors` wrote, on the CPU; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: if the file cannot be read or holds anything else.
+    """
+    _check_regular(path)
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler met
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"holds {forbidden[1]}, expected tensors and numbers" if forbidden else "is damaged"
+        raise CheckpointError(f"{path} {found}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got a {type(values).__name__}")
+    return values
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Indented, as people read it."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        CheckpointError: if the file cannot be read or holds anything else.
+    """
+    _check_regular(path)
+    try:
+        return reading.read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _check_regular(path: Path) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path.parent} is no checkpoint of a training run: no file {path.name}")
 
 
 def random_states() -> dict[str, Any]:

@@ -56,6 +56,13 @@ class Processes:
             values /= self.world
         return values
 
+    def of_all(self, value: T) -> list[T]:
+        """The value that each process gives, by rank."""
+        values = [value] * self.world
+        if self.control is not None:
+            dist.all_gather_object(values, value, self.control)
+        return values
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process."""
         made = [make() if self.first else None]

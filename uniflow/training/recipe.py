@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from uniflow.reading import read_yaml, shown
+
 # read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
 NO_UNKNOWN_KEYS = {"extra": "forbid"}
 
@@ -45,6 +47,10 @@ class Stage:
     def encoder_rate(self) -> float:
         """The encoder's highest learning rate."""
         return self.learning_rate if self.encoder_learning_rate is None else self.encoder_learning_rate
+
+    def spent(self, steps: int, seconds: float) -> float:
+        """The share of its budget that so many steps and seconds make up; from 1 on it is over."""
+        return max(steps / self.steps, seconds / (self.seconds or float("inf")))
 
 
 @dataclass(frozen=True)
@@ -218,24 +224,19 @@ def read_run(path: Path, kind: type[R]) -> R:
     Raises:
         ModuleNotFoundError: if yaml or pydantic is not installed.
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no YAML, or naming the first key that is wrong, unknown or missing.
+        ValueError: if `uniflow.reading` takes it for no YAML, or naming the first key that is wrong, unknown or
+            missing.
     """
     import pydantic
-    import yaml
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}") from None
+    values = read_yaml(path)
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         message = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        got = "" if first["type"] in ("missing", "value_error") else f", got {shown(first['input'])}"
         raise ValueError(f"{path}: {key + ': ' if key else ''}{message}{got}") from None
 
 

@@ -3,16 +3,15 @@
 - config.json, model.safetensors: the model as its `save_pretrained` writes it; ema/: its moving average, likewise
 - optimizer.pt: the optimizer's state by parameter name
 - shards/: in place of these, the shards of a run with parallel: fsdp (torch.distributed.checkpoint)
-- progress.json: step, stage, position in samples
+- progress.json: step, stage, position in samples; run.json: recipe and whatever else the run is made with
 - random-RANK.pt: states of each process's random generators
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from uniflow.checkpoint import CheckpointError, read_state
 from uniflow.training.checkpoints import (
     check,
     random_states,
+    read_json,
     read_tensors,
     set_random_states,
     write_json,
@@ -43,6 +43,8 @@ _AVERAGE = "ema"
 _OPTIMIZER = "optimizer.pt"
 _SHARDS = "shards"
 _PROGRESS = "progress.json"
+_SETTINGS = "run.json"
+_MOST = 2**62  # of whatever is counted
 
 
 @dataclass
@@ -57,23 +59,58 @@ class Progress:
     skipped: int = 0  # pictures that could not be read
 
 
-def write_training(folder: Path, progress: Progress, processes: Processes) -> None:
-    """Progress and random states, from all processes to one folder."""
+def write_training(folder: Path, progress: Progress, settings: Mapping[str, Any], processes: Processes) -> None:
+    """Progress, settings and random states, from all processes to one folder."""
     write_tensors(folder / f"random-{processes.rank}.pt", random_states())
     if processes.first:
         write_json(folder / _PROGRESS, asdict(progress))
+        write_json(folder / _SETTINGS, settings)
 
 
-def read_training(folder: Path, processes: Processes) -> Progress:
-    """What `write_training` wrote; a process that was not there then keeps its random states."""
-    try:
-        progress = Progress(**json.loads((folder / _PROGRESS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of a training run: {error}") from None
-    states = folder / f"random-{processes.rank}.pt"
-    if states.exists():
-        set_random_states(read_tensors(states))
-    return progress
+def read_progress(folder: Path) -> Progress:
+    """How far the run of a checkpoint was.
+
+    Raises:
+        CheckpointError: if it is the checkpoint of no run, naming the key that is not as it was written.
+    """
+    path = folder / _PROGRESS
+    values = read_json(path)
+    for field in fields(Progress):
+        value: Any = values.get(field.name)
+        kinds = (int, float) if field.name == "stage_seconds" else (int,)
+        if type(value) not in kinds or not 0 <= value < _MOST:
+            raise CheckpointError(f"{path}: {field.name}: expected a number from 0, got {value!r:.60}")
+    return Progress(**{field.name: values[field.name] for field in fields(Progress)})
+
+
+def read_settings(folder: Path, progress: Progress) -> dict[str, Any]:
+    """What the run of a checkpoint was made with.
+
+    Raises:
+        CheckpointError: if its stages are not those of a run that is that far.
+    """
+    path = folder / _SETTINGS
+    settings = read_json(path)
+    recipe = settings.get("recipe")
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    if not isinstance(stages, list) or len(stages) < max(progress.stage, 1):
+        raise CheckpointError(f"{path}: recipe.stages: expected at least {max(progress.stage, 1)}, got {stages!r:.60}")
+    return settings
+
+
+def read_random_states(folder: Path, processes: Processes) -> None:
+    """Go on where `write_training` took them; a process that was not there then keeps its own.
+
+    Raises:
+        CheckpointError: if the file does not hold what was written.
+    """
+    path = folder / f"random-{processes.rank}.pt"
+    if path.exists():
+        states = read_tensors(path)
+        try:
+            set_random_states(states)
+        except Exception as error:  # whatever Python, NumPy and torch say to what is none of theirs
+            raise CheckpointError(f"{path} holds no states of random generators: {error!r:.200}") from None
 
 
 def write_weights(
@@ -104,10 +141,12 @@ def read_weights(
     folder: Path,
     student: Student,
     average: MovingAverage | None,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     processes: Processes,
 ) -> None:
     """What `write_weights` wrote, whatever the number of processes was. The learning rates stay the optimizer's own.
+
+    Without an optimizer that of the checkpoint is left alone.
 
     Raises:
         CheckpointError: if the folder holds another model, or shards where whole tensors are wanted, or the reverse.
@@ -117,23 +156,22 @@ def read_weights(
     if sharded != is_sharded(student):
         wrote, reads = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
         raise CheckpointError(f"{folder} was written with parallel: {wrote}; it cannot go on with parallel: {reads}")
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if sharded:
         state = _shards(student, average, optimizer)
         try:
             dcp.load(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
         except CheckpointException as error:
             raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
-        set_optimizer_state_dict(_module(student), optimizer, state["optimizer"])
     else:
         _load(student, folder)
         if average is not None:
-            averages = read_state(folder / _AVERAGE)
-            for name, value in average.values.items():
-                value.copy_(averages[name])
-        set_optimizer_state_dict(_module(student), optimizer, read_tensors(folder / _OPTIMIZER))
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+            _load_average(average, folder / _AVERAGE)
+    if optimizer is not None:
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        found = state["optimizer"] if sharded else _read_optimizer(folder / _OPTIMIZER, student, optimizer)
+        set_optimizer_state_dict(_module(student), optimizer, found)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
 
 
 def gather(folder: Path, average: bool, build: Callable[[Path], M]) -> M:
@@ -175,8 +213,10 @@ def _module(student: Student) -> nn.Module:
     return student
 
 
-def _shards(student: Student, average: MovingAverage | None, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state = {"model": student.state_dict(), "optimizer": get_optimizer_state_dict(_module(student), optimizer)}
+def _shards(student: Student, average: MovingAverage | None, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    state = {"model": student.state_dict()}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(_module(student), optimizer)
     return state if average is None else {**state, _AVERAGE: average.values}
 
 
@@ -184,7 +224,7 @@ def _check_config(folder: Path, student: Student) -> None:
     """What the shapes of the weights do not show: another order, rotary base, tokenizer."""
     with TemporaryDirectory() as own:
         student.save_config(Path(own))
-        there, here = (json.loads((Path(place) / "config.json").read_text("utf-8")) for place in (folder, own))
+        there, here = (read_json(Path(place) / "config.json") for place in (folder, own))
     differing = [name for name in there if name in here and there[name] != here[name]]
     if differing:
         raise CheckpointError(f"{folder} does not hold this model: its config.json has another {', '.join(differing)}")
@@ -195,6 +235,44 @@ def _load(student: Student, folder: Path) -> None:
         student.load_state_dict(read_state(folder))
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not hold this model: {error}") from None
+
+
+def _load_average(average: MovingAverage, folder: Path) -> None:
+    found = read_state(folder)
+    for name, value in average.values.items():
+        if name not in found or found[name].shape != value.shape:
+            raise CheckpointError(f"{folder} does not hold the averages of this model: {name} {list(value.shape)}")
+        value.copy_(found[name])
+
+
+def _read_optimizer(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state in a file, which must be that of an optimizer like this one; its settings are this one's."""
+    own = get_optimizer_state_dict(_module(student), optimizer)
+    state = read_tensors(path).get("state")
+    found = _tensors(state)
+    for name, expected in _tensors(own["state"]).items():
+        tensor = found.pop(name, None)
+        if tensor is None or (tensor.shape, tensor.dtype, tensor.layout) != (
+            expected.shape,
+            expected.dtype,
+            expected.layout,
+        ):
+            raise CheckpointError(f"{path} holds another optimizer's state: expected {name} {list(expected.shape)}")
+    if found:
+        raise CheckpointError(f"{path} holds another optimizer's state: expected no {next(iter(found))}")
+    return {**own, "state": state}
+
+
+def _tensors(state: Any) -> dict[str, Tensor]:
+    """By parameter and moment."""
+    parts = state if isinstance(state, dict) else {}
+    return {
+        f"{name}.{moment}": value
+        for name, moments in parts.items()
+        if isinstance(moments, dict)
+        for moment, value in moments.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _first_cause(error: CheckpointException) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from uniflow.data import Batch, Positions, Samples, load
+from uniflow.training.changes import check_alike, described, differences, place_in, settings_of
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
 from uniflow.training.interfaces import student_of
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
@@ -23,7 +24,15 @@ from uniflow.training.measures import Measures
 from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
 from uniflow.training.processes import Processes, gathered, replicate, shard, synchronized
 from uniflow.training.recipe import Recipe, Stage
-from uniflow.training.state import Progress, read_training, read_weights, write_training, write_weights
+from uniflow.training.state import (
+    Progress,
+    read_progress,
+    read_random_states,
+    read_settings,
+    read_weights,
+    write_training,
+    write_weights,
+)
 from uniflow.training.validation import Validator
 from uniflow_kernels.torch_private import tree_map_only
 
@@ -49,10 +58,12 @@ class Trainer:
         logs: told of every `recipe.log_every`-th step and of a stage's last.
         validator: scores the student every `recipe.validate_every` steps.
         processes: this process's place among others.
+        settings: by name, what else the run is made with: kept in checkpoints beside the recipe, as JSON, and compared
+            when a run goes on.
 
     Raises:
         TypeError: if the student lacks something, naming what.
-        ValueError: if the recipe does not fit the number of processes.
+        ValueError: if the recipe does not fit the number of processes, or processes have another one.
     """
 
     def __init__(
@@ -64,6 +75,7 @@ class Trainer:
         logs: Sequence[Log] = (),
         validator: Validator | None = None,
         processes: Processes | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.objective = objective
         self.student = student_of(objective)
@@ -74,6 +86,8 @@ class Trainer:
         self.validator = validator
         self.processes = processes or Processes()
         self.device = self.student.device
+        self.settings = settings_of(recipe, settings or {})
+        check_alike(self.settings, self.processes)
         self.micro_batches, self.micro_batch_size = recipe.micro_batches(self.processes.world)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, self.processes) if out else None
         self.progress = Progress()
@@ -131,9 +145,7 @@ class Trainer:
     def _advance(self) -> bool:
         """A step and what is due after it, or False if the run shall stop."""
         recipe, progress = self.recipe, self.progress
-        spent = max(
-            (progress.stage_step + 1) / self.stage.steps, self._seconds() / (self.stage.seconds or float("inf"))
-        )
+        spent = self.stage.spent(progress.stage_step + 1, self._seconds())
         spent, stop, failed = self.processes.largest(spent, self._stop, self._failed is not None)
         if failed:
             self._fail()
@@ -148,9 +160,9 @@ class Trainer:
             self.validate()
         if spent >= 1:
             self._collect(wait=True)
-            progress.stage, progress.stage_step = progress.stage + 1, 0
-            self._stage_began = time.perf_counter()
-            if not self.finished:
+            progress.stage += 1
+            if not self.finished:  # the last one's place is kept: with a larger budget it goes on
+                progress.stage_step, self._stage_began = 0, time.perf_counter()
                 self._start_stage()
         if progress.step % recipe.save_every == 0:
             self.save()
@@ -309,19 +321,32 @@ class Trainer:
         self.progress.stage_seconds = self._seconds()
         with self._off_the_clock(), self.checkpoints.writing(self.progress.step) as folder:
             write_weights(folder, self.student, self.average, self.optimizer, self.processes)
-            write_training(folder, self.progress, self.processes)
+            write_training(folder, self.progress, self.settings, self.processes)
         self.latest, self._saved = self.checkpoints.path(self.progress.step), self.progress.step
 
-    def resume(self, folder: Path) -> None:
+    def resume(self, folder: Path) -> str:
         """Go on from a checkpoint when `run` is called.
 
+        The stage under way, or the last one of a finished run, goes on to the end of the budget that it has now.
+
+        Returns:
+            What else the checkpoint's run was made with, as in "recipe.stages.0.steps (9, was 6)"; empty if it was the
+            same.
+
         Raises:
-            CheckpointError: if it is of another model or was written under another `recipe.parallel`.
+            CheckpointError: if it is of another model, was written under another `recipe.parallel`, or cannot go on
+                with what has changed, naming the key.
         """
-        self.progress = read_training(folder, self.processes)
+        progress = read_progress(folder)
+        there = read_settings(folder, progress)
+        differing = differences(there, self.settings)
+        stages = len(there["recipe"]["stages"])
+        self.progress, begun = place_in(self.recipe, differing, progress, stages, folder)
         self._start_stage()
-        read_weights(folder, self.student, self.average, self.optimizer, self.processes)
+        read_weights(folder, self.student, self.average, self.optimizer if begun else None, self.processes)
+        read_random_states(folder, self.processes)
         self.latest, self._saved = folder, self.progress.step
+        return described(differing)
 
     def validate(self) -> None:
         """Score the student, with its averaged parameters where they are kept, and tell the logs."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uniflow.latents import fingerprint, hash_weights
 from uniflow.model import UniFlow
 from uniflow.normalization import denormalize, normalize
-from uniflow.pretrained import read_json
+from uniflow.reading import read_json
 
 
 class ImageTokenizer(nn.Module, ABC):

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from uniflow_kernels.dropin.probe import ROWS, NotOurs, Probe, own_forward

@@ -53,11 +53,11 @@ def run(
     call = _Call(module, names, compute)
     if (type(module), names) not in _classes:
         _derive(type(module), names)
-    stand_in = object.__new__(_classes[type(module), names])
+    stand_in: Any = object.__new__(_classes[type(module), names])
     object.__setattr__(stand_in, "__dict__", module.__dict__)
     object.__setattr__(stand_in, "_call", call)
     result = own_forward(module)(stand_in, *args, **kwargs)
-    if call.count or not isinstance(result, Tensor) and any(type(leaf) is Between for leaf in tree_leaves(result)):
+    if call.count or (not isinstance(result, Tensor) and any(type(leaf) is Between for leaf in tree_leaves(result))):
         raise Deviation
     return result
 

@@ -28,7 +28,7 @@ from uniflow_kernels.dropin.probe import (
     is_seen,
 )
 from uniflow_kernels.dropin.running import Head, Mlp, Norm, Parts, Path, Rows, at
-from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, flow_blocks
+from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, FromLayers, flow_blocks
 from uniflow_kernels.torch_private import parameters_of, tree_leaves
 
 # a module with parts called so is meant to be a head: if it is none, the report says why
@@ -65,9 +65,9 @@ def _lists(module: nn.Module) -> Iterator[tuple[str, str | None]]:
         name: list(part) for name, part in module.named_children() if isinstance(part, nn.ModuleList) and len(part)
     }
     layers = [name for name, parts in lists.items() if all(type(part) is nn.Linear for part in parts)]
-    for name in lists:
-        if name not in layers and all(2 <= len(linears(block)) <= 4 for block in lists[name]):
-            yield from ((name, other) for other in layers if len(lists[name]) % len(lists[other]) == 0)
+    for name, parts in lists.items():
+        if name not in layers and all(2 <= len(linears(block)) <= 4 for block in parts):
+            yield from ((name, other) for other in layers if len(parts) % len(lists[other]) == 0)
             yield name, None
 
 
@@ -139,7 +139,8 @@ class _Reading:
             activated,
             frozenset(type(part) for part in (*parts, *layers)),
         )
-        norms, orders = [], MODULATION_ORDERS
+        norms: list[tuple[Called, Norm]] = []
+        orders: tuple[str, ...] = MODULATION_ORDERS
         for called in chain.blocks:
             head = self._with_block(head, called, orders)
             norms.append((called, head.block.norm))
@@ -187,7 +188,9 @@ class _Reading:
         if share not in (1, 2) or len(ups) > share:
             layers = ", ".join(".".join(path) for path in order) or "none"
             raise NotOurs(f"{self._name(block)}: no MLP that is known, of the linear layers {layers}")
-        together = tuple(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*order)))
+        together = tuple(
+            names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*order, strict=False))
+        )
         alone = together and any(call.module is at(block, together) and len(call.given) == 1 for call in calls)
         mlp = Mlp(together if alone else None, tuple(ups), down, "silu" if share == 1 else "swiglu")
         if mlp.path is None:
@@ -211,12 +214,11 @@ class _Reading:
         if any(map(is_seen, more)):
             raise NotOurs(f"{self._name(block)}: looks at what it is given beside x and the condition")
         a, mlp = y if head.activated else F.silu(y), head.block.mlp
-        assert mlp is not None
         ups = (mlp.up,) if mlp.path or len(mlp.up) == 1 else (mlp.up, mlp.up[::-1])
         for order, norm, up in itertools.product(orders, self._norms(head.block.norm, block), ups):
             parts = head.block._replace(norm=norm, mlp=mlp._replace(up=up))
             tried = replace(head, order=order, block=parts)
-            if self._apart(lambda: tried.block_of(block, x, a, None if self.groups is None else m), theirs) < TOLERANCE:  # noqa: B023
+            if self._apart(lambda: tried.block_of(block, a, x, None if self.groups is None else m), theirs) < TOLERANCE:  # noqa: B023
                 return tried
         raise NotOurs(f"{self._name(block)}: computes something else: another order, or a further term")
 
@@ -282,7 +284,6 @@ class _Reading:
         other = next((type(layer) for layer in used if type(layer) is not nn.Linear), None)
         if other is not None:
             return None, f"its linear layers are of the class {other.__module__}.{other.__name__}"
-        assert head.block.mlp is not None
         return Form(*kinds.pop(), head.block.mlp.kind, head.order), None
 
     def _check_whole(self, head: Head, chain: Chain) -> None:
@@ -294,9 +295,9 @@ class _Reading:
 
         def by_tensors(x: Tensor, y: Tensor) -> Tensor:
             assert head.form is not None
-            return at(last, head.last.linear)(
-                flow_blocks(x, head.activation_of(y), *head.tensors(self.copy), head.form)
-            )
+            blocks, modulations, final = head.tensors(self.copy)
+            given = FromLayers(head.activation_of(y), modulations, final)
+            return at(last, head.last.linear)(flow_blocks(x, blocks, given, head.form))
 
         theirs = self.probe.in_both_modes(lambda: own(self.probe, chain.given))
         for compute in (by_modules, by_tensors) if head.form else (by_modules,):

@@ -22,11 +22,10 @@ from uniflow_kernels.ops.flow_blocks import (
     block_after_block,
     final_norm,
     flow_block,
-    flow_blocks,
     swiglu,
 )
-from uniflow_kernels.ops.flow_choice import rows_known, served_by
-from uniflow_kernels.ops.flow_head import fused_flow_blocks
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
+from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
 
@@ -83,23 +82,25 @@ class Mlp(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Where a block, or the last layer, has what; `modulation` is its linear layer, if it has one of its own."""
+    """Where a block, or the last layer, has what.
+
+    Attributes:
+        norm: the norm.
+        modulation: the linear layer that makes the modulation, if it has one of its own.
+        mlp: the block's.
+        linear: the last layer's.
+    """
 
     norm: Norm
     modulation: Path | None
-    mlp: Mlp | None = None
+    mlp: Mlp = Mlp(None, (), (), "")
     linear: Path = ()
 
     @property
     def called(self) -> list[Path]:
         """The submodules that are called as they are."""
-        mlp = self.mlp
-        paths = [
-            self.norm.path,
-            self.modulation,
-            *([] if mlp is None else [mlp.path] if mlp.path else [*mlp.up, mlp.down]),
-        ]
-        return [path for path in (*paths, self.linear) if path]
+        mlp = [self.mlp.path] if self.mlp.path else [*self.mlp.up, self.mlp.down]
+        return [path for path in (self.norm.path, self.modulation, *mlp, self.linear) if path]
 
 
 class Rows(NamedTuple):
@@ -132,7 +133,7 @@ class Rows(NamedTuple):
         given.update(zip(self.times, times, strict=True))
         c = given.get(self.condition or "")
         if isinstance(c, Tensor) and c.ndim and c.stride(0) == 0 and all(len(t) == 1 for t in times):
-            given[self.condition] = c[:1]
+            given[str(self.condition)] = c[:1]
         return (), given
 
 
@@ -169,7 +170,6 @@ class Head:
     functional: bool = False
 
     def __str__(self) -> str:
-        assert self.block.mlp is not None
         form = f"{self.depth} blocks of {self.width}, {self.block.mlp.kind} MLP, {self.order}"
         kernels = "Triton where it can serve" if self.why_not_fused is None else f"plain only: {self.why_not_fused}"
         return f"flow head ({form}); {kernels}"
@@ -188,16 +188,21 @@ class Head:
     def _compute(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
         """All from the blocks on; `whole`: whether all inside is as it was when it was looked at."""
         recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-        if self._fused(x, y, whole):
+        return at(self._last(module), self.last.linear)(self._blocks(module, x, y, whole, recompute))
+
+    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool, recompute: bool) -> Tensor:
+        dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
+        # where only the modules can serve, their tensors need not be put together
+        if reason is None and (self.functional or why_not_device(x.device, dtype, self.width) is None):
             assert self.form is not None
-            how = {**self.form._asdict(), "recompute": "block" if recompute else "none", "activated": self.activated}
-            x = fused_flow_blocks(x, y, *self.tensors(module), **how)
-        elif whole and self.functional and not recompute:
-            assert self.form is not None
-            x = flow_blocks(x, self.activation_of(y), *self.tensors(module), self.form)
+            tensors = self.tensors(module)
+            path = choose_path(call_of(x, y, *tensors))
+            if self.functional or path != "eager":
+                how = self.form, "block" if recompute else "none", path
+                return run_flow_blocks(x, y, *tensors, *how, activated=self.activated)
         else:
-            x = self.plain(module, x, self.activation_of(y), recompute)
-        return at(children_of(module)[self.names.last], self.last.linear)(x)
+            choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason))  # raises, or eager
+        return self.plain(module, x, self.activation_of(y), recompute)
 
     def activation_of(self, y: Tensor) -> Tensor:
         """What modulations are made of the condition from."""
@@ -205,8 +210,9 @@ class Head:
 
     def plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
         """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
-        blocks = [functools.partial(self.block_of, block) for block in self.blocks_of(module)]
-        x = block_after_block(x, a, blocks, self._groups(module), recompute)
+        blocks = [functools.partial(self.block_of, block, a) for block in self.blocks_of(module)]
+        shared = [functools.partial(group, a) for group in self._groups(module)]
+        x = block_after_block(x, blocks, shared, recompute)
         return self.last_norm_of(self._last(module), x, a)
 
     def last_norm_of(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
@@ -214,11 +220,11 @@ class Head:
         modulation = None if self.last.modulation is None else at(last, self.last.modulation)(a)
         return final_norm(x, modulation, self.order, self.last.norm.of(last))
 
-    def block_of(self, block: nn.Module, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
+    def block_of(self, block: nn.Module, a: Tensor, x: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
         if self.block.modulation is not None:
             modulation = at(block, self.block.modulation)(a)
-        assert modulation is not None and self.block.mlp is not None
+        assert modulation is not None
         return flow_block(x, modulation, self.order, self.block.norm.of(block), self.block.mlp.of(block))
 
     def tensors(self, module: nn.Module) -> tuple[list[Block], list[Affine], Affine | None]:
@@ -227,7 +233,7 @@ class Head:
         for block in self.blocks_of(module):
             ups, down = self.block.mlp.layers(block)
             up = affine_of(ups[0]) if len(ups) == 1 else _side_by_side(ups)
-            blocks.append(Block(affine_of(at(block, self.block.norm.path)), up, affine_of(down)))
+            blocks.append(Block(affine_of(at(block, self.block.norm.path or ())), up, affine_of(down)))
             if self.block.modulation is not None:
                 modulations.append(affine_of(at(block, self.block.modulation)))
         last = self.last.modulation
@@ -235,18 +241,13 @@ class Head:
 
     def blocks_of(self, module: nn.Module) -> list[Any]:
         """The blocks."""
-        return list(children_of(children_of(module)[self.names.blocks]).values())
+        return list(children_of(at(module, (self.names.blocks,))).values())
 
     def _groups(self, module: nn.Module) -> list[Any]:
-        return [] if self.names.groups is None else list(children_of(children_of(module)[self.names.groups]).values())
+        return [] if self.names.groups is None else list(children_of(at(module, (self.names.groups,))).values())
 
     def _last(self, module: nn.Module) -> Any:
         return children_of(module)[self.names.last]
-
-    def _fused(self, x: Tensor, y: Tensor, whole: bool) -> bool:
-        """Whether the blocks run as one op; `whole`: whether all inside is as it was when it was looked at."""
-        what = x.device, x.dtype, self.width, rows_known(x)
-        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused(x, y, whole)) != "eager"
 
     def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
         if self.why_not_fused is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import repeat
 from typing import cast
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.sampling import follow, normal, replayed
+from uniflow_kernels.modules.sampling import replayed, sampler, start
 from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
@@ -24,12 +25,10 @@ from uniflow_kernels.ops.flow_blocks import (
     check_choice,
     final_norm,
     flow_block,
-    flow_blocks,
-    split_modulation,
     swiglu,
 )
-from uniflow_kernels.ops.flow_choice import explain, rows_known, served_by
-from uniflow_kernels.ops.flow_head import RECOMPUTE, fused_flow_blocks
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain, what_is_shared
+from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 from uniflow_kernels.torch_private import children_of, is_hooked, parameters_of
@@ -188,8 +187,8 @@ class FlowHead(nn.Module):
         modulation_groups: number of groups of consecutive blocks that share one modulation, held by the group's first
             block (SphereAR); by default every block has its own.
         final_modulation: whether the final layer is modulated.
-        recompute: what the backward pass computes again instead of keeping it: "none"; "gate", the gate and the MLP's
-            output; or "block", everything but the blocks' inputs.
+        recompute: what the backward pass computes again instead of keeping it: "none", or "block": everything but the
+            blocks' inputs.
 
     Raises:
         ValueError: for an unknown name, or groups that do not divide the number of blocks.
@@ -326,28 +325,8 @@ class FlowHead(nn.Module):
             ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
         """
         plan = Plan(steps, schedule, solver, cfg, cfg_interval)
-        plan.check()
-        if condition.ndim == 0 or condition.shape[-1] != self.z_channels:
-            raise ValueError(f"condition: expected shape [..., {self.z_channels}], got {tuple(condition.shape)}")
-        if self.out_channels != self.in_channels:
-            raise ValueError(f"out_channels: a velocity has those of x, {self.in_channels}, not {self.out_channels}")
-        if null_condition is not None and null_condition.shape not in ((1, self.z_channels), condition.shape):
-            raise ValueError(
-                f"null_condition: expected shape (1, {self.z_channels}) or {tuple(condition.shape)}, "
-                f"got {tuple(null_condition.shape)}"
-            )
-        shape = (*condition.shape[:-1], self.in_channels)
-        if noise is None:
-            noise = normal(shape, condition.device, generator)
-        elif noise.shape != shape:
-            raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
-        noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
-        null_condition = null_condition if cfg != 1.0 else None
-
-        def steps_of(noise: Tensor, condition: Tensor, null_condition: Tensor | None) -> Tensor:
-            return follow(self, noise, condition, plan, null_condition, time_scale).taken().to(condition.dtype)
-
-        return replayed(self, steps_of, (noise, condition, null_condition), (plan, time_scale))
+        inputs = start(self, condition, plan, noise, generator, null_condition, temperature)
+        return replayed(self, sampler(self, plan, time_scale), inputs, (plan, time_scale))
 
     def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
         """The head behind its embeddings.
@@ -362,10 +341,7 @@ class FlowHead(nn.Module):
         return self._from_projection(self._projected(x), y)
 
     def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-        """The head at the same x for several conditions, as guidance needs it: what they share is computed once.
-
-        Without gradients the rows of all conditions also share the plain form's products, since one large product is
-        faster than several smaller ones.
+        """The head at the same x for several conditions, as guidance needs it: x is projected once.
 
         Args:
             x: [..., in_channels].
@@ -375,9 +351,7 @@ class FlowHead(nn.Module):
             As many tensors [..., out_channels].
         """
         x = self._projected(x)
-        if torch.is_grad_enabled() or self._fused(x):
-            return [self._from_projection(x, y) for y in ys]
-        return self._plain_together(x, [F.silu(y) for y in ys])
+        return [self._from_projection(x, y) for y in ys]
 
     def padded_columns(self, dtype: torch.dtype) -> int:
         """in_channels, rounded up so that rows of this dtype are a multiple of 16 bytes (588 in bfloat16: 592).
@@ -403,11 +377,13 @@ class FlowHead(nn.Module):
         return F.linear(x, weight, layer.bias)
 
     def _from_projection(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self._fused(x):
-            return self._plain(x, F.silu(y))
         recompute = "block" if self.grad_checkpointing else self.recompute
-        x = fused_flow_blocks(x, y, *self.tensors(), **self.form._asdict(), recompute=recompute)
-        return self.final_layer.linear(x)
+        if (reason := self._why_not_fused()) is not None:
+            choose_path(Call(x.device, x.dtype, self.model_channels, 0, rows=None, why_not=reason))  # raises, or eager
+            return self._by_modules(x, F.silu(y), recompute == "block" and torch.is_grad_enabled())
+        tensors = self.tensors()
+        path = choose_path(call_of(x, y, *tensors))
+        return self.final_layer.linear(run_flow_blocks(x, y, *tensors, self.form, recompute, path))
 
     def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
@@ -419,15 +395,9 @@ class FlowHead(nn.Module):
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
         weight, reason = self.input_proj.weight, self._why_not_fused()
         hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
-        shared = "blocks share a modulation" if self.blocks_per_group > 1 else None
-        return "flow_head: {}; {}".format(
-            *explain(weight.device, weight.dtype, self.model_channels, hidden, reason, shared)
-        )
-
-    def _fused(self, x: Tensor) -> bool:
-        """Whether the blocks run as one op."""
-        what = x.device, x.dtype, self.model_channels, rows_known(x)
-        return served_by(*what) != "eager" and served_by(*what, self._why_not_fused()) != "eager"
+        shared = what_is_shared(1, 1, len(self.res_blocks) // self.blocks_per_group, len(self.res_blocks))
+        call = Call(weight.device, weight.dtype, self.model_channels, hidden, 1, shared=shared, why_not=reason)
+        return "flow_head: {}; {}".format(*explain(call))
 
     def _why_not_fused(self) -> str | None:
         if not self.res_blocks:
@@ -453,40 +423,16 @@ class FlowHead(nn.Module):
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
 
-    def _plain(self, x: Tensor, a: Tensor) -> Tensor:
-        """On the blocks' tensors, which few rows feel; or submodule by submodule, so that hooks and adapters work."""
-        again = (self.grad_checkpointing or self.recompute == "block") and torch.is_grad_enabled()
-        if not again and self._why_not_fused() is None:
-            return self.final_layer.linear(flow_blocks(x, a, *self.tensors(), self.form))
+    def _by_modules(self, x: Tensor, a: Tensor, again: bool) -> Tensor:
+        """Submodule by submodule, so that hooks and adapters work; `again`: the backward pass runs each once more."""
         blocks = self._blocks()
-        shared = [first.modulation for first in blocks[:: self.blocks_per_group]] if self.blocks_per_group > 1 else []
-        return self.final_layer(block_after_block(x, a, blocks, shared, again), a)
-
-    def _plain_together(self, x: Tensor, conditions: list[Tensor]) -> list[Tensor]:
-        """`_plain` for each condition a; norms and products run on the rows of all of them, xs [len, ..., W]."""
-        order, final = self.form.modulation_order, self.final_layer
-        xs = torch.stack([x] * len(conditions))
-        for i, block in enumerate(self._blocks()):
-            if i % self.blocks_per_group == 0:
-                parts = [split_modulation(block.modulation(a), order, 3) for a in conditions]
-            h = _modulate_each(block.in_ln(xs), parts)
-            for before, q, (_, _, gate) in zip(xs, block.mlp(h), parts, strict=True):
-                before.addcmul_(gate, q)
-        xs = final.norm_final(xs)
-        if final.adaLN_modulation is not None:
-            xs = _modulate_each(xs, [split_modulation(final.adaLN_modulation[1](a), order, 2) for a in conditions])
-        return list(final.linear(xs))
+        each = [lambda x, shared, block=block: block(x, a, shared) for block in blocks]
+        firsts = blocks[:: self.blocks_per_group] if self.blocks_per_group > 1 else []
+        x = block_after_block(x, each, [partial(first.modulation, a) for first in firsts], again)
+        return self.final_layer(x, a)
 
 
 _CHANGED = "a submodule was replaced, wrapped or given a hook"
-
-
-def _modulate_each(normed: Tensor, parts: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    """Shift + normed * (1 + scale) for each of normed [len, ..., W]."""
-    h = torch.empty_like(normed)
-    for n, into, (shift, scale, *_) in zip(normed, h, parts, strict=True):
-        torch.addcmul(shift, n, 1 + scale, out=into)
-    return h
 
 
 def _is_plain(module: nn.Module, built: type, eps: float) -> bool:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.ops.noise import seed_of
+from uniflow_kernels.ops.registration import register
 from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
 from uniflow_kernels.torch_private import (
     autograd_inside_op,
@@ -25,6 +26,7 @@ from uniflow_kernels.torch_private import (
     foreach_mul,
     foreach_mul_,
     is_graph_kept,
+    object_of,
 )
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -198,10 +200,9 @@ def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chun
     if compiling:
         device = condition.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return torch.ops.uniflow_kernels.flow_matching(
-            condition, parameters, *batch, chunk_tokens,
-            _remember(head), condition.requires_grad, autocast,
-        )[0]  # fmt: skip
+        return flow_matching_op(
+            condition, parameters, *batch, chunk_tokens, _remember(id(head)), condition.requires_grad, autocast
+        )
     step = _Step(head, call, parameters, batch, chunk_tokens)
     return _FlowMatching.apply(step, condition, *parameters)
 
@@ -351,22 +352,12 @@ _heads: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 
 
 @constant
-def _remember(head: nn.Module) -> int:
-    """A number that stands for the head in a graph, which is compiled again for another one."""
-    _heads[id(head)] = head
-    return id(head)
+def _remember(number: int) -> int:
+    """The id of the head, which stands for it in a graph; the graph is compiled again for another one."""
+    _heads[number] = object_of(number)
+    return number
 
 
-_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "flow_matching(Tensor condition, Tensor[] parameters, Tensor images, Tensor t, Tensor? noise, Tensor? held, "
-    "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt first_row, "
-    "SymInt patch_size, SymInt columns, float time_scale, "
-    "SymInt chunk_tokens, int head, bool for_condition, ScalarType? autocast) -> (Tensor, Tensor, Tensor[])"
-)
-
-
-@torch.library.impl(_LIBRARY, "flow_matching", "CompositeExplicitAutograd")
 def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *fields, chunk_tokens, head_number, for_condition, autocast = rest
     head = _heads[head_number]
@@ -375,7 +366,6 @@ def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> t
         return step.run(condition, for_condition)
 
 
-@torch.library.register_fake("uniflow_kernels::flow_matching", lib=_LIBRARY)
 def _flow_matching_fake(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     for_condition = rest[-2]
     loss, scale = (condition.new_empty((), dtype=torch.float32) for _ in range(2))
@@ -393,4 +383,13 @@ def _backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
     return *_scaled(ctx, incoming, in_place=False), *[None] * ctx.others
 
 
-torch.library.register_autograd("uniflow_kernels::flow_matching", _backward, setup_context=_setup, lib=_LIBRARY)
+flow_matching_op = register(
+    "flow_matching(Tensor condition, Tensor[] parameters, Tensor images, Tensor t, Tensor? noise, Tensor? held, "
+    "Tensor? weights, Tensor? mask, float[]? mean, float[]? std, SymInt number, SymInt offset, SymInt first_row, "
+    "SymInt patch_size, SymInt columns, float time_scale, "
+    "SymInt chunk_tokens, int head, bool for_condition, ScalarType? autocast) -> (Tensor, Tensor, Tensor[])",
+    _flow_matching,
+    _flow_matching_fake,
+    _setup,
+    _backward,
+)

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniflow_kernels.graphs import GraphCache, why_not_graph
+from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
 
-if TYPE_CHECKING:
-    from uniflow_kernels.modules.flow_head import FlowHead
+
+class Head(Protocol):
+    """What of a `FlowHead` its sampling needs."""
+
+    in_channels: int
+    out_channels: int
+    z_channels: int
+    form: Form
+    cond_embed: nn.Linear
+    input_proj: nn.Linear
+    res_blocks: nn.ModuleList
+
+    @property
+    def time_embed(self) -> nn.Module:
+        """t [...] -> [..., W]."""
+        ...
+
+    @property
+    def final_layer(self) -> _FinalLayer:
+        """Its last layer, whose linear layer makes the output."""
+        ...
+
+    def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
+        """Blocks, modulations and final modulation."""
+        ...
+
+    def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
+        """The head behind its embeddings."""
+        ...
+
+    def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+        """The same for several conditions at one x."""
+        ...
+
+    def why_not_captured(self) -> str | None:
+        """Why its modules must be called as they are in every step; None if its tensors are all that counts."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+        ...
+
+
+class _FinalLayer(Protocol):
+    linear: nn.Linear
 
 
 # At most so many rows of modulations are made at a time: products of more rows gain nothing, and memory is bounded
@@ -41,7 +85,7 @@ class Conditioned:
 
     def __init__(
         self,
-        head: FlowHead,
+        head: Head,
         condition: Tensor,
         times: Sequence[float],
         null_condition: Tensor | None = None,
@@ -83,7 +127,7 @@ class _Ahead:
         shape: [...] of x.
     """
 
-    def __init__(self, head: FlowHead, embedded: Tensor, conditions: Tensor, rows: int, shape: torch.Size) -> None:
+    def __init__(self, head: Head, embedded: Tensor, conditions: Tensor, rows: int, shape: torch.Size) -> None:
         self.embedded, self.conditions, self.shape = embedded, conditions, shape
         self.input, self.output = ((layer.weight, layer.bias) for layer in (head.input_proj, head.final_layer.linear))
         self.blocks = ModulatedBlocks(*head.tensors(), head.form, conditions, rows)
@@ -91,7 +135,7 @@ class _Ahead:
         self.made: tuple[int, list[tuple[Tensor, ...]]] = (-1, [])
 
     @classmethod
-    def of(cls, head: FlowHead, embedded: Tensor, c: Tensor, null: Tensor | None) -> _Ahead | None:
+    def of(cls, head: Head, embedded: Tensor, c: Tensor, null: Tensor | None) -> _Ahead | None:
         """None where it cannot serve, or where there is nothing to gain."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not head.res_blocks:
             return None
@@ -144,8 +188,50 @@ def normal(
     return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)
 
 
+def start(
+    head: Head,
+    condition: Tensor,
+    plan: Plan,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+    null_condition: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a `sampler` begins with: noise times temperature, the condition, and the null condition if it counts.
+
+    Raises:
+        ValueError: as `FlowHead.sample` says.
+    """
+    plan.check()
+    if condition.ndim == 0 or condition.shape[-1] != head.z_channels:
+        raise ValueError(f"condition: expected shape [..., {head.z_channels}], got {tuple(condition.shape)}")
+    if head.out_channels != head.in_channels:
+        raise ValueError(f"out_channels: a velocity has those of x, {head.in_channels}, not {head.out_channels}")
+    if null_condition is not None and null_condition.shape not in ((1, head.z_channels), condition.shape):
+        raise ValueError(
+            f"null_condition: expected shape (1, {head.z_channels}) or {tuple(condition.shape)}, "
+            f"got {tuple(null_condition.shape)}"
+        )
+    shape = (*condition.shape[:-1], head.in_channels)
+    if noise is None:
+        noise = normal(shape, condition.device, generator)
+    elif noise.shape != shape:
+        raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
+    return noise, condition, null_condition if plan.cfg != 1.0 else None
+
+
+def sampler(head: Head, plan: Plan, time_scale: float) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """All steps, from noise, condition and null condition to rows in the condition's dtype."""
+
+    def steps_of(noise: Tensor, condition: Tensor, null_condition: Tensor | None) -> Tensor:
+        return follow(head, noise, condition, plan, null_condition, time_scale).taken().to(condition.dtype)
+
+    return steps_of
+
+
 def follow(
-    head: FlowHead,
+    head: Head,
     noise: Tensor,
     condition: Tensor,
     plan: Plan,
@@ -182,10 +268,10 @@ def follow(
 
 
 # by head, beside it and not in it: copies and pickles of a head know nothing of them
-_GRAPHS: WeakKeyDictionary[FlowHead, GraphCache] = WeakKeyDictionary()
+_GRAPHS: WeakKeyDictionary[Head, GraphCache] = WeakKeyDictionary()
 
 
-def replayed(head: FlowHead, sampler: Callable[..., Tensor], inputs: Sequence[Tensor | None], how: Hashable) -> Tensor:
+def replayed(head: Head, sampler: Callable[..., Tensor], inputs: Sequence[Tensor | None], how: Hashable) -> Tensor:
     """sampler(*inputs), all its steps as one CUDA graph where that can be.
 
     Args:

@@ -8,6 +8,7 @@ Source: `SimpleMLPAdaLN` of MAR, which the official release's `flow_head.net` co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -108,71 +109,93 @@ def swiglu(p: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class FromLayers(NamedTuple):
+    """Modulations that linear layers make of the conditions, each when it is needed.
+
+    Args:
+        a: SiLU(y), [..., W], broadcastable to x's rows.
+        groups: for each group of consecutive blocks the layer, [3W, W].
+        final: the layer of the last norm, [2W, W], if that has one.
+    """
+
+    a: Tensor
+    groups: Sequence[Affine]
+    final: Affine | None
+
+    def of_group(self, i: int) -> Tensor:
+        """Shift, scale and gate of the i-th group, [..., 3W]."""
+        return F.linear(self.a, *self.groups[i])
+
+    def of_last_norm(self) -> Tensor | None:
+        """Its shift and scale, [..., 2W]."""
+        return None if self.final is None else F.linear(self.a, *self.final)
+
+
+class Given(NamedTuple):
+    """Modulations that were made before: each group's [..., 3W], and the last norm's [..., 2W], if that has one."""
+
+    groups: Sequence[Tensor]
+    final: Tensor | None
+
+    def of_group(self, i: int) -> Tensor:
+        """Shift, scale and gate of the i-th group."""
+        return self.groups[i]
+
+    def of_last_norm(self) -> Tensor | None:
+        """Its shift and scale."""
+        return self.final
+
+
+def flow_blocks(
+    x: Tensor, blocks: Sequence[Block], modulations: FromLayers | Given, form: Form, recompute: bool = False
+) -> Tensor:
+    """The definition of `fused_flow_blocks` in plain PyTorch, wherever the modulations come from.
+
+    Args:
+        x: [..., W].
+        blocks: the blocks' tensors; at least one.
+        modulations: of as many groups as blocks, or a divisor of their number.
+        form: of the head.
+        recompute: see `block_after_block`.
+    """
+    groups = len(modulations.groups)
+    per_group = len(blocks) // groups
+    made = [partial(modulations.of_group, i) for i in range(groups)]
+    each = [partial(_block, form, block, made[i // per_group]) for i, block in enumerate(blocks)]
+    x = block_after_block(x, each, made if per_group > 1 else (), recompute)
+    return final_norm(x, modulations.of_last_norm(), form.modulation_order, partial(_norm, form))
+
+
 def block_after_block(
     x: Tensor,
-    a: Tensor,
-    blocks: Sequence[Callable[[Tensor, Tensor, Tensor | None], Tensor]],
-    shared: Sequence[Callable[[Tensor], Tensor]] = (),
+    blocks: Sequence[Callable[[Tensor, Tensor | None], Tensor]],
+    shared: Sequence[Callable[[], Tensor]] = (),
     recompute: bool = False,
 ) -> Tensor:
     """All blocks, whatever each of them is: the one loop of every plain form.
 
     Args:
         x: [..., W].
-        a: what modulations are made of, [..., W], broadcastable to x's rows.
-        blocks: each takes x, a and its group's modulation, which is None if every block makes its own, and gives x.
-        shared: for each group of consecutive blocks what makes their modulation of a; each is called when its first
-            block needs it, and no modulation outlives its blocks.
+        blocks: each takes x and its group's modulation, which is None where every block has its own, and gives x.
+        shared: for each group of consecutive blocks what makes its modulation; called when the group's first block
+            needs it, so that no modulation outlives its blocks.
         recompute: whether the backward pass computes each block again instead of keeping what is inside it.
     """
     per_group = len(blocks) // max(1, len(shared))
     modulation = None
     for i, block in enumerate(blocks):
         if shared and i % per_group == 0:
-            modulation = shared[i // per_group](a)
-        x = checkpoint(block, x, a, modulation, use_reentrant=False) if recompute else block(x, a, modulation)
+            modulation = shared[i // per_group]()
+        x = checkpoint(block, x, modulation, use_reentrant=False) if recompute else block(x, modulation)
     return x
 
 
-def modulation_of(source: Affine | Tensor, a: Tensor) -> Tensor:
-    """Shift, scale (and gate) of rows, [..., 2W or 3W]: made of a by a linear layer, or made before."""
-    return source if isinstance(source, Tensor) else F.linear(a, *source)
-
-
-def flow_blocks(
-    x: Tensor,
-    a: Tensor,
-    blocks: Sequence[Block],
-    modulations: Sequence[Affine | Tensor],
-    final_modulation: Affine | Tensor | None,
-    form: Form,
-    recompute: bool = False,
-) -> Tensor:
-    """The definition of `fused_flow_blocks` in plain PyTorch, behind SiLU: a = SiLU(y).
-
-    A modulation may also be given as it is. `recompute` as in `block_after_block`.
-    """
-    per_group = len(blocks) // max(1, len(modulations))
-    made = [partial(modulation_of, source) for source in modulations]
-    each = [partial(_block, form, block, made[i // per_group]) for i, block in enumerate(blocks)]
-    x = block_after_block(x, a, each, made if per_group > 1 else (), recompute)
-    last = None if final_modulation is None else modulation_of(final_modulation, a)
-    return final_norm(x, last, form.modulation_order, partial(_norm, form))
-
-
-def _block(
-    form: Form,
-    block: Block,
-    own: Callable[[Tensor], Tensor],
-    x: Tensor,
-    a: Tensor,
-    shared: Tensor | None,
-) -> Tensor:
-    """One block, with its group's modulation or one that it makes of a."""
+def _block(form: Form, block: Block, own: Callable[[], Tensor], x: Tensor, shared: Tensor | None) -> Tensor:
+    """One block, with its group's modulation or its own."""
     activation = F.silu if form.mlp == "silu" else swiglu
     return flow_block(
         x,
-        own(a) if shared is None else shared,
+        own() if shared is None else shared,
         form.modulation_order,
         lambda x: _norm(form, x, *block.norm),
         lambda h: F.linear(activation(F.linear(h, *block.up)), *block.down),
@@ -226,3 +249,23 @@ def in_order(
 ) -> list[Affine | tuple[None, None]]:
     """The one order in which the registered ops take the weights."""
     return [final_modulation or (None, None), *(affine for block in blocks for affine in block), *modulations]
+
+
+def conditions_of(x: Tensor, y: Tensor) -> tuple[int, int]:
+    """How many conditions C the rows of x [..., W] have, and how many rows that follow each other share one.
+
+    Row r takes condition (r // repeat) % C, which covers a condition for each leading index, for each trailing one,
+    and one for all; where y [..., W] is of any other pattern, each row has one of its own.
+    """
+    of_x, of_y = x.shape[:-1], (1,) * (x.ndim - y.ndim) + tuple(y.shape[:-1])
+    own = [i for i, size in enumerate(of_y) if size != 1]
+    first, last = (own[0], own[-1] + 1) if own else (0, 0)
+    if any(of_y[i] != of_x[i] for i in range(first, last)):
+        first, last = 0, len(of_x)
+    return math.prod(of_x[first:last]), math.prod(of_x[last:])
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """[..., W] -> [R, W], whose elements follow each other in memory."""
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

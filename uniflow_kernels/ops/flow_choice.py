@@ -1,13 +1,13 @@
-"""Which path serves a call of the flow head: by what was measured, else by a count.
+"""Which path serves a call of the flow head, by what was measured; where nothing was, by a count.
 
-What was measured stands in measured.json, which `python -m benchmarks choices` makes.
+Three can: plain PyTorch ("eager"), row kernels around the library's products ("rows"), and products that do the row
+kernels' work ("products"). What was measured stands in measured.json, which `python -m benchmarks choices` makes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from uniflow_kernels.choice import choose, requested
-from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice
+from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
 from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
-PATHS = ("rows", "products")
+PATHS = ("eager", "rows", "products")
+KERNELS = ("rows", "products")
 
 RUNS = {
     "eager": "plain PyTorch",
@@ -31,143 +32,131 @@ RUNS = {
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"
 
-
-def why_not_triton(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    """Why the Triton kernels cannot serve a head of this width on this device; None where they can."""
-    if width > _MAX_WIDTH:
-        return f"it holds a row in one program: up to {_MAX_WIDTH} wide, not {width}"
-    return why_not_on(device, dtype)
-
-
-@constant
-def served_by(
-    device: torch.device, dtype: torch.dtype, width: int, rows: int | None, why_not: str | None = None
-) -> str:
-    """The backend, "triton" or "eager". A compiled graph keeps the one it was compiled with.
-
-    The choice is made before the registered op and not inside it, so that the plain form stays open to torch.compile,
-    torch.func and double backward.
-
-    Args:
-        device: of all tensors.
-        dtype: of the products.
-        width: W.
-        rows: R; None where a compiled graph is to serve any number.
-        why_not: a further reason against the kernels, known to the caller.
-    """
-    if is_transforming():
-        why_not = "the Triton kernels have no rules for the transforms of torch.func"
-    chosen = choose("flow_head", {"triton": why_not_triton(device, dtype, width) or why_not})
-    if chosen == "eager" or rows is None or requested() != "auto":
-        return chosen
-    paths = _fastest_first(architecture(device), dtype, width, rows, torch.is_grad_enabled())
-    return "eager" if paths[:1] == ("eager",) else chosen
-
-
-def rows_known(x: Tensor) -> int | None:
-    """R of x [..., W], by which the path is chosen; None where a graph is compiled, to serve any number."""
-    return None if torch.compiler.is_compiling() else x.shape[:-1].numel()
-
-
-def _fastest_first(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> tuple[str, ...]:
-    return fastest_first("flow_head", arch, str(dtype).removeprefix("torch."), width, rows, training)
-
-
-def why_not_tensors(
-    x: Tensor, a: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final_modulation: Affine | None
-) -> str | None:
-    """Why the kernels cannot serve these tensors; None where they can."""
-    products = [affine for block in blocks for affine in (block.up, block.down)]
-    products += [*modulations, *([] if final_modulation is None else [final_modulation])]
-    tensors = [x, a, *(tensor for affine in products for tensor in affine if tensor is not None)]
-    if any(tensor.dtype != x.dtype for tensor in tensors):
-        return "x, y and the weights of the products are not of one dtype"
-    if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
-        return "a tensor is of a subclass with rules of its own"
-    return None
-
-
 _MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
-
-
-# Tests and benchmarks force a path. No context variable: a GPU's backward pass runs in autograd's own thread.
-_forced_path: str | None = None
-
-
-@contextmanager
-def forced_path(path: str) -> Iterator[None]:
-    """Every pass takes this path inside the block, "rows" or "products"; one that it cannot serve is a ValueError.
-
-    The backward pass of a forward pass inside the block takes it too.
-    """
-    global _forced_path  # noqa: PLW0603
-    check_choice("path", path, PATHS)
-    before, _forced_path = _forced_path, path
-    try:
-        yield
-    finally:
-        _forced_path = before
-
-
-def _path(arch: int, dtype: torch.dtype, width: int, rows: int, training: bool) -> str:
-    """Which path serves where both can, "rows" or "products": the faster one where it was measured.
-
-    Else, counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which needs its tensor cores
-    and enough tiles for all of its processors.
-
-    Args:
-        arch: compute capability times ten.
-        dtype: of the products.
-        width: W.
-        rows: R.
-        training: whether a backward pass follows, or is this one.
-    """
-    for path in _fastest_first(arch, dtype, width, rows, training):
-        if path in PATHS:
-            return path
-    counted = arch == 90 and dtype.itemsize == 2 and width >= 256 and rows >= _PRODUCTS_FROM
-    return "products" if counted else "rows"
-
-
 _PRODUCTS_FROM = 4096  # rows
 
 
-def explain(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    hidden: int,
-    why_not: str | None = None,
-    why_not_products: str | None = None,
-) -> tuple[str, str]:
-    """What serves a head by its number of rows, and why: where that was measured, or the reason against the kernels.
+class Call(NamedTuple):
+    """The facts of a call by which its path is chosen.
 
     Args:
         device: of all tensors.
         dtype: of the products.
         width: W.
         hidden: H.
+        rows: R; None in a graph that is compiled for any number of them.
+        training: whether a backward pass follows, or is this one.
+        shared: what rows or blocks share that the products cannot; None if nothing.
         why_not: a further reason against the kernels, known to the caller.
-        why_not_products: a further reason against the path "products".
+        tensors: the weights and biases of all products; inside the op x and the conditions too.
+        inputs: x and y as they were given.
     """
-    reason = why_not_triton(device, dtype, width) or why_not
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int
+    hidden: int
+    rows: int | None
+    training: bool = False
+    shared: str | None = None
+    why_not: str | None = None
+    tensors: Sequence[Tensor] = ()
+    inputs: Sequence[Tensor] = ()
+
+
+def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None) -> Call:
+    """The facts of a call with these tensors, as `fused_flow_blocks` takes them."""
+    compiling = torch.compiler.is_compiling()
+    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    every = [tensor for affine in in_order(blocks, modulations, final) for tensor in affine]
+    return Call(
+        x.device,
+        dtype_of_products(x),
+        width,
+        blocks[0].down.weight.shape[1],
+        None if compiling and x.numel() else rows,
+        is_training(x, y, *every),
+        None if compiling else what_is_shared(conditions_of(x, y)[0], rows, len(modulations), len(blocks)),
+        tensors=of_products(blocks, modulations, final),
+        inputs=(x, y),
+    )
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """Autocast's, where it is on, or x's; float64 is left alone, as autocast does."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def is_training(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will follow: gradients are recorded, and that of one of the tensors is wanted."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def what_is_shared(conditions: int, rows: int, groups: int, blocks: int) -> str | None:
+    """What is shared that the path "products" cannot share; None if each row and each block has its own."""
+    if conditions != rows:
+        return "rows share a condition"
+    return "blocks share a modulation" if groups != blocks else None
+
+
+def of_products(blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None) -> list[Tensor]:
+    """The weights and biases of all products; those of the norms may be of another dtype."""
+    products = [affine for block in blocks for affine in (block.up, block.down)]
+    products += [*modulations, *([] if final is None else [final])]
+    return [tensor for affine in products for tensor in affine if tensor is not None]
+
+
+def choose_path(call: Call, path: str = "auto", in_op: bool = False) -> str:
+    """The path of a call: the first in the order of their measured times that can serve.
+
+    It is chosen before the registered op and not inside it, so that the plain form stays open to torch.compile,
+    torch.func and double backward. A compiled graph keeps the answer that it was compiled with: plain PyTorch, or
+    "auto", with which the op asks again while it runs and knows the rows.
+
+    Args:
+        call: its facts.
+        path: "rows" or "products" where no other may serve, as in tests and benchmarks; else "auto".
+        in_op: whether the op asks, which is called where kernels serve.
+
+    Returns:
+        "eager", "rows" or "products"; "auto" for a graph that is compiled for any number of rows.
+
+    Raises:
+        ValueError: for an unknown path, or if the path or the backend asked for cannot serve, saying why.
+    """
+    check_choice("path", path, ("auto", *KERNELS))
+    reason = None if in_op else _why_not_kernels(call)
+    if path != "auto":
+        reason = reason or (None if in_op else _why_not_backend()) or _why_not_path(call, path)
+        if reason is not None:
+            raise ValueError(f"flow_head: path {path!r} cannot serve this input: {reason}")
+    if not in_op and (_backend(reason) == "eager" or call.rows == 0):
+        return "eager"
+    if path != "auto" or call.rows is None:
+        return path
+    among = KERNELS if in_op or requested() != "auto" else PATHS
+    return next(path for path in _order(call) if path in among and _why_not_path(call, path) is None)
+
+
+def explain(call: Call) -> tuple[str, str]:
+    """What serves a head by its number of rows, and why: where that was measured, or the reason against the kernels.
+
+    Args:
+        call: the facts, with any number of rows, training or not.
+    """
+    reason = _why_not_kernels(call)
     if reason is not None:
         return RUNS["eager"], f"Triton: {reason}"
-    from uniflow_kernels.triton_kernels import flow_products as products
-
-    arch = architecture(device)
-    why_not_products = products.why_not(device, dtype, (width, hidden), []) or why_not_products
-    known = measured("flow_head", arch, str(dtype).removeprefix("torch."), width)
-
-    def path(rows: int, training: bool) -> str:
-        if requested() == "auto" and _fastest_first(arch, dtype, width, rows, training)[:1] == ("eager",):
-            return "eager"
-        return _path(arch, dtype, width, rows, training) if why_not_products is None else "rows"
-
+    if (reason := _why_not_backend()) is not None:
+        return RUNS["eager"] if requested() == "eager" else "nothing", reason
+    known = measured(architecture(call.device), _name(call.dtype), call.width)
     served = ""
     last = None
-    for rows in sorted({0, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
-        inference, training = RUNS[path(rows, False)], RUNS[path(rows, True)]
+    for rows in sorted({1, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
+        both = [choose_path(call._replace(rows=rows, training=training)) for training in (False, True)]
+        inference, training = (RUNS[path] for path in both)
         now = inference if inference == training else f"{inference} (training: {training})"
         if now != last:
             served += f"; from {rows} rows {now}" if served else now
@@ -177,8 +166,68 @@ def explain(
     return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}"
 
 
+@constant
+def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why the kernels cannot serve a head of this width on this device; None where they can."""
+    if width > _MAX_WIDTH:
+        return f"it holds a row in one program: up to {_MAX_WIDTH} wide, not {width}"
+    return why_not_on(device, dtype)
+
+
+def _why_not_kernels(call: Call) -> str | None:
+    reason = _why_not_here(call.device, call.dtype, call.width) or call.why_not
+    if reason is not None:
+        return reason
+    tensors = (*call.inputs, *call.tensors)
+    if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+        return "a tensor is of a subclass with rules of its own"
+    if not torch.is_autocast_enabled(call.device.type) and any(tensor.dtype != call.dtype for tensor in tensors):
+        return "x, y and the weights of the products are not of one dtype"
+    return None
+
+
+@constant
+def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    transforming = "the Triton kernels have no rules for the transforms of torch.func" if is_transforming() else None
+    return why_not_device(device, dtype, width) or transforming
+
+
+@constant
+def _backend(why_not_kernels: str | None) -> str:
+    return choose("flow_head", {"triton": why_not_kernels})
+
+
+@constant
+def _why_not_backend() -> str | None:
+    return None if requested() in ("auto", "triton") else f"backend {requested()!r} was asked for"
+
+
+def _why_not_path(call: Call, path: str) -> str | None:
+    """Why a path cannot serve what the kernels can."""
+    if path != "products":
+        return None
+    from uniflow_kernels.triton_kernels import flow_products as products
+
+    # y is not looked at: what the products are given is SiLU(y), in memory of its own
+    x = [flat_rows(x) for x in call.inputs[:1]]
+    return call.shared or products.why_not(call.device, call.dtype, (call.width, call.hidden), [*x, *call.tensors])
+
+
+def _order(call: Call) -> tuple[str, ...]:
+    """The paths, the fastest first; the last of them is one that serves wherever kernels do.
+
+    Where nothing was measured, counted in bytes, products win where they reach about 500 TFLOP/s on an H100, which
+    needs its tensor cores and enough tiles for all of its processors.
+    """
+    assert call.rows is not None
+    arch = architecture(call.device)
+    found = fastest_first(arch, _name(call.dtype), call.width, call.rows, call.training)
+    counted = arch == 90 and call.dtype.itemsize == 2 and call.width >= 256 and call.rows >= _PRODUCTS_FROM
+    return (*found, *(("products", "rows") if counted else ("rows",)))
+
+
 class Measured(NamedTuple):
-    """An op's paths at a number of rows, the fastest first; empty where they were not measured."""
+    """The paths at a number of rows, the fastest first; empty where they were not measured."""
 
     rows: int
     inference: tuple[str, ...]
@@ -191,30 +240,29 @@ class Measured(NamedTuple):
 
 
 @lru_cache
-def measured(op: str, arch: int, dtype: str, width: int) -> tuple[Measured, ...]:
-    """All that was measured of an op, by rising number of rows.
+def measured(arch: int, dtype: str, width: int) -> tuple[Measured, ...]:
+    """All that was measured, by rising number of rows.
 
     Args:
-        op: its name.
         arch: compute capability times ten.
         dtype: of the products, such as "bfloat16".
         width: of a row.
     """
-    entries = [entry for entry in _table().get(op, []) if _key(entry) == (arch, dtype, width)]
+    entries = [entry for entry in _table() if (entry["arch"], entry["dtype"], entry["width"]) == (arch, dtype, width)]
     found = [Measured(e["rows"], tuple(e["inference"]), tuple(e["training"]), e["gpu"]) for e in entries]
     return tuple(sorted(found))
 
 
-def fastest_first(op: str, arch: int, dtype: str, width: int, rows: int, training: bool) -> tuple[str, ...]:
+def fastest_first(arch: int, dtype: str, width: int, rows: int, training: bool) -> tuple[str, ...]:
     """The paths in their order at the largest number of rows measured that is not above `rows`; empty if none is."""
-    known = [entry for entry in measured(op, arch, dtype, width) if entry.rows <= rows]
+    known = [entry for entry in measured(arch, dtype, width) if entry.rows <= rows]
     return known[-1].paths(training) if known else ()
 
 
-def _key(entry: dict[str, Any]) -> tuple[int, str, int]:
-    return entry["arch"], entry["dtype"], entry["width"]
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @lru_cache
-def _table() -> dict[str, list[dict[str, Any]]]:
-    return json.loads(files("uniflow_kernels").joinpath(FILE).read_text(encoding="utf-8"))
+def _table() -> list[dict[str, Any]]:
+    return json.loads(files("uniflow_kernels").joinpath(FILE).read_text(encoding="utf-8"))["flow_head"]

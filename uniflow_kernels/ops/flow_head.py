@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,21 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from uniflow_kernels.ops import flow_choice
 from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
     Form,
+    FromLayers,
+    Given,
     check_choice,
     check_shapes,
+    conditions_of,
+    flat_rows,
     flow_blocks,
     in_order,
 )
-from uniflow_kernels.ops.flow_choice import forced_path, rows_known, served_by, why_not_tensors
-from uniflow_kernels.ops.flow_passes import ModulatedPass, Pass, unit_stride
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, is_training, of_products
+from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.packing import packed
 
-RECOMPUTE = ("none", "gate", "block")
+RECOMPUTE = ("none", "block")
 
 
 def fused_flow_blocks(
@@ -41,7 +42,7 @@ def fused_flow_blocks(
     mlp: str = "silu",
     modulation_order: str = "shift-scale-gate",
     recompute: str = "none",
-    activated: bool = False,
+    path: str = "auto",
 ) -> Tensor:
     """All blocks of a flow head and its last norm: everything between `input_proj` and `final_layer.linear`.
 
@@ -56,39 +57,67 @@ def fused_flow_blocks(
         eps: of the norms.
         mlp: "silu" or "swiglu".
         modulation_order: "shift-scale-gate" or "scale-shift-gate": how the modulations lie side by side.
-        recompute: what the backward pass computes again instead of keeping it: "none", "gate" (gates and the MLPs'
-            outputs) or "block" (everything but the blocks' inputs).
-        activated: whether y is the condition behind SiLU.
+        recompute: what the backward pass computes again instead of keeping it: "none", or "block": everything but the
+            blocks' inputs.
+        path: of the kernels, "rows" or "products", where no other may serve, as in tests and benchmarks; by default
+            the fastest that can, see `uniflow_kernels.ops.flow_choice`.
 
     Returns:
         [..., W], in x's dtype; under autocast in autocast's.
 
     Raises:
-        ValueError: for an unknown name, or tensors that do not fit together, naming the argument.
+        ValueError: for an unknown name, or tensors that do not fit together, naming the argument; or if the path or
+            the backend asked for cannot serve.
 
-    Source: see the module's head.
+    Source: see `uniflow_kernels.ops.flow_blocks`.
     """
     form = Form(norm, eps, mlp, modulation_order)
     form.check()
     check_choice("recompute", recompute, RECOMPUTE)
     check_shapes(x, y, blocks, modulations, final_modulation, form)
+    tensors = blocks, modulations, final_modulation
+    path = choose_path(call_of(x, y, *tensors), path)
+    return run_flow_blocks(x, y, *tensors, form, recompute, path, fits=True)
+
+
+def run_flow_blocks(
+    x: Tensor,
+    y: Tensor,
+    blocks: Sequence[Block],
+    modulations: Sequence[Affine],
+    final_modulation: Affine | None,
+    form: Form,
+    recompute: str,
+    path: str,
+    fits: bool = False,
+    activated: bool = False,
+) -> Tensor:
+    """`fused_flow_blocks` on the path that `choose_path` gave.
+
+    Args:
+        x, y, blocks, modulations, final_modulation, form, recompute: as there.
+        path: "eager", "rows", "products"; or "auto" in a graph that is compiled for any number of rows.
+        fits: whether the shapes were checked; else they are before a kernel reads what they promise.
+        activated: whether y is the condition behind SiLU.
+    """
+    dtype = dtype_of_products(x)
+    x = x.to(dtype)
     a = y if activated else F.silu(y)
+    if path == "eager":  # weights in other dtypes are autocast's to cast
+        again = recompute == "block" and torch.is_grad_enabled()
+        return flow_blocks(x, blocks, FromLayers(a, modulations, final_modulation), form, again)
+    if not fits:
+        check_shapes(x, y, blocks, modulations, final_modulation, form)
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, a = x.to(dtype), a.to(dtype)
+        a = a.to(dtype)
         blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, dtype)
-    why_not = why_not_tensors(x, a, blocks, modulations, final_modulation)
-    if served_by(x.device, x.dtype, x.shape[-1], rows_known(x), why_not) == "eager" or x.numel() == 0:
-        return flow_blocks(x, a, blocks, modulations, final_modulation, form)
-    rows, conditions, repeat = _flatten(x, a)
     weights = [tensor for affine in in_order(blocks, modulations, final_modulation) for tensor in affine]
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, *weights))
-    if trained:
-        out = _FlowBlocks.apply(rows, conditions, (len(blocks), repeat, *form, _KEEP[recompute]), *weights)
+    rows, conditions, repeat = _flatten(x, a)
+    how = len(blocks), repeat, *form
+    if is_training(x, a, *weights):
+        out = _FlowBlocks.apply(rows, conditions, (*how, _KEEP[recompute], path), *weights)
     else:
-        out, _ = torch.ops.uniflow_kernels.flow_blocks(
-            rows, conditions, weights, len(blocks), repeat, *form, keep="nothing"
-        )
+        out, _ = torch.ops.uniflow_kernels.flow_blocks(rows, conditions, weights, *how, "nothing", path)
     return out.view(x.shape)
 
 
@@ -113,15 +142,23 @@ class ModulatedBlocks:
         like: Tensor,
         rows: int,
     ) -> None:
-        self.form, self.rows, self.dtype = form, rows, like.dtype
+        self.form, self.rows, self.dtype = form, rows, dtype_of_products(like)
         self.per_group = len(blocks) // len(modulations)
         if torch.is_autocast_enabled(like.device.type):
-            self.dtype = torch.get_autocast_dtype(like.device.type)
             blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, self.dtype)
         self.blocks, self.layers = blocks, [*modulations, *([] if final_modulation is None else [final_modulation])]
-        like = like.new_empty(0, dtype=self.dtype)
-        why_not = why_not_tensors(like, like, blocks, modulations, final_modulation)
-        self.fused = served_by(like.device, self.dtype, blocks[0].down.weight.shape[0], rows, why_not) == "triton"
+        width, hidden = blocks[0].down.weight.shape
+        self.path = choose_path(
+            Call(
+                like.device,
+                self.dtype,
+                width,
+                hidden,
+                rows,
+                shared="the modulations are made before",
+                tensors=of_products(blocks, modulations, final_modulation),
+            )
+        )
 
     def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
         """The modulations of S steps.
@@ -143,11 +180,11 @@ class ModulatedBlocks:
 
     def __call__(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """x [R, W] and the modulations of its rows at one step -> [R, W], as `fused_flow_blocks` makes it."""
-        if not self.fused:
+        if self.path == "eager":
             groups = len(self.blocks) // self.per_group
             last = modulations[groups] if len(modulations) > groups else None
-            return flow_blocks(x, x, self.blocks, modulations[:groups], last, self.form)
-        x = unit_stride(x.to(self.dtype))
+            return flow_blocks(x, self.blocks, Given(modulations[:groups], last), self.form)
+        x = flat_rows(x.to(self.dtype))
         weights = [tensor for block in self.blocks for affine in block for tensor in affine]
         return torch.ops.uniflow_kernels.modulated_flow_blocks(x, modulations, weights, self.per_group, *self.form)
 
@@ -166,8 +203,7 @@ def _cast(
         tensors = cast(*tensors)
     elif any(tensor is not None and tensor.dtype != dtype for tensor in tensors):
         tensors = packed(("cast", dtype), tensors, cast)
-    pairs = [Affine(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]  # type: ignore[arg-type]
-    depth = len(blocks)
+    pairs, depth = _pairs(tensors), len(blocks)
     return (
         [Block(block.norm, *pairs[2 * i : 2 * i + 2]) for i, block in enumerate(blocks)],
         pairs[2 * depth : -1],
@@ -176,62 +212,58 @@ def _cast(
 
 
 def _flatten(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, int]:
-    """x as [R, W] and a as [C, W], and how many rows that follow each other share a condition.
-
-    Row r takes condition (r // repeat) % C, which covers a condition for each leading index, for each trailing one,
-    and one for all; a of any other pattern is expanded to all rows.
-    """
-    of_x, of_a = x.shape[:-1], (1,) * (x.ndim - a.ndim) + tuple(a.shape[:-1])
-    own = [i for i, size in enumerate(of_a) if size != 1]
-    first, last = (own[0], own[-1] + 1) if own else (0, 0)
-    if any(of_a[i] != of_x[i] for i in range(first, last)):
-        a, first, last = a.expand(x.shape), 0, len(of_x)
-    repeat = math.prod(of_x[last:])
-    rows, conditions = x.reshape(-1, x.shape[-1]), a.reshape(-1, a.shape[-1])
-    return unit_stride(rows), unit_stride(conditions), repeat
+    """x as [R, W], a as [C, W], and how many rows that follow each other share a condition; see `conditions_of`."""
+    conditions, repeat = conditions_of(x, a)
+    if a.shape[:-1].numel() != conditions:
+        a = a.expand(x.shape)
+    return flat_rows(x), flat_rows(a), repeat
 
 
-# What the forward pass keeps for the backward pass. Of a block "all" is the sum that it makes, h, scale, gate, p and q
-# (see `_activations`), 6 W a row; "no gate" is without gate and q; "inputs" is the sum alone.
-_KEEP = {"none": "all", "gate": "no gate", "block": "inputs"}
+_KEEP = {"none": "all", "block": "inputs"}  # what the forward pass keeps for the backward pass, see `Pass`
+
+
+def _pass(
+    x: Tensor, a: Tensor, weights: Sequence[Tensor | None], depth: int, repeat: int, form: Form, keep: str
+) -> Pass:
+    pairs = _pairs(weights)
+    blocks = [Block(*pairs[1 + 3 * i : 4 + 3 * i]) for i in range(depth)]
+    final = pairs[0] if weights[0] is not None else None
+    return Pass(x, blocks, FromLayers(a, pairs[1 + 3 * depth :], final), form, repeat, keep)
+
+
+def _pairs(tensors: Sequence[Tensor | None]) -> list[Affine]:
+    return [Affine(*tensors[i : i + 2]) for i in range(0, len(tensors), 2)]  # type: ignore[arg-type]
+
+
+def _read(how: tuple[Any, ...], others: int) -> tuple[Any, ...]:
+    """The form, `others` more arguments and the path, which the dispatcher leaves out where it is "auto"."""
+    return Form(*how[:4]), *(*how[4:], "auto")[: others + 1]
 
 
 def _flow_blocks(
-    x: Tensor,
-    a: Tensor,
-    weights: Sequence[Tensor | None],
-    depth: int,
-    repeat: int,
-    norm: str,
-    eps: float,
-    mlp: str,
-    modulation_order: str,
-    keep: str,
+    x: Tensor, a: Tensor, weights: Sequence[Tensor | None], depth: int, repeat: int, *how: Any
 ) -> tuple[Tensor, list[Tensor]]:
+    form, keep, path = _read(how, 1)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return Pass(x, a, weights, depth, repeat, Form(norm, eps, mlp, modulation_order), keep).forward()
+        return _pass(x, a, weights, depth, repeat, form, keep).forward(path)
 
 
 def _flow_blocks_fake(
-    x: Tensor, a: Tensor, weights: Sequence[Tensor | None], depth: int, repeat: int, *form_and_keep: Any
+    x: Tensor, a: Tensor, weights: Sequence[Tensor | None], depth: int, repeat: int, *how: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    *form, keep = form_and_keep
-    this = Pass(x, a, weights, depth, repeat, Form(*form), keep)
-    return this.empty(*x.shape), [this.empty(*shape) for shape in this.kept_shapes()]
+    form, keep, _ = _read(how, 1)
+    return _pass(x, a, weights, depth, repeat, form, keep).fake()
 
 
 def _modulated_flow_blocks(
-    x: Tensor,
-    modulations: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    per_group: int,
-    norm: str,
-    eps: float,
-    mlp: str,
-    modulation_order: str,
+    x: Tensor, modulations: Sequence[Tensor], weights: Sequence[Tensor | None], per_group: int, *form: Any
 ) -> Tensor:
+    pairs = _pairs(weights)
+    blocks = [Block(*pairs[i : i + 3]) for i in range(0, len(pairs), 3)]
+    groups = len(blocks) // per_group
+    given = Given(modulations[:groups], modulations[groups] if len(modulations) > groups else None)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return ModulatedPass(x, modulations, weights, per_group, Form(norm, eps, mlp, modulation_order)).forward()[0]
+        return Pass(x, blocks, given, Form(*form)).forward("rows")[0]
 
 
 def _flow_blocks_backward(
@@ -242,16 +274,12 @@ def _flow_blocks_backward(
     kept: Sequence[Tensor],
     depth: int,
     repeat: int,
-    norm: str,
-    eps: float,
-    mlp: str,
-    modulation_order: str,
-    keep: str,
-    weight_gradients: bool,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    form, keep, weight_gradients, path = _read(how, 2)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        this = Pass(x, a, weights, depth, repeat, Form(norm, eps, mlp, modulation_order), keep)
-        return this.backward(dout, this.unflatten(kept), weight_gradients)
+        this = _pass(x, a, weights, depth, repeat, form, keep)
+        return this.backward(dout, this.unflatten(kept), weight_gradients, path)
 
 
 def _flow_blocks_backward_fake(
@@ -262,13 +290,9 @@ def _flow_blocks_backward_fake(
     kept: Sequence[Tensor],
     depth: int,
     repeat: int,
-    norm: str,
-    eps: float,
-    mlp: str,
-    modulation_order: str,
-    keep: str,
-    weight_gradients: bool,
+    *how: Any,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _, _, weight_gradients, _ = _read(how, 2)
     like = [torch.empty_like(weight) for weight in weights if weight is not None] if weight_gradients else []
     return x.new_empty(x.shape), a.new_empty(a.shape), like
 
@@ -277,8 +301,8 @@ _FORM = "str norm, float eps, str mlp, str modulation_order"
 _library = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
-    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}, str keep) -> "
-    "(Tensor, Tensor[])",
+    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}, str keep, str path='auto') "
+    "-> (Tensor, Tensor[])",
     tags=_tags,
 )
 _library.define(
@@ -287,7 +311,7 @@ _library.define(
 )
 _library.define(
     "flow_blocks_backward(Tensor dout, Tensor x, Tensor a, Tensor?[] weights, Tensor[] kept, int depth, SymInt repeat, "
-    f"{_FORM}, str keep, bool weight_gradients) -> (Tensor, Tensor, Tensor[])",
+    f"{_FORM}, str keep, bool weight_gradients, str path='auto') -> (Tensor, Tensor, Tensor[])",
     tags=_tags,
 )
 for _device in ("CPU", "CUDA"):
@@ -306,7 +330,7 @@ class _FlowBlocks(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, how: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
         out, kept = torch.ops.uniflow_kernels.flow_blocks(x, a, weights, *how)
         ctx.save_for_backward(x, a, *weights, *kept)
-        ctx.how, ctx.count, ctx.forced_path = how, len(weights), flow_choice._forced_path
+        ctx.how, ctx.count = how, len(weights)
         return out
 
     @staticmethod
@@ -315,7 +339,7 @@ class _FlowBlocks(torch.autograd.Function):
         x, a, *rest = ctx.saved_tensors
         weights, kept = rest[: ctx.count], rest[ctx.count :]
         wanted = any(ctx.needs_input_grad[3:])
-        with nullcontext() if ctx.forced_path is None else forced_path(ctx.forced_path):
-            dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *ctx.how, wanted)
+        *how, path = ctx.how
+        dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *how, wanted, path)
         gradients = iter(found)
         return dx, da, None, *(next(gradients) if wanted and w is not None else None for w in weights)

@@ -1,23 +1,27 @@
-"""The flow head's forward and backward pass, each on one of two paths of Triton kernels."""
+"""The flow head's forward and backward pass, each on one of two paths of Triton kernels.
+
+"rows" has row kernels around the library's products; "products" has the row kernels' work in the epilogues of its own.
+Both keep the same for a backward pass on either.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniflow_kernels.ops import flow_choice
-from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, in_order
-from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers, Given, flat_rows, in_order
+from uniflow_kernels.ops.flow_choice import Call, choose_path, of_products, what_is_shared
 
 if TYPE_CHECKING:
     from uniflow_kernels.triton_kernels.flow_head import Rows
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """What is kept: sums after each block, modulations (their shift replaced by h, if `Pass.in_place`), h, p, q."""
 
     sums: list[Tensor]
@@ -38,32 +42,43 @@ class _Activations(NamedTuple):
 
 
 class Pass:
-    """One forward or backward pass over x [R, W] and a [C, W], on one of two paths.
+    """One forward or backward pass over rows.
 
-    "rows" has row kernels around the library's products; "products" has the row kernels' work in the epilogues of its
-    own. Both keep the same, so that each pass chooses for itself, by the number of rows at run time.
+    Args:
+        x: [R, W].
+        blocks: the blocks' tensors.
+        modulations: where they come from: of C conditions, or given for every row.
+        form: of the head.
+        repeat: how many rows that follow each other share a condition: row r has condition (r // repeat) % C.
+        keep: what is kept for a backward pass: "nothing", "inputs" (the sum that each block makes) or "all" (with it h,
+            the modulation, p and q, see `_Activations`).
     """
 
     def __init__(
         self,
         x: Tensor,
-        a: Tensor,
-        weights: Sequence[Tensor | None],
-        depth: int,
-        repeat: int,
+        blocks: Sequence[Block],
+        modulations: FromLayers | Given,
         form: Form,
-        keep: str,
+        repeat: int = 1,
+        keep: str = "nothing",
     ) -> None:
-        self.x, self.a, self.form, self.keep, self.depth = x, a, form, keep, depth
-        pairs = [Affine(*weights[i : i + 2]) for i in range(0, len(weights), 2)]  # type: ignore[arg-type]
-        self.final = pairs[0] if weights[0] is not None else None
-        self.blocks = [Block(*pairs[1 + 3 * i : 4 + 3 * i]) for i in range(depth)]
-        self.modulations = pairs[1 + 3 * depth :]
-        self.per_group = depth // len(self.modulations)
-        self.width = x.shape[1]
-        self.repeat = repeat
+        self.x, self.modulations, self.form, self.repeat, self.keep = x, modulations, form, repeat, keep
+        # the row kernels read these as they lie
+        self.blocks = [block._replace(norm=_unit_strides(block.norm)) for block in blocks]
+        self.rows, self.width = x.shape
+        self.hidden = blocks[0].down.weight.shape[1]
+        self.depth, self.groups = len(blocks), len(modulations.groups)
+        self.per_group = self.depth // self.groups
+        self.conditions = modulations.a.shape[0] if isinstance(modulations, FromLayers) else self.rows
         # h takes the place of shift, which nobody needs any more, where no other row or block shares it
-        self.in_place = a.shape[0] == x.shape[0] and self.per_group == 1
+        self.in_place = isinstance(modulations, FromLayers) and self.conditions == self.rows and self.per_group == 1
+
+    @property
+    def layers(self) -> FromLayers:
+        """What makes the modulations, where they are made here."""
+        assert isinstance(self.modulations, FromLayers)
+        return self.modulations
 
     def split(self, modulation: Tensor) -> list[Tensor]:
         """Shift, scale and, if it is there, gate [C, W], as views."""
@@ -74,245 +89,245 @@ class Pass:
         """Of x's dtype, on its device."""
         return torch.empty(rows, width, dtype=self.x.dtype, device=self.x.device)
 
-    def counts(self) -> list[int]:
-        """How many tensors `_Kept` has of each kind."""
-        if self.keep == "nothing":
-            return [0] * 5
-        if self.keep == "inputs":
-            return [self.depth, 0, 0, 0, 0]
-        groups, last = len(self.modulations), int(self.final is not None)
-        h, q = 0 if self.in_place else self.depth, self.depth if self.keep == "all" else 0
-        return [self.depth, groups + last, h, self.depth, q]
+    def _counts(self) -> list[int]:
+        """How many tensors `Kept` has of each kind."""
+        if self.keep != "all":
+            return [self.depth if self.keep == "inputs" else 0, 0, 0, 0, 0]
+        modulations = self.groups + (self.modulations.final is not None)
+        return [self.depth, modulations, 0 if self.in_place else self.depth, self.depth, self.depth]
 
-    def kept_shapes(self) -> list[tuple[int, int]]:
-        """The shapes of what is kept, flat."""
-        rows, conditions, width = self.x.shape[0], self.a.shape[0], self.width
-        _, modulations, h, p, q = self.counts()
-        parts = 3 if self.keep == "all" else 2
-        last = int(modulations > 0 and self.final is not None)
-        return [
-            *[(rows, width)] * self.depth * (self.keep != "nothing"),
-            *[(conditions, parts * width)] * (modulations - last),
-            *[(conditions, 2 * width)] * last,
-            *[(rows, width)] * h,
-            *[(rows, self.blocks[0].up.weight.shape[0])] * p,
-            *[(rows, width)] * q,
+    def fake(self) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` gives, without the work."""
+        sums, modulations, h, p, q = self._counts()
+        widths = [3 * self.width] * min(self.groups, modulations) + [2 * self.width] * max(0, modulations - self.groups)
+        shapes = [
+            *[(self.rows, self.width)] * sums,
+            *[(self.conditions, width) for width in widths],
+            *[(self.rows, self.width)] * h,
+            *[(self.rows, self.blocks[0].up.weight.shape[0])] * p,
+            *[(self.rows, self.width)] * q,
         ]
+        return self.empty(self.rows, self.width), [self.empty(*shape) for shape in shapes]
 
-    def unflatten(self, kept: Sequence[Tensor]) -> _Kept:
+    def unflatten(self, kept: Sequence[Tensor]) -> Kept:
         """What `forward` kept, by its kind."""
         tensors = iter(kept)
-        return _Kept(*([next(tensors) for _ in range(count)] for count in self.counts()))
+        return Kept(*([next(tensors) for _ in range(count)] for count in self._counts()))
 
-    def why_not_products(self) -> str | None:
-        """Why the path "products" cannot serve; None if it can."""
-        from uniflow_kernels.triton_kernels import flow_products as products
-
-        if self.a.shape[0] != self.x.shape[0]:
-            return "rows share a condition"
-        if self.per_group != 1:
-            return "blocks share a modulation"
-        every = [self.x, self.a, *(t for affine in self.modulations for t in affine if t is not None)]
-        every += [t for block in self.blocks for affine in block for t in affine if t is not None]
-        every += [] if self.final is None else [t for t in self.final if t is not None]
-        hidden = self.blocks[0].down.weight.shape[1]
-        return products.why_not(self.x.device, self.x.dtype, (self.width, hidden), every)
-
-    def path(self) -> str:
-        """The path of this pass, "rows" or "products"."""
-        arch = architecture(self.x.device)
-        training = self.keep != "nothing"
-        wanted = flow_choice._forced_path or flow_choice._path(
-            arch, self.x.dtype, self.width, self.x.shape[0], training
+    def path(self, asked: str) -> str:
+        """The path of this pass: the one that its op was given, or one that is chosen now if it was given "auto"."""
+        if asked == "rows":
+            return asked
+        a, groups, final = self.layers
+        call = Call(
+            self.x.device,
+            self.x.dtype,
+            self.width,
+            self.hidden,
+            self.rows,
+            training=self.keep != "nothing",
+            shared=what_is_shared(self.conditions, self.rows, self.groups, self.depth),
+            tensors=[self.x, a, *of_products(self.blocks, groups, final)],
         )
-        why_not = self.why_not_products() if wanted == "products" else None
-        if why_not is not None and flow_choice._forced_path is not None:
-            raise ValueError(f"flow_head: path 'products' cannot serve this input: {why_not}")
-        return wanted if why_not is None else "rows"
+        return choose_path(call, asked, in_op=True)
 
-    def forward(self) -> tuple[Tensor, list[Tensor]]:
-        """The output [R, W] and what is kept, flat."""
-        out, kept = self.forward_by_rows() if self.path() == "rows" else self.forward_by_products()
+    def forward(self, path: str) -> tuple[Tensor, list[Tensor]]:
+        """The output [R, W] and what is kept, flat; on a path, or on one that is chosen now ("auto")."""
+        out, kept = self._forward_by_rows() if self.path(path) == "rows" else self._forward_by_products()
         return out, [tensor for kind in kept for tensor in kind]
 
-    def forward_by_products(self) -> tuple[Tensor, _Kept]:
+    def _forward_by_products(self) -> tuple[Tensor, Kept]:
         """Three launches a block; shift, scale and gate are written only where they are kept."""
-        from uniflow_kernels.triton_kernels import flow_head as kernels
         from uniflow_kernels.triton_kernels import flow_products as products
 
-        rows, width = self.x.shape
-        first = self.blocks[0]
-        rms, eps, keep = self.form.norm == "rms", self.form.eps, self.keep
-        scale_first = self.form.modulation_order == "scale-shift-gate"
-        kept = _Kept([], [], [], [], [])
-        h, u = self.empty(rows, width), self.empty(rows, first.down.weight.shape[1])
+        a, groups, final = self.layers
+        kept = Kept([], [], [], [], [])
+        h, u = self.empty(self.rows, self.width), self.empty(self.rows, self.hidden)
         scale = gate = p = q = None
-        x, moments = self.x, products.moments(self.x, rms)
-        for i, block in enumerate(self.blocks):
-            modulation = self.modulations[i]
-            if keep in ("all", "no gate"):
-                kept.modulations.append(self.empty(rows, (3 if keep == "all" else 2) * width))
-                h, scale, *gates = self.split(kept.modulations[i])  # h where shift would be
-                gate = gates[0] if gates else None
-                p = self.empty(rows, block.up.weight.shape[0])
-                kept.p.append(p)
-            if keep == "all":
-                q = self.empty(rows, width)
-                kept.q.append(q)
-            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, eps)
-            products.up(h, block.up, u, p)
-            total = self.empty(rows, width) if i == 0 or keep != "nothing" else x
-            gate_affine = self._rows_of(modulation, slice(2 * width, None))
-            moments = products.down(x, self.a, gate_affine, u, block.down, total, gate, q, rms)
+        x, moments = self.x, products.moments(self.x, self._is_rms)
+        for block, layer in zip(self.blocks, groups, strict=True):
+            if self.keep == "all":
+                kept.modulations.append(self.empty(self.rows, 3 * self.width))
+                kept.p.append(self.empty(self.rows, block.up.weight.shape[0]))
+                kept.q.append(self.empty(self.rows, self.width))
+                h, scale, gate = self.split(kept.modulations[-1])  # h where shift would be
+                p, q = kept.p[-1], kept.q[-1]
+            self._modulated(x, moments, layer, block.norm, h, scale)
+            products.up(h=h, affine=block.up, u=u, p=p)
+            total = self.empty(self.rows, self.width) if x is self.x or self.keep != "nothing" else x
+            moments = products.down(
+                x=x,
+                a=a,
+                gate_affine=self._gate_layer(layer),
+                u=u,
+                affine=block.down,
+                total=total,
+                gate=gate,
+                q=q,
+                rms=self._is_rms,
+            )
             x = total
-            if keep != "nothing":
+            if self.keep != "nothing":
                 kept.sums.append(x)
-        out = self.empty(rows, width)
-        if self.final is None:
-            which = kernels.Rows(rows, rows, 1)
-            kernels.norm_modulate(x, None, (None, None), None, None, out, which, rms, eps)
+        out = self.empty(self.rows, self.width)
+        if final is None:
+            self._row_kernel(x=x, residual=None, norm=(None, None), modulation=None, total=None, h=out)
             return out, kept
-        if keep in ("all", "no gate"):
-            kept.modulations.append(self.empty(rows, 2 * width))
+        if self.keep == "all":
+            kept.modulations.append(self.empty(self.rows, 2 * self.width))
             shift, scale = self.split(kept.modulations[-1])
             shift.zero_()  # nobody reads it; but what an op returns is the same in every run
-        products.modulated(x, moments, self.a, self.final, (None, None), out, scale, scale_first, rms, eps)
+        self._modulated(x, moments, final, (None, None), out, scale)
         return out, kept
 
-    def forward_by_rows(self) -> tuple[Tensor, _Kept]:
-        """Five launches a block."""
+    def _forward_by_rows(self) -> tuple[Tensor, Kept]:
+        """Five launches a block; four where the modulations are given."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
 
-        which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
-        rms, eps, keep = self.form.norm == "rms", self.form.eps, self.keep
-        kept = _Kept([], [], [], [], [])
+        kept = Kept([], [], [], [], [])
         x, residual = self.x, None
         for i, block in enumerate(self.blocks):
             if i % self.per_group == 0:
-                shift, scale, gate, modulation = self.modulate(self.modulations[i // self.per_group])
-                if keep in ("all", "no gate"):
+                modulation = self.modulations.of_group(i // self.per_group)
+                shift, scale, gate = self.split(modulation)
+                if self.keep == "all":
                     kept.modulations.append(modulation)
-            h = shift if self.in_place else self.empty(*x.shape)
+            h = shift if self.in_place else self.empty(self.rows, self.width)
             total = x
-            if residual is not None and (i == 1 or keep != "nothing"):
-                total = self.empty(*x.shape)
-            kernels.norm_modulate(x, residual, block.norm, (shift, scale), total, h, which, rms, eps)
+            if residual is not None and (i == 1 or self.keep != "nothing"):
+                total = self.empty(self.rows, self.width)
+            self._row_kernel(x=x, residual=residual, norm=block.norm, modulation=(shift, scale), total=total, h=h)
             x = total
             p = F.linear(h, *block.up)
-            q = F.linear(kernels.activation(p, block.down.weight.shape[1]), *block.down)
+            q = F.linear(kernels.activation(p, self.hidden), *block.down)
             residual = gate, q
-            if i and keep != "nothing":
+            if i and self.keep != "nothing":
                 kept.sums.append(x)
-            if keep in ("all", "no gate"):
+            if self.keep == "all":
                 kept.p.append(p)
+                kept.q.append(q)
                 if not self.in_place:
                     kept.h.append(h)
-            if keep == "all":
-                kept.q.append(q)
-        last = None
-        if self.final is not None:
-            modulation = self._made(self.final)
-            last = self.split(modulation)[0], self.split(modulation)[1]
-            if keep in ("all", "no gate"):
-                kept.modulations.append(modulation)
-        out = self.empty(*x.shape)
-        total = self.empty(*x.shape)
-        kernels.norm_modulate(x, residual, (None, None), last, total, out, which, rms, eps)
-        if keep != "nothing":
+        last = self.modulations.of_last_norm()
+        if last is not None and self.keep == "all":
+            kept.modulations.append(last)
+        parts = None if last is None else tuple(self.split(last))
+        out, total = self.empty(self.rows, self.width), self.empty(self.rows, self.width)
+        self._row_kernel(x=x, residual=residual, norm=(None, None), modulation=parts, total=total, h=out)
+        if self.keep != "nothing":
             kept.sums.append(total)
         return out, kept
 
-    def modulate(self, modulation: Affine) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Shift, scale and gate [C, W], and the tensor of them that is kept: all three, or shift and scale."""
-        if self.keep != "no gate":
-            all_three = self._made(modulation)
-            shift, scale, gate = self.split(all_three)
-            return shift, scale, gate, all_three
-        two = F.linear(self.a, *self._rows_of(modulation, slice(None, 2 * self.width)))
-        shift, scale = self.split(two)
-        return shift, scale, self._gate(modulation), two
+    @property
+    def _is_rms(self) -> bool:
+        return self.form.norm == "rms"
 
-    def _made(self, modulation: Affine) -> Tensor:
-        """All parts of a modulation, [C, 2W or 3W]."""
-        return F.linear(self.a, *modulation)
+    def _which(self) -> Rows:
+        from uniflow_kernels.triton_kernels.flow_head import Rows
 
-    def _gate(self, modulation: Affine) -> Tensor:
-        return F.linear(self.a, *self._rows_of(modulation, slice(2 * self.width, None)))
+        return Rows(self.rows, self.conditions, self.repeat)
 
-    @staticmethod
-    def _rows_of(affine: Affine, rows: slice) -> Affine:
-        return Affine(affine.weight[rows], None if affine.bias is None else affine.bias[rows])
+    def _row_kernel(self, **what: Any) -> None:
+        """`norm_modulate` of this pass's rows, with its kind of norm."""
+        from uniflow_kernels.triton_kernels import flow_head as kernels
 
-    def activations(self, i: int, x: Tensor, kept: _Kept, path: str) -> _Activations:
+        kernels.norm_modulate(**what, which=self._which(), rms=self._is_rms, eps=self.form.eps)
+
+    def _modulated(
+        self,
+        x: Tensor,
+        of_x: Any,
+        layer: Affine,
+        norm: tuple[Tensor | None, Tensor | None],
+        h: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        """h = norm(x) * (1 + scale) + shift by a product of a; `of_x`: the moments of x."""
+        from uniflow_kernels.triton_kernels import flow_products as products
+
+        products.modulated(
+            x=x,
+            of_x=of_x,
+            a=self.layers.a,
+            modulation=layer,
+            norm=norm,
+            h=h,
+            scale=scale,
+            scale_first=self.form.modulation_order == "scale-shift-gate",
+            rms=self._is_rms,
+            eps=self.form.eps,
+        )
+
+    def _gate_layer(self, layer: Affine) -> Affine:
+        """The part of a modulation's layer that makes the gate."""
+        return Affine(*(None if t is None else t[2 * self.width :] for t in layer))  # type: ignore[arg-type]
+
+    def _activations(self, i: int, x: Tensor, kept: Kept, path: str) -> _Activations:
         """Those of block i, whose input is x, kept or computed again."""
         from uniflow_kernels.triton_kernels import flow_head as kernels
         from uniflow_kernels.triton_kernels import flow_products as products
 
-        block, modulation = self.blocks[i], self.modulations[i // self.per_group]
-        hidden = block.down.weight.shape[1]
-        if self.keep == "inputs" and path == "products":
-            rms, scale_first = self.form.norm == "rms", self.form.modulation_order == "scale-shift-gate"
-            h, scale, p = self.empty(*x.shape), self.empty(*x.shape), self.empty(len(x), block.up.weight.shape[0])
-            u = self.empty(len(x), hidden)
-            moments = products.moments(x, rms)
-            products.modulated(x, moments, self.a, modulation, block.norm, h, scale, scale_first, rms, self.form.eps)
-            products.up(h, block.up, u, p)
-            return _Activations(h, scale, self._gate(modulation), p, F.linear(u, *block.down))
-        if self.keep == "inputs":
-            which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
-            shift, scale, gate, _ = self.modulate(modulation)
-            h = shift if which.conditions == which.rows else self.empty(*x.shape)
-            rms = self.form.norm == "rms"
-            kernels.norm_modulate(x, None, block.norm, (shift, scale), None, h, which, rms, self.form.eps)
-            p = F.linear(h, *block.up)
-            return _Activations(h, scale, gate, p, F.linear(kernels.activation(p, hidden), *block.down))
-        shift, scale, *gates = self.split(kept.modulations[i // self.per_group])
-        h, p = shift if self.in_place else kept.h[i], kept.p[i]
+        block, group = self.blocks[i], i // self.per_group
         if self.keep == "all":
-            return _Activations(h, scale, gates[0], p, kept.q[i])
-        q = F.linear(kernels.activation(p, hidden), *block.down)
-        return _Activations(h, scale, self._gate(modulation), p, q)
+            shift, scale, gate = self.split(kept.modulations[group])
+            return _Activations(shift if self.in_place else kept.h[i], scale, gate, kept.p[i], kept.q[i])
+        if path == "products":
+            layer = self.layers.groups[group]
+            h, scale = self.empty(self.rows, self.width), self.empty(self.rows, self.width)
+            p, u = self.empty(self.rows, block.up.weight.shape[0]), self.empty(self.rows, self.hidden)
+            self._modulated(x, products.moments(x, self._is_rms), layer, block.norm, h, scale)
+            products.up(h=h, affine=block.up, u=u, p=p)
+            gate = F.linear(self.layers.a, *self._gate_layer(layer))
+            return _Activations(h, scale, gate, p, F.linear(u, *block.down))
+        shift, scale, gate = self.split(self.modulations.of_group(group))
+        h = shift if self.conditions == self.rows else self.empty(self.rows, self.width)
+        self._row_kernel(x=x, residual=None, norm=block.norm, modulation=(shift, scale), total=None, h=h)
+        p = F.linear(h, *block.up)
+        return _Activations(h, scale, gate, p, F.linear(kernels.activation(p, self.hidden), *block.down))
 
-    def backward(self, dout: Tensor, kept: _Kept, weight_gradients: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Gradients of x [R, W], of a [C, W] and, if wanted, of the weights that are there, in their order."""
+    def backward(
+        self, dout: Tensor, kept: Kept, weight_gradients: bool, path: str
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Gradients of x [R, W], of a [C, W] and, if wanted, of the weights that are there, in their order.
+
+        Args:
+            dout: gradient of the output, [R, W].
+            kept: by the forward pass, on whichever path.
+            weight_gradients: whether those of the weights are wanted.
+            path: as in `forward`.
+        """
         from uniflow_kernels.triton_kernels import flow_head as kernels
         from uniflow_kernels.triton_kernels import flow_products as products
 
-        path = self.path()
-        which = kernels.Rows(self.x.shape[0], self.a.shape[0], self.repeat)
-        rms, eps = self.form.norm == "rms", self.form.eps
+        path = self.path(path)
+        which, final = self._which(), self.layers.final
+        through_norm = partial(kernels.norm_modulate_backward, which=which, rms=self._is_rms, eps=self.form.eps)
         inputs = [self.x, *kept.sums]
-        gradients = _Gradients(self)
+        gradients = _Gradients(self, which, weight_gradients)
 
         def places(parts: int) -> tuple[Tensor | None, list[Tensor]]:
             """Where the modulations' gradients go row by row: [R, parts * W] and its columns; nowhere if summed."""
             if not which.per_row:
                 return None, []
-            whole = self.empty(which.rows, parts * self.width)
+            whole = self.empty(self.rows, parts * self.width)
             return whole, self.split(whole)
 
-        now = self.activations(self.depth - 1, inputs[-2], kept, path)
-        dlast, last_places = places(2) if self.final is not None else (None, [])
+        now = self._activations(self.depth - 1, inputs[-2], kept, path)
+        dlast, last_columns = places(2) if final is not None else (None, [])
         dmodulation, columns = places(3)
-        last = None
-        if self.final is not None:
-            kept_last = kept.modulations[-1] if kept.modulations else F.linear(self.a, *self.final)
-            last = self.split(kept_last)[1]
-        dx, dq, sums = kernels.norm_modulate_backward(
-            unit_stride(dout),
-            None,
-            inputs[-1],
-            (now.gate, now.q),
-            (None, None),
-            last,
-            (last_places[0], last_places[1]) if last_places else None,
-            columns[2] if columns else None,
-            which,
-            rms,
-            eps,
+        last = kept.modulations[-1] if kept.modulations and final is not None else self.modulations.of_last_norm()
+        dx, dq, sums = through_norm(
+            dh=flat_rows(dout),
+            dsum=None,
+            x=inputs[-1],
+            residual=(now.gate, now.q),
+            norm=(None, None),
+            scale=None if last is None else self.split(last)[1],
+            dmodulation=(last_columns[0], last_columns[1]) if last_columns else None,
+            dgate=columns[2] if columns else None,
         )
-        if self.final is not None:
-            gradients.modulation(self.final, dlast, sums[:, 2:4], which, weight_gradients)
+        if final is not None:
+            gradients.modulation(final, dlast, sums[:, 2:4])
         for i in reversed(range(self.depth)):
             block = self.blocks[i]
             assert dq is not None
@@ -320,123 +335,87 @@ class Pass:
                 dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
             else:
                 dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
-            if weight_gradients:
-                gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
-                gradients.affine(block.up, dp, now.h, dup)
+            gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
+            gradients.affine(block.up, dp, now.h, dup)
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight
-            before = self.activations(i - 1, inputs[i - 1], kept, path) if i else None
+            before = self._activations(i - 1, inputs[i - 1], kept, path) if i else None
             dbefore, columns_before = places(3) if i else (None, [])
             dgate = sums[:, 4:5]
-            dx, dq, sums = kernels.norm_modulate_backward(
-                dh,
-                dx,
-                inputs[i],
-                None if before is None else (before.gate, before.q),
-                block.norm,
-                now.scale,
-                (dh, columns[1]) if columns else None,
-                columns_before[2] if columns_before else None,
-                which,
-                rms,
-                eps,
+            dx, dq, sums = through_norm(
+                dh=dh,
+                dsum=dx,
+                x=inputs[i],
+                residual=None if before is None else (before.gate, before.q),
+                norm=block.norm,
+                scale=now.scale,
+                dmodulation=(dh, columns[1]) if columns else None,
+                dgate=columns_before[2] if columns_before else None,
             )
-            if weight_gradients:
-                gradients.norm(block.norm, sums[:, :2].sum(0))
-            modulation = self.modulations[i // self.per_group]
-            summed = torch.cat([sums[:, 2:4], dgate], 1)
-            last_of_group = i % self.per_group == 0
-            gradients.modulation(modulation, dmodulation, summed, which, weight_gradients, last_of_group)
+            gradients.norm(block.norm, sums[:, :2].sum(0))
+            layer, summed = self.layers.groups[i // self.per_group], torch.cat([sums[:, 2:4], dgate], 1)
+            gradients.modulation(layer, dmodulation, summed, last_of_group=i % self.per_group == 0)
             dmodulation, columns = dbefore, columns_before
             if before is not None:
                 now = before
-        return dx, gradients.of_a, gradients.in_order() if weight_gradients else []
-
-
-class ModulatedPass(Pass):
-    """A forward pass that keeps nothing, by rows; modulations of every row stand where the layers would that make them.
-
-    Of a only the number of rows counts then, so x stands for it.
-    """
-
-    def __init__(
-        self, x: Tensor, modulations: Sequence[Tensor], weights: Sequence[Tensor | None], per_group: int, form: Form
-    ) -> None:
-        depth = len(weights) // 6
-        groups = [tensor for modulation in modulations[: depth // per_group] for tensor in (modulation, None)]
-        last = modulations[depth // per_group] if len(modulations) > depth // per_group else None
-        super().__init__(x, x, [last, None, *weights, *groups], depth, 1, form, "nothing")
-        self.in_place = False  # the modulations are the caller's
-
-    def _made(self, modulation: Affine) -> Tensor:
-        return modulation.weight
-
-    def why_not_products(self) -> str:
-        """Why the path "products" cannot serve."""
-        return "the modulations are made before"
+        return dx, gradients.of_a, gradients.in_order()
 
 
 class _Gradients:
-    """Gradients of the weights and of a, which every modulation adds to.
+    """Gradients of the weights, if they are wanted, and of a, which every modulation adds to.
 
     A weight may be given for several layers: gradients are found by the layer's tuple, not by the tensor.
     """
 
-    def __init__(self, of: Pass) -> None:
-        self.pass_ = of
-        self.of_a = torch.zeros_like(of.a, memory_format=torch.contiguous_format)
+    def __init__(self, of: Pass, which: Rows, wanted: bool) -> None:
+        self.pass_, self.which, self.wanted = of, which, wanted
+        self.of_a = torch.zeros_like(of.layers.a, memory_format=torch.contiguous_format)
         self.found: dict[int, Affine] = {}
         self.group: tuple[Tensor, Tensor] | None = None
 
     def affine(self, affine: Affine, dout: Tensor, given: Tensor, dbias: Tensor) -> None:
         """Of a linear layer with input `given` [R, in]; dout [R, out], and dbias [out] in float32."""
-        self.add(affine, dout.t() @ given, dbias)
+        if self.wanted:
+            self._add(affine, dout.t() @ given, dbias)
 
     def norm(self, norm: Affine, sums: Tensor) -> None:
         """Of a norm; sums [2, W] in float32. Copies, since what an op returns shares no memory."""
-        self.add(norm, sums[0].to(norm.weight.dtype, copy=True), sums[1].clone())
+        if self.wanted:
+            self._add(norm, sums[0].to(norm.weight.dtype, copy=True), sums[1].clone())
 
-    def add(self, affine: Affine, dweight: Tensor, dbias: Tensor) -> None:
+    def _add(self, affine: Affine, dweight: Tensor, dbias: Tensor) -> None:
         self.found[id(affine)] = Affine(dweight, None if affine.bias is None else dbias.to(affine.bias.dtype))
 
-    def modulation(
-        self,
-        affine: Affine,
-        by_row: Tensor | None,
-        sums: Tensor,
-        which: Rows,
-        weight_gradients: bool,
-        last_of_group: bool = True,
-    ) -> None:
+    def modulation(self, layer: Affine, by_row: Tensor | None, sums: Tensor, last_of_group: bool = True) -> None:
         """Of the linear layer of a modulation, and its part of a's gradient: one product each for all its parts.
 
         Args:
-            affine: the layer.
+            layer: that makes it.
             by_row: gradient of its output, row by row, [R, parts * W]; None if `sums` holds it summed.
             sums: of shift, scale (and gate), float32 [C, parts, W]; [1, parts, W] beside `by_row`.
-            which: which condition is each row's.
-            weight_gradients: whether the layer's are wanted.
             last_of_group: whether no further block shares the layer; until then gradients are only summed.
         """
-        pass_ = self.pass_
-        if pass_.form.modulation_order == "scale-shift-gate":
+        if self.pass_.form.modulation_order == "scale-shift-gate":
             sums = torch.cat([sums[:, 1:2], sums[:, :1], sums[:, 2:]], 1)
         summed = sums.flatten(1)  # [C or 1, parts * W]
-        dmodulation = summed.to(pass_.x.dtype) if by_row is None else which.to_conditions(by_row)
+        dmodulation = summed.to(self.pass_.x.dtype) if by_row is None else self.which.to_conditions(by_row)
         if self.group is not None:
             dmodulation, summed = dmodulation.add_(self.group[0]), summed.add_(self.group[1])
         self.group = None if last_of_group else (dmodulation, summed)
         if last_of_group:
-            self.of_a.addmm_(dmodulation, affine.weight)
-            if weight_gradients:
-                self.affine(affine, dmodulation, pass_.a, summed.sum(0))
+            self.of_a.addmm_(dmodulation, layer.weight)
+            self.affine(layer, dmodulation, self.pass_.layers.a, summed.sum(0))
 
     def in_order(self) -> list[Tensor]:
-        pass_ = self.pass_
-        affines = in_order(pass_.blocks, pass_.modulations, pass_.final)
+        """Those of the weights that are there, in their order; none if they are not wanted."""
+        if not self.wanted:
+            return []
+        layers = self.pass_.layers
+        affines = in_order(self.pass_.blocks, layers.groups, layers.final)
         gradients = [self.found[id(affine)] for affine in affines if affine[0] is not None]
         return [tensor for pair in gradients for tensor in pair if tensor is not None]
 
 
-def unit_stride(rows: Tensor) -> Tensor:
-    """Rows whose elements follow each other in memory."""
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+def _unit_strides(norm: Affine) -> Affine:
+    if all(vector is None or vector.stride(0) == 1 for vector in norm):
+        return norm
+    return Affine(norm.weight.contiguous(), None if norm.bias is None else norm.bias.contiguous())

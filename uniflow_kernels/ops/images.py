@@ -10,6 +10,7 @@ from torch import Tensor
 
 from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.patches import check_patch_size, patch_grid, unpatchify
+from uniflow_kernels.ops.registration import register
 from uniflow_kernels.ops.velocity import check_normalization, per_channel
 from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import why_not_on
@@ -56,9 +57,7 @@ def to_images(
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if _served_by(rows.device, tuple(tensor.dtype for tensor in tensors), differentiated) == "eager":
         return plain_to_images(rows, velocity, dt, mean, std, patch_size, (height, width), clamp, dtype)
-    return torch.ops.uniflow_kernels.to_images(
-        rows, velocity, dt, mean, std, patch_size, height, width, clamp or dtype == torch.uint8, dtype
-    )
+    return to_images_op(rows, velocity, dt, mean, std, patch_size, height, width, clamp or dtype == torch.uint8, dtype)
 
 
 def plain_to_images(
@@ -155,12 +154,10 @@ def _to_images_fake(
     return rows.new_empty(rows.shape[0], rows.shape[2] // patch_size**2, height, width, dtype=dtype)
 
 
-_library = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_library.define(
+to_images_op = register(
     "to_images(Tensor rows, Tensor? velocity, float dt, float[]? mean, float[]? std, int patch_size, SymInt height, "
     "SymInt width, bool clamp, ScalarType dtype) -> Tensor",
+    _to_images,
+    _to_images_fake,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("to_images", _to_images, _device)
-torch.library.register_fake("uniflow_kernels::to_images", _to_images_fake, lib=_library)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +177,7 @@ def box_muller(words: list[Tensor], normals: Tensor) -> None:
         normals[..., pair + 1] = second.mul_(sign)
 
 
-# --- registered op: integers have no gradient ---
+# --- registered op ---
 
 
 def _seeded_noise(seeds: Tensor, rows: int, columns: int, offset: int, first_row: int) -> Tensor:
@@ -198,14 +197,8 @@ def _seeded_noise_fake(seeds: Tensor, rows: int, columns: int, offset: int, firs
     return seeds.new_empty(rows, columns, dtype=torch.float32)
 
 
-def _nothing(*_: Any) -> None:
-    return None
-
-
 seeded_noise_op = register(
     "seeded_noise(Tensor seeds, SymInt rows, SymInt columns, SymInt offset, SymInt first_row) -> Tensor",
     _seeded_noise,
     _seeded_noise_fake,
-    _nothing,
-    _nothing,
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.ops.registration import is_watched, kernels_for
+from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import is_graph_kept
 
 
@@ -24,16 +23,10 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
     if type(gradient) is not Tensor or is_graph_kept():
         return (gradient * factor).to(gradient.dtype)
-    scale = torch.ops.uniflow_kernels.scale_ if is_watched(gradient, factor) else _scale
-    scale(gradient, factor)
+    scale_op(gradient, factor)
     return gradient
 
 
-_LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_LIBRARY.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()")
-
-
-@torch.library.impl(_LIBRARY, "scale_", "CompositeExplicitAutograd")
 def _scale(gradient: Tensor, factor: Tensor) -> None:
     if factor.numel() > 1 or not gradient.is_contiguous():
         gradient.mul_(factor)
@@ -51,6 +44,4 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
 
 
-@torch.library.register_fake("uniflow_kernels::scale_", lib=_LIBRARY)
-def _scale_fake(gradient: Tensor, factor: Tensor) -> None:
-    return None
+scale_op = register("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None)

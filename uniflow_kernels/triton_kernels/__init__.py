@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,8 +47,25 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA, not on {device.type}"
     if device.type == "cuda" and architecture(device) < 80:
         return "it needs compute capability 8.0"
+    if device.type == "cuda" and (reason := why_not_launched()):
+        return reason
     if dtype not in _DTYPES:
         return f"it takes float32, float16 and bfloat16, not {dtype}"
+    return None
+
+
+@lru_cache
+def why_not_launched() -> str | None:
+    """Why Triton can start no kernel here: before 3.8 it compiles what starts each in C. None where it can."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return f"Triton {triton.__version__} needs a C compiler to start a kernel: gcc, clang, or CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's own; as Triton does
+    if not (Path(sysconfig.get_paths(scheme)["include"]) / "Python.h").is_file():
+        return f"Triton {triton.__version__} needs Python.h to start a kernel: the package python3-dev, or its like"
     return None
 
 

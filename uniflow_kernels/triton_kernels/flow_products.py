@@ -55,12 +55,16 @@ _HOPPER = {
     "down backward": Tile(128, 256, 64, 8, 3),
     "gated down backward": Tile(128, 128, 64, 8, 4),
 }
+_SHALLOW = {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}  # at most 99 KiB of shared memory
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
 ARCHITECTURES = {
     0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(128, 128, 128, 4, 1))),
-    80: Architecture(False, _HALF, {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}),
+    80: Architecture(False, _HALF, _SHALLOW),
+    86: Architecture(False, _HALF, _SHALLOW),
+    89: Architecture(False, _HALF, _SHALLOW),
     90: Architecture(True, _HALF, _HOPPER),
     100: Architecture(True, _HALF, _HOPPER),
+    120: Architecture(True, _HALF, _SHALLOW),
 }
 
 

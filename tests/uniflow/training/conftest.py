@@ -55,7 +55,7 @@ def make() -> Callable[..., Trainer]:
 
     def make(*stages: Stage, steps: int = 6, objective=None, crops=None, **options: object) -> Trainer:
         stages = stages or (Stage(steps, learning_rate=3e-3, warmup_steps=2),)
-        own = {name: options.pop(name) for name in ("out", "logs", "validator") if name in options}
+        own = {name: options.pop(name) for name in ("out", "logs", "validator", "settings") if name in options}
         recipe = Recipe(stages, **{"batch_size": 4, "log_every": 1, **options})
         return Trainer(objective or small_objective(), crops or small_crops(), recipe, **own)
 

@@ -1,6 +1,7 @@
 import json
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,20 @@ import torch
 
 from tests.uniflow.training.conftest import Heard, small_objective
 from uniflow import CheckpointError, UniFlow, UniFlowConfig, UniFlowObjective
-from uniflow.training import Stage
-from uniflow.training.checkpoints import check, newest_first, newest_whole, random_states, set_random_states
+from uniflow.training import Recipe, Stage
+from uniflow.training.changes import differences, place_in, settings_of
+from uniflow.training.checkpoints import (
+    check,
+    newest_first,
+    newest_whole,
+    random_states,
+    replacing_folder,
+    rests,
+    set_random_states,
+)
 from uniflow.training.logs import JsonLines
+from uniflow.training.processes import Processes
+from uniflow.training.state import Progress
 
 STAGES = (Stage(3, train="decoder", warmup_steps=2), Stage(4, encoder_learning_rate=1e-4, warmup_steps=2))
 
@@ -51,13 +63,28 @@ def test_the_files_of_a_checkpoint(make, tmp_path):
     check(folder)
 
 
-def test_old_checkpoints_go_by_count_and_rests_of_killed_runs_too(make, tmp_path):
-    rest = tmp_path / "checkpoints" / ".step-00000002.tmp"
-    rest.mkdir(parents=True)
-    (rest / "model.safetensors").write_text("half")
-    make(steps=6, out=tmp_path, save_every=1, keep=2).run()
-    assert names(tmp_path) == ["step-00000006", "step-00000005"]
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+def test_old_checkpoints_go_by_count_of_steps(make, tmp_path):
+    other = tmp_path / "checkpoints" / "step-by-step"  # not one of ours
+    other.mkdir(parents=True)
+    trainer = make(steps=3, out=tmp_path, save_every=1, keep=2)
+    trainer.progress.step = 99_999_998
+    trainer.run()
+    assert names(tmp_path) == ["step-100000001", "step-100000000"]
+    assert other.exists()
+
+
+def test_each_write_has_a_name_of_its_own_until_it_is_whole(tmp_path):
+    with (
+        replacing_folder(tmp_path / "step-00000001", Processes()) as one,
+        replacing_folder(tmp_path / "step-00000001", Processes()) as other,
+    ):
+        assert one != other
+        (one / "file").write_text("one")
+        (other / "file").write_text("other")
+        assert set(rests(tmp_path)) == {one, other}
+    assert (tmp_path / "step-00000001" / "file").read_text() == "one"  # written last
+    check(tmp_path / "step-00000001")
+    assert rests(tmp_path) == []
 
 
 def test_a_finished_run_has_nothing_left_to_do(make, tmp_path):
@@ -68,15 +95,101 @@ def test_a_finished_run_has_nothing_left_to_do(make, tmp_path):
     assert again.run() == []
 
 
-def test_the_recipe_of_a_resumed_run_is_its_own(make, tmp_path):
-    make(steps=2, out=tmp_path).run()
+# going on with another recipe
+
+
+def test_a_finished_run_goes_on_with_a_larger_budget(make, tmp_path):
+    make(Stage(4, warmup_steps=2), out=tmp_path, ema_decay=0.9).run()
     heard = Heard()
-    again = make(Stage(2), Stage(4, learning_rate=7e-4, warmup_steps=0), logs=[heard], weight_decay=0.3)
-    (tmp_path / "checkpoints/step-00000002/progress.json").write_text(json.dumps({"step": 2, "stage": 1}))
-    again.resume(tmp_path / "checkpoints" / "step-00000002")
-    again.run()
+    recipe = {"ema_decay": 0.9, "weight_decay": 0.3, "logs": [heard]}
+    again = make(Stage(6, learning_rate=7e-4, warmup_steps=0), **recipe)
+    changed = again.resume(tmp_path / "checkpoints" / "step-00000004")
+    assert changed == (
+        "recipe.stages.0.steps (6, was 4), recipe.stages.0.learning_rate (0.0007, was 0.001), "
+        "recipe.stages.0.warmup_steps (0, was 2), recipe.weight_decay (0.3, was 0.01)"
+    )
+    assert len(again.run()) == 2
+    # in its own place of the new schedule, with the moments that it had
+    rates = [7e-4 * 0.5 * (1 + np.cos(np.pi * step / 6)) for step in (5, 6)]
+    assert [report.learning_rate for report in heard.reports] == pytest.approx(rates)
     assert {group["weight_decay"] for group in again.optimizer.param_groups} == {0.3, 0.0}
-    assert heard.reports[0].learning_rate == pytest.approx(7e-4 * 0.5 * (1 + np.cos(np.pi / 4)))
+    assert {state["step"].item() for state in again.optimizer.state.values()} == {6}
+    assert (again.progress.step, again.progress.samples, again.progress.stage) == (6, 24, 1)
+
+
+def test_a_finished_run_goes_on_with_another_stage_as_if_it_had_always_had_it(make, tmp_path):
+    make(STAGES[0], out=tmp_path).run()
+    again = make(*STAGES)
+    again.resume(tmp_path / "checkpoints" / "step-00000003")
+    assert again.run() == make(*STAGES).run()[3:]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "place", "begun"),
+    [
+        ((1, 2), (Stage(5), Stage(9)), (1, 2), True),
+        ((1, 2), (Stage(5), Stage(7), Stage(3)), (1, 2), True),
+        ((1, 2), (Stage(5), Stage(2), Stage(3)), (2, 0), False),  # it has made what it has now
+        ((1, 2), (Stage(5), Stage(2)), (2, 2), True),
+        ((1, 2), (Stage(5), Stage(7, seconds=31.0)), (1, 2), True),
+        ((1, 0), (Stage(5), Stage(9, "decoder")), (1, 0), False),  # not begun, it can be any
+        ((1, 0), (Stage(5),), (1, 0), False),
+        ((2, 7), (Stage(5), Stage(7)), (2, 7), True),
+        ((2, 7), (Stage(5), Stage(8)), (1, 7), True),
+        ((2, 7), (Stage(5), Stage(7), Stage(3)), (2, 0), False),
+        ((1, 2), (Stage(6), Stage(7)), r"stages.0.steps \(6, was 5\): that stage is over", None),
+        ((1, 0), (Stage(6), Stage(7)), r"stages.0.steps \(6, was 5\): that stage is over", None),
+        ((2, 7), (Stage(5, learning_rate=1.0), Stage(8)), "stages.0.learning_rate .* that stage is over", None),
+        ((1, 2), (Stage(5), Stage(7, "decoder")), "stages.1.train .'decoder', was 'all'.: that stage has begun", None),
+        ((1, 2), (Stage(5),), r"stages.1 \(none, was .*: that stage has begun", None),
+        ((2, 7), (Stage(5),), r"stages.1 \(none, was .*: that stage has begun", None),
+        ((1, 2), (Stage(5), Stage(1)), r"stages.1.steps \(1, was 7\): that stage has made 2 steps", None),
+        (
+            (1, 2),
+            (Stage(5), Stage(7, seconds=29)),
+            r"stages.1.seconds \(29, was none\): that stage has taken 30 s",
+            None,
+        ),
+    ],
+)
+def test_where_a_changed_recipe_goes_on(was, now, place, begun):
+    stage, step = was
+    progress = Progress(step=20, stage=stage, stage_step=step, stage_seconds=30.0 if step else 0.0)
+    recipe = Recipe(now)
+    differing = differences(settings_of(Recipe((Stage(5), Stage(7))), {}), settings_of(recipe, {}))
+    if begun is None:
+        with pytest.raises(CheckpointError, match=f"x cannot go on with another recipe.{place}"):
+            place_in(recipe, differing, progress, 2, Path("x"))
+    else:
+        found, with_optimizer = place_in(recipe, differing, progress, 2, Path("x"))
+        assert (found.stage, found.stage_step, with_optimizer) == (*place, begun)
+        assert found.stage_seconds == (30.0 if found.stage_step else 0.0)
+
+
+def test_a_stage_that_ended_by_the_clock_goes_on_with_more_time(make, tmp_path):
+    make(Stage(10**6, seconds=0.01), out=tmp_path).run()
+    (checkpoint,) = newest_first(tmp_path / "checkpoints")
+    for seconds, finished in ((0.01, True), (600, False)):
+        again = make(Stage(10**6, seconds=seconds))
+        again.resume(checkpoint)
+        assert again.finished == finished
+    assert 0.01 <= again.progress.stage_seconds < 60
+
+
+def test_averages_that_were_not_kept_cannot_go_on(make, tmp_path):
+    make(steps=1, out=tmp_path).run()
+    with pytest.raises(CheckpointError, match=r"another recipe.ema_decay \(0.9, was none\): it has no moving average"):
+        make(steps=2, ema_decay=0.9).resume(tmp_path / "checkpoints" / "step-00000001")
+
+
+def test_what_else_the_run_is_made_with_is_compared(make, tmp_path):
+    make(steps=1, out=tmp_path, settings={"data": {"folder": Path("here"), "flip": True}}).run()
+    again = make(steps=1, settings={"data": {"folder": Path("there")}})
+    changed = again.resume(tmp_path / "checkpoints" / "step-00000001")
+    assert changed == "data.folder ('there', was 'here'), data.flip (none, was True)"
+
+
+# damage
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest"])

@@ -94,6 +94,12 @@ def test_damaged_shards_are_not_gathered(folder, capsys):
     assert "does not hold ema" in capsys.readouterr().err
 
 
+def test_processes_with_other_recipes_are_refused_by_all(folder):
+    for rank in (0, 1):
+        wrong = read(folder, "unlike", rank)
+        assert wrong == "process 1 of the job has another recipe.batch_size (6, the first has 4)"
+
+
 def test_two_go_on_from_one(folder):
     assert read(folder, "resumed")["losses"] == pytest.approx(read(folder, "alone")["losses"][2:], rel=1e-5)
 
@@ -114,9 +120,7 @@ def test_one_goes_on_from_the_shards_of_two(folder, monkeypatch):
             made.resume(folder / "fsdp" / "checkpoints" / f"step-{step:08}")
             assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
         # averages that were not kept cannot go on
-        with pytest.raises(
-            CheckpointError, match="does not hold this model: Missing key in checkpoint state_dict: ema"
-        ):
+        with pytest.raises(CheckpointError, match=r"another recipe.ema_decay .0.9, was none.: it has no"):
             made.resume(folder / "half" / "checkpoints" / "step-00000005")
 
 

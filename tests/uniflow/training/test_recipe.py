@@ -50,6 +50,11 @@ def test_the_example_shows_every_key_and_its_default():
         (RUN, "model: {preset: tiny}", "recipe: Field required"),
         (RUN, "- a list", "Input should be"),
         (RUN, "a: [", "run.yaml is no YAML"),
+        (RUN, "", "Input should be"),
+        (RUN, "recipe:\nmodel:\ndata:\n", "recipe: Input should be"),
+        (RUN, "recipe: " + "[" * 9999, "nested more than 64 deep"),
+        (RUN, "recipe: {batch_size: .inf}", "expected finite numbers, got inf"),
+        (RUN, "recipe: {stages: [{steps: [&a [x, x], [[*a, *a]]]}]}", r"got .*\[\.\.\.\]"),
     ],
 )
 def test_errors_name_the_key(tmp_path, old, new, message):

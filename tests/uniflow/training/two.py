@@ -44,6 +44,10 @@ def main(folder: Path) -> None:
 
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as (processes, _):
+        try:
+            trainer(processes, folder / "unlike", batch_size=4 + 2 * processes.rank)
+        except ValueError as error:
+            (folder / f"unlike-{processes.rank}.json").write_text(json.dumps(str(error)))
         together("ddp", processes)
         together("fsdp", processes, parallel="fsdp")
         together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002", save_every=9)

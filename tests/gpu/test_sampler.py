@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uniflow import UniFlow, UniFlowConfig, denormalize
-from uniflow.decoding import noise_of
+from uniflow.sampler import decoding_bytes_per_token, noise_of
 from uniflow_kernels import backend
 
 pytestmark = [
@@ -67,7 +67,7 @@ def test_replays_are_equal_to_eager_and_see_new_weights_and_seeds():
         seeds = torch.arange(4, device="cuda") + step
         with torch.no_grad():
             model.decoder_pos_embed.add_(0.1 * step)
-            eager = decoder._decode(latents, seeds, (448, 448))
+            eager = decoder.sampler(latents, seeds, (448, 448))
         assert torch.equal(decoder(latents, seed=seeds), eager)
     assert len(decoder._graphs) == 1
     drawn = [decoder(latents) for _ in range(2)]
@@ -75,11 +75,11 @@ def test_replays_are_equal_to_eager_and_see_new_weights_and_seeds():
 
 
 def test_noise_is_the_same_on_the_cpu_and_on_every_backend():
-    start, pictures, tokens = torch.tensor([7, 2**62 + 1, 0]), slice(1, 3), slice(5, 1029)
-    expected = noise_of(start, pictures, tokens, 588)
+    start, tokens = torch.tensor([2**62 + 1, 0]), slice(5, 1029)
+    expected = noise_of(start, tokens, 588)
     for name in ("eager", "triton"):
         with backend(name):
-            assert (noise_of(start.cuda(), pictures, tokens, 588).cpu() - expected).abs().max() < 1e-6
+            assert (noise_of(start.cuda(), tokens, 588).cpu() - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -87,7 +87,7 @@ def test_a_generators_noise_does_not_depend_on_batches_and_pieces(device):
     model = small(torch.float32)
     latents, _ = inputs(model, 4)
     seeded = torch.Generator(device).manual_seed
-    needed = 1024 * max(model.bytes_per_token(False))
+    needed = 1024 * max(decoding_bytes_per_token(model.config, model.dtype, False))
     with torch.inference_mode():
         whole = model.decode(latents, generator=seeded(5))
         for memory in (needed, needed - 1):
@@ -103,7 +103,7 @@ def test_other_batches_and_sizes_run_and_get_graphs_when_they_come_back():
     for graphs in (1, 2, 2):
         latents, noise = inputs(model, 2, 512)
         with torch.no_grad():
-            eager = decoder._decode(latents, noise, (224, 448))
+            eager = decoder.sampler(latents, noise, (224, 448))
         assert torch.equal(decoder(latents, noise=noise, size=(224, 448)), eager)
         assert len(decoder._graphs) == graphs
 
@@ -114,7 +114,7 @@ def test_memory_stays_within_its_bound(dtype, cfg):
     model = small(dtype)
     latents, _ = inputs(model, 16)
     seeds = torch.arange(16, device="cuda")
-    needed = 1024 * max(model.bytes_per_token(cfg != 1.0))
+    needed = 1024 * max(decoding_bytes_per_token(model.config, model.dtype, cfg != 1.0))
     for memory in (3 * needed, needed - 1):
         with torch.no_grad():
             model.decode(latents[:1], seed=seeds[:1], cfg=cfg, max_memory=memory)  # workspaces of libraries

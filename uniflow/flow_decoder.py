@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
-from uniflow.flow import Plan, Update
 from uniflow_kernels import FlowHead, flow_matching_loss
-from uniflow_kernels.modules.sampling import follow
 
 
 def channel_projection(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -58,8 +56,3 @@ class FlowDecoder(nn.Module):
         return flow_matching_loss(
             self.net, condition, images, t, patch_size, noise, time_scale=self.time_scale, chunk_tokens=chunk_tokens
         )
-
-    def sample(self, noise: Tensor, condition: Tensor, plan: Plan) -> Update:
-        """Carry noise [B, N, C*P*P] under the condition [B, N, D] to the last update, which leads to pixels."""
-        # nothing is held beside what `UniFlow.bytes_per_token` counts
-        return follow(self.net, noise, condition, plan, time_scale=self.time_scale, ahead=False)

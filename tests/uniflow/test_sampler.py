@@ -1,4 +1,4 @@
-"""Decoder: the pictures of `decode`, in pieces and streams, within its memory; graphs with a stand-in."""
+"""Sampler and decoder: the pictures of `decode`, in pieces and streams, within its memory; graphs with a stand-in."""
 
 import copy
 import os
@@ -9,9 +9,10 @@ import torch
 
 from tests.live_bytes import LiveBytes
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
-from uniflow import decoding
-from uniflow.decoding import noise_of
+from uniflow import sampler
+from uniflow.encoder import encoding_bytes_per_token
 from uniflow.normalization import denormalize, normalize, to_uint8
+from uniflow.sampler import decoding_bytes_per_token, noise_of
 from uniflow_kernels import backend, seeded_noise
 
 __all__ = ["stand_in"]  # a fixture
@@ -22,6 +23,10 @@ GOLDEN = {
     "pow_0.25_4": {"steps": 4, "schedule": "pow_0.25"},
     "linear_4_cfg_2": {"steps": 4, "cfg": 2.0},
 }
+
+
+def bytes_per_token(model, guided):
+    return decoding_bytes_per_token(model.config, model.dtype, guided)
 
 
 def inputs(model, batch=3, size=(16, 16)):
@@ -35,7 +40,7 @@ def inputs(model, batch=3, size=(16, 16)):
 def test_golden_images(golden_model, golden, name, pieces):
     noise = golden["in.noise"].view(2, 16, 588)
     expected = golden[f"out.image.{name}"]
-    memory = 16 * max(golden_model.bytes_per_token(guided="cfg" in name)) if pieces else None
+    memory = 16 * max(bytes_per_token(golden_model, "cfg" in name)) if pieces else None
     decoder = golden_model.compile_decoder(2, dtype=torch.float32, max_memory=memory, **GOLDEN[name])
     pictures = decoder(golden["out.latent"], noise=noise)
     exact = denormalize(expected).clamp(0, 1)
@@ -63,7 +68,7 @@ def test_pieces_change_nothing(tiny, size):
     """Pictures one by one, and lines of patches one by one."""
     model = tiny()
     latents, noise = inputs(model, size=size)
-    tokens, (in_blocks, in_head) = latents.shape[1], model.bytes_per_token(False)
+    tokens, (in_blocks, in_head) = latents.shape[1], bytes_per_token(model, False)
     across = size[1] // 4
     one_picture = tokens * max(in_blocks, in_head)
     one_line = max(tokens * in_blocks, tokens * 64 * 4 + across * in_head)
@@ -103,7 +108,7 @@ def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
     model = tiny(**shape).to(dtype)
     tokens = model.config.tokens
     latents = torch.randn(batch, tokens, 8).to(dtype)
-    per_token = max(model.bytes_per_token(cfg != 1.0))
+    per_token = max(bytes_per_token(model, cfg != 1.0))
     peaks = []
     for memory in (None, batch // 2 * tokens * per_token, tokens * per_token - 1 if batch < 64 else None):
         decoder = model.compile_decoder(batch, steps=2, cfg=cfg, solver=solver, temperature=0.9, max_memory=memory)
@@ -125,7 +130,7 @@ def test_encoding_stays_within_its_bound(tiny, shape, dtype):
     pictures = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
     with torch.inference_mode(), LiveBytes() as live:
         model.encode(normalize(pictures))
-    bound = 4 * (1 + model.config.tokens) * model.encoding_bytes_per_token()
+    bound = 4 * (1 + model.config.tokens) * encoding_bytes_per_token(model.config, model.dtype)
     assert bound / 2.5 < live.peak <= bound
 
 
@@ -166,7 +171,7 @@ def test_noise_does_not_depend_on_batches_and_pieces(tiny):
     seed = torch.Generator().manual_seed
     decoder = model.compile_decoder(4, dtype=torch.float32)
     expected = decoder(latents, generator=seed(5))
-    in_blocks, in_head = model.bytes_per_token(False)
+    in_blocks, in_head = bytes_per_token(model, False)
     for memory in (16 * max(in_blocks, in_head), max(16 * in_blocks, 16 * 64 * 4 + 4 * in_head)):
         small = model.compile_decoder(4, dtype=torch.float32, max_memory=memory)
         assert torch.allclose(small(latents, generator=seed(5)), expected, atol=1e-5)
@@ -189,10 +194,10 @@ def test_noise_does_not_depend_on_the_backend():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("tests/gpu runs the kernels on a GPU")
-    start, pictures, tokens = torch.tensor([7, 2**40]), slice(0, 2), slice(3, 9)
+    start, tokens = torch.tensor([7, 2**40]), slice(3, 9)
     with backend("triton"):
-        ours = noise_of(start, pictures, tokens, 48)
-    assert torch.allclose(ours, noise_of(start, pictures, tokens, 48), rtol=0, atol=1e-6)
+        ours = noise_of(start, tokens, 48)
+    assert torch.allclose(ours, noise_of(start, tokens, 48), rtol=0, atol=1e-6)
 
 
 def test_other_batches_and_sizes(tiny):
@@ -247,16 +252,16 @@ def test_from_several_threads(tiny):
 
 
 def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch):
-    monkeypatch.setattr(decoding, "why_not_graph", lambda device, read: None)
+    monkeypatch.setattr(sampler, "why_not_graph", lambda device, read: None)
     model = tiny()
     latents, noise = inputs(model)
     decoder, plain = model.compile_decoder(3), tiny().compile_decoder(3)
     for i in range(4):
-        assert torch.equal(decoder(i * latents, noise=noise), decoder._decode(i * latents, noise, (16, 16)))
+        assert torch.equal(decoder(i * latents, noise=noise), decoder.sampler(i * latents, noise, (16, 16)))
     assert StandIn.captures == 1
     for i in range(4):
         seeds = torch.tensor([i, 2, 3])
-        assert torch.equal(decoder(latents, seed=seeds), decoder._decode(latents, seeds, (16, 16)))
+        assert torch.equal(decoder(latents, seed=seeds), decoder.sampler(latents, seeds, (16, 16)))
     assert StandIn.captures == 2
     drawn = [decoder(latents) for _ in range(2)]
     assert not torch.equal(*drawn)

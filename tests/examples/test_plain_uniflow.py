@@ -1,0 +1,44 @@
+"""The page in plain PyTorch computes what the official release does, and its losses are those of the objective."""
+
+import pytest
+import torch
+
+from examples.plain_uniflow import PlainUniFlow, losses
+from tests.conftest import randomize
+from uniflow import EncoderTeacher, UniFlow, UniFlowObjective
+
+
+def assert_golden(actual, expected):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_golden_numbers(golden_folder, golden):
+    model = PlainUniFlow.from_pretrained(golden_folder)
+    images, noise, t = golden["in.pixel_values"], golden["in.noise"].view(2, 16, 588), golden["in.t"].view(2, 16)
+    for i, state in enumerate(model.hidden_states(images)):
+        assert_golden(state, golden[f"out.hidden_states.{i}"])
+    assert_golden(model.encode(images), golden["out.latent"])
+    assert_golden(model.condition(golden["out.latent"]), golden["out.condition"])
+    assert_golden(model.velocity(noise, t, golden["out.condition"]).flatten(0, 1), golden["out.velocity"])
+    for steps in (1, 4):
+        assert_golden(model.decode(golden["out.latent"], noise, steps), golden[f"out.image.linear_{steps}"])
+
+
+def test_losses_and_gradients_are_those_of_the_objective(golden_folder, golden):
+    plain, its_teacher = (PlainUniFlow.from_pretrained(golden_folder) for _ in range(2))
+    ours, our_teacher = (UniFlow.from_pretrained(golden_folder).train() for _ in range(2))
+    our_teacher.load_state_dict(randomize(its_teacher).state_dict())  # else the distance would be nothing
+    images, noise, t = golden["in.pixel_values"], golden["in.noise"].view(2, 16, 588), golden["in.t"].view(2, 16)
+    flow, distill = losses(plain, its_teacher, images, t, noise)
+    expected = UniFlowObjective(ours, EncoderTeacher.copy_of(our_teacher))(images, t, noise)
+    assert flow.item() == pytest.approx(expected.flow.item(), rel=1e-5)
+    assert distill.item() == pytest.approx(expected.distill.item(), rel=1e-5)
+    assert distill > 0.1
+    (flow + distill).backward()
+    expected.total.backward()
+    theirs = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert_golden(theirs.pop(name).grad / parameter.grad.abs().max(), parameter.grad / parameter.grad.abs().max())
+    assert not theirs

@@ -1,0 +1,96 @@
+"""A run's folder, as the command keeps it: whose it is, what goes on in it, what is refused."""
+
+import json
+
+import pytest
+
+from tests.uniflow.test_cli import contents, fails, files, losses, ok, train_file  # noqa: F401
+from tests.uniflow.training.test_lock import another_process
+from uniflow.training.lock import LOCK
+
+
+@pytest.fixture
+def run_file(train_file):  # noqa: F811
+    """Write a configuration of a run that costs little; `stages` and other keys of the recipe may be others."""
+
+    def write(stages="[{steps: 2}]", data=None, **recipe):
+        recipe = {"batch_size": 2, "log_every": 1, **recipe}
+        lines = "".join(f", {key}: {value}" for key, value in recipe.items())
+        return train_file(recipe=f"{{stages: {stages}{lines}}}", **({"data": data} if data else {}))
+
+    return write
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
+def test_two_runs_are_not_let_into_one_folder(capsys, run_file, out):
+    ok(capsys, "train", run_file())
+    before = contents(out)
+    with another_process(out) as process:
+        for options in ([], ["--force"], ["--resume", "auto"]):
+            wrong = fails(capsys, "train", run_file(), *options)
+            assert f"{out} is in use by process {process.pid} on " in wrong
+        assert contents(out) == {**before, LOCK: contents(out)[LOCK]}
+    assert LOCK in files(out)  # it was killed
+    rest = out / "checkpoints" / ".step-00000009.0a1b2c3d.tmp"
+    rest.mkdir()
+    ok(capsys, "train", run_file("[{steps: 3}]"), "--resume", "auto")
+    assert list(losses(out)) == [1, 2, 3]
+    assert LOCK not in files(out)
+    assert not rest.exists()
+
+
+def test_a_refused_run_leaves_no_folder(capsys, run_file, out, tmp_path):
+    assert "no such folder" in fails(capsys, "train", run_file(data="{folder: none}"), "--out", out / "deep")
+    assert not out.exists()
+
+
+def test_another_run_is_not_gone_on_with_where_there_is_one(capsys, run_file, out, tmp_path):
+    ok(capsys, "train", run_file())
+    other = tmp_path / "other"
+    ok(capsys, "train", run_file("[{steps: 3}]", seed=1), "--out", other)
+    precious = [other / "checkpoints" / "model", other / "samples" / "mine.png"]
+    for file in precious:  # not of a run
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    before = contents(other)
+    start = out / "checkpoints" / "step-00000002"
+    on = run_file("[{steps: 3}]")
+    wrong = fails(capsys, "train", on, "--out", other, "--resume", start)
+    assert f"{other}/checkpoints/step-00000003 is of another run than {start}; --force deletes it" in wrong
+    assert contents(other) == before
+    ok(capsys, "train", on, "--out", other, "--resume", start, "--force")
+    assert list(losses(other)) == [3]
+    assert all(file.read_text() == "x" for file in precious)
+
+
+def test_a_finished_run_is_extended(capsys, run_file, out):
+    ok(capsys, "train", run_file(keep=9))
+    assert "nothing was left to train at step 2" in ok(capsys, "train", run_file(keep=9), "--resume", "auto")
+    longer = run_file("[{steps: 3}, {steps: 1}]", keep=9)
+    printed = ok(capsys, "train", longer, "--resume", "auto")
+    assert "trained at step 4" in printed
+    assert list(losses(out)) == [1, 2, 3, 4]
+    before = contents(out)
+    wrong = fails(capsys, "train", run_file(keep=9), "--resume", "auto")
+    assert "step-00000004 cannot go on with another recipe.stages.0.steps (2, was 3): that stage is over" in wrong
+    wrong = fails(capsys, "train", run_file("[{steps: 3}]"), "--resume", "auto")
+    assert "another recipe.stages.1 (none, was {'steps': 1" in wrong
+    assert contents(out) == before
+
+
+def test_what_changed_is_said(capsys, run_file, out):
+    ok(capsys, "train", run_file())
+    config = run_file("[{steps: 3}]", batch_size=4)
+    config.write_text(config.read_text().replace("model:", "objective: {flow_weight: 2.0}\nmodel:"))
+    from uniflow.cli import run
+
+    assert run(["train", str(config), "--resume", "auto"]) == 0
+    said = f"uniflow: goes on from {out}/checkpoints/step-00000002 with another "
+    said += "recipe.stages.0.steps (3, was 2), recipe.batch_size (4, was 2), objective.flow_weight (2.0, was 1.0)\n"
+    assert said in capsys.readouterr().err
+    progress = json.loads((out / "checkpoints" / "step-00000003" / "progress.json").read_text())
+    assert progress["samples"] == 2 + 2 + 4
