@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from uniflow_kernels.dropin.probe import ROWS, NotOurs, Probe, own_forward
+from uniflow_kernels.torch_private import children_of
 
 # what projects call the same thing
 INPUTS = ("input_proj", "noisy_images_proj")
@@ -30,7 +31,14 @@ TIMES: tuple[Callable[[Probe], Any], ...] = (
     lambda probe: [probe.times(ROWS), probe.times(ROWS)],
 )
 OTHERS = (None, 0, "", True)  # what an argument may be that is neither x nor time nor condition
-MOST_CALLS = 300
+MOST_CALLS, MOST_CHAINS = 200, 4  # that are tried, and of these that run
+
+
+class Lists(NamedTuple):
+    """Names of a list that may be a head's blocks, and of layers that may make the modulation of several of them."""
+
+    blocks: str
+    groups: str | None
 
 
 class Called(NamedTuple):
@@ -72,36 +80,50 @@ class Chain(NamedTuple):
     condition: Tensor
 
 
-def call(probe: Probe, blocks: list[nn.Module], groups: list[nn.Module]) -> Chain:
-    """A call of the probed module in which it hands x through its blocks.
+def call(probe: Probe, lists: list[Lists]) -> tuple[Lists, Chain]:
+    """A call of the probed module in which it hands x through one of its lists.
 
     Args:
         probe: of the module.
-        blocks: of its copy.
-        groups: layers of its copy, each of which makes the modulation of several blocks; or none.
+        lists: those that may be its blocks.
 
     Raises:
         NotOurs: if no call was found, or none that does so.
     """
-    reason: NotOurs | None = None
+    reasons: list[NotOurs] = []
     failure: Exception | None = None
-    for roles, given in itertools.islice(_arguments(probe, blocks[0]), MOST_CALLS):
+    for roles, given in itertools.islice(_arguments(probe, lists), MOST_CALLS):
         try:
-            return _chain(probe.module, roles, given, _calls(probe, given), blocks, groups)
+            calls = _calls(probe, given)
         except NotOurs as error:
-            reason = reason or error
+            reasons.append(error)
+            continue
         except Exception as error:  # whatever its code raises on arguments that it is not meant for
             failure = failure or error
-    if reason is not None:
-        raise reason
-    names = ", ".join(_parameters(probe.module))
+            continue
+        for names in lists:
+            try:
+                return names, _chain(probe.module, names, roles, given, calls)
+            except NotOurs as error:
+                reasons.append(error)
+        if len(reasons) >= MOST_CHAINS * len(lists):
+            break
+    if reasons:
+        raise reasons[0]
+    arguments = ", ".join(_parameters(probe.module))
     why = f" ({type(failure).__name__}: {failure})" if failure else ""
-    raise NotOurs(f"no way was found to call its forward({names}){why}")
+    raise NotOurs(f"no way was found to call its forward({arguments}){why}")
 
 
 def linears(part: nn.Module) -> list[nn.Linear]:
     """The linear layers in it."""
     return [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+
+
+def parts_in(module: nn.Module, name: str) -> list[nn.Module]:
+    """The submodules of the list that is called so."""
+    found: Any = children_of(module)[name]
+    return list(found)
 
 
 def own(probe: Probe, given: dict[str, Any]) -> Any:
@@ -127,14 +149,9 @@ def _calls(probe: Probe, given: dict[str, Any]) -> list[Called]:
     return calls
 
 
-def _chain(
-    module: nn.Module,
-    roles: dict[str, str],
-    given: dict[str, Any],
-    calls: list[Called],
-    blocks: list[nn.Module],
-    groups: list[nn.Module],
-) -> Chain:
+def _chain(module: nn.Module, lists: Lists, roles: dict[str, str], given: dict[str, Any], calls: list[Called]) -> Chain:
+    blocks = parts_in(module, lists.blocks)
+    groups = [] if lists.groups is None else parts_in(module, lists.groups)
     called = [call for call in calls if call.module in blocks]
     if [call.module for call in called] != blocks:
         raise NotOurs("its forward does not call its blocks once each, in order")
@@ -153,9 +170,9 @@ def _chain(
     return Chain(given, roles, calls, called, lasts[0], condition)
 
 
-def _arguments(probe: Probe, block: nn.Module) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+def _arguments(probe: Probe, lists: list[Lists]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
     """Ways to give the forward what it requires, the likeliest first: the roles of its arguments, and their values."""
-    sizes = [layer.in_features for layer in linears(block)]
+    sizes = [layer.in_features for names in lists for layer in linears(parts_in(probe.module, names.blocks)[0])]
     width = max(sizes, key=sizes.count)
     direct = [part for part in probe.module.children() if isinstance(part, nn.Linear)]
     several = sorted({part.out_features // width for part in direct} - {0, 1})  # pixel DeCo: rows of x for each of c

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from uniflow_kernels.dropin.probe import SPECIAL, NotOurs, own_forward
-from uniflow_kernels.torch_private import children_of, constant, tree_leaves
+from uniflow_kernels.torch_private import children_of, tree_leaves
 
 
 class Deviation(NotOurs):
@@ -52,7 +52,7 @@ def run(
     """
     call = _Call(module, names, compute)
     if (type(module), names) not in _classes:
-        _derive(type(module), names)
+        prepare(type(module), names)
     stand_in: Any = object.__new__(_classes[type(module), names])
     object.__setattr__(stand_in, "__dict__", module.__dict__)
     object.__setattr__(stand_in, "_call", call)
@@ -166,9 +166,13 @@ class _Group:
 _classes: dict[tuple[type, Names], type] = {}
 
 
-@constant
-def _derive(kind: type, names: Names) -> None:
-    """Make the class of stand-ins for heads of this class."""
+def is_prepared(kind: type, names: Names) -> bool:
+    """Whether there is the class of stand-ins for heads of this class."""
+    return (kind, names) in _classes
+
+
+def prepare(kind: type, names: Names) -> None:
+    """Make the class of stand-ins for heads of this class, which no graph can make that is being compiled."""
     _classes[kind, names] = type(kind)(
         kind.__name__,
         (kind,),

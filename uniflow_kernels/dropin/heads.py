@@ -7,15 +7,16 @@ is read from the calls that it makes; that it is nothing else, from what they re
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniflow_kernels.dropin import deferral
-from uniflow_kernels.dropin.calling import INPUTS, Called, Chain, call, linears, own
+from uniflow_kernels.dropin.calling import INPUTS, Called, Chain, Lists, call, linears, own, parts_in
 from uniflow_kernels.dropin.probe import (
     ROWS,
     TOLERANCE,
@@ -45,92 +46,72 @@ def recognise(module: nn.Module) -> Head | None:
     Raises:
         NotOurs: if it looks like one and is none, saying why.
     """
-    reason = None
-    for blocks, groups in _lists(module):
-        reading = _Reading(module, blocks, groups)
-        try:
-            check_untouched(module)
-            with Probe(module) as probe:
-                return reading.head(probe)
-        except NotOurs as error:
-            reason = reason or (error if reading.is_evident else None)
-    if reason is not None:
-        raise reason
+    lists, parts = _lists(module), dict(module.named_children())
+    if not lists:
+        return None
+    named = LAST in parts and any(name in parts for name in INPUTS) and any(names.blocks in BLOCKS for names in lists)
+    reading = None
+    try:
+        check_untouched(module)
+        with Probe(module) as probe:
+            reading = _Reading(probe, *call(probe, lists))
+            return reading.head()
+    except NotOurs:
+        if named or reading is not None:
+            raise
     return None
 
 
-def _lists(module: nn.Module) -> Iterator[tuple[str, str | None]]:
-    """Names of lists that may be a head's blocks, and of layers that may make the modulation of several."""
-    lists = {
-        name: list(part) for name, part in module.named_children() if isinstance(part, nn.ModuleList) and len(part)
-    }
+def _lists(module: nn.Module) -> list[Lists]:
+    named = [(name, list(part)) for name, part in module.named_children() if isinstance(part, nn.ModuleList)]
+    lists = {name: parts for name, parts in named if parts}
     layers = [name for name, parts in lists.items() if all(type(part) is nn.Linear for part in parts)]
+    found = []
     for name, parts in lists.items():
         if name not in layers and all(2 <= len(linears(block)) <= 4 for block in parts):
-            yield from ((name, other) for other in layers if len(parts) % len(lists[other]) == 0)
-            yield name, None
+            found += [Lists(name, other) for other in layers if len(parts) % len(lists[other]) == 0]
+            found += [Lists(name, None)]
+    return found
 
 
 class _Reading:
-    """One module being looked at. `is_evident` once it is certain that it is meant to be such a head."""
+    """A module that hands x through its blocks, being looked at."""
 
-    def __init__(self, module: nn.Module, blocks: str, groups: str | None) -> None:
-        self.module, self.blocks, self.groups = module, blocks, groups
-        self.is_evident = blocks in BLOCKS and hasattr(module, LAST) and any(hasattr(module, name) for name in INPUTS)
+    def __init__(self, probe: Probe, lists: Lists, chain: Chain) -> None:
+        self.probe, self.copy, self.lists, self.chain = probe, probe.module, lists, chain
+        self.names = {part: tuple(name.split(".")) for name, part in self.copy.named_modules() if name}
 
-    def head(self, probe: Probe) -> Head:
+    def head(self) -> Head:
         """The head.
 
         Raises:
             NotOurs: if it is none, saying why.
         """
-        self.probe, self.copy = probe, probe.module
-        self.names = {part: tuple(name.split(".")) for name, part in self.copy.named_modules() if name}
-        blocks = list(at(self.copy, (self.blocks,)))
-        self._check_alike(blocks)
-        layers = [] if self.groups is None else list(at(self.copy, (self.groups,)))
-        chain = call(probe, blocks, layers)
-        self.is_evident = True
-        head, norms = self._read(chain, layers)
+        head, norms = self._read()
         form, why_not = self._form(head, norms)
         classes = {type(at(call.module, norm.path)) for call, norm in norms if norm.path is not None}
         functional = form is not None and len(head.block.mlp.up) == 1 and classes <= set(OWN_NORMS)
         head = replace(head, form=form, why_not_fused=why_not, functional=functional)
-        self._check_whole(head, chain)
-        return replace(head, rows=self._rows(chain))
+        self._check_whole(head)
+        return replace(head, rows=self._rows())
 
-    def _name(self, *parts: nn.Module) -> str:
-        return ".".join(self.names[parts[-1]])
-
-    def _check_alike(self, blocks: list[nn.Module]) -> None:
-        """All blocks have the same layers."""
-        first, *others = [
-            {
-                name: (layer.out_features, layer.in_features)
-                for name, layer in block.named_modules()
-                if layer in linears(block)
-            }
-            for block in blocks
-        ]
-        for block, sizes in zip(blocks[1:], others, strict=True):
-            for name in sizes.keys() | first.keys():
-                if sizes.get(name) != first.get(name):
-                    raise NotOurs(
-                        f"{self._name(block)}.{name}: is {sizes.get(name)}, and in the first block {first.get(name)}"
-                    )
+    def _name(self, part: nn.Module) -> str:
+        return ".".join(self.names[part])
 
     # --- what is what ---
 
-    def _read(self, chain: Chain, layers: list[nn.Module]) -> tuple[Head, list[tuple[Called, Norm]]]:
+    def _read(self) -> tuple[Head, list[tuple[Called, Norm]]]:
         """The head without its form, and all norms."""
+        chain = self.chain
+        layers = [] if self.lists.groups is None else parts_in(self.copy, self.lists.groups)
         width = chain.blocks[0].given[0].shape[-1]
-        block, activated = self._parts(chain.blocks[0], chain, ("shift", "scale", "gate"))
-        last, last_activated = self._parts(chain.last, chain, ("shift", "scale"))
+        block, activated = self._parts(chain.blocks[0], ("shift", "scale", "gate"))
+        last, last_activated = self._parts(chain.last, ("shift", "scale"))
         if last.modulation is not None and activated != last_activated:
             raise NotOurs("the modulations of its blocks and of its last layer are not made in the same way")
         parts = [part for called in (*chain.blocks, chain.last) for part in called.module.modules()]
         head = Head(
-            deferral.Names(self.blocks, self._name(chain.last.module), self.groups),
+            deferral.Names(self.lists.blocks, self._name(chain.last.module), self.lists.groups),
             block,
             last,
             width,
@@ -148,18 +129,18 @@ class _Reading:
         head = self._with_last(head, chain.last)
         return head, [*norms, (chain.last, head.last.norm)]
 
-    def _parts(self, called: Called, chain: Chain, modulated: tuple[str, ...]) -> tuple[Parts, bool]:
+    def _parts(self, called: Called, modulated: tuple[str, ...]) -> tuple[Parts, bool]:
         """Where a block, or the last layer, has what, and whether its modulation is made without SiLU."""
         whole, x = called.module, called.given[0]
         paths: dict[nn.Module, Path] = {part: tuple(name.split(".")) for name, part in whole.named_modules() if name}
-        calls = [call for call in chain.calls if call.module in paths]
+        calls = [call for call in self.chain.calls if call.module in paths]
         layers = [call for call in calls if isinstance(call.module, nn.Linear)]
         modulation, activated = None, True
         for layer, after in itertools.product(layers, (True, False)):
-            made = chain.condition if after else F.silu(chain.condition)
+            made = self.chain.condition if after else F.silu(self.chain.condition)
             if modulation is None and difference([layer.given[0]], [made]) < TOLERANCE:
                 modulation, activated = layer, after
-        if modulation is None and "gate" in modulated and self.groups is None:
+        if modulation is None and "gate" in modulated and self.lists.groups is None:
             raise NotOurs(f"{self._name(whole)}: no linear layer makes a modulation of the condition, or of SiLU of it")
         if modulation is not None and modulation.out.shape[-1] != len(modulated) * x.shape[-1]:
             sizes = f"{modulation.out.shape[-1]} numbers of {x.shape[-1]}"
@@ -208,17 +189,20 @@ class _Reading:
         """`head` with what only numbers tell of a block: its norm, and how modulations and an MLP's layers lie."""
         block, width = called.module, head.width
         x, y, m = self._rows_of_any_size(width), self.probe.rows(ROWS, width), self.probe.rows(ROWS, 3 * width)
-        condition = [y] if self.groups is None else list(m.chunk(3, -1))
+        condition = [y] if self.lists.groups is None else list(m.chunk(3, -1))
         more = [Unseen() for _ in called.given[1 + len(condition) :]]
-        theirs = self.probe.in_both_modes(lambda: called.again(x, *condition, *more))
-        if any(map(is_seen, more)):
-            raise NotOurs(f"{self._name(block)}: looks at what it is given beside x and the condition")
+        try:
+            theirs = self.probe.in_both_modes(lambda: called.again(x, *condition, *more))
+        finally:
+            if any(map(is_seen, more)):
+                raise NotOurs(f"{self._name(block)}: looks at what it is given beside x and the condition")
         a, mlp = y if head.activated else F.silu(y), head.block.mlp
         ups = (mlp.up,) if mlp.path or len(mlp.up) == 1 else (mlp.up, mlp.up[::-1])
         for order, norm, up in itertools.product(orders, self._norms(head.block.norm, block), ups):
             parts = head.block._replace(norm=norm, mlp=mlp._replace(up=up))
             tried = replace(head, order=order, block=parts)
-            if self._apart(lambda: tried.block_of(block, a, x, None if self.groups is None else m), theirs) < TOLERANCE:  # noqa: B023
+            ours = functools.partial(tried.block_of, block, a, x, None if self.lists.groups is None else m)
+            if self._apart(ours, theirs) < TOLERANCE:
                 return tried
         raise NotOurs(f"{self._name(block)}: computes something else: another order, or a further term")
 
@@ -229,7 +213,7 @@ class _Reading:
         a = y if head.activated else F.silu(y)
         for norm in self._norms(head.last.norm, last):
             tried = replace(head, last=head.last._replace(norm=norm))
-            if self._apart(lambda: at(last, tried.last.linear)(tried.last_norm_of(last, x, a)), theirs) < TOLERANCE:  # noqa: B023
+            if self._apart(functools.partial(tried.last_of, last, x, a), theirs) < TOLERANCE:
                 return tried
         raise NotOurs(f"{self._name(last)}: computes something else: another order than the blocks, or a further term")
 
@@ -286,43 +270,44 @@ class _Reading:
             return None, f"its linear layers are of the class {other.__module__}.{other.__name__}"
         return Form(*kinds.pop(), head.block.mlp.kind, head.order), None
 
-    def _check_whole(self, head: Head, chain: Chain) -> None:
+    def _check_whole(self, head: Head) -> None:
         """Its forward with the blocks put off returns what its forward returns."""
-        last = at(self.copy, (head.names.last,))
 
         def by_modules(x: Tensor, y: Tensor) -> Tensor:
-            return at(last, head.last.linear)(head.plain(self.copy, x, head.activation_of(y)))
+            return head.linear_of(self.copy)(head.plain(self.copy, x, head.activation_of(y)))
 
         def by_tensors(x: Tensor, y: Tensor) -> Tensor:
             assert head.form is not None
             blocks, modulations, final = head.tensors(self.copy)
             given = FromLayers(head.activation_of(y), modulations, final)
-            return at(last, head.last.linear)(flow_blocks(x, blocks, given, head.form))
+            return head.linear_of(self.copy)(flow_blocks(x, blocks, given, head.form))
 
-        theirs = self.probe.in_both_modes(lambda: own(self.probe, chain.given))
+        theirs = self.probe.in_both_modes(lambda: own(self.probe, self.chain.given))
         for compute in (by_modules, by_tensors) if head.form else (by_modules,):
-            ours = self.probe.in_both_modes(lambda: deferral.run(self.copy, head.names, compute, (), chain.given))  # noqa: B023
+            ours = self.probe.in_both_modes(lambda: deferral.run(self.copy, head.names, compute, (), self.chain.given))  # noqa: B023
             if difference(ours, theirs) > TOLERANCE:
                 raise NotOurs("its forward does something more with what its blocks return")
         kept = [leaf for part in self.copy.modules() for leaf in tree_leaves(list(vars(part).values()))]
         if any(type(leaf) is deferral.Between for leaf in kept):
             raise NotOurs("its forward keeps what its blocks return")
 
-    def _rows(self, chain: Chain) -> Rows | None:
+    def _rows(self) -> Rows | None:
         """Which arguments its forward takes for one row in place of all."""
-        names = {role: [name for name, one in chain.roles.items() if one == role] for role in ("x", "t", "c", "other")}
-        times = {name: chain.given[name] for name in names["t"]}
+        names: dict[str, list[str]] = {"x": [], "t": [], "c": [], "other": []}
+        for name, role in self.chain.roles.items():
+            names[role].append(name)
+        times = {name: self.chain.given[name] for name in names["t"]}
         if names["other"] or not times or not all(isinstance(t, Tensor) for t in times.values()):
             return None
 
         def alike(shared: list[str]) -> bool:
-            one = {name: chain.given[name][:1] for name in shared}
+            one = {name: self.chain.given[name][:1] for name in shared}
             all_rows = {name: row.expand(ROWS, *row.shape[1:]) for name, row in one.items()}
-            ours, theirs = (lambda more=more: own(self.probe, chain.given | more) for more in (one, all_rows))
+            ours, theirs = (lambda more=more: own(self.probe, self.chain.given | more) for more in (one, all_rows))
             return self._apart(ours, self.probe.in_both_modes(theirs)) < TOLERANCE
 
         if not alike(names["t"]):
             return None
         condition = names["c"][0] if alike(names["t"] + names["c"]) else None
         x = names["x"][0]
-        return Rows(tuple(chain.roles), x, chain.given[x].ndim, tuple(times), condition)
+        return Rows(tuple(self.chain.roles), x, self.chain.given[x].ndim, tuple(times), condition)

@@ -174,10 +174,15 @@ class Head:
         kernels = "Triton where it can serve" if self.why_not_fused is None else f"plain only: {self.why_not_fused}"
         return f"flow head ({form}); {kernels}"
 
+    def prepare(self, module: nn.Module) -> None:
+        """What must be done before `forward` can be compiled."""
+        deferral.prepare(type(module), self.names)
+
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `module(*args, **kwargs)` computes; by its blocks' own forwards where something inside must fire."""
         whole = self._untouched(self._inside(module))
-        if whole or self._untouched(self._bypassed(module)):
+        ready = not torch.compiler.is_compiling() or deferral.is_prepared(type(module), self.names)
+        if ready and (whole or self._untouched(self._bypassed(module))):
             shared = (args, kwargs) if self.rows is None else self.rows.share(args, kwargs)
             try:
                 return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, whole), *shared)
@@ -188,7 +193,7 @@ class Head:
     def _compute(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
         """All from the blocks on; `whole`: whether all inside is as it was when it was looked at."""
         recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-        return at(self._last(module), self.last.linear)(self._blocks(module, x, y, whole, recompute))
+        return self.linear_of(module)(self._blocks(module, x, y, whole, recompute))
 
     def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool, recompute: bool) -> Tensor:
         dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
@@ -213,10 +218,17 @@ class Head:
         blocks = [functools.partial(self.block_of, block, a) for block in self.blocks_of(module)]
         shared = [functools.partial(group, a) for group in self._groups(module)]
         x = block_after_block(x, blocks, shared, recompute)
-        return self.last_norm_of(self._last(module), x, a)
+        return self._last_norm(self._last(module), x, a)
 
-    def last_norm_of(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
-        """What the last layer's linear layer is given."""
+    def linear_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The last layer's linear layer."""
+        return at(self._last(module), self.last.linear)
+
+    def last_of(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """The last layer."""
+        return at(last, self.last.linear)(self._last_norm(last, x, a))
+
+    def _last_norm(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         modulation = None if self.last.modulation is None else at(last, self.last.modulation)(a)
         return final_norm(x, modulation, self.order, self.last.norm.of(last))
 
