@@ -106,6 +106,22 @@ def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+def check_reset(make: Callable[[], nn.Module]) -> None:
+    """`reset_parameters` sets every parameter and buffer as a new module has it, as after `to_empty`."""
+    modules = make(), make(), make()
+    new, other, reset = ({**dict(module.named_parameters()), **dict(module.named_buffers())} for module in modules)
+    with torch.no_grad():
+        for tensor in reset.values():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 9999)
+    modules[2].reset_parameters()
+    for name, tensor in reset.items():
+        if torch.equal(new[name], other[name]):
+            assert torch.equal(tensor, new[name]), name
+        else:
+            assert torch.isfinite(tensor).all(), name
+            assert tensor.numel() < 32 or 0.5 < tensor.std() / new[name].std() < 2, name
+
+
 @pytest.fixture
 def tiny() -> Callable[..., UniFlow]:
     """Make a random model of two layers and 16 tokens (patch 4, 16 px); keyword arguments change its config."""

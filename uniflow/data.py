@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 import itertools
 import signal
-import struct
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,12 +20,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from uniflow.pictures import PictureError, open_picture, to_tensor
+from uniflow.shards import Members, members_of
 
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
-_OPEN_SHARDS = 4 * MIXED_SHARDS  # in every worker: two streams, each of which may be between two groups
 
 
 class Pictures(Protocol):
@@ -73,24 +72,25 @@ class PictureList:
 
 
 class PictureShards:
-    """The pictures in WebDataset tar files, read where they stand (needs wids, of the extra `train`).
+    """The pictures in WebDataset tar files, read where they stand.
 
     An epoch goes through the shards in random order, 16 at a time, whose samples are mixed: a disk then reads few files
     at once.
 
     Args:
-        shards: local tar files.
+        shards: local tar files, not compressed.
         suffixes: of the members that are pictures (".jpg", ...).
 
     Raises:
-        ModuleNotFoundError: if wids is not installed.
-        PictureError: if a shard is no tar file.
+        PictureError: if a shard is no tar file, is compressed or cut short, or has two members of one name.
     """
 
     def __init__(self, shards: Sequence[Path], suffixes: Sequence[str]) -> None:
         self.shards = shards
         self.suffixes = tuple(suffixes)
-        self._members = [np.array(self._find(shard), dtype=np.int64) for shard in shards]
+        found = [members_of(shard) for shard in shards]
+        self._states = [members.state for members in found]
+        self._members = [np.array(self._find(members), dtype=np.int64) for members in found]
         self._ends = np.cumsum([len(members) for members in self._members])
 
     def __len__(self) -> int:
@@ -113,58 +113,43 @@ class PictureShards:
         """shard.tar:member, or its number where the shard cannot be read any more."""
         shard, member = self._place(number)
         try:
-            with _reading(shard) as tar:
-                return f"{shard}:{tar.by_index[member][0]}"
+            return f"{self.shards[shard]}:{self._read(shard).names[member]}"
         except (OSError, PictureError):
-            return f"{shard}:{member}"
+            return f"{self.shards[shard]}:{member}"
 
     def open(self, number: int) -> Image.Image:
         """Read a member."""
         shard, member = self._place(number)
-        with _reading(shard) as tar:
-            name, data = tar.get_at_index(member)
-        return open_picture(io.BytesIO(data), f"{shard}:{name}")
+        members = self._read(shard)
+        return open_picture(io.BytesIO(members.read(member)), f"{members.path}:{members.names[member]}")
 
     def beside(self, number: int, suffix: str) -> tuple[str, bytes] | None:
         """The member of a picture's key and another suffix, if there is one: shard.tar:member, and what it holds."""
         shard, member = self._place(number)
-        with _reading(shard) as tar:
-            name = sample_key(tar.by_index[member][0]) + suffix
-            return (f"{shard}:{name}", tar.get_by_name(name)[1]) if name in tar.by_name else None
+        members = self._read(shard)
+        name = sample_key(members.names[member]) + suffix
+        found = members.find(name)
+        return None if found is None else (f"{members.path}:{name}", members.read(found))
 
-    def _place(self, number: int) -> tuple[Path, int]:
+    def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return self.shards[shard], int(self._members[shard][number - self._ends[shard]])
+        return shard, int(self._members[shard][number - self._ends[shard]])
+
+    def _read(self, shard: int) -> Members:
+        return members_of(self.shards[shard], self._states[shard])
 
     def _numbers(self, shard: int) -> np.ndarray:
         return np.arange(self._ends[shard] - len(self._members[shard]), self._ends[shard])
 
-    def _find(self, shard: Path) -> list[int]:
-        with _reading(shard) as tar:
-            names = [name for name, *_ in tar.by_index]
-        self.check_members(shard, names)
-        return [member for member, name in enumerate(names) if self.is_picture(name)]
+    def _find(self, members: Members) -> list[int]:
+        self.check_members(members.path, members.names)
+        return [number for number, name in enumerate(members.names) if self.is_picture(name)]
 
 
 def sample_key(member: str) -> str:
     """What the members of a sample share: a name up to the first dot behind its folders, as in WebDataset."""
     folders, slash, name = member.rpartition("/")
     return folders + slash + name.split(".")[0]
-
-
-@contextmanager
-def _reading(shard: Path) -> Iterator[Any]:
-    try:
-        yield _open_shard(shard)
-    except (ValueError, IndexError, struct.error) as error:
-        raise PictureError(f"{shard} is no tar file or is damaged: {error}") from None
-
-
-@lru_cache(_OPEN_SHARDS)
-def _open_shard(path: Path) -> Any:
-    from wids.wids_mmtar import MMIndexedTar
-
-    return MMIndexedTar(str(path))
 
 
 class Epochs:
@@ -315,10 +300,14 @@ class Positions(Sampler[list[int]]):
                 yield list(range(position, position + self.micro_batch_size))
 
 
-def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for)."""
+def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool) -> Iterator[Batch | Exception]:
+    """The batches at `positions`, read ahead by `workers` processes (0: read here, when asked for).
+
+    In place of a batch comes the ValueError or OSError of a sample that cannot be read: raised where it is read, it
+    would bring a traceback of that process in its message.
+    """
     loader = DataLoader(
-        samples,
+        _Tried(samples),
         batch_sampler=positions,
         num_workers=workers,
         collate_fn=partial(_batch, samples),
@@ -329,11 +318,30 @@ def load(samples: Samples, positions: Positions, workers: int, pin_memory: bool)
     return iter(loader)
 
 
-def _batch(samples: Samples, taken: list[Sample]) -> Batch:
+class _Tried(Dataset[Sample | Exception]):
+    """Samples, or what was raised instead; a worker's traceback is a note on it."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, position: int) -> Sample | Exception:
+        try:
+            return self.samples[position]
+        except (ValueError, OSError) as error:
+            if get_worker_info() is not None:
+                error.add_note(traceback.format_exc())
+            return error
+
+
+def _batch(samples: Samples, taken: list[Sample | Exception]) -> Batch | Exception:
+    for sample in taken:
+        if isinstance(sample, Exception):
+            return sample
+    read = [sample for sample in taken if not isinstance(sample, Exception)]
     return Batch(
-        samples.collate([sample.value for sample in taken]),
-        [sample.name for sample in taken],
-        [name for sample in taken for name in sample.skipped],
+        samples.collate([sample.value for sample in read]),
+        [sample.name for sample in read],
+        [name for sample in read for name in sample.skipped],
     )
 
 

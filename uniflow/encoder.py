@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import UniFlowConfig
 from uniflow.transformer import TransformerLayer
+from uniflow_kernels.torch_private import always
 
 
 def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -19,7 +20,7 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     Its own grid is returned unchanged to the bit. Source: `_get_pos_embed` of the official release.
     """
     side = round(embedding.shape[1] ** 0.5)
-    if grid == (side, side):
+    if always(grid[0] == side) and always(grid[1] == side):
         return embedding
     planes = embedding.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
@@ -56,7 +57,7 @@ class Embeddings(nn.Module):
         patches = self.patch_embedding(images)
         position = self.position_embedding
         spatial = resize_position_embedding(position[:, 1:], (patches.shape[2], patches.shape[3]))
-        class_token = (self.class_embedding + position[:, :1]).expand(len(images), -1, -1)
+        class_token = (self.class_embedding + position[:, :1]).expand(images.shape[0], -1, -1)
         patches = patches.flatten(2).transpose(1, 2) + spatial
         return torch.cat([class_token.to(patches.dtype), patches], dim=1)
 

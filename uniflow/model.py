@@ -14,9 +14,15 @@ from uniflow.checkpoint import assign_state, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
-from uniflow.pretrained import HuggingFaceEmbeddings, PretrainedEncoder, described_encoder, pretrained_encoder
+from uniflow.pretrained import (
+    HuggingFaceEmbeddings,
+    PretrainedEncoder,
+    described_encoder,
+    pretrained_encoder,
+    take_tensors,
+)
 from uniflow.sampler import Decoder, Sampler
-from uniflow.transformer import TransformerLayer
+from uniflow.transformer import RMSNorm, TransformerLayer
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
@@ -59,19 +65,40 @@ class UniFlow(nn.Module):
         )
         self.decoder_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
         self.flow_head = FlowDecoder(config)
-        self.reset_parameters()
+        self._start()
         if pretrained is not None:
             self.embeddings, self.encoder = pretrained.embeddings, pretrained.encoder
 
     def reset_parameters(self) -> None:
+        """Set all parameters and buffers as in a new model, whatever they held, also after `to_empty`.
+
+        An encoder that `config.encoder` describes is made again; another one of another make stays as it is.
+        """
+        self.flow_head.net.reset_parameters()
+        if self.config.encoder is not None:
+            made = described_encoder(self.config)
+            take_tensors(self.embeddings, made.embeddings)
+            take_tensors(self.encoder, made.encoder)
+        self._start()
+
+    def _start(self) -> None:
         """Truncated normal products, sin-cos positions for the decoder; the flow head starts at v = 0 (as in MAR)."""
-        std = self.config.initializer_range
+        std, factor = self.config.initializer_range, self.config.initializer_factor
+        embeddings = getattr(self, "embeddings", None)
+        elsewhere = ("flow_head.",) if isinstance(embeddings, Embeddings) else ("flow_head.", *self.pretrained_parts)
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("flow_head."):
+            if name.startswith(elsewhere):
+                continue
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for embeddings in (module for module in self.modules() if isinstance(module, Embeddings)):
+            elif isinstance(module, (nn.LayerNorm, RMSNorm)):
+                module.reset_parameters()
+            elif isinstance(module, TransformerLayer):
+                for scale in filter(torch.is_tensor, (module.ls1, module.ls2)):
+                    nn.init.constant_(scale, factor)
+        if isinstance(embeddings, Embeddings):
             nn.init.trunc_normal_(embeddings.class_embedding, std=std)
             nn.init.trunc_normal_(embeddings.position_embedding, std=std)
         if self.decoder_pos_embed.is_meta:
@@ -157,6 +184,7 @@ class UniFlow(nn.Module):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise a ValueError unless they are [B, N, latent_ch]."""
+        _refuse_tracing()
         if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
             raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
 
@@ -174,6 +202,7 @@ class UniFlow(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together.
         """
+        _refuse_tracing()
         expected = (*condition.shape[:2], self.config.patch_values)
         if x.shape != expected:
             raise ValueError(f"x: expected shape {expected}, one row of pixels a token, got {tuple(x.shape)}")
@@ -360,6 +389,7 @@ class UniFlow(nn.Module):
         self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:
+        _refuse_tracing()
         config = self.config
         if images.ndim != 4 or images.shape[1] != config.num_channels:
             raise ValueError(f"images: expected shape [B, {config.num_channels}, H, W], got {tuple(images.shape)}")
@@ -371,3 +401,8 @@ class UniFlow(nn.Module):
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
+
+
+def _refuse_tracing() -> None:
+    if torch.jit.is_tracing():
+        raise NotImplementedError("torch.jit.trace: would keep the sizes of one input; take torch.export.export")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import struct
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,25 +12,61 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from uniflow.atomic import replacing
+from uniflow.reading import check_file
+
+# by Pillow's names: those whose readers are Pillow's own and start no other program, as that of EPS would
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+_STRIP = 64  # times as long as the size that is cut out of it
 
 
 class PictureError(ValueError):
     """A file that is no picture, or a damaged one."""
 
 
-def open_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
+class TooLargeError(PictureError):
+    """A picture of more pixels than are allowed."""
+
+
+def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | None = None) -> Image.Image:
     """Read a picture of any kind as 8-bit RGB, turned upright as its EXIF orientation says; errors call it `name`.
 
     Grey, palette, CMYK, 16-bit and transparent pictures are converted (16-bit ones by scaling, transparency dropped,
     as the release's `convert("RGB")` does).
 
+    Args:
+        file: one of `FORMATS`, whatever it is called.
+        name: for errors and warnings; the file's path if not given.
+        largest: how many pixels it may have. Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, holds beside it.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        PictureError: if it is no picture, damaged or truncated, or of floating-point values.
+        TooLargeError: if it has more pixels.
+        PictureError: if it is no picture, damaged or truncated, or of floating-point values; or no file to read from
+            but a pipe or a device.
     """
     name = str(file) if name is None else name
+    if isinstance(file, Path):
+        try:
+            check_file(file)
+        except FileNotFoundError:
+            raise
+        except ValueError as error:
+            raise PictureError(str(error)) from None
+    with warnings.catch_warnings(record=True) as said:
+        picture = _open(file, name, largest)
+    for warning in said:
+        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
+    return picture
+
+
+def _open(file: Path | BinaryIO, name: str, largest: int | None) -> Image.Image:
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
+            width, height = opened.size
+            if largest is not None and width * height > largest:
+                raise TooLargeError(f"{name} is too large: {width}x{height} pixels, at most {largest} are allowed")
             picture = ImageOps.exif_transpose(opened)  # reads the pixels too
             if picture.mode.startswith("I"):
                 # Pillow would clip 16-bit values at 255
@@ -40,23 +76,26 @@ def open_picture(file: Path | BinaryIO, name: str | None = None) -> Image.Image:
             if picture.mode == "F":
                 raise PictureError(f"{name}: pictures of floating-point values are not supported")
             return picture.convert("RGB")
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError, PictureError):
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        if isinstance(error, PictureError):
-            raise
-        raise PictureError(f"{name} is damaged: {error}") from None
+        raise PictureError(f"{name} is not a picture that can be read ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError as error:
+        raise TooLargeError(f"{name} is too large: {error}") from None
+    except Exception as error:  # a reader of Pillow may end in any on a damaged file
+        raise PictureError(f"{name} is damaged: {str(error) or type(error).__name__}") from None
 
 
 def center_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
     """Resize to just cover `size`, the side of a square or (H, W), and cut the middle out.
 
     Source: `center_crop_arr` of the release's quick start (from ADM), which makes squares: halved by box filter while
-    at least twice too large, then bicubic.
+    at least twice too large, then bicubic. Of a strip 64 times as long as the size only the middle is resized.
     """
     height, width = (size, size) if isinstance(size, int) else size
+    ratio = picture.width * height / (picture.height * width)
+    if not 1 / _STRIP < ratio < _STRIP:  # to cover the size with a whole strip could take gigabytes
+        picture = _middle(picture, height, width)
     while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = max(width / picture.width, height / picture.height)
@@ -64,6 +103,14 @@ def center_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Imag
     picture = picture.resize((across, down), Image.Resampling.BICUBIC)
     left, top = (across - width) // 2, (down - height) // 2
     return picture.crop((left, top, left + width, top + height))
+
+
+def _middle(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """What a crop of (height, width) shows of a strip, and some pixels around it."""
+    across = min(picture.width, -(-picture.height * width // height) + 8)
+    down = min(picture.height, -(-picture.width * height // width) + 8)
+    left, top = (picture.width - across) // 2, (picture.height - down) // 2
+    return picture.crop((left, top, left + across, top + down))
 
 
 def fit_to_patches(picture: Image.Image, patch_size: int) -> Image.Image:

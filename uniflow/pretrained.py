@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,6 +157,14 @@ def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
     return pretrained
 
 
+@torch.no_grad()
+def take_tensors(module: nn.Module, source: nn.Module) -> None:
+    """Give a module the values of another one of its kind: of all parameters and buffers, saved or not."""
+    tensors = (chain(part.parameters(), part.buffers()) for part in (module, source))
+    for own, its in zip(*tensors, strict=True):
+        own.copy_(its)
+
+
 def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
     """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
     transformers = transformers_package()
@@ -243,7 +252,7 @@ class HuggingFaceEmbeddings(nn.Module):
         patch = self.patch_size
         if self.takes_patches:
             rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(len(images), 2)
+            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(images.shape[0], 2)
             return self.norm(self.embed(rows, grid))
         if self.can_interpolate:
             return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))

@@ -67,7 +67,7 @@ def parse_json(text: str, source: object) -> Any:
     except RecursionError:
         raise ValueError(f"{source}: {_TOO_DEEP}") from None
     except ValueError as error:
-        raise ValueError(f"{source} is no configuration: it is not JSON: {error}") from None
+        raise ValueError(f"{source} is not JSON: {error}") from None
     _check(values, source)
     return values
 

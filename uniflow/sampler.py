@@ -206,6 +206,8 @@ def start_of(
         if seed.shape != shape[:1]:
             raise ValueError(f"seed: expected shape ({shape[0]},), one a picture, got {tuple(seed.shape)}")
         return _moved(seed, device)
+    if torch.compiler.is_exporting() and (generator is not None or seed is not None):
+        raise ValueError("generator, seed: an exported program draws from none; expected seeds, int64 [B], or noise")
     if seed is not None:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")

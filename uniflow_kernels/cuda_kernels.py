@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniflow_kernels.source import Source
+
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 
@@ -55,33 +57,33 @@ def why_not_patch(channels: int, patch_size: int, columns: int = 0, itemsize: in
     return None
 
 
-def interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    first_row: int, patch_size: int, repeats: int, columns: int, x_t: Tensor,
-) -> None:  # fmt: skip
+def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: Tensor) -> None:
     """Write x_t [k*B, N, columns]."""
     if not x_t.numel():
         return
     t = t.float().contiguous()
-    source = _source(images, noise, scale_and_shift, seed, offset, first_row, patch_size, repeats, columns)
-    with torch.cuda.device(images.device):
-        _module().interpolate(source, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], _stream())
+    made_of = _source(source, scale_and_shift, x_t.shape[-1])
+    with torch.cuda.device(x_t.device):
+        _module().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], _stream())
 
 
 def velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float,
-    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int,
-    gradient: Tensor | None, losses: Tensor,
-) -> None:  # fmt: skip
+    source: Source,
+    scale_and_shift: Tensor | None,
+    velocity: Tensor,
+    coefficients: Tensor | float,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
     """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
     if not velocity.numel():
         return
     each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
-    source = _source(images, noise, scale_and_shift, seed, offset, first_row, patch_size, repeats, velocity.shape[-1])
-    with torch.cuda.device(images.device):
+    made_of = _source(source, scale_and_shift, velocity.shape[-1])
+    with torch.cuda.device(velocity.device):
         _module().velocity_loss(
-            source, _rows(velocity), _address(each), every, _address(gradient), losses.data_ptr(), _stream()
-        )  # fmt: skip
+            made_of, _rows(velocity), _address(each), every, _address(gradient), losses.data_ptr(), _stream()
+        )
 
 
 def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
@@ -99,9 +101,16 @@ def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
         return
     with torch.cuda.device(images.device):
         _module().move_patches(
-            images.data_ptr(), tuple(images.shape), images.stride(), rows.data_ptr(), rows.stride(), patch_size,
-            images.itemsize, cut, _stream(),
-        )  # fmt: skip
+            images.data_ptr(),
+            tuple(images.shape),
+            images.stride(),
+            rows.data_ptr(),
+            rows.stride(),
+            patch_size,
+            images.itemsize,
+            cut,
+            _stream(),
+        )
 
 
 def cosine_distances(
@@ -156,12 +165,20 @@ def _rows(rows: Tensor | None) -> Any:
     return _module().Rows(rows.data_ptr(), _TYPES[rows.dtype], (rows.stride(0), rows.stride(1)))
 
 
-def _source(
-    images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    first_row: int, patch_size: int, repeats: int, columns: int,
-) -> Any:  # fmt: skip
+def _source(source: Source, scale_and_shift: Tensor | None, columns: int) -> Any:
+    images = source.images
     return _module().Source(
-        images.data_ptr(), _TYPES[images.dtype], tuple(images.shape), images.stride(), _address(scale_and_shift),
-        patch_size, repeats, _rows(noise), 0 if isinstance(seed, Tensor) else seed, offset,
-        _address(seed) if isinstance(seed, Tensor) else 0, first_row, columns,
-    )  # fmt: skip
+        images.data_ptr(),
+        _TYPES[images.dtype],
+        tuple(images.shape),
+        images.stride(),
+        _address(scale_and_shift),
+        source.patch_size,
+        source.repeats,
+        _rows(source.noise),
+        source.number,
+        source.offset,
+        _address(source.held),
+        source.first_row,
+        columns,
+    )

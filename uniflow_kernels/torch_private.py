@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 __all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]  # used as they are
 
@@ -63,6 +64,15 @@ def object_of(identity: int) -> Any:
     return ctypes.cast(identity, ctypes.py_object).value
 
 
+def always(condition: bool) -> bool:
+    """Whether a condition on sizes holds; in a graph of many sizes, whether for all of them, and none is assumed."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
+
+    return statically_known_true(condition)
+
+
 # --- autograd ---
 
 
@@ -89,9 +99,9 @@ def storage_of(tensor: Tensor) -> int:
 # --- registered ops ---
 
 
-def argument_types(op: Any) -> list[str]:
-    """The types of an op's arguments, such as "Tensor?"."""
-    return [str(argument.type) for argument in op._schema.arguments]
+def argument_types(op: Any) -> dict[str, str]:
+    """The types of an op's arguments, such as "Tensor?", by their names, in their order."""
+    return {argument.name: str(argument.type) for argument in op._schema.arguments}
 
 
 def number_of_outputs(op: Any) -> int:
@@ -154,3 +164,12 @@ def is_hooked(module: nn.Module) -> bool:
 def is_any_hooked() -> bool:
     """Whether a hook on all modules is set."""
     return torch.nn.modules.module._has_any_global_hook()
+
+
+# --- data ---
+
+
+def end_readers(batches: Iterator[Any]) -> None:
+    """End the processes of a DataLoader's iterator, which else go on until it is collected."""
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()

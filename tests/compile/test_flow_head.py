@@ -4,7 +4,7 @@ import pytest
 
 from tests.compile.compiling import Request, arches, compile_all
 
-MODULE = "uniflow_kernels.triton_kernels.flow_head"
+MODULES = {"activation": "activation", "activation_backward": "activation"}  # of a kernel; of all others flow_head
 # per thread; no more than these were needed when the kernels were written
 REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 184, "activation": 40, "activation_backward": 136}
 
@@ -52,17 +52,21 @@ def activation_backward(hidden, arch, dtype, *, swiglu):
     return elementwise("activation_backward", arch, signature, {"H": hidden, "SWIGLU": swiglu, "STEPS": 8})
 
 
+def kernel(name):
+    return f"uniflow_kernels.triton_kernels.{MODULES.get(name, 'flow_head')}:{name}_kernel"
+
+
 def elementwise(name, arch, signature, constants):
     constants |= {"BM": 8, "BN": 256}
     signature |= dict.fromkeys(constants, "constexpr")
-    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch)
+    return Request(kernel(name), signature, constants, arch)
 
 
 def request(name, arch, signature, constants, elements):
     columns = 1 << (constants["W"] - 1).bit_length()
     constants |= {"BM": max(1, elements // columns), "BW": columns}
     signature |= dict.fromkeys(constants, "constexpr")
-    return Request(f"{MODULE}:{name}_kernel", signature, constants, arch, max(4, 4 * columns // elements))
+    return Request(kernel(name), signature, constants, arch, max(4, 4 * columns // elements))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from uniflow_kernels import seeded_noise
 from uniflow_kernels.ops.distillation import plain_cosine_distances
 from uniflow_kernels.ops.patches import plain_patchify
 from uniflow_kernels.ops.velocity import plain_interpolate, plain_velocity_loss
+from uniflow_kernels.source import Source
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -108,12 +109,12 @@ def test_flow(host, within_twice, shape, patch, width, repeats, first):
         *map(address, (t, velocity, coefficients, x_t, gradient, losses)),
     )  # fmt: skip
     grid = (repeats * batch, down * across)
-    how = (None, None, 7, 2, first, patch, repeats)
+    of = Source(images, None, None, None, None, 7, 2, first, patch, repeats)
     plain, plain_gradient, plain_losses = (torch.empty(*grid, *row) for row in ((length,), (length,), ()))
-    plain_interpolate(images, t.view(grid), None, *how, plain)
+    plain_interpolate(of, t.view(grid), plain)
     assert (x_t.view_as(plain) - plain).abs().max() < 2e-6
     velocity, coefficients = velocity.view(*grid, length), coefficients.view(grid)
-    plain_velocity_loss(velocity, images, None, coefficients, *how, plain_gradient, plain_losses)
+    plain_velocity_loss(of, velocity, coefficients, plain_gradient, plain_losses)
     assert torch.allclose(losses.view(grid), plain_losses, rtol=1e-5)
     assert (gradient.view_as(plain_gradient) - plain_gradient).abs().max() < 1e-5
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import check_reset
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.encoder import resize_position_embedding
 
@@ -246,15 +247,6 @@ def test_copies_and_pickles(tiny):
     assert torch.equal(pickle.loads(pickle.dumps(model)).encode(x), expected)
 
 
-@pytest.mark.parametrize("method", ["encode", "forward"])
-def test_compiles_whole(tiny, method):
-    model, x = tiny(), images(16, 16)
-    noise = torch.randn(2, 16, 48)
-    arguments = {"noise": noise, "steps": 2, "cfg": 2.0} if method == "forward" else {}
-    compiled = torch.compile(getattr(model, method), fullgraph=True, backend="eager")
-    assert torch.allclose(compiled(x, **arguments), getattr(model, method)(x, **arguments), atol=1e-5)
-
-
 def test_autocast_in_bfloat16_is_close(tiny):
     model, x = tiny(), images(16, 16)
     noise = torch.randn(2, 16, 48)
@@ -313,3 +305,17 @@ def test_random_weights_follow_the_seed():
     two = UniFlow(UniFlowConfig.preset("tiny"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert all(torch.isfinite(p).all() for p in one.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm_type": "rms_norm", "qk_normalization": True, "initializer_factor": 0.1}]
+)
+def test_reset_parameters_leaves_nothing_as_it_was(changes):
+    check_reset(lambda: UniFlow(UniFlowConfig.preset("tiny", **changes)))
+
+
+def test_a_model_made_without_memory_can_be_started(tiny):
+    with torch.device("meta"):
+        model = UniFlow(UniFlowConfig.preset("tiny"))
+    model.to_empty(device="cpu").reset_parameters()
+    assert torch.isfinite(model(images(32, 32))).all()

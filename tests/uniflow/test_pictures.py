@@ -1,13 +1,26 @@
+import io
+import os
 import struct
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
 
 from tests.conftest import smooth_picture
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD, denormalize, normalize, to_uint8
-from uniflow.pictures import PictureError, center_crop, fit_to_patches, open_picture, save_picture, to_tensor
+from uniflow.pictures import (
+    PictureError,
+    TooLargeError,
+    center_crop,
+    fit_to_patches,
+    open_picture,
+    save_picture,
+    to_tensor,
+)
 
 
 def test_normalization_is_imagenets():
@@ -106,6 +119,68 @@ def test_what_is_no_picture_is_refused(tmp_path):
         open_picture(tmp_path / "x.tif")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO"])
+def test_only_documented_formats_are_opened_whatever_a_file_is_called(tmp_path, kind):
+    """EPS would start another program."""
+    smooth_picture((20, 10), 0).save(tmp_path / "photo.jpg", kind)
+    with pytest.raises(PictureError, match=r"photo\.jpg is not a picture that can be read \(BMP, GIF"):
+        open_picture(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError, RuntimeError, TypeError, AttributeError, IndexError, MemoryError]
+)
+def test_however_a_reader_fails_the_picture_is_damaged(tmp_path, monkeypatch, error):
+    smooth_picture((20, 10), 0).save(tmp_path / "x.png")
+
+    def load(self):
+        raise error
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(PictureError, match=rf"x\.png is damaged: {error.__name__}"):
+        open_picture(tmp_path / "x.png")
+
+
+def test_too_large_is_not_damaged(tmp_path, monkeypatch):
+    smooth_picture((20, 10), 0).save(tmp_path / "x.png")
+    assert open_picture(tmp_path / "x.png", largest=200).size == (20, 10)
+    with pytest.raises(TooLargeError, match=r"x\.png is too large: 20x10 pixels, at most 199 are allowed"):
+        open_picture(tmp_path / "x.png", largest=199)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    with pytest.raises(TooLargeError, match=r"x\.png is too large: .*exceeds limit"):
+        open_picture(tmp_path / "x.png")
+
+
+def test_warnings_name_the_file(tmp_path, monkeypatch):
+    smooth_picture((20, 10), 0).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    with pytest.warns(Image.DecompressionBombWarning, match=r"x\.png: Image size \(200 pixels\)"):
+        open_picture(tmp_path / "x.png")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(PictureError, match="expected a file, got a pipe or device"):
+        open_picture(tmp_path / "x.png")
+
+
+@given(st.sampled_from(["png", "jpeg", "webp", "gif", "bmp", "tiff", "ppm", "jpeg2000"]), st.data())
+def test_a_damaged_picture_is_read_or_refused_in_one_line(kind, data):
+    buffer = io.BytesIO()
+    smooth_picture((11, 7), 0).save(buffer, kind)
+    content = bytearray(buffer.getvalue())
+    for _ in range(data.draw(st.integers(0, 6))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = content[: data.draw(st.integers(len(content) // 2, len(content)))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            outcome = open_picture(io.BytesIO(content), "x", largest=10_000_000).mode
+        except PictureError as error:
+            outcome = str(error)
+    assert outcome == "RGB" or (outcome.startswith("x is ") and "\n" not in outcome)
+
+
 def release_center_crop(picture, size):
     """The steps of the release's `center_crop_arr`, on arrays."""
     while min(*picture.size) >= 2 * size:
@@ -121,6 +196,19 @@ def release_center_crop(picture, size):
 def test_center_crop_is_the_releases(extent):
     picture = smooth_picture(extent, 1)
     assert np.array_equal(np.asarray(center_crop(picture, 32)), release_center_crop(picture, 32))
+
+
+@pytest.mark.parametrize("extent", [(10_000, 1), (1, 10_000), (20_000, 3)])
+def test_of_a_strip_only_the_middle_is_resized(extent):
+    """The whole of it, resized to cover 448 pixels, would have 2 billion."""
+    across, down = extent
+    strip = np.zeros((down, across, 3), np.uint8)
+    strip[..., 0] = np.linspace(0, 200, across) if across > down else np.linspace(0, 200, down)[:, None]
+    crop = np.asarray(center_crop(Image.fromarray(strip), 448), float)
+    assert crop.shape == (448, 448, 3)
+    assert np.abs(crop[..., 0] - 100).max() <= 1
+    small = np.asarray(center_crop(Image.fromarray(strip), 4), float)
+    assert np.abs(small[..., 0] - 100).max() <= 1
 
 
 @pytest.mark.parametrize("extent", [(32, 16), (100, 90), (90, 200), (64, 32), (20, 13)])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.conftest import randomize
+from tests.conftest import check_reset, randomize
 from uniflow import CheckpointError, EncoderTeacher, UniFlow, UniFlowConfig, UniFlowObjective
 from uniflow.cli import explain
 from uniflow.cli.inputs import load_model
@@ -61,6 +61,12 @@ def test_the_states_are_those_of_the_transformers_package(kind, images):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == (2, PREFIX[kind] + 16, 32)
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "CLIPVision", "Siglip2Vision"])
+def test_a_described_encoder_can_be_made_anew(kind):
+    config = UniFlow.from_encoder(hugging_face(kind), **STATISTICS, **DECODER).config
+    check_reset(lambda: UniFlow(config))
 
 
 @pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "Siglip2Vision"])

@@ -180,16 +180,6 @@ def test_noise_does_not_depend_on_batches_and_pieces(tiny):
     assert torch.allclose(torch.cat(parts), expected, atol=1e-5)
 
 
-def test_compiles_whole(tiny):
-    model = tiny()
-    latents, _ = inputs(model)
-    seeds = torch.tensor([5, 6, 7])
-    with torch.no_grad():
-        compiled = torch.compile(model.decode, fullgraph=True, backend="eager")
-        assert torch.allclose(compiled(latents, seed=seeds), model.decode(latents, seed=seeds), atol=1e-5)
-        assert not torch.equal(compiled(latents), compiled(latents))
-
-
 def test_noise_does_not_depend_on_the_backend():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") != "1":

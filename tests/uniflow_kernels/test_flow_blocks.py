@@ -799,7 +799,7 @@ def test_distributed(process_group, wrap, monkeypatch):
 
 def test_the_interpreter_rounds_as_a_gpu_does():
     """Tests in bfloat16 mean nothing without it (see tests/conftest.py)."""
-    from uniflow_kernels.triton_kernels.flow_head import activation
+    from uniflow_kernels.triton_kernels.activation import activation
 
     p = torch.randn(8, 64).bfloat16()
     assert torch.equal(activation(p, 64), torch.nn.functional.silu(p.float()).bfloat16())

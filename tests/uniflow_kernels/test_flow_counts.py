@@ -9,8 +9,8 @@ from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.ops.flow_choice import KERNELS
 from uniflow_kernels.ops.flow_head import _flow_blocks, _modulated_flow_blocks
+from uniflow_kernels.triton_kernels import activation, flow_products
 from uniflow_kernels.triton_kernels import flow_head as row_kernels
-from uniflow_kernels.triton_kernels import flow_products
 
 DEPTH, WIDTH, ROWS = 12, 16, 8
 NO_LAUNCH = (
@@ -65,7 +65,7 @@ def launched(monkeypatch):
         monkeypatch.setattr(kernels, name, launch)
 
     replace(row_kernels, "norm_modulate")
-    replace(row_kernels, "activation", lambda p, hidden: p.new_empty(p.shape[0], hidden))
+    replace(activation, "activation", lambda p, hidden: p.new_empty(p.shape[0], hidden))
     replace(flow_products, "moments", lambda x, rms: None)
     for name in ("modulated", "up", "down"):
         replace(flow_products, name)

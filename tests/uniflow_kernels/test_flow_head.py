@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from tests.conftest import randomize
+from tests.conftest import check_reset, randomize
 from uniflow_kernels import FlowHead
 
 
@@ -256,3 +256,8 @@ def test_hooks_see_rows_without_the_columns_behind():
     head.input_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     torch.testing.assert_close(head(F.pad(x, (0, 3)), t, c), head(x, t, c))
     assert seen == [x.shape, x.shape]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reset_parameters_leaves_nothing_as_it_was(options):
+    check_reset(lambda: FlowHead(6, 32, 6, 20, 4, **options))

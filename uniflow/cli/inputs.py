@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from uniflow.model import UniFlow
-from uniflow.pictures import PictureError, open_picture
+from uniflow.pictures import FORMATS, PictureError, open_picture
 
 M = TypeVar("M")
 
@@ -142,8 +142,8 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def picture_suffixes() -> tuple[str, ...]:
-    """Suffixes (".jpg", ...) of the kinds that Pillow reads."""
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Suffixes (".jpg", ...) of the kinds that are read."""
+    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def read_picture(path: Path) -> Image.Image:

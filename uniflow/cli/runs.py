@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from uniflow.cli.inputs import InputError, check_folder, choose_device, explained
-from uniflow.cli.training_bar import TrainingBar
+from uniflow.cli.training_bar import SkippedPictures, TrainingBar
 from uniflow.data import Samples
 from uniflow.training import Trainer
 from uniflow.training.changes import check_alike, settings_of
@@ -116,7 +116,8 @@ def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None
         done = "trained" if losses else "nothing was left to train"
         state = done if trainer.finished else "stopped"
         last = f", last loss {losses[-1]:.4f}" if losses else ""
-        print(f"{state} at step {trainer.progress.step}{last}; checkpoint in {trainer.latest}")
+        skipped = f", {trainer.progress.skipped} unreadable pictures skipped" if trainer.progress.skipped else ""
+        print(f"{state} at step {trainer.progress.step}{last}{skipped}; checkpoint in {trainer.latest}")
 
 
 @contextmanager
@@ -180,8 +181,8 @@ def _delete(paths: list[Path]) -> None:
 
 def _logs(run: AnyRun, out: Path, step: int, processes: Processes, stack: ExitStack) -> list[Log]:
     if not processes.first:  # the others have nothing to say but which pictures they skipped
-        return [JsonLines(out / f"log-{processes.rank}.jsonl", step)]
-    logs: list[Log] = [JsonLines(out / "log.jsonl", step), SamplePictures(out / "samples")]
+        return [SkippedPictures(), JsonLines(out / f"log-{processes.rank}.jsonl", step)]
+    logs: list[Log] = [SkippedPictures(), JsonLines(out / "log.jsonl", step), SamplePictures(out / "samples")]
     if run.tensorboard:
         logs.append(TensorBoard(out / "tensorboard", step))
     return [*logs, stack.enter_context(TrainingBar())]
@@ -205,10 +206,13 @@ def check_installed(*modules: str) -> None:
 
 def find_shards(pattern: str) -> list[Path]:
     """The tar files that a pattern with braces and asterisks stands for."""
-    check_installed("wids", "braceexpand")
-    from braceexpand import braceexpand
+    parts = [pattern]
+    if "{" in pattern:
+        check_installed("braceexpand")
+        from braceexpand import braceexpand
 
-    shards = [Path(path) for part in braceexpand(pattern) for path in sorted(glob(part)) or [part]]
+        parts = list(braceexpand(pattern))
+    shards = [Path(path) for part in parts for path in sorted(glob(part)) or [part]]
     for shard in shards:
         if not shard.is_file():
             raise InputError(f"no such file: {shard}")

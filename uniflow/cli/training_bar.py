@@ -1,11 +1,15 @@
-"""The progress bar of training, apart from the others since it imports what training needs."""
+"""What training shows: a bar, apart from the others since it imports what training needs, and what it skips."""
 
 from __future__ import annotations
+
+import sys
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from uniflow.training.logs import Log, Report
+
+_NAMED = 20  # pictures
 
 
 class TrainingBar(Log):
@@ -35,4 +39,23 @@ class TrainingBar(Log):
             f"step {report.step}  loss {report.loss:.3f}  {report.images_per_second:.0f} images/s  "
             f"{minutes}:{seconds:02} left"
         )
+        if report.skipped:
+            state += f"  {report.skipped} skipped"
         self._progress.update(self._task, completed=report.spent, state=state)
+
+
+class SkippedPictures(Log):
+    """Names on stderr the pictures that this process could not read, each once and no more than a few."""
+
+    def __init__(self) -> None:
+        self._named: set[str] = set()
+
+    def skipped(self, step: int, names: list[str]) -> None:
+        """Say which are new."""
+        for name in names:
+            if name in self._named or len(self._named) > _NAMED:
+                continue
+            self._named.add(name)
+            more = len(self._named) > _NAMED
+            what = "more pictures; the log names them" if more else repr(name)  # which may hold anything
+            print(f"uniflow: skips {what} (step {step}), which cannot be read", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniflow.checkpoint import CheckpointError
+from uniflow.reading import shown
 from uniflow.training.processes import Processes
 from uniflow.training.recipe import Recipe
 from uniflow.training.state import Progress
@@ -19,7 +20,7 @@ Differences = dict[str, tuple[Any, Any]]
 
 def settings_of(recipe: Recipe, others: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe, and by name what else a run is made with, as JSON has it."""
-    return json.loads(json.dumps({"recipe": asdict(recipe), **others}, default=str))
+    return json.loads(json.dumps({"recipe": asdict(recipe), **others}, default=str, allow_nan=False))
 
 
 def differences(one: Any, other: Any, key: str = "") -> Differences:
@@ -36,11 +37,13 @@ def differences(one: Any, other: Any, key: str = "") -> Differences:
 
 def described(differing: Differences, before: str = "was") -> str:
     """As in "recipe.stages.0.steps (9, was 6)"."""
-    return ", ".join(f"{key} ({_short(now)}, {before} {_short(was)})" for key, (was, now) in differing.items())
+    # keys too may come from a file
+    keys = {key: key if key.isprintable() else shown(key) for key in differing}
+    return ", ".join(f"{keys[key]} ({_short(now)}, {before} {_short(was)})" for key, (was, now) in differing.items())
 
 
 def _short(value: Any) -> str:
-    return "none" if value is None else f"{value!r:.60}"
+    return "none" if value is None else shown(value)
 
 
 def check_alike(settings: Mapping[str, Any], processes: Processes) -> None:

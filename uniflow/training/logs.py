@@ -159,7 +159,9 @@ class TensorBoard(Log):
 
     def skipped(self, step: int, names: list[str]) -> None:
         """The names, as text."""
-        self._writer.add_text("skipped", ", ".join(names), step)
+        # a name need not be UTF-8, but what is written must be
+        text = ", ".join(names).encode("utf-8", "backslashreplace").decode("utf-8")
+        self._writer.add_text("skipped", text, step)
 
     def close(self) -> None:
         """Write what is waiting."""

@@ -19,9 +19,14 @@ from uniflow_kernels.torch_private import tree_leaves, uncompiled
 
 T = TypeVar("T")
 
+READER_LOST = (
+    "a process that reads samples was killed; if memory was short, fewer (recipe.workers) need less; --resume auto "
+    "goes on from the last checkpoint"
+)
+
 
 class ProcessLostError(RuntimeError):
-    """Another process of the job has ended."""
+    """Another process of the job has ended, or one that reads samples."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,21 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
             "another process of the job has ended, and so does this one; --resume auto goes on from the last checkpoint"
         ) from None
     dist.destroy_process_group()
+
+
+@contextmanager
+def watching_readers() -> Iterator[None]:
+    """For what happens while processes read samples; torch tells of one that is killed wherever the program is then.
+
+    Raises:
+        ProcessLostError: instead of what torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise ProcessLostError(READER_LOST) from None
 
 
 def _tells_of_a_loss(error: RuntimeError) -> bool:

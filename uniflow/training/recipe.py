@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,6 +40,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
+        _at_most(self, 2**62, "steps")
         at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps")
         _above_zero(self, "seconds")
         _one_of(self, "train", ("all", "decoder"))
@@ -100,9 +102,15 @@ class Recipe:
             raise ValueError("stages: expected at least one")
         at_least(self, 1, "batch_size", "micro_batch_size", "log_every", "save_every", "keep", "validate_every")
         at_least(self, 0, "weight_decay", "workers", "seed")
+        # beyond what any machine has, and beyond what random generators take
+        _at_most(self, 2**20, "batch_size", "micro_batch_size")
+        _at_most(self, 2**10, "workers")
+        _at_most(self, 2**63 - 1, "seed")
         _above_zero(self, "max_gradient_norm")
         _one_of(self, "precision", ("float32", "bfloat16"))
         _one_of(self, "parallel", ("ddp", "fsdp"))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected numbers from 0 and below 1, got {self.betas}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
 
@@ -241,16 +249,23 @@ def read_run(path: Path, kind: type[R]) -> R:
 
 
 def at_least(recipe: object, least: float, *names: str) -> None:
-    """Refuse fields below `least`, by name; None is left alone."""
+    """Refuse fields below `least` or not finite, by name; None is left alone."""
     for name in names:
         value = getattr(recipe, name)
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def _at_most(recipe: object, most: int, *names: str) -> None:
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and value > most:
+            raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
 def _above_zero(recipe: object, name: str) -> None:
     value = getattr(recipe, name)
-    if value is not None and not value > 0:
+    if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name}: expected more than 0, got {value}")
 
 

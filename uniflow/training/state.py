@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from uniflow.checkpoint import CheckpointError, read_state
+from uniflow.reading import shown
 from uniflow.training.checkpoints import (
     check,
     random_states,
@@ -79,7 +80,7 @@ def read_progress(folder: Path) -> Progress:
         value: Any = values.get(field.name)
         kinds = (int, float) if field.name == "stage_seconds" else (int,)
         if type(value) not in kinds or not 0 <= value < _MOST:
-            raise CheckpointError(f"{path}: {field.name}: expected a number from 0, got {value!r:.60}")
+            raise CheckpointError(f"{path}: {field.name}: expected a number from 0, got {shown(value)}")
     return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
 
@@ -94,7 +95,7 @@ def read_settings(folder: Path, progress: Progress) -> dict[str, Any]:
     recipe = settings.get("recipe")
     stages = recipe.get("stages") if isinstance(recipe, dict) else None
     if not isinstance(stages, list) or len(stages) < max(progress.stage, 1):
-        raise CheckpointError(f"{path}: recipe.stages: expected at least {max(progress.stage, 1)}, got {stages!r:.60}")
+        raise CheckpointError(f"{path}: recipe.stages: expected at least {max(progress.stage, 1)}, got {shown(stages)}")
     return settings
 
 
@@ -110,7 +111,7 @@ def read_random_states(folder: Path, processes: Processes) -> None:
         try:
             set_random_states(states)
         except Exception as error:  # whatever Python, NumPy and torch say to what is none of theirs
-            raise CheckpointError(f"{path} holds no states of random generators: {error!r:.200}") from None
+            raise CheckpointError(f"{path} holds no states of random generators: {shown(error)}") from None
 
 
 def write_weights(

@@ -22,7 +22,16 @@ from uniflow.training.interfaces import student_of
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
 from uniflow.training.measures import Measures
 from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
-from uniflow.training.processes import Processes, gathered, replicate, shard, synchronized
+from uniflow.training.processes import (
+    READER_LOST,
+    Processes,
+    ProcessLostError,
+    gathered,
+    replicate,
+    shard,
+    synchronized,
+    watching_readers,
+)
 from uniflow.training.recipe import Recipe, Stage
 from uniflow.training.state import (
     Progress,
@@ -34,7 +43,7 @@ from uniflow.training.state import (
     write_weights,
 )
 from uniflow.training.validation import Validator
-from uniflow_kernels.torch_private import tree_map_only
+from uniflow_kernels.torch_private import end_readers, tree_map_only
 
 _NAMED = 8  # samples in an error message
 
@@ -114,6 +123,7 @@ class Trainer:
         Raises:
             FloatingPointError: if a loss or gradient is not finite, naming the step's samples; they, the weights and
                 the random states are then in `out`/failure-STEP.
+            ProcessLostError: if a process that reads samples has been killed.
         """
         self._images, self._since = 0, time.perf_counter()
         self._stage_began = self._since - self.progress.stage_seconds
@@ -126,10 +136,13 @@ class Trainer:
         )
         self._batches = load(self.samples, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
         self.objective.train()
-        while not self.finished and self._advance():
-            pass
-        self.save()
-        del self._batches  # and with it the workers
+        with watching_readers():
+            try:
+                while not self.finished and self._advance():
+                    pass
+                self.save()
+            finally:
+                end_readers(self._batches)
         self.objective.eval()
         return self._losses
 
@@ -188,7 +201,7 @@ class Trainer:
         factor = set_learning_rates(self.optimizer, self.stage, self.progress.stage_step, spent)
         batches, seeds, measured = [], [], []
         for number in range(self.micro_batches):
-            batch, seed = next(self._batches), self._seed(number)
+            batch, seed = self._read(), self._seed(number)
             torch.manual_seed(seed)
             with synchronized(self.parallel, last=number == self.micro_batches - 1):
                 with self._autocast():
@@ -203,6 +216,15 @@ class Trainer:
         norm = self._update(everyone[0])
         numbers = _Arriving(torch.cat([own[:1], norm.view(1), everyone]))
         return _Step(self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers)
+
+    def _read(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except (ConnectionError, EOFError, FileNotFoundError):  # it was killed while it handed one over
+            raise ProcessLostError(READER_LOST) from None
+        if isinstance(batch, Exception):
+            raise batch
+        return batch
 
     def _moved(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), inputs)

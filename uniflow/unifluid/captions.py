@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
 from uniflow.pictures import center_crop, to_tensor
+from uniflow.reading import check_file, parse_json, shown
 from uniflow.unifluid.texts import answer_ids, padded, prompt_ids, question_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CAPTIONS = "captions.jsonl"
+_LONGEST = 1 << 20  # bytes of what is said about a picture
 Kind = Literal["drawing", "reading"]
 KINDS: tuple[Kind, Kind] = ("drawing", "reading")
 
@@ -66,16 +68,21 @@ class CaptionFolder(PictureList):
 
     def __init__(self, folder: Path) -> None:
         file = folder / CAPTIONS
-        if not file.is_file():
+        if not file.exists():
             raise FileNotFoundError(f"no {CAPTIONS} in {folder}")
+        try:
+            check_file(file)
+        except ValueError as error:
+            raise CaptionError(str(error)) from None
         images: dict[str, Path] = {}
         self._texts: list[Texts] = []
-        for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-            if line.strip():
-                where = f"{file}:{number}"
-                fields = _fields(line, where)
-                self._texts.append(_texts(fields, where))
-                images[f"{where} ({fields.get('image')})"] = _image(folder, fields.get("image"), where)
+        with file.open("rb") as lines:
+            for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
+                if line.strip():
+                    where = f"{file}:{number}"
+                    fields = _fields(line.rstrip(b"\n"), where)
+                    self._texts.append(_texts(fields, where))
+                    images[f"{where} ({fields.get('image')})"] = _image(folder, fields.get("image"), where)
         if not images:
             raise CaptionError(f"{file} holds no examples")
         super().__init__(images)
@@ -91,8 +98,7 @@ class CaptionShards(PictureShards):
     KEY.txt may stand instead, or beside a KEY.json that has no caption; it holds the caption.
 
     Raises:
-        ModuleNotFoundError: if wids is not installed.
-        PictureError: if a shard is no tar file.
+        PictureError: as `PictureShards`.
         CaptionError: for a text without a picture, or if there are no pictures. What a picture's texts are is found by
             `texts`.
     """
@@ -122,12 +128,16 @@ class CaptionShards(PictureShards):
 
 
 def _fields(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > _LONGEST:
+        raise CaptionError(f"{where} is longer than {_LONGEST >> 20} MiB")
     try:
-        fields = json.loads(line)
+        fields = parse_json(line.decode("utf-8"), where)
+    except UnicodeDecodeError as error:
+        raise CaptionError(f"{where} is not JSON in UTF-8: {error}") from None
     except ValueError as error:
-        raise CaptionError(f"{where} is no JSON: {error}") from None
+        raise CaptionError(str(error)) from None
     if not isinstance(fields, dict):
-        raise CaptionError(f"{where}: expected a JSON object, got {fields!r}")
+        raise CaptionError(f"{where}: expected a JSON object, got {shown(fields)}")
     return fields
 
 
@@ -146,13 +156,13 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str:
         return ""
     # half a surrogate pair, as of an emoji that was cut, has no UTF-8
     if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-        raise CaptionError(f"{where}: {name}: expected a text, not empty, of valid Unicode, got {text!r}")
+        raise CaptionError(f"{where}: {name}: expected a text, not empty, of valid Unicode, got {shown(text)}")
     return text
 
 
 def _image(folder: Path, image: Any, where: str) -> Path:
     if not isinstance(image, str) or not image:
-        raise CaptionError(f"{where}: image: expected the path of a picture in the folder, got {image!r}")
+        raise CaptionError(f"{where}: image: expected the path of a picture in the folder, got {shown(image)}")
     if Path(image).is_absolute() or ".." in Path(image).parts:
         raise CaptionError(f"{where}: image: {image} is outside the folder")
     if not (folder / image).is_file():

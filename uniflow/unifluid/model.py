@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import assign_state, read_state, write_state
-from uniflow.pretrained import transformers_package
+from uniflow.pretrained import take_tensors, transformers_package
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
@@ -96,9 +96,14 @@ class UniFluid(nn.Module):
         self._tied = "backbone.lm_head.weight" if own.tie_word_embeddings else None
         self.register_state_dict_post_hook(_leave_out_what_is_tied)
         self.register_load_state_dict_pre_hook(_give_what_is_tied)
-        self.reset_parameters()
+        self._start()
 
     def reset_parameters(self) -> None:
+        """Set all parameters and buffers as in a new model, those of the backbone too, also after `to_empty`."""
+        take_tensors(self.backbone, _new_backbone(self.config))
+        self._start()
+
+    def _start(self) -> None:
         """What goes into the transformer begins with the spread of its text embeddings; the backbone stays as it is."""
         std = getattr(self.backbone.config, "initializer_range", 0.02)
         for projection in filter(None, (self.token_proj, self.vision_proj)):
@@ -107,6 +112,8 @@ class UniFluid(nn.Module):
         for embedding in (self.place_embedding, self.query_embedding):
             nn.init.normal_(embedding, std=std)
         self.head.reset_parameters()
+        nn.init.zeros_(self.token_mean)
+        nn.init.ones_(self.token_std)
 
     @property
     def device(self) -> torch.device:

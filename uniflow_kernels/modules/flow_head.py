@@ -246,6 +246,8 @@ class FlowHead(nn.Module):
     def reset_parameters(self) -> None:
         """As in MAR: Xavier for products, std 0.02 for the time MLP, zero for modulations and output, so that v = 0."""
         for name, module in self.named_modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.reset_parameters()
             if isinstance(module, nn.Linear):
                 if "adaLN_modulation" in name or name == "final_layer.linear":
                     nn.init.zeros_(module.weight)

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from uniflow_kernels.modules.flow_head import FlowHead
-from uniflow_kernels.ops.noise import seed_of
 from uniflow_kernels.ops.registration import register
-from uniflow_kernels.ops.velocity import check_rows, interpolate, velocity_loss
+from uniflow_kernels.ops.velocity import check_weights, interpolate_from, source_of, velocity_loss_from
+from uniflow_kernels.source import Source
 from uniflow_kernels.torch_private import (
     autograd_inside_op,
     constant,
@@ -76,20 +76,17 @@ def flow_matching_loss(
         ValueError: if the shapes do not fit together, `chunk_tokens` is less than 1, `images`, `t` or `noise` wants a
             gradient although there are chunks, or FSDP2 holds a part of the head sharded.
     """
-    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats=1)
-    number, held = seed_of(seed, offset, images.device, first_row)  # drawn once for all chunks
+    # a seed is drawn once for all chunks
+    source = source_of(images, patch_size, noise, seed, offset, first_row, mean, std, repeats=1)
+    rows = source.rows
     if condition.ndim != 3 or condition.shape[:2] != rows[:2]:
         raise ValueError(f"condition: expected shape {(*rows[:2], 'Z')}, one row a patch, got {tuple(condition.shape)}")
     if t.shape != rows[:1] and t.shape != rows[:2]:  # torch.compile takes "not in" wrongly
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
-    for name, value in (("weights", weights), ("mask", mask)):
-        if value is not None and value.shape != rows[:2]:
-            raise ValueError(f"{name}: expected shape {rows[:2]}, one value a token, got {tuple(value.shape)}")
+    check_weights(weights, mask, rows[:2])
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
-    batch = _Batch(
-        images, t, noise, held, weights, mask, mean, std, number, offset, first_row, patch_size, columns, time_scale
-    )
+    batch = _Batch(source, t, weights, mask, columns, time_scale)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
     if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
@@ -105,63 +102,40 @@ def flow_matching_loss(
 class _Batch(NamedTuple):
     """What the loss is of, besides head and condition; the names are those of `flow_matching_loss`.
 
-    The seed is `number`, or what `held` holds on the device; without noise one of them counts. x_t has `columns`.
+    x_t has `columns`.
     """
 
-    images: Tensor
+    source: Source
     t: Tensor
-    noise: Tensor | None
-    held: Tensor | None
     weights: Tensor | None
     mask: Tensor | None
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
-    number: int
-    offset: int
-    first_row: int
-    patch_size: int
     columns: int
     time_scale: float
-
-    @property
-    def seed(self) -> int | Tensor | None:
-        """As `interpolate` takes it."""
-        if self.noise is not None:
-            return None
-        return self.number if self.held is None else self.held
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Lines of patches, and patches a line."""
-        return self.images.shape[2] // self.patch_size, self.images.shape[3] // self.patch_size
 
     def scale(self) -> Tensor:
         """One over the number of tokens that count; a scalar in float32."""
         if self.mask is not None:
             return self.mask.sum().clamp(min=1).float().reciprocal()
-        lines, across = self.grid
-        return torch.full((), 1 / max(1, len(self.images) * lines * across), device=self.images.device)
+        batch, tokens, _ = self.source.rows
+        return torch.full((), 1 / max(1, batch * tokens), device=self.source.images.device)
 
     def chunks(self, most: int) -> Iterator[tuple[slice, slice, _Batch]]:
         """Images and tokens of each chunk of about `most` tokens, and the chunk; one empty chunk of an empty batch."""
-        lines, across = self.grid
+        (lines, across), count = self.source.grid, len(self.source.images)
         at_once = max(1, most // max(1, lines * across))
         height = max(1, lines if lines * across <= most else most // max(1, across))
-        for start in range(0, max(1, len(self.images)), at_once):
-            images = slice(start, min(start + at_once, len(self.images)))
+        for start in range(0, max(1, count), at_once):
+            images = slice(start, min(start + at_once, count))
             for top in range(0, max(1, lines), height):
-                yield self._chunk(images, top, min(top + height, lines))
+                yield self._chunk(images, slice(top, min(top + height, lines)))
 
-    def _chunk(self, images: slice, top: int, bottom: int) -> tuple[slice, slice, _Batch]:
-        lines, across = self.grid
-        tokens = slice(top * across, bottom * across)
+    def _chunk(self, images: slice, lines: slice) -> tuple[slice, slice, _Batch]:
+        across = self.source.grid[1]
+        tokens = slice(lines.start * across, lines.stop * across)
         at = (images, tokens)
         part = self._replace(
-            images=self.images[images, :, top * self.patch_size : bottom * self.patch_size],
+            source=self.source.part(images, lines),
             t=self.t[at] if self.t.ndim == 2 else self.t[images],
-            noise=None if self.noise is None else self.noise[at],
-            # whole images or a part of one: its rows follow each other
-            first_row=self.first_row + images.start * lines * across + tokens.start,
             weights=None if self.weights is None else self.weights[at],
             mask=None if self.mask is None else self.mask[at],
         )
@@ -170,18 +144,11 @@ class _Batch(NamedTuple):
 
 def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
     """The definition: interpolate, head, velocity loss."""
-    pixels: dict[str, Any] = {name: getattr(batch, name) for name in ("offset", "first_row", "mean", "std")}
-    x_t = interpolate(
-        batch.images, batch.t, batch.patch_size, batch.noise, batch.seed, **pixels,
-        columns=batch.columns, dtype=condition.dtype,
-    )  # fmt: skip
+    x_t = interpolate_from(batch.source, batch.t, batch.columns, condition.dtype)
     t = batch.time_scale * (batch.t if batch.t.ndim == 2 else batch.t[:, None])
     tokens = condition.shape[:2]
     velocity = head(x_t.flatten(0, 1), t.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
-    return velocity_loss(
-        velocity, batch.images, batch.patch_size, batch.noise, batch.seed, **pixels,
-        weights=batch.weights, mask=batch.mask, reduction=reduction,
-    )  # fmt: skip
+    return velocity_loss_from(batch.source, velocity, None, batch.weights, batch.mask, reduction)
 
 
 # --- chunk by chunk ---
@@ -201,7 +168,14 @@ def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chun
         device = condition.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return flow_matching_op(
-            condition, parameters, *batch, chunk_tokens, _remember(id(head)), condition.requires_grad, autocast
+            batch.source,
+            condition,
+            parameters,
+            *batch[1:],
+            chunk_tokens,
+            _remember(id(head)),
+            condition.requires_grad,
+            autocast,
         )
     step = _Step(head, call, parameters, batch, chunk_tokens)
     return _FlowMatching.apply(step, condition, *parameters)
@@ -358,15 +332,19 @@ def _remember(number: int) -> int:
     return number
 
 
-def _flow_matching(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _flow_matching(
+    source: Source, condition: Tensor, parameters: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     *fields, chunk_tokens, head_number, for_condition, autocast = rest
     head = _heads[head_number]
-    step = _Step(head, head, parameters, _Batch(*fields), chunk_tokens)
+    step = _Step(head, head, parameters, _Batch(source, *fields), chunk_tokens)
     with autograd_inside_op(), torch.autocast(condition.device.type, dtype=autocast, enabled=autocast is not None):
         return step.run(condition, for_condition)
 
 
-def _flow_matching_fake(condition: Tensor, parameters: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _flow_matching_fake(
+    source: Source, condition: Tensor, parameters: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     for_condition = rest[-2]
     loss, scale = (condition.new_empty((), dtype=torch.float32) for _ in range(2))
     gradients = [torch.empty_like(condition)] if for_condition else []
@@ -375,12 +353,12 @@ def _flow_matching_fake(condition: Tensor, parameters: list[Tensor], *rest: Any)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     _, scale, gradients = output
-    _keep(ctx, scale, gradients, inputs[-2], inputs[1])
-    ctx.others = len(inputs) - 2
+    _keep(ctx, scale, gradients, inputs[-2], inputs[2])
 
 
-def _backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *_scaled(ctx, incoming, in_place=False), *[None] * ctx.others
+def _backward(ctx: Any, incoming: Tensor, *_: Any) -> dict[str, Any]:
+    for_condition, for_parameters = _scaled(ctx, incoming, in_place=False)
+    return {"condition": for_condition, "parameters": for_parameters}
 
 
 flow_matching_op = register(
@@ -392,4 +370,5 @@ flow_matching_op = register(
     _flow_matching_fake,
     _setup,
     _backward,
+    group=Source,
 )

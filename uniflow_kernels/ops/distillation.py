@@ -269,13 +269,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
     ctx.tokens = student[0].shape[0] * (student[0].shape[1] - skip_tokens)
 
 
-def _backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     factors = incoming / max(1, ctx.tokens)
     gradients = [
         scaled(gradient, factor) if wanted else None
         for gradient, factor, wanted in zip(ctx.saved_tensors, factors.unbind(), ctx.wanted, strict=True)
     ]
-    return gradients, [None] * ctx.layers, None, None
+    return {"student": gradients, "teacher": [None] * ctx.layers}
 
 
 cosine_distances_op = register(

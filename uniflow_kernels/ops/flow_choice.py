@@ -7,6 +7,7 @@ kernels' work ("products"). What was measured stands in measured.json, which `py
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
+from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.torch_private import constant, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
@@ -67,7 +69,7 @@ class Call(NamedTuple):
 def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence[Affine], final: Affine | None) -> Call:
     """The facts of a call with these tensors, as `fused_flow_blocks` takes them."""
     compiling = torch.compiler.is_compiling()
-    rows, width = x.shape[:-1].numel(), x.shape[-1]
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]  # torch.Size.numel would fix the sizes of an exported program
     every = [tensor for affine in in_order(blocks, modulations, final) for tensor in affine]
     return Call(
         x.device,
@@ -75,7 +77,7 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
         width,
         blocks[0].down.weight.shape[1],
         None if compiling and x.numel() else rows,
-        is_training(x, y, *every),
+        wants_gradient((x, y, *every)),
         None if compiling else what_is_shared(conditions_of(x, y)[0], rows, len(modulations), len(blocks)),
         tensors=of_products(blocks, modulations, final),
         inputs=(x, y),
@@ -83,15 +85,11 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """Autocast's, where it is on, or x's; float64 is left alone, as autocast does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
+    """Autocast's, where it is on (on meta it never is), or x's; float64 is left alone, as autocast does."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def is_training(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass will follow: gradients are recorded, and that of one of the tensors is wanted."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def what_is_shared(conditions: int, rows: int, groups: int, blocks: int) -> str | None:

@@ -23,8 +23,9 @@ from uniflow_kernels.ops.flow_blocks import (
     flow_blocks,
     in_order,
 )
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, is_training, of_products
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, of_products
 from uniflow_kernels.ops.flow_passes import Pass
+from uniflow_kernels.ops.registration import register, wants_gradient
 from uniflow_kernels.packing import packed
 
 RECOMPUTE = ("none", "block")
@@ -114,10 +115,10 @@ def run_flow_blocks(
     weights = [tensor for affine in in_order(blocks, modulations, final_modulation) for tensor in affine]
     rows, conditions, repeat = _flatten(x, a)
     how = len(blocks), repeat, *form
-    if is_training(x, a, *weights):
+    if wants_gradient((x, a, *weights)):
         out = _FlowBlocks.apply(rows, conditions, (*how, _KEEP[recompute], path), *weights)
     else:
-        out, _ = torch.ops.uniflow_kernels.flow_blocks(rows, conditions, weights, *how, "nothing", path)
+        out, _ = flow_blocks_op(rows, conditions, weights, *how, "nothing", path)
     return out.view(x.shape)
 
 
@@ -186,7 +187,7 @@ class ModulatedBlocks:
             return flow_blocks(x, self.blocks, Given(modulations[:groups], last), self.form)
         x = flat_rows(x.to(self.dtype))
         weights = [tensor for block in self.blocks for affine in block for tensor in affine]
-        return torch.ops.uniflow_kernels.modulated_flow_blocks(x, modulations, weights, self.per_group, *self.form)
+        return modulated_flow_blocks_op(x, modulations, weights, self.per_group, *self.form)
 
 
 def _cast(
@@ -298,37 +299,38 @@ def _flow_blocks_backward_fake(
 
 
 _FORM = "str norm, float eps, str mlp, str modulation_order"
-_library = torch.library.Library("uniflow_kernels", "FRAGMENT")
-_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define(
-    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}, str keep, str path='auto') "
-    "-> (Tensor, Tensor[])",
-    tags=_tags,
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+flow_blocks_op = register(
+    f"flow_blocks(Tensor x, Tensor a, Tensor?[] weights, int depth, SymInt repeat, {_FORM}, str keep, "
+    "str path='auto') -> (Tensor, Tensor[])",
+    _flow_blocks,
+    _flow_blocks_fake,
+    tags=_TAGS,
 )
-_library.define(
-    f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}) -> Tensor",
-    tags=_tags,
-)
-_library.define(
+flow_blocks_backward_op = register(
     "flow_blocks_backward(Tensor dout, Tensor x, Tensor a, Tensor?[] weights, Tensor[] kept, int depth, SymInt repeat, "
     f"{_FORM}, str keep, bool weight_gradients, str path='auto') -> (Tensor, Tensor, Tensor[])",
-    tags=_tags,
+    _flow_blocks_backward,
+    _flow_blocks_backward_fake,
+    tags=_TAGS,
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("flow_blocks", _flow_blocks, _device)
-    _library.impl("modulated_flow_blocks", _modulated_flow_blocks, _device)
-    _library.impl("flow_blocks_backward", _flow_blocks_backward, _device)
-torch.library.register_fake("uniflow_kernels::flow_blocks", _flow_blocks_fake, lib=_library)
-torch.library.register_fake("uniflow_kernels::modulated_flow_blocks", lambda x, *_: x.new_empty(x.shape), lib=_library)
-torch.library.register_fake("uniflow_kernels::flow_blocks_backward", _flow_blocks_backward_fake, lib=_library)
+modulated_flow_blocks_op = register(
+    f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}) -> Tensor",
+    _modulated_flow_blocks,
+    lambda x, *_: x.new_empty(x.shape),
+    tags=_TAGS,
+)
 
 
 class _FlowBlocks(torch.autograd.Function):
-    """x [R, W] and a [C, W] to [R, W], through the whole stack of blocks at once."""
+    """x [R, W] and a [C, W] to [R, W], through the whole stack of blocks at once.
+
+    Not `register`'s gradient: torch looks for tensors in no list in which one is missing, as weights may be.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, how: tuple[Any, ...], *weights: Tensor | None) -> Tensor:
-        out, kept = torch.ops.uniflow_kernels.flow_blocks(x, a, weights, *how)
+        out, kept = flow_blocks_op(x, a, weights, *how)
         ctx.save_for_backward(x, a, *weights, *kept)
         ctx.how, ctx.count = how, len(weights)
         return out
@@ -340,6 +342,6 @@ class _FlowBlocks(torch.autograd.Function):
         weights, kept = rest[: ctx.count], rest[ctx.count :]
         wanted = any(ctx.needs_input_grad[3:])
         *how, path = ctx.how
-        dx, da, found = torch.ops.uniflow_kernels.flow_blocks_backward(dout, x, a, weights, kept, *how, wanted, path)
+        dx, da, found = flow_blocks_backward_op(dout, x, a, weights, kept, *how, wanted, path)
         gradients = iter(found)
         return dx, da, None, *(next(gradients) if wanted and w is not None else None for w in weights)

@@ -182,7 +182,7 @@ class Pass:
 
     def _forward_by_rows(self) -> tuple[Tensor, Kept]:
         """Five launches a block; four where the modulations are given."""
-        from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels.activation import activation
 
         kept = Kept([], [], [], [], [])
         x, residual = self.x, None
@@ -199,7 +199,7 @@ class Pass:
             self._row_kernel(x=x, residual=residual, norm=block.norm, modulation=(shift, scale), total=total, h=h)
             x = total
             p = F.linear(h, *block.up)
-            q = F.linear(kernels.activation(p, self.hidden), *block.down)
+            q = F.linear(activation(p, self.hidden), *block.down)
             residual = gate, q
             if i and self.keep != "nothing":
                 kept.sums.append(x)
@@ -229,9 +229,9 @@ class Pass:
 
     def _row_kernel(self, **what: Any) -> None:
         """`norm_modulate` of this pass's rows, with its kind of norm."""
-        from uniflow_kernels.triton_kernels import flow_head as kernels
+        from uniflow_kernels.triton_kernels.flow_head import norm_modulate
 
-        kernels.norm_modulate(**what, which=self._which(), rms=self._is_rms, eps=self.form.eps)
+        norm_modulate(**what, which=self._which(), rms=self._is_rms, eps=self.form.eps)
 
     def _modulated(
         self,
@@ -264,8 +264,8 @@ class Pass:
 
     def _activations(self, i: int, x: Tensor, kept: Kept, path: str) -> _Activations:
         """Those of block i, whose input is x, kept or computed again."""
-        from uniflow_kernels.triton_kernels import flow_head as kernels
         from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels.activation import activation
 
         block, group = self.blocks[i], i // self.per_group
         if self.keep == "all":
@@ -283,7 +283,7 @@ class Pass:
         h = shift if self.conditions == self.rows else self.empty(self.rows, self.width)
         self._row_kernel(x=x, residual=None, norm=block.norm, modulation=(shift, scale), total=None, h=h)
         p = F.linear(h, *block.up)
-        return _Activations(h, scale, gate, p, F.linear(kernels.activation(p, self.hidden), *block.down))
+        return _Activations(h, scale, gate, p, F.linear(activation(p, self.hidden), *block.down))
 
     def backward(
         self, dout: Tensor, kept: Kept, weight_gradients: bool, path: str
@@ -296,12 +296,13 @@ class Pass:
             weight_gradients: whether those of the weights are wanted.
             path: as in `forward`.
         """
-        from uniflow_kernels.triton_kernels import flow_head as kernels
         from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels.activation import activation_backward
+        from uniflow_kernels.triton_kernels.flow_head import norm_modulate_backward
 
         path = self.path(path)
         which, final = self._which(), self.layers.final
-        through_norm = partial(kernels.norm_modulate_backward, which=which, rms=self._is_rms, eps=self.form.eps)
+        through_norm = partial(norm_modulate_backward, which=which, rms=self._is_rms, eps=self.form.eps)
         inputs = [self.x, *kept.sums]
         gradients = _Gradients(self, which, weight_gradients)
 
@@ -334,7 +335,7 @@ class Pass:
             if path == "products":
                 dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
             else:
-                dp, u, dup = kernels.activation_backward(dq @ block.down.weight, now.p)
+                dp, u, dup = activation_backward(dq @ block.down.weight, now.p)
             gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
             gradients.affine(block.up, dp, now.h, dup)
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight

@@ -74,8 +74,9 @@ def seeded_noise(
     """
     number, held = seed_of(seed, offset, torch.device(device), first_row, groups=True)
     seeds = torch.full((1,), number, device=device) if held is None else held
-    if rows % max(1, len(seeds)) or (rows and not len(seeds)):
-        raise ValueError(f"rows: expected as many for each of {len(seeds)} seeds, got {rows}")
+    groups = seeds.shape[0]
+    if rows % groups if groups else rows:
+        raise ValueError(f"rows: expected as many for each of {groups} seeds, got {rows}")
     return seeded_noise_op(seeds, rows, columns, offset, first_row)
 
 

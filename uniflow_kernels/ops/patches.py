@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def patch_grid(tokens: int, patch_size: int, size: tuple[int, int] | None = None
         ValueError: if `size` is no multiple of the patch, or `tokens` does not fit it, or is no square without it.
     """
     if size is None:
-        side = math.isqrt(tokens)
+        side = round(tokens**0.5)  # math.isqrt cannot be compiled for any number
         if side * side != tokens:
             raise ValueError(f"size: {tokens} tokens form no square grid; give size=(height, width) in pixels")
         return side, side
@@ -170,8 +169,8 @@ def _patchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.grid = images.shape[2] // ctx.patch_size, images.shape[3] // ctx.patch_size
 
 
-def _patchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
-    return unpatchify_op(incoming, ctx.patch_size, *ctx.grid), None
+def _patchify_backward(ctx: Any, incoming: Tensor) -> dict[str, Any]:
+    return {"images": unpatchify_op(incoming, ctx.patch_size, *ctx.grid)}
 
 
 patchify_op = register(
@@ -204,8 +203,8 @@ def _unpatchify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
     _, ctx.patch_size, *_ = inputs
 
 
-def _unpatchify_backward(ctx: Any, incoming: Tensor) -> tuple[Any, ...]:
-    return patchify_op(incoming, ctx.patch_size), None, None, None
+def _unpatchify_backward(ctx: Any, incoming: Tensor) -> dict[str, Any]:
+    return {"rows": patchify_op(incoming, ctx.patch_size)}
 
 
 unpatchify_op = register(

@@ -26,6 +26,7 @@ def register(
     backward: Callable[..., Any] | None = None,
     linear: bool = False,
     tags: Sequence[torch.Tag] = (),
+    group: Any = None,
 ) -> Callable[..., Any]:
     """Register an op, and give the function that calls it.
 
@@ -39,40 +40,96 @@ def register(
         fake: the same without the work, for shapes and dtypes.
         setup: called with ctx, the arguments and the outputs; saves what `backward` needs, and which inputs want a
             gradient (`ctx.needs_input_grad` counts differently around the dispatcher).
-        backward: called with ctx and the gradient of each output, that of all but the first None; gives a gradient, or
-            None, for each argument, a list of them for a list. Without it and `setup` the op has no gradient.
+        backward: called with ctx and the gradient of each output, that of all but the first None; gives the gradients
+            by the names of the arguments, a list for a list of tensors, whose every tensor needs one or None. Without
+            it and `setup` the op has no gradient.
         linear: whether what `backward` does can be differentiated again; autograd raises an error for all other ops.
         tags: what torch is to know of the op.
+        group: a NamedTuple class. All functions here, and callers, take the arguments that have the names of its fields
+            as one, before the others; a field of which the schema knows nothing keeps its default.
 
     Returns:
         A function of the op's arguments, all by position, that gives the first output; without a gradient all outputs.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=tuple(tags))
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"uniflow_kernels::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.uniflow_kernels, name).default
+    form = _Arguments(argument_types(op), group)
+    _LIBRARY.impl(name, form.taking(implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"uniflow_kernels::{name}", form.taking(fake), lib=_LIBRARY)
     if setup is not None and backward is not None:
-        return _with_gradient(op, implementation, setup, backward, linear)
-    tensors_in = _tensors_of(op)
+        return _with_gradient(op, form, implementation, setup, backward, linear)
 
     def call(*arguments: Any) -> Any:
-        tensors = tensors_in(arguments)
-        return (op if is_watched(*tensors) or wants_gradient(tensors) else implementation)(*arguments)
+        tensors = form.tensors(arguments)
+        if is_watched(*tensors) or wants_gradient(tensors):
+            return op(*form.flat(arguments))
+        return implementation(*arguments)
 
     return call
 
 
+class _Arguments:
+    """The arguments of an op as its schema has them, "flat", and as its functions take them: with the group as one."""
+
+    def __init__(self, kinds: dict[str, str], group: Any) -> None:
+        self.group, self.names = group, tuple(kinds)
+        self.fields: tuple[str, ...] = () if group is None else group._fields
+        self.others = [name for name in kinds if name not in self.fields]
+        known = [name for name in self.fields if name in kinds and "Tensor" in kinds[name]]
+        alone = [name for name in self.others if "Tensor" in kinds[name]]
+        self._in_group = [self.fields.index(name) for name in known]
+        self._alone = [self.others.index(name) + (group is not None) for name in alone]
+        self.with_tensors = known + alone  # the names, in the order of `tensors`
+
+    def tensors(self, arguments: Sequence[Any]) -> list[Any]:
+        """Whatever stands in the places of tensors and of lists of them."""
+        found = [arguments[0][place] for place in self._in_group]
+        for place in self._alone:
+            given = arguments[place]
+            if isinstance(given, (list, tuple)):
+                found.extend(given)
+            else:
+                found.append(given)
+        return found
+
+    def flat(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        if self.group is None:
+            return arguments
+        by_name = dict(zip((*self.fields, *self.others), (*arguments[0], *arguments[1:]), strict=True))
+        return [by_name[name] for name in self.names]
+
+    def grouped(self, flat: Sequence[Any]) -> Sequence[Any]:
+        if self.group is None:
+            return flat
+        by_name = dict(zip(self.names, flat, strict=False))  # torch leaves out what is a default of the schema
+        group = self.group(**{name: by_name[name] for name in self.fields if name in by_name})
+        return group, *[by_name[name] for name in self.others if name in by_name]
+
+    def taking(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the flat arguments."""
+        return function if self.group is None else lambda *flat: function(*self.grouped(flat))
+
+
 def _with_gradient(
-    op: Any, implementation: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any], linear: bool
+    op: Any,
+    form: _Arguments,
+    implementation: Callable[..., Any],
+    setup: Callable[..., None],
+    backward: Callable[..., Any],
+    linear: bool,
 ) -> Callable[..., Any]:
-    others, tensors_in = number_of_outputs(op) - 1, _tensors_of(op)
+    others = number_of_outputs(op) - 1
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # outputs that are not the result have no gradient: not one of zeros either
-        setup(ctx, inputs, output)
+        setup(ctx, form.grouped(inputs), output)
 
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+    def flat_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *incoming)
+        return tuple(found.get(name) for name in form.names)
+
+    torch.library.register_autograd(op, flat_backward, setup_context=setup_context, lib=_LIBRARY)
 
     class Direct(torch.autograd.Function):
         """The op without the dispatcher; autograd looks into no list, so the tensors are given to it one by one."""
@@ -88,12 +145,17 @@ def _with_gradient(
             if torch.is_grad_enabled() and not linear:
                 name = op.name().rpartition(":")[2]
                 raise RuntimeError(f"{name}: it has no second derivative, which create_graph=True asks for")
-            return None, *tensors_in(backward(ctx, incoming, *[None] * others))
+            found = backward(ctx, incoming, *[None] * others)
+            gradients: list[Any] = [None]  # of the arguments as a whole
+            for name in form.with_tensors:
+                of_one = found.get(name)
+                gradients.extend(of_one if isinstance(of_one, list) else (of_one,))
+            return tuple(gradients)
 
     def call(*arguments: Any) -> Any:
-        tensors = tensors_in(arguments)
+        tensors = form.tensors(arguments)
         if is_watched(*tensors):
-            outputs = op(*arguments)
+            outputs = op(*form.flat(arguments))
         elif wants_gradient(tensors):
             return Direct.apply(arguments, *tensors)
         else:
@@ -101,20 +163,6 @@ def _with_gradient(
         return outputs[0] if others else outputs
 
     return call
-
-
-def _tensors_of(op: Any) -> Callable[[Sequence[Any]], list[Any]]:
-    """A function of an op's arguments: whatever stands in the places of tensors and of lists of them."""
-    places = [place for place, kind in enumerate(argument_types(op)) if "Tensor" in kind]
-
-    def tensors_in(arguments: Sequence[Any]) -> list[Any]:
-        found: list[Any] = []
-        for place in places:
-            given = arguments[place]
-            found.extend(given if isinstance(given, (list, tuple)) else (given,))
-        return found
-
-    return tensors_in
 
 
 def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:

@@ -18,8 +18,9 @@ from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
-from uniflow_kernels.ops.registration import is_watched, kernels_for, register
+from uniflow_kernels.ops.registration import is_watched, kernels_for, register, wants_gradient
 from uniflow_kernels.ops.scaling import scaled
+from uniflow_kernels.source import Source
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -71,18 +72,21 @@ def interpolate(
 
     Source: rectified flow (Liu et al. 2022) in the release's direction of time.
     """
-    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
-    number, held = seed_of(seed, offset, images.device, first_row)
+    source = source_of(images, patch_size, noise, seed, offset, first_row, mean, std, repeats)
+    return interpolate_from(source, t, columns, dtype)
+
+
+def interpolate_from(source: Source, t: Tensor, columns: int | None, dtype: torch.dtype | None) -> Tensor:
+    """`interpolate` of a source."""
+    rows, images = source.rows, source.images
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     if dtype is None:
-        dtype = images.dtype if images.is_floating_point() else torch.float32 if noise is None else noise.dtype
+        x0 = source.noise
+        dtype = images.dtype if images.is_floating_point() else torch.float32 if x0 is None else x0.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
-    columns = _check_columns(columns, rows)
-    return interpolate_op(
-        images, t, noise, held, mean, std, number, offset, first_row, patch_size, repeats, columns, dtype
-    )
+    return interpolate_op(source, t, _check_columns(columns, rows), dtype)
 
 
 def velocity_loss(
@@ -125,8 +129,20 @@ def velocity_loss(
 
     Source: the flow matching objective of the UniFlow paper; weights, masks and repeats as in MAR's diffusion loss.
     """
-    rows = check_rows(images, patch_size, noise, seed, mean, std, repeats)
-    number, held = seed_of(seed, offset, images.device, first_row)
+    source = source_of(images, patch_size, noise, seed, offset, first_row, mean, std, repeats)
+    return velocity_loss_from(source, velocity, columns, weights, mask, reduction)
+
+
+def velocity_loss_from(
+    source: Source,
+    velocity: Tensor,
+    columns: int | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """`velocity_loss` of a source."""
+    rows = source.rows
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
         raise ValueError(
@@ -136,37 +152,40 @@ def velocity_loss(
         raise TypeError(f"velocity: expected a floating point dtype, got {velocity.dtype}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    for name, value in (("weights", weights), ("mask", mask)):
-        if value is not None and value.shape != rows[:2]:
-            raise ValueError(f"{name}: expected shape {rows[:2]}, one value a token, got {tuple(value.shape)}")
+    check_weights(weights, mask, rows[:2])
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
     if weights is not None and weights.requires_grad:
         raise ValueError(
             'weights: expected constants; to learn them, multiply the losses of reduction="none" with them'
         )
-    wanted = (velocity, images) if noise is None else (velocity, images, noise)
-    with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    return velocity_loss_op(
-        velocity, images, noise, held, weights, mask, mean, std,
-        number, offset, first_row, patch_size, repeats, reduction, with_gradient,
-    )  # fmt: skip
+    with_gradient = wants_gradient((velocity, source.images, source.noise))
+    return velocity_loss_op(source, velocity, weights, mask, reduction, with_gradient)
 
 
-def check_rows(
+def check_weights(weights: Tensor | None, mask: Tensor | None, tokens: tuple[int, int]) -> None:
+    """Raise a ValueError for a tensor that has not one value a token."""
+    for name, value in (("weights", weights), ("mask", mask)):
+        if value is not None and value.shape != tokens:
+            raise ValueError(f"{name}: expected shape {tokens}, one value a token, got {tuple(value.shape)}")
+
+
+def source_of(
     images: Tensor,
     patch_size: int,
     noise: Tensor | None,
     seed: int | Tensor | torch.Generator | None,
+    offset: int,
+    first_row: int,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     repeats: int,
-) -> tuple[int, int, int]:
-    """Check what both functions take; the shape [k*B, N, C*P*P] that rows have."""
+) -> Source:
+    """Check what the ops take of a source, and draw its seed if a generator is given."""
     if images.ndim != 4:
         raise ValueError(f"images: expected 4 dimensions [B, C, H, W], got shape {tuple(images.shape)}")
-    batch, channels, height, width = images.shape
     check_patch_size(patch_size)
+    height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
@@ -175,20 +194,17 @@ def check_rows(
         raise TypeError(f"images: expected a floating point dtype or torch.uint8, got {images.dtype}")
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
-    rows = (
-        repeats * batch,
-        (height // patch_size) * (width // patch_size),
-        channels * patch_size * patch_size,
-    )
     if (noise is None) == (seed is None):
         raise ValueError("noise, seed: expected exactly one of them")
+    check_normalization(mean, std, images.shape[1])
+    number, held = seed_of(seed, offset, images.device, first_row)
+    source = Source(images, noise, held, mean, std, number, offset, first_row, patch_size, repeats)
     if noise is not None:
-        if noise.shape != rows:
-            raise ValueError(f"noise: expected shape {rows}, one row a patch, got {tuple(noise.shape)}")
+        if noise.shape != source.rows:
+            raise ValueError(f"noise: expected shape {source.rows}, one row a patch, got {tuple(noise.shape)}")
         if not noise.is_floating_point():
             raise TypeError(f"noise: expected a floating point dtype, got {noise.dtype}")
-    check_normalization(mean, std, channels)
-    return rows
+    return source
 
 
 def check_normalization(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
@@ -211,8 +227,9 @@ def _check_columns(columns: int | None, rows: tuple[int, int, int]) -> int:
 # --- in plain PyTorch ---
 
 
-def pixel_scale_and_shift(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor | None:
-    """[C, 2] in float32, on the device of `images`: a pixel p becomes scale*p + shift. None where nothing is to do."""
+def pixel_scale_and_shift(source: Source) -> Tensor | None:
+    """[C, 2] in float32, on the images' device: a pixel p becomes scale*p + shift. None where nothing is to do."""
+    images, mean, std = source.images, source.mean, source.std
     if mean is None and images.dtype != torch.uint8:
         return None
     channels = images.shape[1]
@@ -237,27 +254,22 @@ def _per_channel(pairs: tuple[tuple[float, float], ...], device: torch.device, d
         return torch.tensor(pairs, dtype=dtype, device=device).reshape(-1, 2)
 
 
-def plain_interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int,
-    first_row: int, patch_size: int, repeats: int, x_t: Tensor,
-) -> None:  # fmt: skip
+def plain_interpolate(source: Source, t: Tensor, x_t: Tensor) -> None:
     """`interpolate` in plain PyTorch: write x_t, a piece at a time."""
     times = (t if t.ndim == 2 else t[:, None]).float().expand(x_t.shape[:2])
-    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats, x_t):
+    for place, x1, x0 in _pieces(source, x_t):
         torch.lerp(x0, x1, part(times, place)[..., None], out=x1)
         _store(x1, part(x_t, place))
 
 
 def plain_velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float, mean: Any, std: Any,
-    seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int, gradient: Tensor | None,
-    losses: Tensor,
-) -> None:  # fmt: skip
+    source: Source, velocity: Tensor, coefficients: Tensor | float, gradient: Tensor | None, losses: Tensor
+) -> None:
     """Write each token's coefficient * sum of squared errors, and the gradient of their sum unless it is None.
 
     A coefficient of 0 leaves a token out.
     """
-    for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats, gradient):
+    for place, x1, x0 in _pieces(source, gradient):
         # the error stands where x1 stood
         error = torch.sub(x0, x1, out=x1).add_(head(part(velocity, place), x1.shape[-1]))
         here = coefficients
@@ -270,33 +282,30 @@ def plain_velocity_loss(
     losses.square_().mul_(coefficients)
 
 
-def _pieces(
-    images: Tensor, noise: Tensor | None, mean: Any, std: Any, seed: int | Tensor, offset: int, first_row: int,
-    patch_size: int, repeats: int, into: Tensor | None = None,
-) -> Iterator[tuple[Place, Tensor, Tensor]]:  # fmt: skip
+def _pieces(source: Source, into: Tensor | None = None) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """Which rows and tokens a piece holds, and its patches x1 and noise x0 [rows, tokens, C*P*P] in float32.
 
     x1 may be overwritten: it lies in `into` [k*B, N, columns] where that is in float32, else in memory that every piece
     uses again.
     """
-    batch, channels, height, width = images.shape
-    across, down = width // patch_size, height // patch_size
-    length = channels * patch_size * patch_size
+    images, noise, patch_size, length = source.images, source.noise, source.patch_size, source.length
+    batch, channels = images.shape[:2]
+    down, across = source.grid
     in_line = max(1, across * length)
     limit = chunk(images.device)
     at_once = max(1, min(batch, limit // max(1, down * in_line)))
     lines = max(1, min(down, limit // in_line))
     if into is None or into.dtype != torch.float32:
         scratch, into = torch.empty(at_once, lines * across, length, device=images.device), None
-    affine = pixel_scale_and_shift(images, mean, std)
+    affine = pixel_scale_and_shift(source)
     for start, top in itertools.product(range(0, batch, at_once), range(0, down, lines)):
         stop, bottom = min(batch, start + at_once), min(down, top + lines)
         pixels, tokens = images, (bottom - top) * across
         if (stop - start, bottom - top) != (batch, down):
             pixels = images[start:stop, :, top * patch_size : bottom * patch_size]
-        for repeat in range(repeats):
+        for repeat in range(source.repeats):
             rows, band = slice(repeat * batch + start, repeat * batch + stop), slice(top * across, bottom * across)
-            place = None if pixels is images and repeats == 1 else (rows, band)
+            place = None if pixels is images and source.repeats == 1 else (rows, band)
             x1 = scratch[: stop - start, :tokens] if into is None else head(part(into, place), length)
             patches_into(x1, pixels, patch_size)
             if affine is not None:
@@ -305,9 +314,9 @@ def _pieces(
                 x0 = part(noise, place).float()
             else:
                 # whole images follow each other, a band is one image's: the rows are consecutive either way
-                first = first_row + rows.start * down * across + band.start
+                first = source.first_row + rows.start * down * across + band.start
                 count = (stop - start) * tokens
-                x0 = plain_seeded_noise(count, length, seed, offset, images.device, first).view(x1.shape)
+                x0 = plain_seeded_noise(count, length, source.seed, source.offset, images.device, first).view(x1.shape)
             yield place, x1, x0
 
 
@@ -322,74 +331,62 @@ def _store(values: Tensor, rows: Tensor) -> None:
 
 # --- registered ops ---
 
-# `held` is the tensor that holds the seed, or None: then `number` is the seed
 
-
-def _kernels(op: str, images: Tensor, patch_size: int, columns: int, *rows: Tensor | None) -> Any:
+def _kernels(op: str, source: Source, columns: int, *rows: Tensor) -> Any:
     """The module whose kernels serve such an input, or None for plain PyTorch."""
+    images = source.images
 
     def why_not() -> tuple[str | None, str | None]:
         # of images in uint8 only the device counts
         pixels = images.new_empty(0, dtype=torch.float32) if images.dtype == torch.uint8 else images
-        apart = any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in rows)
+        read = (*rows, source.noise)
+        apart = any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in read)
         layout = "the elements of a row are not neighbours in memory" if apart else None
-        triton = triton_kernels.why_not(pixels, *rows) or layout
-        cuda = cuda_kernels.why_not(pixels, *rows) or layout
-        return triton, cuda or cuda_kernels.why_not_patch(images.shape[1], patch_size, columns)
+        triton = triton_kernels.why_not(pixels, *read) or layout
+        cuda = cuda_kernels.why_not(pixels, *read) or layout
+        return triton, cuda or cuda_kernels.why_not_patch(images.shape[1], source.patch_size, columns)
 
     return kernels_for(op, "velocity", images.device, why_not)
 
 
-def _interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
-    offset: int, first_row: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    x_t = _interpolate_fake(
-        images, t, noise, held, mean, std, number, offset, first_row, patch_size, repeats, columns, dtype
-    )
-    seed = number if held is None else held
-    kernels = _kernels("interpolate", images, patch_size, columns, x_t, noise)
+def _interpolate(source: Source, t: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    x_t = _interpolate_fake(source, t, columns, dtype)
+    kernels = _kernels("interpolate", source, columns, x_t)
     if kernels is None:
-        plain_interpolate(images, t, noise, mean, std, seed, offset, first_row, patch_size, repeats, x_t)
+        plain_interpolate(source, t, x_t)
     else:
-        affine = pixel_scale_and_shift(images, mean, std)
-        kernels.interpolate(images, t, noise, affine, seed, offset, first_row, patch_size, repeats, columns, x_t)
+        kernels.interpolate(source, pixel_scale_and_shift(source), t, x_t)
     return x_t
 
 
-def _interpolate_fake(
-    images: Tensor, t: Tensor, noise: Tensor | None, held: Tensor | None, mean: Any, std: Any, number: int,
-    offset: int, first_row: int, patch_size: int, repeats: int, columns: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    tokens = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
-    return images.new_empty(repeats * images.shape[0], tokens, columns, dtype=dtype)
+def _interpolate_fake(source: Source, t: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return source.images.new_empty(*source.rows[:2], columns, dtype=dtype)
 
 
 def _interpolate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, t, noise, held, *ctx.options = inputs
+    source, t, _, _ = inputs
     # only the gradient of t needs the noise once more
-    ctx.save_for_backward(images, t, noise, held if t.requires_grad else None)
-    ctx.wanted = [x is not None and x.requires_grad for x in (images, t, noise)]
+    ctx.save_for_backward(source.images, t, source.noise, source.held if t.requires_grad else None)
+    ctx.source = source.without_tensors()
+    ctx.wanted = [x is not None and x.requires_grad for x in (source.images, t, source.noise)]
 
 
-def _interpolate_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+def _interpolate_backward(ctx: Any, gradient: Tensor) -> dict[str, Any]:
     images, t, noise, held = ctx.saved_tensors
-    mean, std, number, offset, first_row, patch_size, repeats, *_ = ctx.options
-    length = images.shape[1] * patch_size * patch_size
-    gradient = gradient[..., :length].float()
+    source = ctx.source._replace(images=images, noise=noise, held=held)
+    gradient = gradient[..., : source.length].float()
     times = t.float().reshape(*t.shape, *(1,) * (3 - t.ndim))
-    for_images = for_t = for_noise = None
+    found = {}
     if ctx.wanted[0]:
-        for_images = _into_images(gradient * times, images, mean, std, patch_size, repeats)
+        found["images"] = _into_images(source, gradient * times)
     if ctx.wanted[1]:
         for_t = gradient.new_empty(gradient.shape[:2])
-        seed = number if held is None else held
-        for place, x1, x0 in _pieces(images, noise, mean, std, seed, offset, first_row, patch_size, repeats):
+        for place, x1, x0 in _pieces(source):
             torch.sum(x1.sub_(x0).mul_(part(gradient, place)), -1, out=part(for_t, place))
-        for_t = (for_t if t.ndim == 2 else for_t.sum(1)).to(t.dtype)
+        found["t"] = (for_t if t.ndim == 2 else for_t.sum(1)).to(t.dtype)
     if ctx.wanted[2]:
-        for_noise = (gradient * (1 - times)).to(noise.dtype)
-    return for_images, for_t, for_noise, None, *[None] * len(ctx.options)
+        found["noise"] = (gradient * (1 - times)).to(noise.dtype)
+    return found
 
 
 interpolate_op = register(
@@ -399,40 +396,31 @@ interpolate_op = register(
     _interpolate_fake,
     _interpolate_setup,
     _interpolate_backward,
+    group=Source,
 )
 
 
 def _velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
-    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, first_row: int, patch_size: int, repeats: int,
-    reduction: str, with_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    seed = number if held is None else held
-    coefficients = _coefficients(velocity, images, patch_size, weights, mask, reduction)
+    source: Source, velocity: Tensor, weights: Tensor | None, mask: Tensor | None, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    coefficients = _coefficients(source, weights, mask, reduction)
     losses = velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
     gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
     given = gradient if with_gradient else None
-    kernels = _kernels("velocity_loss", images, patch_size, velocity.shape[-1], velocity, noise)
+    kernels = _kernels("velocity_loss", source, velocity.shape[-1], velocity)
     if kernels is None:
-        plain_velocity_loss(
-            velocity, images, noise, coefficients, mean, std,
-            seed, offset, first_row, patch_size, repeats, given, losses,
-        )  # fmt: skip
+        plain_velocity_loss(source, velocity, coefficients, given, losses)
     else:
-        affine = pixel_scale_and_shift(images, mean, std)
-        kernels.velocity_loss(
-            velocity, images, noise, coefficients, affine, seed, offset, first_row, patch_size, repeats, given, losses
-        )
+        kernels.velocity_loss(source, pixel_scale_and_shift(source), velocity, coefficients, given, losses)
     return losses if reduction == "none" else losses.sum(), gradient
 
 
-def _coefficients(
-    velocity: Tensor, images: Tensor, patch_size: int, weights: Tensor | None, mask: Tensor | None, reduction: str
-) -> Tensor | float:
+def _coefficients(source: Source, weights: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor | float:
     """What each token's sum of squared errors is multiplied by: [k*B, N] in float32, or one number for all."""
-    each = 1 / max(1, images.shape[1] * patch_size * patch_size)
+    batch, tokens, length = source.rows
+    each = 1 / max(1, length)
     if weights is None and mask is None:
-        over = velocity.shape[0] * velocity.shape[1] if reduction == "mean" else 1
+        over = batch * tokens if reduction == "mean" else 1
         return each / max(1, over)
     if mask is None:
         assert weights is not None
@@ -444,33 +432,30 @@ def _coefficients(
 
 
 def _velocity_loss_fake(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, held: Tensor | None, weights: Tensor | None,
-    mask: Tensor | None, mean: Any, std: Any, number: int, offset: int, first_row: int, patch_size: int, repeats: int,
-    reduction: str, with_gradient: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    source: Source, velocity: Tensor, weights: Tensor | None, mask: Tensor | None, reduction: str, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
     losses = velocity.new_empty(velocity.shape[:2] if reduction == "none" else (), dtype=torch.float32)
     return losses, velocity.new_empty(velocity.shape if with_gradient else 0)
 
 
 def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, images, noise, _, _, _, mean, std, _, _, _, patch_size, repeats, *_ = inputs
+    source = inputs[0]
+    images, noise = source.images, source.noise
     # of the images only shape, dtype and device are needed, and those only for their gradient
     ctx.save_for_backward(output[1], images if images.requires_grad else None)
-    ctx.normalization, ctx.patch_size, ctx.repeats = (mean, std), patch_size, repeats
-    ctx.length = images.shape[1] * patch_size**2
+    ctx.source, ctx.length = source.without_tensors(), source.length
     ctx.noise_dtype = noise.dtype if noise is not None and noise.requires_grad else None
 
 
-def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> tuple[Any, ...]:
+def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     gradient, images = ctx.saved_tensors
     gradient = scaled(gradient, incoming)
-    for_images = for_noise = None
+    found = {"velocity": gradient}
     if images is not None:
-        rows, (mean, std) = head(gradient, ctx.length), ctx.normalization
-        for_images = -_into_images(rows, images, mean, std, ctx.patch_size, ctx.repeats)
+        found["images"] = -_into_images(ctx.source._replace(images=images), head(gradient, ctx.length))
     if ctx.noise_dtype is not None:
-        for_noise = head(gradient, ctx.length).to(ctx.noise_dtype)
-    return gradient, for_images, for_noise, *[None] * 12
+        found["noise"] = head(gradient, ctx.length).to(ctx.noise_dtype)
+    return found
 
 
 velocity_loss_op = register(
@@ -481,14 +466,16 @@ velocity_loss_op = register(
     _velocity_loss_fake,
     _velocity_loss_setup,
     _velocity_loss_backward,
+    group=Source,
 )
 
 
-def _into_images(rows: Tensor, images: Tensor, mean: Any, std: Any, patch_size: int, repeats: int) -> Tensor:
+def _into_images(source: Source, rows: Tensor) -> Tensor:
     """The gradient of the patches, [k*B, N, C*P*P], as that of the images."""
+    images, repeats = source.images, source.repeats
     summed = rows.unflatten(0, (repeats, images.shape[0])).sum(0, dtype=torch.float32) if repeats > 1 else rows
-    pixels = unpatchify(summed, patch_size, (images.shape[2], images.shape[3])).float()
-    affine = pixel_scale_and_shift(images, mean, std)
+    pixels = unpatchify(summed, source.patch_size, (images.shape[2], images.shape[3])).float()
+    affine = pixel_scale_and_shift(source)
     if affine is not None:
         pixels = pixels * affine[:, :1, None]
     return pixels.to(images.dtype)

@@ -73,7 +73,6 @@ def cosine_distances(
     distances: Tensor,
 ) -> None:
     """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none."""
-    batch, length, width = student[0].shape
     if not student[0].numel():
         return
     # layers of other strides cannot share a launch
@@ -86,28 +85,46 @@ def cosine_distances(
             *teacher[stop].stride()[:2],
         ):
             stop += 1
-        _launch(
-            tuple(student[start:stop]), tuple(teacher[start:stop]), tuple(gradients[start:stop]), distances[start:stop],
-            (batch, length, width, skip_tokens), strides,
-        )  # fmt: skip
+        some = slice(start, stop)
+        _launch(tuple(student[some]), tuple(teacher[some]), skip_tokens, tuple(gradients[some]), distances[some])
         start = stop
 
 
 def _launch(
-    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], gradients: tuple[Tensor, ...], distances: Tensor,
-    shape: tuple[int, int, int, int], strides: tuple[int, ...],
-) -> None:  # fmt: skip
-    batch, length, width, skip = shape
-    unit = unit_of(width, *strides)
+    student: tuple[Tensor, ...],
+    teacher: tuple[Tensor, ...],
+    skip_tokens: int,
+    gradients: tuple[Tensor, ...],
+    distances: Tensor,
+) -> None:
+    """Layers of the same strides."""
+    batch, length, width = student[0].shape
+    of_student, of_teacher = student[0].stride(), teacher[0].stride()
+    unit = unit_of(width, *of_student[:2], *of_teacher[:2])
     columns = triton.next_power_of_2(width)
     tokens = max(1, _ELEMENTS // columns)
     with torch.cuda.device_of(student[0]):
         cosine_kernel[(triton.cdiv(batch * length, tokens), len(student))](
-            student, teacher, gradients or student, distances, batch * length, length, width // unit, skip,
-            *(stride // unit for stride in strides),
-            LARGEST=torch.finfo(student[0].dtype).max, LAYERS=len(student), GRADIENT=bool(gradients), UNIT=unit,
-            TOKENS=tokens, COLUMNS=columns, num_warps=_WARPS,
-        )  # fmt: skip
+            students=student,
+            teachers=teacher,
+            gradients=gradients or student,
+            distances=distances,
+            tokens_in_all=batch * length,
+            length=length,
+            width=width // unit,
+            skip=skip_tokens,
+            student_batch=of_student[0] // unit,
+            student_token=of_student[1] // unit,
+            teacher_batch=of_teacher[0] // unit,
+            teacher_token=of_teacher[1] // unit,
+            LARGEST=torch.finfo(student[0].dtype).max,
+            LAYERS=len(student),
+            GRADIENT=bool(gradients),
+            UNIT=unit,
+            TOKENS=tokens,
+            COLUMNS=columns,
+            num_warps=_WARPS,
+        )
 
 
 @triton.jit
@@ -126,5 +143,5 @@ def scale(values: Tensor, factor: Tensor) -> None:
     if values.numel():
         with torch.cuda.device_of(values):
             scale_kernel[(triton.cdiv(values.numel(), block),)](
-                values, factor, values.numel(), BLOCK=block, num_warps=8
+                values=values, factor=factor, count=values.numel(), BLOCK=block, num_warps=8
             )

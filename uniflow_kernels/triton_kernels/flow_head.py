@@ -1,4 +1,4 @@
-"""Row kernels of the flow head: adaptive norm with the gated residual before it, the MLP's activation, and backward.
+"""Row kernels of the flow head: adaptive norm with the gated residual before it, and its backward pass.
 
 A row of x is held whole by one program. Row r takes its modulations from row (r // repeat) % conditions, so that one
 condition may serve rows that follow each other (repeat > 1), every so many rows (conditions < rows) or all of them.
@@ -218,70 +218,6 @@ def norm_modulate_backward_kernel(
         tl.store(out + 5 * W, dq_sum, within)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def activation_kernel(
-    p_p, u_p, p_s, u_s, rows, H: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """u = SiLU(p), or SiLU(p[:, :H]) * p[:, H:]."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
-    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
-    inside = (row < rows) & (col < H)
-    p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
-    u = p * tl.sigmoid(p)
-    if SWIGLU:
-        u *= tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
-    tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def activation_backward_kernel(
-    du_p,
-    p_p,
-    dp_p,
-    u_p,
-    partial_p,
-    du_s,
-    p_s,
-    dp_s,
-    u_s,
-    rows,
-    H: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    STEPS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """dp from du; u once more, for the weight gradient; dp's sums over the program's rows, [programs, H or 2H]."""
-    first = tl.program_id(0).to(tl.int64) * (BM * STEPS)
-    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
-    dp_sum = tl.zeros((BN,), tl.float32)
-    dup_sum = tl.zeros((BN,), tl.float32)
-    for step in range(STEPS):
-        row = first + step * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
-        inside = (row < rows) & (col < H)
-        du = tl.load(du_p + row * du_s + col, inside, 0.0).to(tl.float32)
-        p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
-        s = tl.sigmoid(p)
-        u = p * s
-        dp = du * (s + u * (1 - s))
-        if SWIGLU:
-            up = tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
-            dup = du * u
-            dp *= up
-            u *= up
-            tl.store(dp_p + row * dp_s + H + col, dup.to(dp_p.dtype.element_ty), inside)
-            dup_sum += tl.sum(dup, 0)
-        tl.store(dp_p + row * dp_s + col, dp.to(dp_p.dtype.element_ty), inside)
-        tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
-        dp_sum += tl.sum(dp, 0)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
-    width: tl.constexpr = 2 * H if SWIGLU else H
-    out = partial_p + tl.program_id(0).to(tl.int64) * width + column
-    tl.store(out, dp_sum, column < H)
-    if SWIGLU:
-        tl.store(out + H, dup_sum, column < H)
-
-
 @dataclass(frozen=True)
 class Rows:
     """Which row of the conditions each row of x takes: (row // repeat) % conditions."""
@@ -340,25 +276,25 @@ def norm_modulate(
     total = x if total is None else total
     weight, bias = norm
     norm_modulate_kernel[(triton.cdiv(which.rows, block_rows),)](
-        x,
-        gate,
-        q,
-        weight,
-        bias,
-        shift,
-        scale,
-        total,
-        h,
-        x.stride(0),
-        gate.stride(0),
-        q.stride(0),
-        shift.stride(0),
-        total.stride(0),
-        h.stride(0),
-        which.rows,
-        which.conditions,
-        which.repeat,
-        eps,
+        x_p=x,
+        gate_p=gate,
+        q_p=q,
+        weight_p=weight,
+        bias_p=bias,
+        shift_p=shift,
+        scale_p=scale,
+        sum_p=total,
+        h_p=h,
+        x_s=x.stride(0),
+        gate_s=gate.stride(0),
+        q_s=q.stride(0),
+        modulation_s=shift.stride(0),
+        sum_s=total.stride(0),
+        h_s=h.stride(0),
+        rows=which.rows,
+        conditions=which.conditions,
+        repeat=which.repeat,
+        eps=eps,
         W=width,
         RESIDUAL=residual is not None,
         WEIGHT=weight is not None,
@@ -417,36 +353,36 @@ def norm_modulate_backward(
     dshift, dscale = dmodulation or (dh, dh)
     weight, bias = norm
     norm_modulate_backward_kernel[(segments * per_segment,)](
-        dh,
-        dx if dsum is None else dsum,
-        x,
-        gate,
-        q,
-        weight,
-        bias,
-        x if scale is None else scale,
-        dx,
-        dx if dq is None else dq,
-        dx if dgate is None else dgate,
-        dshift,
-        dscale,
-        partial,
-        dh.stride(0),
-        dx.stride(0),
-        x.stride(0),
-        gate.stride(0),
-        q.stride(0),
-        width if scale is None else scale.stride(0),
-        dx.stride(0),
-        width,
-        width if dgate is None else dgate.stride(0),
-        dscale.stride(0),
-        which.rows,
-        which.conditions,
-        which.repeat,
-        segment,
-        per_program,
-        eps,
+        dh_p=dh,
+        dsum_p=dx if dsum is None else dsum,
+        x_p=x,
+        gate_p=gate,
+        q_p=q,
+        weight_p=weight,
+        bias_p=bias,
+        scale_p=x if scale is None else scale,
+        dx_p=dx,
+        dq_p=dx if dq is None else dq,
+        dgate_p=dx if dgate is None else dgate,
+        dshift_p=dshift,
+        dscale_p=dscale,
+        partial_p=partial,
+        dh_s=dh.stride(0),
+        dsum_s=dx.stride(0),
+        x_s=x.stride(0),
+        gate_s=gate.stride(0),
+        q_s=q.stride(0),
+        modulation_s=width if scale is None else scale.stride(0),
+        dx_s=dx.stride(0),
+        dq_s=width,
+        dgate_s=width if dgate is None else dgate.stride(0),
+        dmodulation_s=dscale.stride(0),
+        rows=which.rows,
+        conditions=which.conditions,
+        repeat=which.repeat,
+        segment=segment,
+        per_program=per_program,
+        eps=eps,
         W=width,
         RESIDUAL=residual is not None,
         WEIGHT=weight is not None,
@@ -463,57 +399,3 @@ def norm_modulate_backward(
     if which.per_row:
         return dx, dq, partial.sum(0, keepdim=True)
     return dx, dq, partial.unflatten(0, (-1, which.conditions, per_segment)).sum((0, 2))
-
-
-def _activation_tile(hidden: int) -> tuple[int, int]:
-    columns = min(256, triton.next_power_of_2(hidden))
-    return max(1, FORWARD_TILE // columns), columns
-
-
-def activation(p: Tensor, hidden: int) -> Tensor:
-    """SiLU of p [R, H], or SwiGLU of p [R, 2H] -> [R, H]."""
-    rows = p.shape[0]
-    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
-    block_rows, columns = _activation_tile(hidden)
-    activation_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(hidden, columns))](
-        p, u, p.stride(0), u.stride(0), rows, H=hidden, SWIGLU=p.shape[1] != hidden, BM=block_rows, BN=columns
-    )
-    return u
-
-
-def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of `activation`.
-
-    Args:
-        du: [R, H]; overwritten for SiLU.
-        p: [R, H or 2H].
-
-    Returns:
-        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32.
-    """
-    rows, hidden = du.shape
-    gated = p.shape[1] != hidden
-    dp = torch.empty_like(p) if gated else du
-    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
-    block_rows, columns = _activation_tile(hidden)
-    steps = 8
-    programs = triton.cdiv(rows, block_rows * steps)
-    partial = torch.empty(programs, p.shape[1], dtype=torch.float32, device=p.device)
-    activation_backward_kernel[(programs, triton.cdiv(hidden, columns))](
-        du,
-        p,
-        dp,
-        u,
-        partial,
-        du.stride(0),
-        p.stride(0),
-        dp.stride(0),
-        u.stride(0),
-        rows,
-        H=hidden,
-        SWIGLU=gated,
-        STEPS=steps,
-        BM=block_rows,
-        BN=columns,
-    )
-    return dp, u, partial.sum(0)

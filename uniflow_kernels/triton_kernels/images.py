@@ -52,9 +52,14 @@ def to_images_kernel(
 
 
 def to_images(
-    rows: Tensor, velocity: Tensor | None, dt: float, mean_and_std: Tensor | None, patch_size: int, clamp: bool,
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean_and_std: Tensor | None,
+    patch_size: int,
+    clamp: bool,
     images: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     """Write the images [B, C, H, W], contiguous."""
     if not images.numel():
         return
@@ -63,10 +68,27 @@ def to_images(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if velocity is not None and velocity.stride(-1) != 1:
         velocity = velocity.contiguous()
+    of_velocity = (0, 0) if velocity is None else velocity.stride()
     with torch.cuda.device_of(rows):
         to_images_kernel[(batch * down * channels, triton.cdiv(width, _BLOCK))](
-            rows, velocity, images, mean_and_std, dt, channels, down, width,
-            *rows.stride()[:2], *((0, 0) if velocity is None else velocity.stride()[:2]),
-            PATCH=patch_size, MOVES=velocity is not None, AFFINE=mean_and_std is not None, CLAMP=clamp,
-            BYTES=images.dtype == torch.uint8, NEAREST=_NEAREST, BLOCK=_BLOCK, num_warps=_WARPS,
-        )  # fmt: skip
+            rows=rows,
+            velocity=velocity,
+            images=images,
+            mean_and_std=mean_and_std,
+            dt=dt,
+            channels=channels,
+            down=down,
+            width=width,
+            rows_image=rows.stride(0),
+            rows_token=rows.stride(1),
+            velocity_image=of_velocity[0],
+            velocity_token=of_velocity[1],
+            PATCH=patch_size,
+            MOVES=velocity is not None,
+            AFFINE=mean_and_std is not None,
+            CLAMP=clamp,
+            BYTES=images.dtype == torch.uint8,
+            NEAREST=_NEAREST,
+            BLOCK=_BLOCK,
+            num_warps=_WARPS,
+        )

@@ -1,5 +1,7 @@
 """Philox 4x32-10 and Box-Muller as `uniflow_kernels.ops.noise` defines them."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -117,17 +119,35 @@ def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> N
         return
     rows, columns = noise.shape
     unit = unit_of(columns)
-    _, _, _, *offsets = words_of(seeds, offset)
+    words = words_of(seeds, offset)
     with torch.cuda.device_of(noise):
         seeded_noise_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _QUADS * 4))](
-            seeds, noise, rows, rows // len(seeds), first_row, columns // unit, *offsets,
-            UNIT=unit, ROWS=_ROWS, QUADS=_QUADS, num_warps=_WARPS,
-        )  # fmt: skip
+            seeds=seeds,
+            noise=noise,
+            rows=rows,
+            in_group=rows // len(seeds),
+            first=first_row,
+            columns=columns // unit,
+            offset0=words["offset0"],
+            offset1=words["offset1"],
+            UNIT=unit,
+            ROWS=_ROWS,
+            QUADS=_QUADS,
+            num_warps=_WARPS,
+        )
 
 
-def words_of(seed: int | Tensor, offset: int) -> tuple[Tensor | None, int, int, int, int]:
-    """The seed if it is a tensor; then seed and offset as signed 32-bit words, whose size makes no other kernel."""
-    number = 0 if isinstance(seed, Tensor) else seed
-    words = (number & 0xFFFFFFFF, number >> 32, offset & 0xFFFFFFFF, offset >> 32)
-    low, high, *offsets = (word - (word >> 31 << 32) for word in words)
-    return seed if isinstance(seed, Tensor) else None, low, high, offsets[0], offsets[1]
+def words_of(seed: int | Tensor, offset: int) -> dict[str, Any]:
+    """The kernels' arguments: `seed` if it is a tensor, and the signed 32-bit words of a number and of the offset.
+
+    The size of a word makes no other kernel.
+    """
+    held = seed if isinstance(seed, Tensor) else None
+    number = seed if held is None else 0
+    words = {
+        "key0": number & 0xFFFFFFFF,
+        "key1": number >> 32,
+        "offset0": offset & 0xFFFFFFFF,
+        "offset1": offset >> 32,
+    }
+    return {"seed": held, **{name: word - (word >> 31 << 32) for name, word in words.items()}}

@@ -78,7 +78,24 @@ def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
     unit = unit_of(length, *rows.stride()[:2])
     with torch.cuda.device_of(images):
         patches_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(length, _COLUMNS))](
-            images, rows, tokens, batch, height // patch_size, width // patch_size, length // unit,
-            *images.stride(), rows.stride(0) // unit, rows.stride(1) // unit, rows.stride(2),
-            PATCH=patch_size, CUT=cut, UNIT=unit, TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=_WARPS,
-        )  # fmt: skip
+            images=images,
+            rows=rows,
+            tokens_in_all=tokens,
+            batch=batch,
+            down=height // patch_size,
+            across=width // patch_size,
+            length=length // unit,
+            stride_image=images.stride(0),
+            stride_channel=images.stride(1),
+            stride_row=images.stride(2),
+            stride_column=images.stride(3),
+            rows_image=rows.stride(0) // unit,
+            rows_token=rows.stride(1) // unit,
+            rows_column=rows.stride(2),
+            PATCH=patch_size,
+            CUT=cut,
+            UNIT=unit,
+            TOKENS=_TOKENS,
+            COLUMNS=_COLUMNS,
+            num_warps=_WARPS,
+        )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uniflow_kernels.source import Source
 from uniflow_kernels.triton_kernels import unit_of
 from uniflow_kernels.triton_kernels.noise import key_of, normals, words_of
 from uniflow_kernels.triton_kernels.patches import first_pixels, pixels_of
@@ -117,54 +118,72 @@ def velocity_loss_kernel(
     tl.store(losses + tokens, factor * tl.sum(sums, 1), exists)
 
 
-def interpolate(
-    images: Tensor, t: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, seed: int | Tensor, offset: int,
-    first_row: int, patch_size: int, repeats: int, columns: int, x_t: Tensor,
-) -> None:  # fmt: skip
+def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: Tensor) -> None:
     """Write x_t [k*B, N, columns]."""
     if not x_t.numel():
         return
-    numbers, _, flags = _source(images, noise, scale_and_shift, patch_size, x_t)
-    with torch.cuda.device_of(images):
+    with torch.cuda.device_of(x_t):
         interpolate_kernel[(triton.cdiv(x_t.shape[0] * x_t.shape[1], _TOKENS),)](
-            images, scale_and_shift, t.float().contiguous(), noise, x_t, *words_of(seed, offset), first_row,
-            *numbers, T_PER_TOKEN=t.ndim == 2, **flags,
-        )  # fmt: skip
+            t=t.float().contiguous(),
+            x_t=x_t,
+            T_PER_TOKEN=t.ndim == 2,
+            **_arguments(source, scale_and_shift, x_t),
+        )
 
 
 def velocity_loss(
-    velocity: Tensor, images: Tensor, noise: Tensor | None, coefficients: Tensor | float,
-    scale_and_shift: Tensor | None, seed: int | Tensor, offset: int, first_row: int, patch_size: int, repeats: int,
-    gradient: Tensor | None, losses: Tensor,
-) -> None:  # fmt: skip
+    source: Source,
+    scale_and_shift: Tensor | None,
+    velocity: Tensor,
+    coefficients: Tensor | float,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
     """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
     if not velocity.numel():
         return
-    numbers, strides, flags = _source(images, noise, scale_and_shift, patch_size, velocity, *velocity.stride()[:2])
-    factors = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
-    with torch.cuda.device_of(images):
+    each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
+    with torch.cuda.device_of(velocity):
         velocity_loss_kernel[(triton.cdiv(losses.numel(), _TOKENS),)](
-            velocity, images, scale_and_shift, noise, *factors, gradient, losses,
-            *words_of(seed, offset), first_row, *numbers, *strides,
-            PER_TOKEN=factors[0] is not None, GRADIENT=gradient is not None, **flags,
-        )  # fmt: skip
+            velocity=velocity,
+            coefficients=each,
+            coefficient=every,
+            gradient=gradient,
+            losses=losses,
+            PER_TOKEN=each is not None,
+            GRADIENT=gradient is not None,
+            **_arguments(source, scale_and_shift, velocity, velocity=velocity),
+        )
 
 
-def _source(
-    images: Tensor, noise: Tensor | None, scale_and_shift: Tensor | None, patch_size: int, rows: Tensor,
-    *row_strides: int,
-) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]:  # fmt: skip
-    """The kernels' numbers, `row_strides` in units, and the constants."""
-    batch, channels, height, width = images.shape
-    length, columns = channels * patch_size**2, rows.shape[2]
-    noise_strides = (0, 0) if noise is None else noise.stride()[:2]
-    in_elements = (length, columns, *noise_strides, *row_strides)
-    unit = unit_of(*in_elements)
-    length, columns, *strides = (number // unit for number in in_elements)
-    shape = (batch, height // patch_size, width // patch_size, length, columns)
-    numbers = (rows.shape[0] * rows.shape[1], *shape, *images.stride(), *strides[:2])
-    flags = {
-        "PATCH": patch_size,
+def _arguments(source: Source, scale_and_shift: Tensor | None, rows: Tensor, **read: Tensor) -> dict[str, Any]:
+    """What both kernels are given by name: tensors and numbers of the source, row lengths and strides in units.
+
+    `rows` has the shape that is written or read; of `read` the strides are wanted too.
+    """
+    noise, (lines, across) = source.noise, source.grid
+    numbers = {"length": source.length, "columns": rows.shape[2]}
+    for name, tensor in {"noise": noise, **read}.items():
+        strides = (0, 0) if tensor is None else tensor.stride()
+        numbers |= {f"{name}_row": strides[0], f"{name}_token": strides[1]}
+    unit = unit_of(*numbers.values())
+    stride_image, stride_channel, stride_row, stride_column = source.images.stride()
+    return {
+        **{name: number // unit for name, number in numbers.items()},
+        **words_of(source.seed, source.offset),
+        "images": source.images,
+        "scale_and_shift": scale_and_shift,
+        "noise": noise,
+        "first_row": source.first_row,
+        "tokens_in_all": rows.shape[0] * rows.shape[1],
+        "batch": source.images.shape[0],
+        "down": lines,
+        "across": across,
+        "stride_image": stride_image,
+        "stride_channel": stride_channel,
+        "stride_row": stride_row,
+        "stride_column": stride_column,
+        "PATCH": source.patch_size,
         "NORMALIZED": scale_and_shift is not None,
         "SEEDED": noise is None,
         "UNIT": unit,
@@ -172,4 +191,3 @@ def _source(
         "QUADS": _QUADS,
         "num_warps": _WARPS,
     }
-    return numbers, tuple(strides[2:]), flags

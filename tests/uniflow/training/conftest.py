@@ -49,14 +49,14 @@ class Heard(Log):
         self.skips.append((step, names))
 
 
+def make_trainer(*stages: Stage, steps: int = 6, objective=None, crops=None, **options: object) -> Trainer:
+    """A Trainer of `stages` (or one stage of `steps`); other keywords are the recipe's or the Trainer's."""
+    stages = stages or (Stage(steps, learning_rate=3e-3, warmup_steps=2),)
+    own = {name: options.pop(name) for name in ("out", "logs", "validator", "settings") if name in options}
+    recipe = Recipe(stages, **{"batch_size": 4, "log_every": 1, **options})
+    return Trainer(objective or small_objective(), crops or small_crops(), recipe, **own)
+
+
 @pytest.fixture
 def make() -> Callable[..., Trainer]:
-    """A Trainer of `stages` (or one stage of `steps`); other keywords are the recipe's or the Trainer's."""
-
-    def make(*stages: Stage, steps: int = 6, objective=None, crops=None, **options: object) -> Trainer:
-        stages = stages or (Stage(steps, learning_rate=3e-3, warmup_steps=2),)
-        own = {name: options.pop(name) for name in ("out", "logs", "validator", "settings") if name in options}
-        recipe = Recipe(stages, **{"batch_size": 4, "log_every": 1, **options})
-        return Trainer(objective or small_objective(), crops or small_crops(), recipe, **own)
-
-    return make
+    return make_trainer

@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -6,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.uniflow.training.conftest import Heard, small_objective
+from tests.uniflow.training.conftest import Heard, make_trainer, small_objective
 from uniflow import CheckpointError, UniFlow, UniFlowConfig, UniFlowObjective
 from uniflow.training import Recipe, Stage
 from uniflow.training.changes import differences, place_in, settings_of
@@ -208,6 +210,99 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(make, tmp_p
     assert len(wrong) == 1
     assert "step-00000002" in wrong[0]
     assert file.name in wrong[0]
+
+
+class Command:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def saved(change):
+    def forge(path):
+        values = torch.load(path, weights_only=True)
+        torch.save(change(values) or values, path)
+
+    return forge
+
+
+def of_optimizer(moment, value):
+    def change(values):
+        values["state"]["chal_proj.c_fc.bias"][moment] = value
+
+    return saved(change)
+
+
+def progress(**changes):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_trainer(steps=2, out=folder, ema_decay=0.9).run()
+    return folder / "checkpoints" / "step-00000002"
+
+
+@pytest.mark.parametrize(
+    ("file", "forge", "message"),
+    [
+        ("progress.json", progress(step="2"), r"progress.json: step: expected a number from 0, got '2'"),
+        ("progress.json", progress(stage=None), "stage: expected a number from 0, got None"),
+        ("progress.json", progress(samples=-4), "samples: expected a number from 0, got -4"),
+        ("progress.json", progress(stage_step=True), "stage_step: expected a number from 0, got True"),
+        ("progress.json", progress(skipped=2**63), "skipped: expected a number from 0, got 9223372036854775808"),
+        ("progress.json", progress(stage_seconds=1e300), "stage_seconds: expected a number from 0, got 1e"),
+        ("progress.json", progress(stage_seconds=float("nan")), "expected finite numbers, got nan"),
+        ("progress.json", progress(stage=2), r"run.json: recipe.stages: expected at least 2, got \[{"),
+        ("progress.json", text("[]"), "progress.json .*expected a JSON object"),
+        ("progress.json", text("[" * 10**5), "progress.json: lists and mappings are nested"),
+        ("progress.json", pipe, "no file progress.json"),
+        ("run.json", text('{"recipe": {"stages": null}}'), "run.json: recipe.stages: expected at least 1, got None"),
+        ("run.json", text('{"recipe": null}'), "run.json: recipe.stages: expected at least 1, got None"),
+        ("optimizer.pt", saved(lambda _: Command()), r"optimizer.pt holds .*\.system, expected tensors and numbers$"),
+        ("optimizer.pt", saved(lambda _: [1]), "optimizer.pt: expected a dictionary, got a list"),
+        ("optimizer.pt", saved(lambda _: {"state": [1]}), r"another optimizer's state: expected [a-z].*\.step \[\]"),
+        ("optimizer.pt", of_optimizer("exp_avg", torch.zeros(3)), r"expected chal_proj.c_fc.bias.exp_avg \[48\]"),
+        ("optimizer.pt", of_optimizer("exp_avg", None), r"expected chal_proj.c_fc.bias.exp_avg \[48\]"),
+        ("optimizer.pt", of_optimizer("exp_avg", torch.zeros(48).to_sparse()), r"expected chal_proj.c_fc.bias.exp_avg"),
+        ("optimizer.pt", of_optimizer("step", torch.tensor(1)), r"expected chal_proj.c_fc.bias.step \[\]"),
+        ("optimizer.pt", of_optimizer("more", torch.zeros(1)), "expected no chal_proj.c_fc.bias.more"),
+        ("optimizer.pt", text("x"), "optimizer.pt is damaged"),
+        ("optimizer.pt", pipe, "no file optimizer.pt"),
+        ("random-0.pt", saved(lambda _: {"python": 1}), "random-0.pt holds no states of random generators"),
+        ("random-0.pt", saved(lambda values: {**values, "torch": torch.zeros(3)}), "random-0.pt holds no states"),
+        ("ema/model.safetensors", lambda path: save_file({}, path), "ema does not hold the averages of this model"),
+        ("config.json", text("[]"), "config.json .*expected a JSON object"),
+        ("config.json", pipe, "no file config.json"),
+    ],
+)
+def test_what_is_forged_is_refused_with_its_name(tmp_path, monkeypatch, whole, file, forge, message):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    forge(folder / file)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        make_trainer(steps=3, ema_decay=0.9).resume(folder)
+    assert len(str(caught.value)) < 600
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("forge", [text("[]"), text('{"config.json": 1}'), text('{"../x": "y"}'), pipe])
+def test_a_forged_manifest(tmp_path, whole, forge):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    forge(folder / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest.json|config.json is not as it was written|x is missing"):
+        check(folder)
 
 
 def test_a_write_that_fails_leaves_the_checkpoints_as_they_were(make, tmp_path, monkeypatch):

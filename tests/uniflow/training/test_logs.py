@@ -19,7 +19,7 @@ def test_every_log_gets_every_number(make, tmp_path):
         scores = {"psnr": 20.0, "ssim": None}
         log.validation(Validation(2, scores, torch.zeros(3, 8, 12, dtype=torch.uint8)))
         log.validation(Validation(3, {"accuracy": 0.5}))
-        log.skipped(2, ["bad.png"])
+        log.skipped(2, ["bad\udcff.png"])  # whose name is no UTF-8
         log.close()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines[:2]] == [report.loss for report in heard.reports]
@@ -29,7 +29,7 @@ def test_every_log_gets_every_number(make, tmp_path):
     assert lines[2:] == [
         {"step": 2, "psnr": 20.0, "ssim": None},
         {"step": 3, "accuracy": 0.5},
-        {"step": 2, "skipped_pictures": ["bad.png"]},
+        {"step": 2, "skipped_pictures": ["bad\udcff.png"]},
     ]
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()
@@ -38,6 +38,7 @@ def test_every_log_gets_every_number(make, tmp_path):
     assert len(board.Scalars("alpha/1")) == len(board.Scalars("weights/1")) == 2
     assert board.Scalars("validation/psnr")[0].value == 20
     assert board.Scalars("validation/accuracy")[0].value == 0.5
+    assert board.Tensors("skipped/text_summary")[0].tensor_proto.string_val == [rb"bad\udcff.png"]
     assert Image.open(tmp_path / "s" / "step-00000002.png").size == (12, 8)
 
 

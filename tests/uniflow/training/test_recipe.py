@@ -72,6 +72,12 @@ def test_errors_name_the_key(tmp_path, old, new, message):
         {"precision": "float16"},
         {"parallel": "tp"},
         {"max_gradient_norm": 0},
+        {"max_gradient_norm": float("inf")},
+        {"weight_decay": float("inf")},
+        {"betas": (0.9, 1.0)},
+        {"seed": 2**64},
+        {"workers": 10**6},
+        {"micro_batch_size": 2**40},
         {"keep": 0},
     ],
 )

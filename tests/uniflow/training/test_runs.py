@@ -1,11 +1,15 @@
 """A run's folder, as the command keeps it: whose it is, what goes on in it, what is refused."""
 
 import json
+import os
+import re
 
 import pytest
 
+from tests.conftest import smooth_picture
 from tests.uniflow.test_cli import contents, fails, files, losses, ok, train_file  # noqa: F401
 from tests.uniflow.training.test_lock import another_process
+from uniflow.cli import run
 from uniflow.training.lock import LOCK
 
 
@@ -13,10 +17,11 @@ from uniflow.training.lock import LOCK
 def run_file(train_file):  # noqa: F811
     """Write a configuration of a run that costs little; `stages` and other keys of the recipe may be others."""
 
-    def write(stages="[{steps: 2}]", data=None, **recipe):
+    def write(stages="[{steps: 2}]", data=None, tensorboard="false", **recipe):
         recipe = {"batch_size": 2, "log_every": 1, **recipe}
         lines = "".join(f", {key}: {value}" for key, value in recipe.items())
-        return train_file(recipe=f"{{stages: {stages}{lines}}}", **({"data": data} if data else {}))
+        own = {"recipe": f"{{stages: {stages}{lines}}}", "tensorboard": tensorboard}
+        return train_file(**own, **({"data": data} if data else {}))
 
     return write
 
@@ -78,7 +83,7 @@ def test_a_finished_run_is_extended(capsys, run_file, out):
     wrong = fails(capsys, "train", run_file(keep=9), "--resume", "auto")
     assert "step-00000004 cannot go on with another recipe.stages.0.steps (2, was 3): that stage is over" in wrong
     wrong = fails(capsys, "train", run_file("[{steps: 3}]"), "--resume", "auto")
-    assert "another recipe.stages.1 (none, was {'steps': 1" in wrong
+    assert "cannot go on with another recipe.stages.1 (none, was {" in wrong
     assert contents(out) == before
 
 
@@ -86,11 +91,29 @@ def test_what_changed_is_said(capsys, run_file, out):
     ok(capsys, "train", run_file())
     config = run_file("[{steps: 3}]", batch_size=4)
     config.write_text(config.read_text().replace("model:", "objective: {flow_weight: 2.0}\nmodel:"))
-    from uniflow.cli import run
-
     assert run(["train", str(config), "--resume", "auto"]) == 0
     said = f"uniflow: goes on from {out}/checkpoints/step-00000002 with another "
     said += "recipe.stages.0.steps (3, was 2), recipe.batch_size (4, was 2), objective.flow_weight (2.0, was 1.0)\n"
     assert said in capsys.readouterr().err
     progress = json.loads((out / "checkpoints" / "step-00000003" / "progress.json").read_text())
     assert progress["samples"] == 2 + 2 + 4
+
+
+def test_skipped_pictures_are_said(capfd, run_file, out, tmp_path):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for number in range(3):
+        smooth_picture((20, 20), number).save(folder / f"{number}.png")
+    for number in range(25):
+        (folder / os.fsdecode(b"\x1b[31m%d\xff.png" % number)).write_text("x")
+    config = run_file("[{steps: 20}]", data=f"{{folder: {folder}}}", tensorboard="true")
+    status = run(["train", str(config)])
+    printed = capfd.readouterr()
+    assert status == 0, printed.err
+    said = re.findall(r"^uniflow: skips (.*) \(step \d+\), which cannot be read$", printed.err, re.MULTILINE)
+    assert len(said) == len(set(said)) == 21
+    assert re.fullmatch(r"'.*/some/\\x1b\[31m\d+\\udcff.png'", said[0])
+    assert said[-1] == "more pictures; the log names them"
+    skipped = json.loads((out / "checkpoints" / "step-00000020" / "progress.json").read_text())["skipped"]
+    assert f", {skipped} unreadable pictures skipped; checkpoint in" in printed.out
+    assert "\x1b[31m" not in printed.out + printed.err

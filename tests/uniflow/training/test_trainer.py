@@ -1,5 +1,9 @@
 import functools
 import math
+import multiprocessing
+import os
+import re
+import signal
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,14 +12,15 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from tests.conftest import smooth_picture
 from tests.uniflow.training.conftest import Heard, small_crops, small_objective
 from uniflow import UniFlow
 from uniflow.data import PictureList, RandomCrops, Sample
 from uniflow.metrics import psnr, ssim
 from uniflow.normalization import normalize, to_uint8
-from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
 from uniflow.training import Stage
-from uniflow.training.processes import Processes
+from uniflow.training.processes import Processes, ProcessLostError
 from uniflow.training.validation import ReconstructionValidator
 from uniflow_kernels import seeded_noise
 
@@ -291,6 +296,31 @@ def test_processes_share_the_pictures_to_validate_on(picture_folder):
     psnr_sum, ssim_sum, pictures = sum(totals).tolist()
     assert pictures == 3
     assert alone.scores == pytest.approx({"psnr": psnr_sum / 3, "ssim": ssim_sum / 3})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_ends_the_run_in_its_own_words(make, tmp_path, workers):
+    for number in range(2):
+        smooth_picture((20, 20), number).save(tmp_path / f"{number}.png")
+    crops = RandomCrops(PictureList({path.name: path for path in tmp_path.iterdir()}), 16)
+    trainer = make(steps=100, crops=crops, workers=workers)
+    trainer.optimizer.register_step_post_hook(lambda *_: [path.unlink() for path in tmp_path.iterdir()])
+    with pytest.raises(PictureError) as caught:
+        trainer.run()
+    assert re.fullmatch("none of the 2 pictures can be read; the last: .*png", str(caught.value))
+    assert ["in __getitem__" in note for note in getattr(caught.value, "__notes__", [])] == [True] * workers
+
+
+def test_a_reader_that_is_killed_ends_the_run_with_a_message(make):
+    def kill(*_):
+        for reader in multiprocessing.active_children():
+            os.kill(reader.pid, signal.SIGKILL)
+
+    trainer = make(steps=1000, workers=1)
+    trainer.optimizer.register_step_post_hook(kill)
+    with pytest.raises(ProcessLostError, match=r"a process that reads samples was killed; .* --resume auto"):
+        trainer.run()
+    assert trainer.progress.step < 100
 
 
 # losses that are not finite

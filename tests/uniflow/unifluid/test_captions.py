@@ -66,7 +66,7 @@ def test_a_folder_of_captions(folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "a.png", "caption": ', "is no JSON: Expecting value"),
+        ('{"image": "a.png", "caption": ', "is not JSON: Expecting value"),
         ('["a.png", "a seven"]', "expected a JSON object, got"),
         ({"caption": "a seven"}, "image: expected the path of a picture in the folder, got None"),
         ({"image": "none.png", "caption": "a seven"}, "image: no such file: .*none.png"),
@@ -106,7 +106,6 @@ def shards_of(path, members):
 
 
 def test_shards_of_captions(tmp_path):
-    pytest.importorskip("wids")
     members = {"0.png": picture(0), "0.txt": b"a seven\n", "1.json": json.dumps(QUESTION).encode(), "1.png": picture(1)}
     members |= {"2.png": picture(2), "2.txt": b"a one", "2.json": json.dumps({**QUESTION, "width": 40}).encode()}
     members |= {"3.png": picture(3), "3.txt": b"not this", "3.json": b'{"caption": "but this"}'}
@@ -126,7 +125,7 @@ def test_shards_of_captions(tmp_path):
         ({"a.png": b"", "b.txt": b"a seven"}, r"x\.tar:b\.txt: a text without a picture beside it"),
         ({"a.png": b"", "b.json": b"{}"}, r"x\.tar:b\.json: a text without a picture beside it"),
         ({"a.png": b""}, r"x\.tar:a\.png: no texts beside it: expected a caption, or question and answer"),
-        ({"a.png": b"", "a.json": b"{"}, r"x\.tar:a\.json is no JSON"),
+        ({"a.png": b"", "a.json": b"{"}, r"x\.tar:a\.json is not JSON"),
         ({"a.png": b"", "a.json": b"{}"}, r"x\.tar:a\.json: expected a caption, or question and answer"),
         ({"a.png": b"", "a.txt": b" \n"}, r"x\.tar:a\.txt: caption: expected a text, not empty"),
         ({"a.png": b"", "a.txt": b"\xff"}, r"x\.tar:a\.txt: caption: expected a text, not empty, of valid Unicode"),
@@ -134,7 +133,6 @@ def test_shards_of_captions(tmp_path):
     ],
 )
 def test_bad_shards_are_refused_when_they_are_opened(tmp_path, tokenizer, members, message):
-    pytest.importorskip("wids")
     with pytest.raises(CaptionError, match=message):
         CaptionedPictures(shards_of(tmp_path, members), tokenizer, **SIZES)
 
@@ -250,7 +248,6 @@ def test_a_text_that_is_too_long_is_named(tmp_path, tokenizer):
         CaptionError, match=rf"jsonl:2 \(more/b\.png\): a text of {length} ids, .* {length - 1} \(max_text\)"
     ):
         CaptionedPictures(examples, tokenizer, **sizes)
-    pytest.importorskip("wids")
     samples = CaptionedPictures(
         shards_of(tmp_path, {"0.png": picture(0), "0.txt": b"a " * 40}), tokenizer, **SIZES, drop_caption=0
     )
@@ -312,7 +309,6 @@ def test_a_batch_of_one_kind_has_no_rows_of_the_other(folder, tokenizer):
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_workers_give_the_same_batches(tmp_path, tokenizer, kind, workers, capfd):
     if kind == "shards":
-        pytest.importorskip("wids")
         members = {f"{i}.png": picture(i) for i in range(5)} | {f"{i}.txt": b"a seven" for i in range(3)}
         members |= {f"{i}.json": json.dumps(QUESTION).encode() for i in range(2, 5)}
         examples = shards_of(tmp_path, members)

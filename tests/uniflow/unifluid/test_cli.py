@@ -365,7 +365,7 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["ask", picture, place / "cut.png"], {}, "cut.png is damaged"),
         (["ask", place / "none.png"], {}, "no such file or folder"),
         (["ask", picture], {"--checkpoint": place / "tokenizer"}, "model_type 'unifluid'"),
-        (["ask", picture], {"--vision": place / "file"}, "Not a directory: "),
+        (["ask", picture], {"--vision": place / "file"}, "no such file: "),
         (["ask", picture], {"--vision": checkpoint}, "model type `unifluid`"),
     ]
     for (command, *what), changes, message in cases:

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 
+from tests.conftest import check_reset
 from uniflow.checkpoint import CheckpointError, read_state
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid, read_backbone
@@ -272,3 +273,9 @@ def test_groups_may_differ_from_picture_to_picture(make_model, texts):
         one = slice(row, row + 1)
         alone = states(model, (texts[0][one], texts[1][one]), tokens[one], order[one], groups[one])
         torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", [{}, {"model_type": "gemma3_text", "sliding_window": 4}])
+def test_reset_parameters_leaves_nothing_as_it_was(make_model, backbone):
+    config, text_tokenizer = make_model(backbone).config, make_model(backbone).text_tokenizer
+    check_reset(lambda: UniFluid(config, text_tokenizer))

@@ -144,7 +144,7 @@ def test_folders_that_hold_neither(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         read_image_tokenizer(tmp_path)
     for config, message in (
-        ("[", "is no configuration"),
+        ("[", "is not JSON"),
         ("[]", "is no configuration"),
         ('{"model_type": "vit"}', "'vit'"),
     ):

@@ -1,0 +1,139 @@
+"""The activation of the flow head's MLP, and its backward pass: SiLU, or SwiGLU.
+
+Names end in _p for a pointer and in _s for the number of elements from one row to the next.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 2048  # elements of a tile that keep a program's values in registers at four warps
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activation_kernel(
+    p_p, u_p, p_s, u_s, rows, H: tl.constexpr, SWIGLU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """u = SiLU(p), or SiLU(p[:, :H]) * p[:, H:]."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
+    inside = (row < rows) & (col < H)
+    p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
+    u = p * tl.sigmoid(p)
+    if SWIGLU:
+        u *= tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
+    tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activation_backward_kernel(
+    du_p,
+    p_p,
+    dp_p,
+    u_p,
+    partial_p,
+    du_s,
+    p_s,
+    dp_s,
+    u_s,
+    rows,
+    H: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    STEPS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """dp from du; u once more, for the weight gradient; dp's sums over the program's rows, [programs, H or 2H]."""
+    first = tl.program_id(0).to(tl.int64) * (BM * STEPS)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]  # [1, BN]
+    dp_sum = tl.zeros((BN,), tl.float32)
+    dup_sum = tl.zeros((BN,), tl.float32)
+    for step in range(STEPS):
+        row = first + step * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+        inside = (row < rows) & (col < H)
+        du = tl.load(du_p + row * du_s + col, inside, 0.0).to(tl.float32)
+        p = tl.load(p_p + row * p_s + col, inside, 0.0).to(tl.float32)
+        s = tl.sigmoid(p)
+        u = p * s
+        dp = du * (s + u * (1 - s))
+        if SWIGLU:
+            up = tl.load(p_p + row * p_s + H + col, inside, 0.0).to(tl.float32)
+            dup = du * u
+            dp *= up
+            u *= up
+            tl.store(dp_p + row * dp_s + H + col, dup.to(dp_p.dtype.element_ty), inside)
+            dup_sum += tl.sum(dup, 0)
+        tl.store(dp_p + row * dp_s + col, dp.to(dp_p.dtype.element_ty), inside)
+        tl.store(u_p + row * u_s + col, u.to(u_p.dtype.element_ty), inside)
+        dp_sum += tl.sum(dp, 0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    width: tl.constexpr = 2 * H if SWIGLU else H
+    out = partial_p + tl.program_id(0).to(tl.int64) * width + column
+    tl.store(out, dp_sum, column < H)
+    if SWIGLU:
+        tl.store(out + H, dup_sum, column < H)
+
+
+def _tile(hidden: int) -> tuple[int, int]:
+    columns = min(256, triton.next_power_of_2(hidden))
+    return max(1, TILE // columns), columns
+
+
+def activation(p: Tensor, hidden: int) -> Tensor:
+    """SiLU of p [R, H], or SwiGLU of p [R, 2H] -> [R, H]."""
+    rows = p.shape[0]
+    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
+    block_rows, columns = _tile(hidden)
+    activation_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(hidden, columns))](
+        p_p=p,
+        u_p=u,
+        p_s=p.stride(0),
+        u_s=u.stride(0),
+        rows=rows,
+        H=hidden,
+        SWIGLU=p.shape[1] != hidden,
+        BM=block_rows,
+        BN=columns,
+    )
+    return u
+
+
+def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of `activation`.
+
+    Args:
+        du: [R, H]; overwritten for SiLU.
+        p: [R, H or 2H].
+
+    Returns:
+        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32.
+    """
+    rows, hidden = du.shape
+    gated = p.shape[1] != hidden
+    dp = torch.empty_like(p) if gated else du
+    u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
+    block_rows, columns = _tile(hidden)
+    steps = 8
+    programs = triton.cdiv(rows, block_rows * steps)
+    partial = torch.empty(programs, p.shape[1], dtype=torch.float32, device=p.device)
+    activation_backward_kernel[(programs, triton.cdiv(hidden, columns))](
+        du_p=du,
+        p_p=p,
+        dp_p=dp,
+        u_p=u,
+        partial_p=partial,
+        du_s=du.stride(0),
+        p_s=p.stride(0),
+        dp_s=dp.stride(0),
+        u_s=u.stride(0),
+        rows=rows,
+        H=hidden,
+        SWIGLU=gated,
+        STEPS=steps,
+        BM=block_rows,
+        BN=columns,
+    )
+    return dp, u, partial.sum(0)
