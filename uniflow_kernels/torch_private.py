@@ -161,6 +161,21 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def are_plain(parts: list[nn.Module | None], classes: frozenset[type]) -> bool:
+    """Whether calling the modules, or any in them, does nothing but the forward of its class, which is one of these."""
+    for part in parts:  # grows on the way
+        if part is None:
+            continue
+        own = part.__dict__
+        if type(part) not in classes or "forward" in own:
+            return False
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return False
+        if own["_modules"]:
+            parts += own["_modules"].values()
+    return not is_any_hooked()
+
+
 def is_any_hooked() -> bool:
     """Whether a hook on all modules is set."""
     return torch.nn.modules.module._has_any_global_hook()

@@ -6,7 +6,7 @@ Nothing here holds a part of the head: its parameters and submodules stay where 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,14 @@ from uniflow_kernels.ops.flow_blocks import (
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
 from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, is_transforming, parameters_of
+from uniflow_kernels.torch_private import (
+    are_plain,
+    children_of,
+    is_any_hooked,
+    is_hooked,
+    is_transforming,
+    parameters_of,
+)
 
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
 Path = tuple[str, ...]  # of a submodule, in a block or in the last layer
@@ -180,9 +187,9 @@ class Head:
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `module(*args, **kwargs)` computes; by its blocks' own forwards where something inside must fire."""
-        whole = self._untouched(self._inside(module))
+        whole = are_plain([*self.blocks_of(module), self._last(module), *self._groups(module)], self.types)
         ready = not torch.compiler.is_compiling() or deferral.is_prepared(type(module), self.names)
-        if ready and (whole or self._untouched(self._bypassed(module))):
+        if ready and (whole or self._are_bypassed_plain(module)):
             shared = (args, kwargs) if self.rows is None else self.rows.share(args, kwargs)
             try:
                 return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, whole), *shared)
@@ -197,16 +204,14 @@ class Head:
 
     def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool, recompute: bool) -> Tensor:
         dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
-        # where only the modules can serve, their tensors need not be put together
-        if reason is None and (self.functional or why_not_device(x.device, dtype, self.width) is None):
+        if reason is None and (here := why_not_device(x.device, dtype, self.width)) is None:
+            path = choose_path(call_of(x, y, *self.tensors(module)))
+        else:  # the tensors need not be put together to know; raises if kernels were asked for
+            path = choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason or here))
+        if path != "eager" or (reason is None and self.functional):
             assert self.form is not None
-            tensors = self.tensors(module)
-            path = choose_path(call_of(x, y, *tensors))
-            if self.functional or path != "eager":
-                how = self.form, "block" if recompute else "none", path
-                return run_flow_blocks(x, y, *tensors, *how, activated=self.activated)
-        else:
-            choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason))  # raises, or eager
+            how = self.form, "block" if recompute else "none", path
+            return run_flow_blocks(x, y, *self.tensors(module), *how, activated=self.activated)
         return self.plain(module, x, self.activation_of(y), recompute)
 
     def activation_of(self, y: Tensor) -> Tensor:
@@ -269,31 +274,18 @@ class Head:
             return f"the condition {tuple(y.shape)} has more rows than x {tuple(x.shape)}"
         return None if whole else "a submodule was replaced, wrapped or given a hook"
 
-    def _inside(self, module: nn.Module) -> list[Any]:
-        """The blocks, the last layer and the shared modulations, with all that is in them."""
-        found = [*self.blocks_of(module), self._last(module), *self._groups(module)]
-        for part in found:  # grows on the way
-            found += [child for child in children_of(part).values() if child is not None]
-        return found
-
-    def _bypassed(self, module: nn.Module) -> list[Any]:
-        """The submodules whose own forward is not called."""
-        found = []
+    def _are_bypassed_plain(self, module: nn.Module) -> bool:
+        """Whether submodules whose own forward is not called are as they were."""
         for wholes, parts in ((self.blocks_of(module), self.block), ([self._last(module)], self.last)):
             for whole in wholes:
                 called = [at(whole, path) for path in parts.called]
                 around = [whole]
                 for part in around:  # grows on the way
+                    if type(part) not in self.types or is_hooked(part):
+                        return False
                     inside = [child for child in children_of(part).values() if child is not None]
                     around += [child for child in inside if not any(child is one for one in called)]
-                found += around
-        return found
-
-    def _untouched(self, parts: Iterable[nn.Module]) -> bool:
-        """Whether calling them does nothing but their class's forward, and the class is one that was looked at."""
-        if is_any_hooked():
-            return False
-        return not any(type(part) not in self.types or is_hooked(part) for part in parts)
+        return not is_any_hooked()
 
 
 def _same_in_all_rows(t: Tensor) -> bool:

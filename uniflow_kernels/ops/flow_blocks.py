@@ -99,8 +99,8 @@ def final_norm(x: Tensor, modulation: Tensor | None, order: str, norm: Callable[
 
 def split_modulation(modulation: Tensor, order: str, parts: int) -> tuple[Tensor, ...]:
     """Shift, scale (and the gate, of three parts), in this order, as views."""
-    first, second, *gate = modulation.chunk(parts, dim=-1)
-    return (first, second, *gate) if order == "shift-scale-gate" else (second, first, *gate)
+    made = modulation.chunk(parts, -1)
+    return made if order == "shift-scale-gate" else (made[1], made[0], *made[2:])
 
 
 def swiglu(p: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _block(form: Form, block: Block, own: Callable[[], Tensor], x: Tensor, share
 
 def _norm(form: Form, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     if form.norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
     return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
 
