@@ -7,6 +7,7 @@ element, so that one wrong row among many is found; outputs and all gradients ar
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,14 @@ class Checker:
         found = [self._judge(name, result.get(name)) for name in self.exact]
         return sorted(found, key=lambda finding: finding.badness, reverse=True)
 
+    def slack(self) -> dict[str, float]:
+        """How far two right forms may be apart, for each output and gradient, as a share of its largest value."""
+        apart = {}
+        for name, exact in self.exact.items():
+            finding = self._judge(name, self.plain[name])
+            apart[name] = (finding.allowed + finding.plain_error) / (exact.abs().max().item() or math.inf)
+        return apart
+
     def _judge(self, name: str, result: Tensor | None) -> Finding:
         plain, exact = self.plain[name], self.exact[name]
         plain_error = _error(plain, exact)
@@ -69,6 +78,30 @@ class Checker:
         allowed = 2 * plain_error + rounding * exact.abs().max().item()
         fits = result is not None and result.shape == plain.shape and result.dtype == plain.dtype
         return Finding(name, _error(result, exact) if fits and result is not None else None, plain_error, allowed)
+
+
+def apart(problem: Problem, forms: Mapping[str, Form], slack: Mapping[str, float]) -> dict[str, str]:
+    """Which forms are too far from the plain one, by name, and where: at the size that is timed, without float64.
+
+    A smaller size was checked against float64, and another size may take another kernel.
+
+    Args:
+        problem: at the size that is timed.
+        forms: that are right at the size that was checked.
+        slack: the `Checker`'s there; twice as much is allowed here, as sums are longer.
+    """
+    plain, cotangents = _evaluate(problem.plain, problem.inputs, None)
+    found = {}
+    for label, form in forms.items():
+        result, _ = _evaluate(form, problem.inputs, cotangents)
+        for name, expected in plain.items():
+            largest, mine = expected.double().abs().max().item(), result.get(name)
+            error = None if mine is None or mine.shape != expected.shape else _error(mine, expected.double())
+            if error is None or error > 2 * slack[name] * largest:
+                far = "NaN or missing" if error is None else f"{error:.2e} from the plain form"
+                found[label] = f"at the size that is timed, {name}: {far}, its largest value is {largest:.2e}"
+                break
+    return found
 
 
 def as_tensors(outputs: Any) -> tuple[Tensor, ...]:

@@ -34,7 +34,8 @@ yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds, tests, m
 the flow head takes its path on a GPU.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
-PyTorch in the same dtype. What fails is marked wrong and never timed. Times are medians with quartiles, in ms; all
+PyTorch in the same dtype; large sizes at a smaller one, and then against the plain form at their own. What fails is
+marked wrong and never timed. Times are medians with quartiles, in ms; all
 forms ran in turn in one process. A ratio is the other form's time over ours: above 1, ours is faster. On a GPU the time
 is that of CUDA graph replays on inputs that are not in the cache; on a CPU it is wall time. "Plain" is eager PyTorch as
 the official release writes it, on the same parameters. The floor is the larger of the bytes that must move over the

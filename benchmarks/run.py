@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.case import Case, Form, Problem, Size
-from benchmarks.check import Checker
+from benchmarks.check import Checker, apart
 from benchmarks.measure import (
     GpuTimer,
     Sample,
@@ -142,10 +142,15 @@ def _measure(case: Case, size: Size, plan: Plan) -> results.Entry:
     if plan.device == "cuda":
         torch.cuda.empty_cache()
     try:
-        entry, candidates = _check(case.check_problem(plan.device, size.values))
+        entry, candidates, slack = _check(case.check_problem(plan.device, size.values))
         if entry["status"] == "wrong" or not plan.time:
             return entry
         problem = case.problem(plan.device, size.values)
+        for label, why in apart(problem, candidates, slack).items():
+            if label == "ours":
+                return entry | {"status": "wrong", "why": why}
+            entry["forms"][label] = {"why": f"wrong: {why}"}
+            del candidates[label]
         work = {"forward": problem.forward} | ({"backward": problem.backward} if problem.backward else {})
         return entry | {
             "status": "measured",
@@ -158,8 +163,8 @@ def _measure(case: Case, size: Size, plan: Plan) -> results.Entry:
         return {"status": "failed", "why": results.plainly(error), "forms": {}}
 
 
-def _check(problem: Problem) -> tuple[results.Entry, dict[str, Form]]:
-    """Check ours and the libraries' forms: what there is to say so far, and the forms that may be timed."""
+def _check(problem: Problem) -> tuple[results.Entry, dict[str, Form], dict[str, float]]:
+    """Check ours and the libraries' forms: what there is to say so far, the forms that may be timed, and the slack."""
     checker = Checker(problem)
     findings = {"ours": checker.findings(problem.ours)}
     forms: dict[str, Form] = {"ours": problem.ours}
@@ -180,7 +185,7 @@ def _check(problem: Problem) -> tuple[results.Entry, dict[str, Form]]:
     wrong = [str(finding) for finding in findings["ours"] if not finding.right]
     if wrong:
         entry |= {"status": "wrong", "why": f"{len(wrong)} wrong, the worst {wrong[0]}"}
-    return entry, forms
+    return entry, forms, checker.slack()
 
 
 def _time(problem: Problem, candidates: dict[str, Form], plan: Plan, modes: dict[str, str]) -> dict[str, Any]:

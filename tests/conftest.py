@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,23 @@ def tiny() -> Callable[..., UniFlow]:
     return make
 
 
+def derivative_error(function: Callable[[], Tensor], leaves: list[Tensor]) -> float:
+    """How far the gradient of a scalar is from its finite difference, relative, in a random direction of all leaves."""
+    leaves = [leaf for leaf in leaves if leaf.is_floating_point()]
+    gradients = torch.autograd.grad(function(), leaves, allow_unused=True)
+    generator = torch.Generator().manual_seed(5)
+    directions = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves]
+    step, values = 1e-6, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=sign * step)
+        values.append(function().item())
+    found = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
+    exact = (values[0] - values[1]) / (2 * step)
+    return abs(float(found) - exact) / abs(exact)
+
+
 @pytest.fixture
 def within_twice() -> Callable[..., None]:
     """The 2x rule: the error against float64 is at most twice that of plain PyTorch in the same dtype, plus a floor."""
@@ -160,6 +178,39 @@ def within_twice() -> Callable[..., None]:
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
     return check
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def same_bits(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[[], list[object]]], None]]:
+    """Check that a call gives the same values under PyTorch's own and another default dtype or device.
+
+    "meta" stands for any other device, since what is made there holds nothing.
+    """
+
+    def made_anew(call: Callable[[], list[object]]) -> list[object]:
+        for name, module in list(sys.modules.items()):
+            for value in list(vars(module).values()) if name.startswith("uniflow") else ():
+                getattr(value, "cache_clear", int)()  # what is made once is made under the default that holds now
+        torch.manual_seed(0)
+        return call()
+
+    def check(call: Callable[[], list[object]]) -> None:
+        expected = made_anew(call)
+        if request.param == "meta":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(request.param)
+        for ours, theirs in zip(made_anew(call), expected, strict=True):
+            if isinstance(theirs, Tensor):
+                assert isinstance(ours, Tensor)
+                assert (ours.dtype, ours.device) == (theirs.dtype, theirs.device)
+                assert torch.equal(ours, theirs)
+            else:
+                assert ours == theirs
+
+    yield check
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -2,40 +2,109 @@
 
 from __future__ import annotations
 
-import json
+import re
+import threading
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from uniflow.atomic import replacing
+from uniflow.reading import check_file, check_folder, printable, read_json, shown
+
+M = TypeVar("M", bound=nn.Module)
 
 WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLE = "pytorch_model.bin"
+
+_NAMED = 4  # keys of each kind in an error, which is one line
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
+# what a model may have beyond the tensors of its file: masks, tables of positions, what is tied
+_PARTS_A_TENSOR, _SPARE_PARTS = 8, 1 << 10
+_TIMES_THE_FILE, _SPARE_NUMBERS = 4, 1 << 24
+
+
+def as_dtype(dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None = None) -> torch.dtype | None:
+    """A dtype for weights, also by its name; None, and "auto", are that of the file.
+
+    Raises:
+        ValueError: if both are given, or it is none for weights.
+    """
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError("torch_dtype: expected nothing beside dtype, which is the same")
+    given = torch_dtype if dtype is None else dtype
+    names = {str(known).removeprefix("torch."): known for known in _FLOATS}
+    found = names.get(given.removeprefix("torch."), given) if isinstance(given, str) else given
+    if found is None or found == "auto":
+        return None
+    if found not in _FLOATS:
+        raise ValueError(f"dtype: expected one of {', '.join(names)}, got {shown(given)}")
+    return found
 
 
 class CheckpointError(ValueError):
     """A checkpoint that does not hold this model, or a damaged file."""
 
 
-def read_state(folder: str | Path) -> dict[str, Tensor]:
+class NotFiniteWarning(UserWarning):
+    """Weights that hold NaN or infinity, as after training that diverged. The command takes it for an error."""
+
+
+def read_state(folder: str | Path, name: str | None = None) -> dict[str, Tensor]:
     """All tensors of a checkpoint folder, on the CPU, in the dtype of the file.
 
+    Args:
+        folder: with NAME.safetensors, its shards and NAME.safetensors.index.json, or NAME.bin, whole or likewise.
+        name: of the files; if not given they are model.safetensors or pytorch_model.bin.
+
     Raises:
-        FileNotFoundError: if the folder holds no weights, or a shard that the index names is not there.
-        CheckpointError: if a file is damaged, or a pickle holds anything but tensors.
+        FileNotFoundError: if there is no such folder, no weights in it, or a shard that the index names is not there.
+        NotADirectoryError: if it is a file.
+        CheckpointError: if a file is damaged, or holds anything but dense tensors.
+
+    Warns:
+        NotFiniteWarning: naming the tensors that hold NaN or infinity.
     """
-    folder = Path(folder)
-    if (folder / WHOLE).exists():
-        return _read_safetensors(folder / WHOLE)
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
-    if (folder / PICKLE).exists():
-        return _read_pickle(folder / PICKLE)
-    raise FileNotFoundError(f"no weights in {folder}: expected {WHOLE}, {INDEX} or {PICKLE}")
+    folder = check_folder(folder)
+    wholes = {f"{name or 'model'}.safetensors": _read_safetensors, f"{name or 'pytorch_model'}.bin": _read_pickle}
+    for file, read in wholes.items():
+        if (folder / file).exists():
+            state = read(folder / file)
+            break
+        if (folder / f"{file}.index.json").exists():
+            state = _read_shards(folder / f"{file}.index.json", read)
+            break
+    else:
+        raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(wholes)}, or shards of it and an index")
+    warn_of_not_finite(state, folder)
+    return state
+
+
+def warn_of_not_finite(state: Mapping[str, Tensor], source: object) -> None:
+    """Warn of NaN and infinity; least and largest value are the quickest way there is to find them."""
+    found = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all()
+    ]
+    if found:
+        warnings.warn(
+            f"{source} holds weights that are not finite, as after training that diverged; keys ({len(found)}): "
+            f"{listed(found)}",
+            NotFiniteWarning,
+            stacklevel=3,
+        )
 
 
 def write_state(model: nn.Module, folder: str | Path) -> None:
@@ -50,58 +119,184 @@ def write_state(model: nn.Module, folder: str | Path) -> None:
             raise OSError(f"cannot write {folder / WHOLE}: {error}") from None
 
 
-def assign_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Make the tensors of `state` the model's parameters, after checking all of them.
+def outline(build: Callable[[], M], state: Mapping[str, Tensor], source: str) -> M:
+    """What `build` makes on the meta device, if tensors like those of `state` can be all that it holds.
+
+    A configuration may say anything. Building ends as soon as there are many more modules and parameters than tensors,
+    and what was built may have only so many numbers more than they.
 
     Raises:
-        CheckpointError: naming every missing, unexpected and misshapen key.
+        CheckpointError: if it is larger than that.
+    """
+    parts = _PARTS_A_TENSOR * len(state) + _SPARE_PARTS
+    with torch.device("meta"), _at_most(parts, source):
+        model = build()
+    numbers = sum(tensor.numel() for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    held = sum(tensor.numel() for tensor in state.values())
+    if numbers > _TIMES_THE_FILE * held + _SPARE_NUMBERS:
+        raise CheckpointError(
+            f"{source} does not hold this model: its config.json is of one of {numbers} numbers, its weights are {held}"
+        )
+    return model
+
+
+def assign_state(model: nn.Module, state: Mapping[str, Tensor], source: str, dtype: torch.dtype | None = None) -> None:
+    """Make the tensors of `state` the model's parameters, after checking all of them.
+
+    Args:
+        model: on any device, the meta device too.
+        state: by the model's names.
+        source: what errors call it.
+        dtype: that the model will be brought to; without one its parameters are all of the same.
+
+    Raises:
+        CheckpointError: with the number of missing, unexpected, misshapen and mistyped keys, and the first of each.
     """
     own = model.state_dict()
-    wrong = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} ({list(state[name].shape)}, expected {list(tensor.shape)})"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    found = [f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in wrong.items() if names]
-    if found:
-        raise CheckpointError(f"{source} does not hold this model; keys {'; '.join(found)}")
+    check_keys(own, state, source)
+    parameters = {name for name, _ in model.named_parameters()}
+    dtypes = {found.dtype: name for name, found in state.items() if name in parameters}
+    if dtype is None and len(dtypes) > 1:
+        found = ", ".join(f"{str(kind).removeprefix('torch.')} ({name})" for kind, name in dtypes.items())
+        raise CheckpointError(f"{source} holds weights of several dtypes, {found}; choose one dtype for all")
     model.load_state_dict(state, assign=True)
 
 
+def check_keys(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Compare the tensors of a file with those of a model; errors as of `assign_state`."""
+    both = [(name, tensor, state[name]) for name, tensor in own.items() if name in state]
+    refuse_keys(
+        source,
+        {
+            "missing": [name for name in own if name not in state],
+            "unexpected": [name for name in state if name not in own],
+            "of another shape": [
+                f"{printable(name)} ({list(found.shape)}, expected {list(tensor.shape)})"
+                for name, tensor, found in both
+                if found.shape != tensor.shape
+            ],
+            "of another dtype": [
+                f"{printable(name)} ({found.dtype}, expected {tensor.dtype})"
+                for name, tensor, found in both
+                if found.is_floating_point() != tensor.is_floating_point()
+            ],
+        },
+    )
+
+
+def refuse_keys(source: object, wrong: Mapping[str, Iterable[str]]) -> None:
+    """Raise a CheckpointError if there are keys of any kind that is wrong, as in {"missing": ["a", "b"]}."""
+    kinds = {kind: list(names) for kind, names in wrong.items()}
+    found = [f"{kind} ({len(names)}): {listed(names)}" for kind, names in kinds.items() if names]
+    if found:
+        raise CheckpointError(f"{source} does not hold this model; keys {'; '.join(found)}")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first of many names of a file, for one line."""
+    names = list(names)
+    return ", ".join(map(printable, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+
+
+def load_pickle(path: Path) -> Any:
+    """What a file of `torch.save` holds, on the CPU; nothing in it is executed.
+
+    Raises:
+        CheckpointError: if it is damaged, or naming what it holds beside tensors and plain values.
+    """
+    _check_file(path)
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise zipfile.BadZipFile("its parts are compressed, which torch.save never does")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the unpickler may not know the protocol; it then raises
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its unpickler met
+        text = str(error)
+        forbidden = re.search(r"GLOBAL ([\w.]+)", text)
+        if forbidden:
+            reason = f"it asks for {forbidden[1]}, and none of it was executed"
+        elif "weights_only" in text:  # whose first line advises to execute it all the same
+            reason = "none of it was executed"
+        else:
+            reason = text.partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged or holds more than tensors: {reason}") from None
+
+
+@contextmanager
+def _at_most(parts: int, source: str) -> Iterator[None]:
+    """End what this thread builds here with more than so many modules and parameters."""
+    thread, count = threading.get_ident(), 0
+
+    def count_up(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > parts:
+            raise CheckpointError(f"{source} does not hold this model: its config.json is of a much larger one")
+
+    hooks = [
+        register_module_module_registration_hook(count_up),
+        register_module_parameter_registration_hook(count_up),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_file(path: Path) -> None:
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _check_file(path)
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        state = load_file(path)
+    except Exception as error:  # of a dtype that torch has not, the reader raises what Python says to it
         raise CheckpointError(f"{path} is damaged: {error}") from None
+    return _checked(state, path)
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     try:
-        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX} is no index of shards: {error!r}") from None
+        places = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise CheckpointError(f"{index} is no index of shards: {error}") from None
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise CheckpointError(f"{index} is no index of shards: expected a weight_map from keys to files")
     state: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
-            raise CheckpointError(f"{folder / INDEX} names a file outside the folder: {shard}")
-        if not (folder / shard).exists():
-            raise FileNotFoundError(f"{folder / INDEX} names {shard}, which is not there")
-        state.update(_read_safetensors(folder / shard))
+            raise CheckpointError(f"{index} names a file outside the folder: {shown(shard)}")
+        if not (index.parent / shard).exists():
+            raise FileNotFoundError(f"{index} names {printable(shard)}, which is not there")
+        state.update(read(index.parent / shard))
     # a key that the index names but no shard holds is found as a missing key of the model
     return state
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler met
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or holds more than tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    state = load_pickle(path)
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
+    return _checked(dict(state), path)
+
+
+def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        # a pickle may spread one number over any shape
+        if not dense or tensor.nbytes > tensor.untyped_storage().nbytes() or tensor.dtype not in _DTYPES:
+            kind = f"{tensor.layout}, {tensor.dtype}, on {tensor.device}".replace("torch.", "")
+            raise CheckpointError(f"{path}: {printable(name)}: expected a dense tensor of numbers, got {kind}")
     return state

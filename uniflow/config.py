@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniflow.atomic import replacing
-from uniflow.reading import read_json, shown
+from uniflow.reading import check_folder, read_json, shown
 
 GLOBAL_BLOCK_HEADS = 16  # the release's global blocks have 16 heads whatever the width
 
@@ -284,9 +284,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
+        NotADirectoryError: if it is no folder but a file.
         ValueError: if it is no JSON object, or one that `uniflow.reading` refuses.
     """
-    return read_json(Path(folder) / "config.json")
+    return read_json(check_folder(folder) / "config.json")
 
 
 def write_config(folder: str | Path, values: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def sample(
 
     Raises:
         ModuleNotFoundError: for "dpm-solver++" without diffusers, naming the extra.
+        TypeError: if condition or noise is not floating point.
         ValueError: for an unknown method, a head of other channels, guidance without a null condition, eta out of
             range, shapes that do not fit.
 
@@ -126,6 +127,9 @@ def sample(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    for name, given in (("condition", condition), ("noise", noise)):
+        if not given.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {given.dtype}")
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
     null_condition = None if cfg == 1.0 else null_condition
     if method == "dpm-solver++":
@@ -166,7 +170,7 @@ def noise_loss(head: FlowHead, embedded: Tensor, data: Tensor, diffusion: Diffus
     """
     timesteps = torch.randint(diffusion.trained_steps, data.shape[:-1], device=data.device)
     of_data, of_noise, share, low, high = _table(diffusion, data.device)[:, timesteps, None]
-    data, noise = data.float(), torch.randn(data.shape, device=data.device)
+    data, noise = data.float(), torch.randn(data.shape, dtype=torch.float32, device=data.device)
     x = of_data * data + of_noise * noise
     output = head.from_embedding(x.to(embedded.dtype), head.time_embed(timesteps) + embedded).float()
     predicted, *rest = output.split(head.in_channels, dim=-1)
@@ -187,7 +191,7 @@ def _table(diffusion: Diffusion, device: torch.device) -> Tensor:
 
     Then the lowest and highest logarithm of the variance; [5, trained_steps].
     """
-    beta = torch.tensor(diffusion.trained_betas(), dtype=torch.float64)
+    beta = torch.tensor(diffusion.trained_betas(), dtype=torch.float64, device="cpu")
     signal = (1 - beta).cumprod(0)
     previous = torch.cat([signal.new_ones(1), signal[:-1]])
     share = beta * previous.sqrt() / (1 - signal)

@@ -12,8 +12,9 @@ from torch import Tensor
 def _draw(
     draw: Callable[..., Tensor], shape: tuple[int, ...], device: torch.device | None, generator: torch.Generator | None
 ) -> Tensor:
+    how: dict[str, Any] = {"dtype": torch.float32, "device": device}
     # a call that names a generator, even None, cannot be compiled for a batch of any size
-    return draw(shape, device=device) if generator is None else draw(shape, device=device, generator=generator)
+    return draw(shape, **how) if generator is None else draw(shape, **how, generator=generator)
 
 
 def _lognormal(*how: Any) -> Tensor:

@@ -34,9 +34,9 @@ def ssim(reconstructions: Tensor, originals: Tensor) -> Tensor:
     Returns:
         [B], float32.
     """
-    if min(originals.shape[-2:]) < _SSIM_WINDOW:
-        return torch.full((len(originals),), float("nan"))
     a, b = reconstructions.float() / 255, originals.float() / 255
+    if min(originals.shape[-2:]) < _SSIM_WINDOW:
+        return a.new_full((len(originals),), float("nan"))
     values = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.reshape(len(originals))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow.checkpoint import assign_state, read_state, write_state
+from uniflow.checkpoint import as_dtype, assign_state, outline, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
@@ -152,6 +152,9 @@ class UniFlow(nn.Module):
         Raises:
             TypeError: if the images are integers.
             ValueError: if the shape is not [B, C, H, W] or the patch does not divide height and width.
+
+        An encoder of another make may have been trained at a size that its patch does not divide (SigLIP's 384 by 14):
+        of images of that size the rest is left out, as the encoder itself does.
         """
         return self.latents(self.encoder.last(self.embeddings(self._checked_images(images))))
 
@@ -170,6 +173,7 @@ class UniFlow(nn.Module):
             [B, N, D].
 
         Raises:
+            TypeError: if they are not floating point.
             ValueError: if the shape does not fit the model or `size`.
         """
         self.check_latents(latents)
@@ -183,10 +187,11 @@ class UniFlow(nn.Module):
         return x + resize_position_embedding(self.decoder_pos_embed, grid)
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raise a ValueError unless they are [B, N, latent_ch]."""
+        """Raise an error unless they are [B, N, latent_ch], float."""
         _refuse_tracing()
         if latents.ndim != 3 or latents.shape[-1] != self.config.latent_ch:
             raise ValueError(f"latents: expected shape [B, N, {self.config.latent_ch}], got {tuple(latents.shape)}")
+        _check_float(latents=latents)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """The flow head's velocity at x and t.
@@ -200,9 +205,13 @@ class UniFlow(nn.Module):
             [B, N, C*P*P], an estimate of image - noise.
 
         Raises:
+            TypeError: if x or the condition is not floating point, or t is complex.
             ValueError: if the shapes do not fit together.
         """
         _refuse_tracing()
+        width = self.config.vit_hidden_size
+        if condition.ndim != 3 or condition.shape[-1] != width:
+            raise ValueError(f"condition: expected shape [B, N, {width}], got {tuple(condition.shape)}")
         expected = (*condition.shape[:2], self.config.patch_values)
         if x.shape != expected:
             raise ValueError(f"x: expected shape {expected}, one row of pixels a token, got {tuple(x.shape)}")
@@ -210,6 +219,9 @@ class UniFlow(nn.Module):
             raise ValueError(
                 f"t: expected a scalar, [{x.shape[0]}] or [{x.shape[0]}, {x.shape[1]}], got {tuple(t.shape)}"
             )
+        _check_float(x=x, condition=condition)
+        if t.is_complex():
+            raise TypeError(f"t: expected real numbers, got {t.dtype}")
         t = t.unsqueeze(-1) if t.ndim == 1 else t
         return self.flow_head.velocity(x.to(self.dtype), t, condition)
 
@@ -256,7 +268,7 @@ class UniFlow(nn.Module):
             gradient is wanted.
 
         Raises:
-            TypeError: if noise or seeds have a dtype that does not fit.
+            TypeError: if latents, noise or seeds have a dtype that does not fit, or the generator is none.
             ValueError: if a shape does not fit, for an unknown schedule or solver, a seed out of range, more than one
                 of noise, generator and seed, or memory that is not enough.
         """
@@ -303,7 +315,9 @@ class UniFlow(nn.Module):
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""
-        return self.decode(self.encode(images), size=(images.shape[-2], images.shape[-1]), **sampling)
+        patch = self.config.patch_size
+        height, width = (extent // patch * patch for extent in images.shape[-2:])
+        return self.decode(self.encode(images), size=(height, width), **sampling)
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Recompute every layer and flow block in the backward pass instead of keeping its activations."""
@@ -312,28 +326,49 @@ class UniFlow(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> UniFlow:
         """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
 
         Args:
             folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
             device: where the parameters go.
-            dtype: of the parameters; that of the file if not given.
+            dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
+            torch_dtype: the same, by the name that the transformers package had for it.
 
         Raises:
             FileNotFoundError: if there is no config.json or no weights.
-            CheckpointError: if keys are missing, unexpected or of another shape (all are named), or a file is damaged.
+            NotADirectoryError: if it is a file.
+            CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
+                of a model that the weights cannot fill, or a file is damaged.
             ImportError: if its encoder is one of the transformers package, and this is not installed.
-            ValueError: if the config describes no UniFlow.
+            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
 
-        Nothing pickled is executed: pytorch_model.bin is read with weights_only.
+        Warns:
+            NotFiniteWarning: if weights are NaN or infinite.
+
+        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded.
         """
+        chosen = as_dtype(dtype, torch_dtype)
         config = UniFlowConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        assign_state(model, read_state(folder), str(folder))
-        return model.to(device, dtype).eval()
+        state = read_state(folder)
+        model = cls.outlined(config, state, str(folder))
+        assign_state(model, state, str(folder), chosen)
+        return model.to(device, chosen).eval()
+
+    @classmethod
+    def outlined(cls, config: UniFlowConfig, state: Mapping[str, Tensor], source: str) -> UniFlow:
+        """A model whose parameters are on the meta device, to be assigned; errors as of `uniflow.checkpoint.outline`.
+
+        An encoder of another make is on the CPU: some of its tensors are in no checkpoint.
+        """
+        pretrained = None if config.encoder is None else described_encoder(config, state)
+        return outline(lambda: cls(config, pretrained), state, source)
 
     @classmethod
     def from_encoder(
@@ -397,10 +432,18 @@ class UniFlow(nn.Module):
             raise TypeError(f"images: expected normalised floats (see uniflow.normalize), got {images.dtype}")
         height, width = images.shape[-2:]
         if height == 0 or width == 0 or height % config.patch_size or width % config.patch_size:
+            if height == width == getattr(self.embeddings, "image_size", None):  # whose own patch leaves a rest
+                return images[..., : config.image_size, : config.image_size].to(self.dtype)
             raise ValueError(
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
+
+
+def _check_float(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
 
 
 def _refuse_tracing() -> None:

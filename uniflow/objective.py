@@ -106,7 +106,7 @@ class UniFlowObjective(nn.Module):
 
         batch, tokens, _ = latents.shape
         if noise is None:
-            noise = torch.randn(batch, tokens, student.config.patch_values, device=images.device)
+            noise = torch.randn(batch, tokens, student.config.patch_values, dtype=torch.float32, device=images.device)
         if t is None:
             t = sample_t((batch, tokens) if self.t_per == "token" else (batch,), self.t_distribution, images.device)
         flow = student.flow_head.loss(condition, images, t, student.config.patch_size, noise, self.chunk_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,23 +18,45 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uniflow.checkpoint import CheckpointError, assign_state, read_state
-from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, vision_config
+from uniflow.checkpoint import CheckpointError, assign_state, outline, read_state, refuse_keys
+from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, check_integer, read_config, vision_config
 from uniflow.encoder import Embeddings, Encoder, LayerStack
+from uniflow.foreign import checked_values, configuration, loaded_model, new_model, transformers_package
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
-from uniflow.reading import read_json
+from uniflow.reading import printable, read_json, shown
 
-# of a configuration: who wrote it and in which dtype, and the classes of a classifier
-_NOT_OF_THE_ENCODER = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "id2label",
-    "label2id",
-    "problem_type",
+# the kinds of the transformers package that give one token a patch, alone or beside a text encoder. A folder of another
+# kind is not read: what its configuration makes, and from where, is not known
+_KINDS = (
+    "aimv2",
+    "aimv2_vision_model",
+    "beit",
+    "chinese_clip",
+    "chinese_clip_vision_model",
+    "clip",
+    "clip_vision_model",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "ijepa",
+    "metaclip_2",
+    "pixio",
+    "siglip",
+    "siglip_vision_model",
+    "siglip2",
+    "siglip2_vision_model",
+    "tipsv2",
+    "tipsv2_vision_model",
+    "vit",
+    "vit_msn",
 )
+
+# of a configuration: which class made it, and in which dtype
+_NOT_OF_THE_ENCODER = ("architectures", "dtype", "torch_dtype")
+# numbers in the pictures that the embeddings are tried on
+_MOST_TRIED = 1 << 28
+_NOT_NEEDED = ("mask_token", "position_ids")
+_LEAST_DEVIATION, _LARGEST_STATISTIC = 1e-6, 1e6
 
 _INTERNVIT_CHOICES = (
     "num_channels",
@@ -73,38 +95,48 @@ def pretrained_encoder(
         FileNotFoundError: if there is no such checkpoint.
         CheckpointError: if it does not hold what its config.json says.
         ImportError: if it takes the transformers package, and this is not installed.
-        ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix.
+        ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix; or
+            under `torch.device("meta")`.
+
+    Nothing in the folder is executed, and nothing is downloaded.
     """
+    if torch.get_default_device().type == "meta":
+        raise ValueError("encoder: it has weights, which the meta device cannot hold; make it outside of torch.device")
     if isinstance(source, nn.Module):
         return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
-    path = Path(source) / "config.json"
-    config = read_json(path)
-    config = vision_config(config)
+    values = read_config(source)
+    config = vision_config(values)
     kind = config.get("model_type")
     if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
         preprocessor = Path(source) / "preprocessor_config.json"
         said = read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
-        return _from_huggingface(transformers_package().AutoModel.from_pretrained(source), mean, std)
+        return _from_huggingface(_read_model(Path(source), values), mean, std)
     if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
         which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
         raise ValueError(f"mean, std: expected ImageNet's, since {which}")
     if kind == WITH_ENCODER:
-        pretrained = described_encoder(UniFlowConfig.from_dict(config))
-        _read_weights(pretrained, Path(source))
+        own = UniFlowConfig.from_dict(config)
+        state = _encoder_state(Path(source))
+        pretrained = described_encoder(own, state)
+        _assign(pretrained, state, source)
         return pretrained
     return _from_internvit(Path(source), config)
 
 
-def _read_weights(encoder: PretrainedEncoder, folder: Path) -> None:
-    """Give the encoder the weights that the folder holds, beside whatever else."""
+def _encoder_state(folder: Path) -> dict[str, Tensor]:
+    """An encoder's weights, which the folder holds beside whatever else."""
     # within an InternVL the encoder's keys have a prefix
     state = {name.removeprefix("vision_model."): tensor for name, tensor in read_state(folder).items()}
     own = {name: tensor for name, tensor in state.items() if name.startswith(("embeddings.", "encoder."))}
     if not own:
         raise CheckpointError(f"{folder} holds no encoder: no key begins with 'embeddings.' or 'encoder.'")
+    return own
+
+
+def _assign(encoder: PretrainedEncoder, state: dict[str, Tensor], source: str | Path) -> None:
     parts = nn.ModuleDict({"embeddings": encoder.embeddings, "encoder": encoder.encoder})
-    assign_state(parts, own, str(folder))
+    assign_state(parts, state, str(source))
 
 
 # --- InternViT: the layers are UniFlow's own ---
@@ -117,40 +149,43 @@ def _from_internvit(folder: Path, values: dict[str, Any]) -> PretrainedEncoder:
     fields = {name: values[name] for name in (*ENCODER_ARCHITECTURE, *_INTERNVIT_CHOICES) if name in values}
     fields["vit_hidden_size"] = fields["hidden_size"]
     config = UniFlowConfig(**fields)
-    with torch.device("meta"):
-        pretrained = PretrainedEncoder(Embeddings(config), Encoder(config), fields)
-    _read_weights(pretrained, folder)
+    state = _encoder_state(folder)
+    embeddings = outline(lambda: Embeddings(config), state, str(folder))
+    pretrained = PretrainedEncoder(embeddings, outline(lambda: Encoder(config), state, str(folder)), fields)
+    _assign(pretrained, state, folder)
     return pretrained
 
 
 # --- the transformers package ---
 
 
-def described_encoder(config: UniFlowConfig) -> PretrainedEncoder:
+def described_encoder(config: UniFlowConfig, state: Mapping[str, Tensor] | None = None) -> PretrainedEncoder:
     """A new encoder, on the CPU, as `config.encoder` describes it; nothing is downloaded.
 
     The description holds `kind`, a model type of the transformers package, `config`, what its configuration says, and
     the `mean` and `std` of `pretrained_encoder`. PyTorch's random numbers are as they were.
 
+    Args:
+        config: with the description.
+        state: weights that it shall hold: if given, a model that is much larger is refused before it is made.
+
     Raises:
         ImportError: if the transformers package is not installed.
+        CheckpointError: if the weights cannot be those of such an encoder.
         ValueError: if it describes no encoder that can be used, or one that does not fit the other fields.
     """
     transformers = transformers_package()
     description = config.encoder
     names = ("kind", "config", "mean", "std")
     if not isinstance(description, dict) or sorted(description) != sorted(names):
-        raise ValueError(f"encoder: expected {', '.join(names)}, got {description!r}")
+        raise ValueError(f"encoder: expected {', '.join(names)}, got {shown(description)}")
     kind, values, mean, std = (description[name] for name in names)
-    if str(kind) not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"encoder: transformers {transformers.__version__} has no model of the kind {kind!r}")
+    if not isinstance(values, dict):
+        raise ValueError(f"encoder: transformers makes no {printable(str(kind))} of its config: {shown(values)}")
+    own = configuration({**values, "model_type": kind}, "encoder", _is_vision)
     # not on the meta device: some of its tensors are in no checkpoint
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        try:
-            model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **values))
-        except Exception as error:  # transformers raises whatever its configurations and models do
-            raise ValueError(f"encoder: transformers makes no {kind} of its config: {error}") from None
-        pretrained = _from_huggingface(model, mean, std)
+        pretrained = _from_huggingface(new_model(transformers.AutoModel, own, "encoder", state), mean, std)
     for name, value in pretrained.fields.items():
         if name != "encoder" and getattr(config, name) != value:
             raise ValueError(f"{name}: expected {value}, as the encoder has it, got {getattr(config, name)}")
@@ -169,24 +204,55 @@ def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) 
     """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
     transformers = transformers_package()
     config: Any = model.config
-    if type(config) not in transformers.MODEL_MAPPING:
+    if type(config) not in transformers.MODEL_MAPPING or config.model_type not in _KINDS:
         return None
     with torch.device("meta"):
-        again = _vision_part(transformers.AutoModel.from_config(config))
+        again = _vision_part(transformers.AutoModel.from_config(config, trust_remote_code=False))
     if _shapes(again) != _shapes(model):
         return None
-    values = json.loads(config.to_json_string(use_diff=True))
+    try:
+        values = checked_values(json.loads(config.to_json_string(use_diff=True)), "encoder")
+    except ValueError:  # quantised, for one
+        return None
     kind = values.pop("model_type")
     for name in _NOT_OF_THE_ENCODER:
         values.pop(name, None)
     return {"kind": kind, "config": values, "mean": list(mean), "std": list(std)}
 
 
+def _is_vision(kind: str, _: Any) -> bool:
+    return kind in _KINDS
+
+
+def _read_model(folder: Path, values: dict[str, Any]) -> nn.Module:
+    """The model in a folder of the transformers package, if all that is used of it has its weights."""
+    config = configuration(values, str(folder), _is_vision)
+    state = read_state(folder)
+    model, wrong = loaded_model(transformers_package().AutoModel, config, state, str(folder))
+    vision = _vision_part(model)
+    used = [_part(vision, "embeddings"), _layers(vision), getattr(vision, "pre_layrnorm", None)]
+    names = [f".{name}." for name, module in model.named_modules() if any(module is part for part in used)]
+    # of the rest (a pooler, a classifier, a text encoder, a token for what is masked) nothing is needed
+    refuse_keys(
+        folder,
+        {
+            kind: [key for key in keys if any(name in f".{key}." for name in names) and not key.endswith(_NOT_NEEDED)]
+            for kind, keys in wrong.items()
+        },
+    )
+    return model
+
+
 def _check_statistics(name: str, values: Sequence[float]) -> None:
     numbers = [value for value in values if isinstance(value, (int, float))] if isinstance(values, Sequence) else []
-    if len(numbers) != len(IMAGENET_MEAN) or len(values) != len(numbers) or (name == "std" and min(numbers) <= 0):
+    least = _LEAST_DEVIATION if name == "std" else -_LARGEST_STATISTIC
+    if (
+        len(numbers) != len(IMAGENET_MEAN)
+        or len(values) != len(numbers)
+        or not all(least <= number <= _LARGEST_STATISTIC for number in numbers)
+    ):
         positive = " positive" if name == "std" else ""
-        raise ValueError(f"{name}: expected {len(IMAGENET_MEAN)}{positive} numbers, one a channel, got {values!r}")
+        raise ValueError(f"{name}: expected {len(IMAGENET_MEAN)}{positive} numbers, one a channel, got {shown(values)}")
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -205,7 +271,7 @@ class HuggingFaceEmbeddings(nn.Module):
     Args:
         model: the vision model.
         patch_size: P, in pixels.
-        image_size: the side it was trained at, in pixels.
+        image_size: the side it was trained at, in pixels. What the patch leaves of an image is cut off.
         channels: of an image.
         mean, std: see `pretrained_encoder`.
 
@@ -236,7 +302,9 @@ class HuggingFaceEmbeddings(nn.Module):
         self.takes_patches = "spatial_shapes" in accepted  # SigLIP2: rows of pixels, and how they lie
         self.can_interpolate = "interpolate_pos_encoding" in accepted
         # from ImageNet's statistics to its own: x*scale + shift
-        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)])[:, :, None, None]
+        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)], dtype=torch.float32)[
+            :, :, None, None
+        ]
         self.rescales = not torch.equal(statistics[:2], statistics[2:])
         self.register_buffer("scale", statistics[1] / statistics[3], persistent=False)
         self.register_buffer("shift", (statistics[0] - statistics[2]) / statistics[3], persistent=False)
@@ -244,15 +312,17 @@ class HuggingFaceEmbeddings(nn.Module):
         self.prefix_tokens = self._find_prefix(channels)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, prefix + (H/P)*(W/P), D]."""
+        """[B, C, H, W] -> [B, prefix + (H//P)*(W//P), D]."""
         size = (images.shape[-2], images.shape[-1])
         if self.rescales:
             images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
         images = images.to(next(self.embed.parameters()).dtype)
         patch = self.patch_size
         if self.takes_patches:
+            down, across = size[0] // patch, size[1] // patch
+            images = images[..., : down * patch, : across * patch]
             rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-            grid = torch.tensor([[size[0] // patch, size[1] // patch]]).expand(images.shape[0], 2)
+            grid = torch.tensor([[down, across]], device="cpu").expand(images.shape[0], 2)
             return self.norm(self.embed(rows, grid))
         if self.can_interpolate:
             return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))
@@ -262,16 +332,22 @@ class HuggingFaceEmbeddings(nn.Module):
     def _find_prefix(self, channels: int) -> int:
         """How many tokens come before those of the patches, found by changing a patch at a time."""
         lines = self.image_size // self.patch_size
+        side = lines * self.patch_size
         device = next(self.embed.parameters()).device
         places = sorted({0, min(1, lines * lines - 1), lines * lines - 1})
-        images = torch.zeros(1 + len(places), channels, self.image_size, self.image_size, device=device)
+        images = torch.zeros(1 + len(places), channels, side, side, dtype=torch.float32, device=device)
         for image, place in zip(images[1:], places, strict=True):
             top, left = (self.patch_size * at for at in divmod(place, lines))
             image[:, top : top + self.patch_size, left : left + self.patch_size] = 1.0
         training = self.training
-        tokens = self.eval()(images)
-        self.train(training)
-        prefix = tokens.shape[1] - lines * lines
+        try:
+            tokens = self.eval()(images)
+            length = tokens.shape[1]
+        except Exception as error:  # whatever embeddings of another make do
+            raise ValueError(f"encoder: its embeddings do not take pictures of {side}x{side}: {error}") from None
+        finally:
+            self.train(training)
+        prefix = length - lines * lines
         for place, changed in zip(places, (tokens[1:] != tokens[:1]).any(-1), strict=True):
             found = changed.nonzero().flatten().tolist()
             if prefix < 0 or found != [prefix + place]:
@@ -313,9 +389,15 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         ) from None
     for name, value in (("patch_size", patch), ("image_size", size)):
         if not isinstance(value, int):
-            raise ValueError(f"encoder: expected a square {name}, got {value}")
+            raise ValueError(f"encoder: expected a square {name}, got {shown(value)}")
+        check_integer(f"encoder: {name}", value, 1, math.isqrt(_MOST_TRIED))
+    check_integer("encoder: num_channels", channels, 1, _MOST_TRIED)
+    if size < patch or 4 * channels * size**2 > _MOST_TRIED:
+        raise ValueError(
+            f"encoder: expected patches of {patch} in pictures that can be tried, got {channels}x{size}x{size}"
+        )
     fields = {
-        "image_size": size,
+        "image_size": size - size % patch,  # as the package's models do, which leave out the rest
         "patch_size": patch,
         "num_channels": channels,
         "hidden_size": width,
@@ -346,16 +428,3 @@ def _part(model: nn.Module, name: str) -> nn.Module:
     if not isinstance(part, nn.Module):
         raise ValueError(f"encoder: expected a vision transformer, but {type(model).__name__} has no {name}")
     return part
-
-
-def transformers_package() -> Any:
-    """The transformers package, imported when it is needed.
-
-    Raises:
-        ImportError: if it is not installed, naming the extra.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("this needs the transformers package: pip install 'uniflow-kernels[hf]'") from None
-    return transformers

@@ -31,6 +31,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + " ..."
 
 
+def printable(name: str) -> str:
+    """A name that a file gives as it is, unless it would do something to a terminal."""
+    return name if name.isprintable() and len(name) < 200 else shown(name)
+
+
 def check_file(path: Path) -> None:
     """Refuse what cannot be read as a file: pipes and devices, which could make a reader wait for ever.
 
@@ -45,6 +50,21 @@ def check_file(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` fetches it")
+
+
+def check_folder(folder: str | Path) -> Path:
+    """The folder as a path.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        NotADirectoryError: if it is a file.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise FileNotFoundError(f"no such folder: {path}; expected one with config.json and the weights")
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, expected the folder with config.json and the weights")
+    return path
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

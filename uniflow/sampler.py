@@ -16,6 +16,7 @@ from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow_kernels import seeded_noise, to_images
 from uniflow_kernels.graphs import GraphCache, why_not_graph
 from uniflow_kernels.modules.sampling import follow
+from uniflow_kernels.ops.noise import integer_seed, where_drawn
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Plan
 from uniflow_kernels.torch_private import is_forward_hooked
@@ -43,7 +44,7 @@ class Tokenizer(Protocol):
         """Latents [B, N, latent_ch] to [B, N, D]."""
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raise an error if they do not fit."""
+        """Raise an error if they are not [B, N, latent_ch], float."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that is read besides latents and noise."""
@@ -209,12 +210,10 @@ def start_of(
     if torch.compiler.is_exporting() and (generator is not None or seed is not None):
         raise ValueError("generator, seed: an exported program draws from none; expected seeds, int64 [B], or noise")
     if seed is not None:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(integer_seed(seed))
     if generator is None:
         return torch.randint(2**63 - 1, shape[:1], device=device)
-    seeds = torch.empty(shape[0], dtype=torch.int64, device=generator.device)
+    seeds = torch.empty(shape[0], dtype=torch.int64, device=where_drawn(generator, device))
     for one in seeds:  # a GPU would draw others for several at once
         one.random_(generator=generator)
     return _moved(seeds, device)
@@ -246,7 +245,8 @@ class Decoder:
 
     On CUDA a batch of the shape that it was made for is one CUDA graph; other batches, and other sizes, run as they are
     until they come back, then they get a graph too (the last eight kinds are kept). Weights are read where they are.
-    Safe to call from several threads and streams. No gradients. On a CPU it is the same without graphs.
+    Safe to call from several threads and streams. No gradients. On a CPU it is the same without graphs. A copy, or one
+    that was pickled, has a copy of the model, and captures graphs of its own.
 
     Args:
         sampler: of pictures.
@@ -270,9 +270,12 @@ class Decoder:
         self.size = size
         self._graphs = GraphCache("Decoder")
         if sampler.model.device.type == "cuda":
-            latents = torch.zeros(batch, tokens, config.latent_ch, device=sampler.model.device)
+            latents = torch.zeros(batch, tokens, config.latent_ch, dtype=torch.float32, device=sampler.model.device)
             for _ in range(2):  # the second of a kind is captured
                 self(latents, seed=0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decoder, (self.sampler, self.batch, self.size)
 
     def __call__(
         self,
@@ -340,7 +343,7 @@ class Decoder:
 
 def _copied(images: Tensor, copies: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
     """A copy in pinned memory, and what says that it is there."""
-    host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+    host = torch.empty(images.shape, dtype=images.dtype, device="cpu", pin_memory=True)
     copies.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(copies):
         host.copy_(images, non_blocking=True)

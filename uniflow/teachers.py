@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from uniflow.checkpoint import as_dtype
 from uniflow.encoder import LayerStack
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
@@ -43,11 +44,12 @@ class EncoderTeacher(nn.Module):
         source: str | Path | nn.Module,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> EncoderTeacher:
         """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen."""
+        chosen = as_dtype(dtype)
         pretrained = pretrained_encoder(source, mean, std)
-        return cls(pretrained.embeddings, pretrained.encoder, dtype)
+        return cls(pretrained.embeddings, pretrained.encoder, chosen)
 
     @property
     def prefix_tokens(self) -> int:

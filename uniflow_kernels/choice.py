@@ -19,6 +19,9 @@ def backend(name: str) -> Iterator[None]:
     "auto" takes the fastest that can serve the input; the environment variable UNIFLOW_BACKEND sets what holds outside
     any block. A backend asked for by name that cannot serve an input raises; nothing else is taken instead.
 
+    A block holds in its thread (or asyncio task) alone, UNIFLOW_BACKEND in all. On a GPU autograd works on a thread of
+    its own: what a backward pass chooses anew there, it chooses as outside any block.
+
     Raises:
         ValueError: for another name.
     """

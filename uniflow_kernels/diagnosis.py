@@ -65,7 +65,7 @@ def _flow_head(cuda: bool) -> OpReport:
 
 
 def _loss(name: str, cuda: bool) -> OpReport:
-    some = torch.empty(0, device="cuda" if cuda else "cpu")
+    some = torch.empty(0, dtype=torch.float32, device="cuda" if cuda else "cpu")
     triton, compiled = triton_kernels.why_not(some), cuda_kernels.why_not(some)
     if triton is None:
         return OpReport(name, "Triton", f"{UNMEASURED}; CUDA: {compiled or 'built, on request'}")

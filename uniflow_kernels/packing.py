@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -21,15 +20,14 @@ Derived = TypeVar("Derived")
 
 
 class _Kept(NamedTuple):
-    """What was derived, the state its sources were in, and what ties it to them.
+    """What was derived, the state its sources were in, and what ties it to their memory.
 
-    A reference to a storage keeps the storage's identity, and not its memory, from being given to another.
+    The references are to storages: a tensor with one of its own could not be swapped with another.
     """
 
     derived: Any
     state: Hashable
-    sources: list[weakref.ref[Tensor]]
-    storages: list[StorageWeakRef]
+    storages: list[weakref.ref[torch.UntypedStorage]]
 
 
 _kept: dict[Hashable, _Kept] = {}
@@ -47,7 +45,7 @@ def packed(kind: Hashable, sources: Sequence[Tensor | None], build: Callable[...
     Built in every call, and not kept:
 
     - while torch.compile, torch.func or a dispatch mode traces
-    - for subclasses, and for tensors without a version (inference tensors)
+    - for what is no parameter, for subclasses, and for parameters without a version (made in inference mode)
     - in a distributed job: FSDP and its like gather weights into the same memory without counting a version
     - outside the default stream: a captured graph is to see later changes, its warm-up may leave nothing behind in the
       graph's memory, and no stream has to wait for what another made
@@ -70,11 +68,10 @@ def packed(kind: Hashable, sources: Sequence[Tensor | None], build: Callable[...
     with torch.inference_mode(False), torch.no_grad():  # to be used outside inference mode as well
         derived = build(*sources)
 
-    def drop(_: weakref.ref[Tensor]) -> None:
+    def drop(_: weakref.ref[torch.UntypedStorage]) -> None:
         _kept.pop(key, None)
 
-    storages = [StorageWeakRef(source.untyped_storage()) for source in given]
-    _kept[key] = _Kept(derived, state, [weakref.ref(source, drop) for source in given], storages)
+    _kept[key] = _Kept(derived, state, [weakref.ref(source.untyped_storage(), drop) for source in given])
     return derived
 
 
@@ -92,7 +89,7 @@ def _lasts(sources: list[Tensor]) -> bool:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    if any(type(source) not in (Tensor, Parameter) or source.is_inference() for source in sources):
+    if any(type(source) is not Parameter or source.is_inference() for source in sources):
         return False
     return not sources[0].is_cuda or _on_the_default_stream(sources[0].device)
 

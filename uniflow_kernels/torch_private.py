@@ -21,24 +21,6 @@ __all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]  # u
 
 Marked = TypeVar("Marked", bound=Callable[..., Any])
 
-# --- who is looking ---
-
-
-def is_transforming() -> bool:
-    """Whether a transform of torch.func is at work: kernels have no rules for it."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def is_traced() -> bool:
-    """Whether a dispatch mode or a transform of torch.func is at work: what is made then must not be kept."""
-    return is_in_torch_dispatch_mode() or is_transforming()
-
-
-def is_dispatch_watched() -> bool:
-    """Whether a dispatch mode or a transform wants to see every op. Cheaper than `is_traced`, which is as strict."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
-
-
 # --- torch.compile, without importing the compiler as torch.compiler's own decorators do ---
 
 
@@ -71,6 +53,31 @@ def always(condition: bool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes long to import
 
     return statically_known_true(condition)
+
+
+# --- who is looking ---
+
+
+@constant
+def is_transforming() -> bool:
+    """Whether a transform of torch.func is at work: kernels have no rules for it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@constant
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are carried along, by torch.func.jvp and its like or by dual numbers."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether a dispatch mode or a transform of torch.func is at work: what is made then must not be kept."""
+    return is_in_torch_dispatch_mode() or is_transforming()
+
+
+def is_dispatch_watched() -> bool:
+    """Whether a dispatch mode or a transform wants to see every op. Cheaper than `is_traced`, which is as strict."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 # --- autograd ---

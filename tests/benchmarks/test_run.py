@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -53,6 +54,21 @@ def test_a_wrong_kernel_is_reported_and_never_timed(make_case, tmp_path, monkeyp
     assert fault in first["why"]
     assert fault in first["check"]["ours"]["tensor"]
     assert "ours" not in first["forms"]
+
+
+def test_a_form_that_is_wrong_only_at_the_size_that_is_timed_is_not_timed(make_case, tmp_path):
+    def wrong(layer, x):
+        return layer(x) + 0.01 * (len(x) > 8)
+
+    case = dataclasses.replace(make_case(ours=wrong), check_at_most={"tokens": 8})
+    first, second = run_case(case, tmp_path / "r.json")
+    assert first["status"] == "measured"
+    assert second["status"] == "wrong"
+    assert second["why"].startswith("at the size that is timed, output 0: 1.00e-02 from the plain form")
+    case = dataclasses.replace(make_case(libraries={"other": lambda: wrong}), check_at_most={"tokens": 8})
+    _, second = run_case(case, tmp_path / "q.json")
+    assert second["status"] == "measured"
+    assert second["forms"]["other"]["why"].startswith("wrong: at the size")
 
 
 def test_a_wrong_rival_is_named_and_left_out(make_case, tmp_path):

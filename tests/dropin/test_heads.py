@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.conftest import randomize
+from tests.conftest import derivative_error, randomize
 from tests.dropin.stand_ins import PROJECTS, inside, only_ours
 from uniflow_kernels import PatchReport, backend, patch, unpatch
 
@@ -106,3 +106,29 @@ def compare(after, before, exact, within_twice, floor):
         assert (value is None) == (after[name] is None) == (before[name] is None), name
         if value is not None:
             within_twice(after[name], before[name], value, floor=floor)
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_gradients_of_forward_mode_derivatives(name):
+    """Right in the patched head, also where torch's layer norm makes them wrong in the original."""
+    head, inputs, kwargs = make(name, torch.float64)
+    patch(head, strict=True)
+    kwargs = {key: value.double() for key, value in kwargs.items()}
+    given = [value.double() if value.is_floating_point() else value for value in inputs]
+    places = [i for i, value in enumerate(given) if value.ndim > 1 and value.shape[1] > 1]  # times are float32 inside
+
+    for i in places:
+        given[i].requires_grad_()
+    tangents = tuple(torch.cos(given[i].detach()) for i in places)
+
+    def loss():
+        def run(*floating):
+            arguments = list(given)
+            for i, value in zip(places, floating, strict=True):
+                arguments[i] = value
+            return head(*arguments, **kwargs)
+
+        tangent = torch.func.jvp(run, tuple(given[i] for i in places), tangents)[1]
+        return (tangent * torch.linspace(-1, 1, tangent.numel(), dtype=tangent.dtype).view_as(tangent)).sum()
+
+    assert derivative_error(loss, [*(given[i] for i in places), *head.parameters()]) < 1e-6

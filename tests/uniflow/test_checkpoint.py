@@ -1,15 +1,22 @@
 import json
 import os
 import pickle
+import resource
+import shutil
 import stat
+import time
+import zipfile
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import smooth_picture
 from uniflow import CheckpointError, UniFlow
 from uniflow.atomic import replacing
+from uniflow.checkpoint import NotFiniteWarning
+from uniflow.cli import run
 from uniflow.latents import EncodedPicture, write_latents
 from uniflow.pictures import save_picture
 
@@ -101,9 +108,13 @@ def test_pickled_code_is_never_executed(golden_folder, state, tmp_path, writer):
     folder = save(tmp_path, golden_folder, state)
     (folder / "model.safetensors").unlink()
     writer({**state, "chal_proj.c_fc.bias": Bomb(tmp_path / "boom")}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="holds more than tensors"):
+    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
         UniFlow.from_pretrained(folder)
     assert not (tmp_path / "boom").exists()
+    assert "weights_only" not in str(caught.value)  # torch's own line advises to execute it
+    assert "none of it was executed" in str(caught.value)
+    if writer is torch.save:
+        assert "it asks for io.open" in str(caught.value)
 
 
 def test_every_wrong_key_is_named_in_one_error(golden_folder, state, tmp_path):
@@ -175,3 +186,172 @@ def test_what_cannot_be_written_is_named(tmp_path, golden_model):
     long = tmp_path / ("n" * 240 + ".png")
     save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), long)
     assert list(tmp_path.iterdir()) == [long]
+
+
+# what is hostile, damaged or only forgotten
+
+
+def index(folder, **places):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (lambda x: x.to_sparse(), "got sparse_coo, float32, on cpu"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "got strided, qint8, on cpu"),
+        (lambda x: x.to("meta"), "got strided, float32, on meta"),
+        (lambda x: x[:1, :1].clone().expand_as(x), "got strided, float32, on cpu"),
+        (lambda x: x.to(torch.complex64), "got strided, complex64, on cpu"),
+        (lambda x: x.to(torch.float8_e4m3fn), "got strided, float8_e4m3fn, on cpu"),
+        (lambda x: x.long(), r"of another dtype \(1\): chal_proj.c_fc.weight \(torch.int64, expected torch.float32\)"),
+        (lambda x: x.half(), r"several dtypes, .*float16 \(chal_proj.c_fc.weight\); choose one dtype for all"),
+        (lambda x: [x], "expected a dictionary of tensors"),
+    ],
+)
+def test_pickles_of_odd_tensors_are_refused(golden_folder, state, tmp_path, odd, message):
+    name = "chal_proj.c_fc.weight"
+    folder = save(tmp_path, golden_folder, {**state, name: odd(state[name])}, "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        UniFlow.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_several_dtypes_are_brought_to_one_on_wish(golden_folder, state, tmp_path):
+    folder = save(tmp_path, golden_folder, {**state, "chal_proj.c_fc.weight": state["chal_proj.c_fc.weight"].half()})
+    assert {p.dtype for p in UniFlow.from_pretrained(folder, dtype="bfloat16").parameters()} == {torch.bfloat16}
+
+
+def test_a_pickle_that_unfolds_is_not_unfolded(golden_folder, state, tmp_path):
+    folder = save(tmp_path, golden_folder, {"zeros": torch.zeros(10**6)}, "pytorch_model.bin")
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as plain:
+        parts = {entry.filename: plain.read(entry) for entry in plain.infolist()}
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in parts.items():
+            packed.writestr(name, data)
+    assert (folder / "pytorch_model.bin").stat().st_size < 10**5
+    with pytest.raises(CheckpointError, match=r"its parts are compressed, which torch\.save never does"):
+        UniFlow.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a": 3}, "is no index of shards: expected a weight_map from keys to files"),
+        ({"a": None}, "is no index of shards"),
+        ({"a": [["x"]]}, "is no index of shards"),
+        ({"a": "../model.safetensors"}, "names a file outside the folder"),
+        ({"a": "/etc/passwd"}, "names a file outside the folder"),
+        ({"a": ".."}, "expected a file, got a folder"),
+        ({"a": "pipe"}, "pipe: expected a file, got a pipe or device"),
+    ],
+)
+def test_indexes_that_lead_nowhere(golden_folder, tmp_path, places, message):
+    shutil.copy(golden_folder / "config.json", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    index(tmp_path, **places)
+    with pytest.raises(CheckpointError, match=message):
+        UniFlow.from_pretrained(tmp_path)
+
+
+def test_shards_of_pickles(golden_folder, state, tmp_path):
+    save(tmp_path, golden_folder, state, "a.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, "a.bin")}))
+    assert_same(UniFlow.from_pretrained(tmp_path), state)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin"])
+def test_pipes_and_pointers_are_named(golden_folder, state, tmp_path, name):
+    folder = save(tmp_path, golden_folder, state, name.replace("config.json", "model.safetensors"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=rf"{name}: expected a file, got a pipe or device"):
+        UniFlow.from_pretrained(folder)
+    (folder / name).unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer, .*`git lfs pull`"):
+        UniFlow.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 1024},
+        {"global_blocks_depth": 1024},
+        {"num_decoder_layers": 1024},
+        {"hidden_size": 1 << 17, "vit_hidden_size": 1 << 17},
+        {"image_size": 1 << 15, "patch_size": 1},
+        {"patch_size": 1024, "image_size": 1024},
+        {"num_hidden_layers": 10**9},
+    ],
+)
+def test_a_config_larger_than_its_weights_costs_nothing(golden_folder, state, tmp_path, changes):
+    """Be it possible or not: the weights are read first, and what they cannot fill is not built."""
+    folder = save(tmp_path, golden_folder, state)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"does not hold this model|expected an integer of at most 1024"):
+        UniFlow.from_pretrained(folder)
+    assert time.perf_counter() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_weights_that_are_not_finite_are_named(golden_folder, state, tmp_path, capsys):
+    state["chal_proj.c_fc.weight"][1, 2] = float("nan")
+    state["decoder_pos_embed"][0, 0, 0] = float("-inf")
+    folder = save(tmp_path, golden_folder, state)
+    with pytest.warns(NotFiniteWarning, match=r"not finite, .*keys \(2\): chal_proj.c_fc.weight, decoder_pos_embed$"):
+        UniFlow.from_pretrained(folder)
+    smooth_picture((56, 56), 0).save(tmp_path / "a.png")
+    arguments = ["reconstruct", tmp_path / "a.png", "--checkpoint", folder, "--out", tmp_path / "out"]
+    assert run([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("uniflow: ")
+    assert "decoder_pos_embed" in error
+    assert error.count("\n") == 1
+
+
+def test_a_long_mismatch_says_all_kinds_in_one_line(golden_folder, state, tmp_path, capsys):
+    renamed = {"module." + name: tensor for name, tensor in state.items()}
+    folder = save(tmp_path, golden_folder, {**renamed, "bad\x1b[31m": torch.zeros(1)})
+    smooth_picture((56, 56), 0).save(tmp_path / "a.png")
+    arguments = ["reconstruct", tmp_path / "a.png", "--checkpoint", folder, "--out", tmp_path / "out"]
+    assert run([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert f"missing ({len(state)}): global_block_pos_embed, " in error
+    assert f"unexpected ({len(state) + 1}): 'bad\\x1b[31m', module." in error
+    assert "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "torch.float64"}, torch.float64),
+        ({"torch_dtype": torch.float16}, torch.float16),
+        ({"torch_dtype": "auto"}, torch.float32),
+    ],
+)
+def test_dtypes_by_name_and_by_their_other_name(golden_folder, options, dtype):
+    assert UniFlow.from_pretrained(golden_folder, **options).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, float64, got 'int8'"),
+        ({"dtype": torch.int8}, "dtype: expected one of float32, .* got torch.int8"),
+        ({"dtype": "bfloat16", "torch_dtype": "bfloat16"}, "torch_dtype: expected nothing beside dtype"),
+    ],
+)
+def test_dtypes_that_weights_cannot_have(golden_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        UniFlow.from_pretrained(golden_folder, **options)
+
+
+def test_a_file_in_the_place_of_a_folder(golden_folder):
+    with pytest.raises(NotADirectoryError, match=r"model.safetensors is a file, expected the folder with config.json"):
+        UniFlow.from_pretrained(golden_folder / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no such folder: some/model; expected one with config.json"):
+        UniFlow.from_pretrained("some/model")

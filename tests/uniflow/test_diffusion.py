@@ -256,6 +256,17 @@ def test_bad_input_names_the_argument(call, message):
         call(make_head(), torch.randn(5, 20))
 
 
+@pytest.mark.parametrize("draw", [sample, lambda head, c, _, **how: head.sample(c, 2, **how)])
+def test_what_is_of_another_kind_is_refused(draw):
+    head, condition, steps = make_head(learned=False), torch.randn(5, 20), Diffusion(2)
+    with pytest.raises(TypeError, match=r"^generator: expected one torch.Generator, got list"):
+        draw(head, condition, steps, generator=[torch.Generator()] * 5)
+    with pytest.raises(TypeError, match=r"^condition: expected a floating point dtype, got torch.complex64"):
+        draw(head, condition.to(torch.complex64), steps)
+    with pytest.raises(TypeError, match=r"^noise: expected a floating point dtype, got torch.complex64"):
+        draw(head, condition, steps, noise=torch.zeros(5, 6, dtype=torch.complex64))
+
+
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("betas", ["cosine", "linear"])
 def test_the_training_loss_is_its_definition(learned, betas):

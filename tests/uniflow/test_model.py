@@ -174,6 +174,12 @@ def test_no_pictures(tiny):
     assert model(images(16, 16, batch=0)).shape == (0, 3, 16, 16)
 
 
+def complex_at(place):
+    """What `velocity` takes, one of it complex."""
+    given = [torch.zeros(1, 16, 48), torch.zeros(1), torch.zeros(1, 16, 64)]
+    return [tensor.to(torch.complex64) if i == place else tensor for i, tensor in enumerate(given)]
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -200,6 +206,17 @@ def test_no_pictures(tiny):
             lambda m: m.velocity(torch.zeros(1, 15, 48), torch.zeros(1), torch.zeros(1, 16, 64)),
             ValueError,
             "x: expected",
+        ),
+        (
+            lambda m: m.velocity(torch.zeros(1, 16, 48), torch.zeros(1), torch.zeros(1, 16, 63)),
+            ValueError,
+            r"condition: expected shape \[B, N, 64\]",
+        ),
+        (lambda m: m.condition(torch.zeros(1, 16, 8, dtype=torch.complex64)), TypeError, "latents: expected a float"),
+        (lambda m: m.decode(torch.zeros(1, 16, 8, dtype=torch.complex64)), TypeError, "latents: expected a float"),
+        *(
+            (lambda m, i=i: m.velocity(*complex_at(i)), TypeError, f"{name}: expected (a float|real).*complex64")
+            for i, name in enumerate(("x", "t", "condition"))
         ),
     ],
 )

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,6 +158,7 @@ def test_a_number_stands_for_a_generator_and_the_default_one_for_none(tiny):
     decoder = model.compile_decoder(3, dtype=torch.float32)
     for decode in (lambda **how: model.decode(latents, **how).detach(), lambda **how: decoder(latents, **how)):
         assert torch.equal(decode(seed=5), decode(generator=seed(5)))
+        assert torch.equal(decode(seed=5), decode(seed=np.int64(5)))
         assert not torch.equal(decode(seed=5), decode(seed=6))
         torch.manual_seed(5)
         drawn = [decode() for _ in range(2)]
@@ -219,6 +222,18 @@ def test_a_stream_gives_batches_in_order_and_takes_what_it_needs(tiny):
         assert torch.equal(pictures, expected[i])
         assert len(taken) <= i + 2
     assert taken == [0, 1, 2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda decoder: pickle.loads(pickle.dumps(decoder))])
+def test_copies_and_pickles(tiny, copied):
+    model = tiny()
+    decoder = model.compile_decoder(2, size=(8, 24), steps=2, temperature=0.9, max_memory=10**6, dtype=torch.float32)
+    latents, noise = inputs(model, 2, (8, 24))
+    expected, other = decoder(latents, noise=noise), copied(decoder)
+    assert torch.equal(other(latents, noise=noise), expected)
+    with torch.no_grad():
+        model.decoder_pos_embed.add_(1)
+    assert torch.equal(other(latents, noise=noise), expected)
 
 
 def test_from_several_threads(tiny):
@@ -301,6 +316,19 @@ def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch
             "seed: expected a tensor of torch.int64",
         ),
         (lambda m: m.decode(torch.zeros(1, 16, 8), seed=torch.tensor(1)), ValueError, r"seed: expected shape \(1,\)"),
+        *(
+            (
+                lambda m, seed=seed: m.decode(torch.zeros(1, 16, 8), seed=seed),
+                TypeError,
+                "seed: expected an integer, or",
+            )
+            for seed in (1.0, "1", [1])
+        ),
+        (
+            lambda m: m.decode(torch.zeros(1, 16, 8), generator=[torch.Generator()]),
+            TypeError,
+            "generator: expected one torch.Generator, got list",
+        ),
     ],
 )
 def test_bad_input_names_the_argument(tiny, call, error, message):

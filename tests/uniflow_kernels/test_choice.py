@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 
 from uniflow_kernels import backend
@@ -14,6 +16,18 @@ def test_blocks_nest_over_the_environment(monkeypatch):
             assert requested() == "auto"
         assert requested() == "eager"
     assert requested() == "triton"
+
+
+def test_a_block_holds_in_its_thread_and_the_environment_in_all(monkeypatch):
+    found = []
+    for name in ("auto", "triton"):
+        monkeypatch.setenv("UNIFLOW_BACKEND", name)
+        with backend("eager"):
+            thread = threading.Thread(target=lambda: found.append(requested()))
+            thread.start()
+            thread.join()
+            assert requested() == "eager"
+    assert found == ["auto", "triton"]
 
 
 def test_auto_takes_the_first_that_can_serve():

@@ -7,10 +7,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from tests.conftest import check_reset, randomize
-from uniflow_kernels import FlowHead
+from tests.conftest import check_reset, derivative_error, randomize
+from uniflow_kernels import FlowHead, backend
 
 
 def plain_head(p, x, t, c):
@@ -219,6 +220,41 @@ def test_copies_pickles_and_functional_calls():
     assert torch.equal(copy.deepcopy(head)(*inputs), expected)
     assert torch.equal(pickle.loads(pickle.dumps(head))(*inputs), expected)
     assert torch.equal(functional_call(head, dict(head.named_parameters()), inputs), expected)
+
+
+def by_func(function, x, dx):
+    return torch.func.jvp(function, (x,), (dx,))[1]
+
+
+def by_dual_numbers(function, x, dx):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, dx))).tangent
+
+
+@pytest.mark.parametrize("derivative", [by_func, by_dual_numbers])
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "mlp": "swiglu"}, {"recompute": "block"}, {"hooks": True}])
+def test_gradients_of_forward_mode_derivatives(derivative, options):
+    """Against finite differences: torch's own layer norm gives wrong ones."""
+    hooks = options.get("hooks")
+    head = randomize(FlowHead(4, 8, 4, 6, 2, **{} if hooks else options)).double()
+    if hooks:
+        for module in (head.res_blocks[0], head.res_blocks[1].in_ln, head.final_layer.norm_final):
+            module.register_forward_hook(lambda *_: None)
+    x, dx, c = (torch.randn(3, size, dtype=torch.float64) for size in (4, 4, 6))
+    t, parameters = torch.rand(3), list(head.parameters())
+
+    def loss():
+        tangent = derivative(lambda x: head(x, t, c), x, dx)
+        return (tangent * torch.arange(12.0).view(3, 4)).sum()
+
+    assert derivative_error(loss, [x.requires_grad_(), *parameters]) < 1e-6
+
+
+def test_dual_numbers_are_not_for_the_kernels():
+    head = make_head()
+    x, t, c = make_inputs(3)
+    with backend("triton"), pytest.raises(ValueError, match="nor for dual numbers"):
+        by_dual_numbers(lambda x: head(x, t, c), x, x)
 
 
 def test_runs_are_equal_to_the_bit():

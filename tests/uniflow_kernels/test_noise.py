@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,12 +121,18 @@ def test_out_of_range(seed, offset, name):
         (9, SEEDS[:0], ValueError, "rows: expected as many for each of 0 seeds, got 9"),
         (9, SEEDS[None], ValueError, r"seed: expected a tensor of shape \[S\], got shape \(1, 5\)"),
         (9, SEEDS.int(), TypeError, "seed: expected a tensor of torch.int64"),
+        (9, 1.0, TypeError, "seed: expected an integer, or a tensor of torch.int64, got 1.0"),
+        (9, np.arange(9), TypeError, "seed: expected an integer, or a tensor of torch.int64, got array"),
         (9, SEEDS.to("meta"), ValueError, "seed: expected a tensor on the device it is used on, cpu, got one on meta"),
     ],
 )
 def test_bad_input_names_the_argument(rows, seed, error, message):
     with pytest.raises(error, match=f"^{message}"):
         seeded_noise(rows, 8, seed)
+
+
+def test_seeds_may_be_integers_of_numpy():
+    assert torch.equal(seeded_noise(3, 8, np.uint32(7)), seeded_noise(3, 8, 7))
 
 
 def test_the_cuda_part_has_no_such_kernel():

@@ -82,6 +82,18 @@ def there_and_back(layer):
     layer.half().float()
 
 
+def swapped(layer):
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(4, 3)))
+
+
+def converted_by_swapping(layer):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 CHANGES = {
     "SGD": step(torch.optim.SGD, foreach=False),
     "SGD foreach": step(torch.optim.SGD, foreach=True),
@@ -98,6 +110,8 @@ CHANGES = {
     "double()": lambda layer: layer.double(),
     "half().float()": there_and_back,
     "reset_parameters": lambda layer: layer.reset_parameters(),
+    "swap_tensors": swapped,
+    "double() by swapping": converted_by_swapping,
     "vector_to_parameters": lambda layer: nn.utils.vector_to_parameters(torch.randn(16), layer.parameters()),
 }
 
@@ -211,12 +225,14 @@ def test_fake_and_functional_tensors(layer):
     assert doubled(layer) is before
 
 
-def test_subclasses(layer):
+def test_only_parameters_are_remembered(layer):
+    """Other tensors may be views that are made in every call, and count versions of their own."""
+
     class Quantized(torch.Tensor):
         pass
 
-    weight = layer.weight.detach().as_subclass(Quantized)
-    packed("double", (weight,), double)
+    for weight in (layer.weight.detach().as_subclass(Quantized), layer.weight.data, 2 * layer.weight):
+        assert torch.equal(packed("double", (weight,), double), 2 * weight)
     assert not packing._kept
 
 

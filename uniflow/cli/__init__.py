@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -26,13 +27,16 @@ def _run(arguments: Sequence[str]) -> int:
         if error.name not in ("typer", "rich", "PIL", "torchmetrics"):
             raise
         return _fail(f"the command needs {error.name}: pip install 'uniflow-kernels[cli]'")
+    from uniflow.checkpoint import NotFiniteWarning
     from uniflow.cli.inputs import InputError
     from uniflow.pictures import PictureError
 
     try:
-        # without standalone mode errors come as exceptions, and an exit status as the result
-        return app(args=list(arguments), prog_name="uniflow", standalone_mode=False) or 0
-    except (InputError, PictureError, FloatingPointError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NotFiniteWarning)  # nothing can be made of such weights
+            # without standalone mode errors come as exceptions, and an exit status as the result
+            return app(args=list(arguments), prog_name="uniflow", standalone_mode=False) or 0
+    except (InputError, PictureError, FloatingPointError, NotFiniteWarning) as error:
         return _fail(str(error))
     except BrokenPipeError:  # whoever read the output has seen enough
         return 1

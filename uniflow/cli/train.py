@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from uniflow.teachers import EncoderTeacher
 from uniflow.training.processes import Processes
 from uniflow.training.recipe import DataChoice, ModelChoice, Run
 from uniflow.training.state import gather as gather_shards
+from uniflow.training.state import gathered_tensors
 from uniflow.training.validation import ReconstructionValidator, Validator
 from uniflow.unifluid.config import MODEL_TYPE as UNIFLUID
 from uniflow.unifluid.model import UniFluid
@@ -41,16 +43,17 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
     check_folder(out)
     check_outputs([out / "config.json", out / "model.safetensors"], force)
     with explained():
-        model = gather_shards(checkpoint, average, _untrained)
+        model = gather_shards(checkpoint, average, partial(_untrained, average))
     model.save_pretrained(out)
     print(f"{type(model).__name__} written to {out}")
 
 
-def _untrained(folder: Path) -> UniFlow | UniFluid:
-    """A model of the kind that the folder's config.json names."""
+def _untrained(average: bool, folder: Path) -> UniFlow | UniFluid:
+    """A model of the kind that the folder's config.json names, if its shards can fill it."""
+    held = gathered_tensors(folder, average)
     if read_config(folder).get("model_type") == UNIFLUID:
-        return UniFluid.from_config(folder)
-    return UniFlow(UniFlowConfig.from_pretrained(folder))
+        return UniFluid.outlined(folder, held)
+    return UniFlow.outlined(UniFlowConfig.from_pretrained(folder), held, str(folder))
 
 
 def _build(run: Run, device: torch.device, processes: Processes) -> Trained:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from uniflow import reading
-from uniflow.checkpoint import CheckpointError
+from uniflow.checkpoint import CheckpointError, load_pickle
 from uniflow.training.processes import Processes
 
 MANIFEST = "manifest.json"
@@ -138,12 +138,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         CheckpointError: if the file cannot be read or holds anything else.
     """
     _check_regular(path)
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler met
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"holds {forbidden[1]}, expected tensors and numbers" if forbidden else "is damaged"
-        raise CheckpointError(f"{path} {found}") from None
+    values = load_pickle(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a dictionary, got a {type(values).__name__}")
     return values

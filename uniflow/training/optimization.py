@@ -49,7 +49,10 @@ def make_optimizer(student: Student, stage: Stage, recipe: Recipe) -> torch.opti
         for parameter in group["params"]:
             # as AdamW would at its first step; a checkpoint then has the same entries at any step
             moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                **moments,
+            }
     return optimizer
 
 

@@ -50,7 +50,7 @@ class Processes:
         """The largest of each value among all processes."""
         if self.control is None:
             return values
-        together = torch.tensor(values, dtype=torch.float64)
+        together = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(together, dist.ReduceOp.MAX, self.control)
         return together.tolist()
 

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from uniflow.checkpoint import CheckpointError, read_state
+from uniflow.checkpoint import CheckpointError, check_keys, read_state, warn_of_not_finite
 from uniflow.reading import shown
 from uniflow.training.checkpoints import (
     check,
@@ -37,6 +37,7 @@ from uniflow.training.checkpoints import (
 from uniflow.training.interfaces import Student
 from uniflow.training.optimization import MovingAverage
 from uniflow.training.processes import Processes
+from uniflow.training.shards import METADATA, ShardPlanner, ShardReader, sharded_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -160,7 +161,12 @@ def read_weights(
     if sharded:
         state = _shards(student, average, optimizer)
         try:
-            dcp.load(state, checkpoint_id=folder / _SHARDS, process_group=processes.control)
+            dcp.load(
+                state,
+                storage_reader=ShardReader(folder / _SHARDS),
+                planner=ShardPlanner(),
+                process_group=processes.control,
+            )
         except CheckpointException as error:
             raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
     else:
@@ -181,15 +187,19 @@ def gather(folder: Path, average: bool, build: Callable[[Path], M]) -> M:
     Args:
         folder: the checkpoint.
         average: whether the averages are wanted.
-        build: gives a model of the folder's config.json, whatever its parameters are.
+        build: gives a model of the folder's config.json, whatever its parameters are; they may be on the meta device.
 
     Raises:
         CheckpointError: if the folder is damaged or holds no shards, or no averages.
     """
     check(folder)
-    if not (folder / _SHARDS / ".metadata").exists():
-        raise CheckpointError(f"{folder} is no sharded checkpoint: no {_SHARDS}/.metadata in it")
+    held = gathered_tensors(folder, average)
     model = build(folder)
+    own = model.state_dict()
+    check_keys(own, held, str(folder))
+    fresh = {name: torch.empty_like(tensor, device="cpu") for name, tensor in own.items() if tensor.is_meta}
+    if fresh:
+        model.load_state_dict({**own, **fresh}, assign=True)
     part = _AVERAGE if average else "model"
     state: dict[str, dict[str, Tensor]] = {}
     buffers = dict(model.named_buffers())  # have no averages
@@ -198,10 +208,30 @@ def gather(folder: Path, average: bool, build: Callable[[Path], M]) -> M:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is the point
-            dcp.load(state, checkpoint_id=folder / _SHARDS, no_dist=True)
+            dcp.load(state, storage_reader=ShardReader(folder / _SHARDS), planner=ShardPlanner(), no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} does not hold {part}: {_first_cause(error)}") from None
+    warn_of_not_finite(model.state_dict(), folder)
     return model
+
+
+def gathered_tensors(folder: Path, average: bool) -> dict[str, Tensor]:
+    """The tensors of a sharded checkpoint's model, or with its averages, on the meta device.
+
+    Raises:
+        CheckpointError: if the folder holds no shards, or no averages.
+    """
+    if not (folder / _SHARDS / METADATA).exists():
+        raise CheckpointError(f"{folder} is no sharded checkpoint: no {_SHARDS}/{METADATA} in it")
+    tensors = sharded_tensors(folder / _SHARDS)
+    found: dict[str, dict[str, Tensor]] = {"model": {}, _AVERAGE: {}}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        if part in found:
+            found[part][key] = tensor
+    if average and not found[_AVERAGE]:
+        raise CheckpointError(f"{folder} does not hold {_AVERAGE}")
+    return found["model"] | found[_AVERAGE] if average else found["model"]
 
 
 def is_sharded(student: Student) -> bool:

@@ -106,7 +106,9 @@ class Trainer:
         self._measures = Measures()
         self._under_way: deque[_Step] = deque()
         self._failed: _Step | None = None
-        self._halted = torch.zeros((), device=self.device)  # 1 from the first step that is not finite
+        self._halted = torch.zeros(
+            (), dtype=torch.float32, device=self.device
+        )  # 1 from the first step that is not finite
         self._stop = False
         self._peak = peak_flops(self.device) if recipe.precision == "bfloat16" else None
         self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of a sample
@@ -426,7 +428,7 @@ class _Arriving:
         self._event = None
         self._numbers = numbers
         if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

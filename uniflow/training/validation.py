@@ -43,7 +43,7 @@ class ReconstructionValidator:
         """
         from uniflow.metrics import psnr, ssim  # torchmetrics takes seconds to import, and is an extra
 
-        totals = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, pictures
+        totals = torch.zeros(3, dtype=torch.float64, device="cpu")  # PSNR, SSIM, pictures
         for first in range(0, len(self.files), self.batch_size * processes.world):
             mine = range(first + processes.rank, first + self.batch_size * processes.world, processes.world)
             numbers = [number for number in mine if number < len(self.files)]
@@ -66,5 +66,7 @@ class ReconstructionValidator:
 
 def _reconstruct(student: UniFlow, originals: Tensor, numbers: Sequence[int]) -> Tensor:
     # each picture has its own noise, whatever process it falls to
-    images = student(normalize(originals.to(student.device)), seed=torch.tensor(numbers))
+    images = student(
+        normalize(originals.to(student.device)), seed=torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    )
     return to_uint8(images).cpu()

@@ -282,7 +282,7 @@ class CaptionedPictures(Samples):
         ids, answer = self._ids(kind, number, dropped=rng.random() < self.drop_caption)
         pixels = to_tensor(center_crop(picture, self.drawing_size if kind == "drawing" else self.reading_size))
         pixels = pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
-        value = CaptionedPicture(kind, pixels, torch.tensor(ids), answer)
+        value = CaptionedPicture(kind, pixels, torch.tensor(ids, dtype=torch.int64, device="cpu"), answer)
         return Sample(value, self.examples.name(number), skipped)
 
     def check_batches(self, size: int) -> None:
@@ -302,9 +302,9 @@ class CaptionedPictures(Samples):
         """Samples to a batch of each kind, in which those of the other kind are left out."""
         drawn, read = ([value for value in values if value.kind == kind] for kind in KINDS)
         drawings, readings = (padded([value.ids for value in part], self.tokenizer) for part in (drawn, read))
-        lengths = torch.tensor([value.answer for value in read], dtype=torch.long)
+        lengths = torch.tensor([value.answer for value in read], dtype=torch.int64, device="cpu")
         longest = max((value.answer for value in read), default=0)
-        answer = torch.arange(longest, 0, -1) <= lengths.unsqueeze(1)
+        answer = torch.arange(longest, 0, -1, device="cpu") <= lengths.unsqueeze(1)
         return (
             Drawings(_stacked(drawn, self.drawing_size), *drawings),
             Readings(_stacked(read, self.reading_size), *readings, answer),
@@ -343,4 +343,6 @@ def _reading_share(share: float | None, captions: bool, questions: bool) -> Frac
 
 
 def _stacked(values: list[CaptionedPicture], size: tuple[int, int]) -> Tensor:
-    return torch.stack([value.pixels for value in values]) if values else torch.empty(0, 3, *size, dtype=torch.uint8)
+    if not values:
+        return torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu")
+    return torch.stack([value.pixels for value in values])

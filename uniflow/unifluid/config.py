@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from uniflow.config import read_config, write_config
+from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
+from uniflow.reading import printable, shown
 
 HEADS = ("flow", "ddpm")
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
+_LONGEST_LINE = 1 << 10  # tokens
 
 
 @dataclass
@@ -48,20 +50,26 @@ class UniFluidConfig:
     text_tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        self.grid = (int(self.grid[0]), int(self.grid[1])) if len(self.grid) == 2 else (0, 0)
+        if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
+            raise ValueError(f"grid: expected lines and tokens a line, got {shown(self.grid)}")
+        if any(type(extent) is not int or not 1 <= extent <= _LONGEST_LINE for extent in self.grid):
+            raise ValueError(
+                f"grid: expected lines and tokens a line, both from 1 to {_LONGEST_LINE}, got {shown(self.grid)}"
+            )
+        self.grid = (self.grid[0], self.grid[1])
         for name in ("token_channels", "head_width", "head_depth", "vision_channels"):
             value = getattr(self, name)
-            if value is None and name == "vision_channels":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-        if min(self.grid) < 1:
-            raise ValueError(f"grid: expected lines and tokens a line, both at least 1, got {self.grid}")
+            if value is not None or name != "vision_channels":
+                check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if "model_type" not in self.backbone:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
+        if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
+        for name in ("tokenizer", "vision", "text_tokenizer"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str)):
+                raise ValueError(f"{name}: expected a fingerprint, got {shown(value)}")
 
     @property
     def tokens(self) -> int:
@@ -82,11 +90,11 @@ class UniFluidConfig:
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
-                raise ValueError(f"{path}: unknown field {name}")
-        try:
-            return cls(**values)
-        except TypeError as error:  # a field is missing
-            raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{path}: unknown field {printable(name)}")
+        missing = [name for name in ("backbone", "token_channels", "grid") if name not in values]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        return cls(**values)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
+from uniflow.foreign import transformers_package
 from uniflow.normalization import to_uint8
-from uniflow.pretrained import transformers_package
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow.unifluid.texts import padded, prompt_ids

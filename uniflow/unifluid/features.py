@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from uniflow.checkpoint import as_dtype
 from uniflow.latents import hash_weights
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
@@ -36,7 +37,7 @@ class VisionFeatures(nn.Module):
         source: str | Path | nn.Module,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(source, UniFlow):
@@ -45,7 +46,7 @@ class VisionFeatures(nn.Module):
         else:
             embeddings, layers, fields = pretrained_encoder(source, mean, std)
             side, width, patch = fields["image_size"], fields["vit_hidden_size"], fields["patch_size"]
-        self.encoder = EncoderTeacher(embeddings, layers, dtype)
+        self.encoder = EncoderTeacher(embeddings, layers, as_dtype(dtype))
         self.width = width
         self.image_size = (side, side)
         self.tokens = (side // patch) ** 2

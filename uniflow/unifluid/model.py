@@ -7,15 +7,26 @@ conditions the head; and as content, which the queries of later steps see.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from uniflow.checkpoint import assign_state, read_state, write_state
-from uniflow.pretrained import take_tensors, transformers_package
+from uniflow.checkpoint import (
+    CheckpointError,
+    as_dtype,
+    assign_state,
+    outline,
+    read_state,
+    refuse_keys,
+    write_state,
+)
+from uniflow.config import check_integer, read_config
+from uniflow.foreign import configuration, is_language_model, loaded_model, new_model, transformers_package
+from uniflow.pretrained import take_tensors
+from uniflow.reading import shown
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
@@ -77,6 +88,7 @@ class UniFluid(nn.Module):
         self.text_tokenizer = text_tokenizer
         self.backbone: Any = _new_backbone(config) if backbone is None else backbone
         own = self.backbone.config
+        _check_sizes(own)
         if len(text_tokenizer) > own.vocab_size:
             raise ValueError(
                 f"text_tokenizer: has {len(text_tokenizer)} ids, more than the vocab_size of the backbone "
@@ -315,24 +327,44 @@ class UniFluid(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str | None = None,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> UniFluid:
-        """Read what `save_pretrained` wrote, in the dtype of the file if none is given.
+        """Read what `save_pretrained` wrote, in the dtype of the file if none is given; see `UniFlow.from_pretrained`.
 
         Raises:
             FileNotFoundError: if something is missing.
-            ValueError: if config.json describes no UniFluid, or the text tokenizer is another.
+            NotADirectoryError: if it is a file.
+            ValueError: if config.json describes no UniFluid, or the text tokenizer is another; for a dtype that weights
+                cannot have.
             CheckpointError: if the weights are damaged or of another model.
+
+        Warns:
+            NotFiniteWarning: if weights are NaN or infinite.
+
+        Nothing in the folder is executed, and nothing is downloaded.
         """
-        model = cls.from_config(folder)
-        assign_state(model, read_state(folder), str(folder))
+        chosen = as_dtype(dtype, torch_dtype)
+        UniFluidConfig.from_pretrained(folder)  # says what is wrong with a folder before its weights are read
+        state = read_state(folder)
+        model = cls.outlined(folder, state)
+        assign_state(model, state, str(folder), chosen)
         model.backbone.tie_weights()
-        return model.to(device, dtype).eval()
+        return model.to(device, chosen).eval()
 
     @classmethod
-    def from_config(cls, folder: str | Path) -> UniFluid:
-        """A new model of what `save_config` wrote; errors as of `from_pretrained`."""
-        return cls(UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER))
+    def outlined(cls, folder: str | Path, state: Mapping[str, Tensor]) -> UniFluid:
+        """A new model of what `save_config` wrote, if the tensors of `state` can be all it holds.
+
+        Errors as of `from_pretrained`.
+        """
+        config, texts = UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER)
+        outline(lambda: cls(config, texts), state, str(folder))
+        return cls(config, texts)  # not on the meta device: tables of positions are in no checkpoint
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and what `save_config` writes."""
@@ -351,29 +383,50 @@ def read_backbone(folder: str | Path) -> PreTrainedModel:
     Raises:
         ImportError: if the transformers package is not installed.
         FileNotFoundError: if there is no such folder.
+        CheckpointError: if the weights are damaged or of another model; nothing is left to chance.
         ValueError: if it holds no language model.
+
+    Nothing in the folder is executed, and nothing is downloaded.
     """
     transformers = transformers_package()
-    if not (Path(folder) / "config.json").is_file():
+    if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"no config.json in {folder}")
     try:
-        own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=own, attn_implementation=_attention(own), local_files_only=True
+        own = configuration(read_config(folder), str(folder), is_language_model)
+        state = read_state(folder)
+        model, wrong = loaded_model(
+            transformers.AutoModelForCausalLM, own, state, str(folder), attn_implementation=_attention(own)
         )
-    except (ValueError, OSError) as error:
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise ValueError(f"{folder} holds no language model of the transformers package: {error}") from None
+    refuse_keys(folder, wrong)
+    return model
 
 
 def _new_backbone(config: UniFluidConfig) -> PreTrainedModel:
     transformers = transformers_package()
-    values = dict(config.backbone)
-    kind = values.pop("model_type")
     try:
-        own = transformers.AutoConfig.for_model(kind, **values)
-        return transformers.AutoModelForCausalLM.from_config(own, attn_implementation=_attention(own))
-    except (ValueError, TypeError) as error:
+        own = configuration(config.backbone, "backbone", is_language_model)
+        return new_model(transformers.AutoModelForCausalLM, own, "backbone", attn_implementation=_attention(own))
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise ValueError(f"backbone: no language model of the transformers package: {error}") from None
+
+
+def _check_sizes(config: Any) -> None:
+    """Refuse a transformer whose configuration does not say what is needed of it."""
+    try:
+        sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
+        tied = config.tie_word_embeddings
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(f"backbone: a {config.model_type} cannot be used: {error}") from None
+    for name, value in sizes.items():
+        check_integer(f"backbone: {name}", value, 1, 1 << 31)
+    if not isinstance(tied, bool):
+        raise ValueError(f"backbone: tie_word_embeddings: expected true or false, got {shown(tied)}")
 
 
 def _attention(config: Any) -> str:

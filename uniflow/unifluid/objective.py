@@ -79,7 +79,11 @@ class UniFluidObjective(nn.Module):
         self.head_repeats = head_repeats
         self.t_distribution = t_distribution
         self.image_weight: Tensor
-        self.register_buffer("image_weight", torch.tensor(float(image_weight), device=student.device), persistent=False)
+        self.register_buffer(
+            "image_weight",
+            torch.tensor(float(image_weight), dtype=torch.float32, device=student.device),
+            persistent=False,
+        )
 
     def forward(self, drawings: Drawings, readings: Readings) -> UniFluidLosses:
         """The losses of a batch; either part may have no rows.
@@ -112,7 +116,7 @@ class UniFluidObjective(nn.Module):
             return noise_loss(head, embedded, tokens.expand(k, -1, -1, -1), Diffusion())
         # to the operations a token is a picture's patch of one pixel
         pixels = tokens.transpose(1, 2).unsqueeze(2)
-        noise = torch.randn(k * batch, count, channels, device=tokens.device)
+        noise = torch.randn(k * batch, count, channels, dtype=torch.float32, device=tokens.device)
         t = sample_t((k * batch, count), self.t_distribution, tokens.device)
         x_t = interpolate(pixels, t, 1, noise, repeats=k, dtype=embedded.dtype)
         y = head.time_embed(self.student.time_scale * t).unflatten(0, (k, batch)) + embedded

@@ -8,6 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from uniflow_kernels.ops.noise import where_drawn
 from uniflow_kernels.torch_private import constant
 
 
@@ -25,8 +26,9 @@ def draw_orders(
     """
     if order == "raster":
         return torch.arange(tokens, device=device).expand(batch, tokens)
-    drawn_on = device if generator is None else generator.device
-    return torch.rand(batch, tokens, device=drawn_on, generator=generator).argsort(dim=1).to(device)
+    drawn_on = where_drawn(generator, device)
+    drawn = torch.rand(batch, tokens, dtype=torch.float32, device=drawn_on, generator=generator)
+    return drawn.argsort(dim=1).to(device)
 
 
 @lru_cache
@@ -61,7 +63,7 @@ def _groups_by_steps(tokens: int) -> Tensor:
 def _table(tokens: int) -> Tensor:
     """Row S - 1: the step that each token comes in when there are S of them; int64 [tokens, tokens] on the CPU."""
     rows = [
-        torch.repeat_interleave(torch.arange(steps), torch.tensor(group_sizes(tokens, steps)))
+        torch.repeat_interleave(torch.tensor(group_sizes(tokens, steps), dtype=torch.int64, device="cpu"))
         for steps in range(1, tokens + 1)
     ]
     return torch.stack(rows)
@@ -72,6 +74,6 @@ def draw_groups(batch: int, tokens: int, device: torch.device) -> Tensor:
 
     Drawn on the CPU, where the table lies: N * N numbers, 8 MB for 1024 tokens.
     """
-    steps = torch.randint(tokens, (batch,))
+    steps = torch.randint(tokens, (batch,), device="cpu")
     groups = _groups_by_steps(tokens)[steps]
     return groups.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else groups

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from uniflow.pretrained import transformers_package
+from uniflow.config import read_config
+from uniflow.foreign import configuration, is_language_model, transformers_package
+from uniflow.reading import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -58,19 +61,33 @@ def make_text_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
 def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder, as transformers' AutoTokenizer reads it; where it has no pad token, eos pads.
 
+    Nothing in the folder is executed, and nothing is downloaded.
+
     Raises:
         FileNotFoundError: if there is no such folder.
         ImportError: if the transformers package is not installed.
         ValueError: if there is no tokenizer in it, or one without bos or eos token.
     """
-    if not Path(folder).is_dir():
+    path = Path(folder)
+    if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {folder}")
+    for file in path.iterdir():
+        if file.suffix in (".json", ".model", ".txt", ".jinja"):  # what tokenizers are read from
+            check_file(file)
+    transformers = transformers_package()
     try:
-        tokenizer = transformers_package().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except ImportError:
-        raise
+        # without one the package would make a configuration of what it finds there
+        config = transformers.PreTrainedConfig()
+        if (path / "config.json").exists():
+            with suppress(ValueError):  # that of a model that is no language model says nothing about tokenizers
+                config = configuration(read_config(path), str(folder), is_language_model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the tokenizers package raises no narrower class for a damaged file
         reason = str(error).split("\n")[0]
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is not run"
         raise ValueError(f"{folder} holds no tokenizer that the transformers package can read: {reason}") from None
     missing = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is None]
     if missing:
@@ -109,9 +126,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def padded(rows: Sequence[Sequence[int] | Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
     length = max(map(len, rows), default=0)
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.int64, device="cpu")
+    real = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
     for row, own in enumerate(rows):
-        ids[row, length - len(own) :] = torch.as_tensor(own)
+        ids[row, length - len(own) :] = torch.as_tensor(own, device="cpu")
         real[row, length - len(own) :] = True
     return ids, real

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from uniflow.checkpoint import CheckpointError, assign_state, outline, read_state
+from uniflow.config import check_integer
+from uniflow.foreign import checked_values
 from uniflow.latents import fingerprint, hash_weights
 from uniflow.model import UniFlow
 from uniflow.normalization import denormalize, normalize
-from uniflow.reading import read_json
+from uniflow.reading import read_json, shown
+
+_LARGEST_PICTURE = 1 << 15
+_LONGEST_REASON = 300
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -195,25 +202,41 @@ def read_image_tokenizer(folder: str | Path, image_size: tuple[int, int] | None 
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no image tokenizer in {folder}: no config.json")
-    made_by = read_json(path).get("_class_name")
+    values = read_json(path)
+    made_by = values.get("_class_name")
     if made_by is None:
         return UniFlowTokens(UniFlow.from_pretrained(folder), image_size=image_size)
     if made_by != "AutoencoderKL":
-        raise ValueError(f"{path}: expected a UniFlow or an AutoencoderKL of diffusers, got {made_by!r}")
-    autoencoder = _read_autoencoder(folder)
+        raise ValueError(f"{path}: expected a UniFlow or an AutoencoderKL of diffusers, got {shown(made_by)}")
+    autoencoder = _read_autoencoder(Path(folder), values)
     trained = autoencoder.config.sample_size
+    if image_size is None:
+        check_integer(f"{path}: sample_size", trained, 1, _LARGEST_PICTURE)
     return AutoencoderTokens(autoencoder, image_size or (trained, trained))
 
 
-def _read_autoencoder(folder: str | Path) -> Any:
+def _read_autoencoder(folder: Path, values: dict[str, Any]) -> Any:
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "an AutoencoderKL needs diffusers: pip install 'uniflow-kernels[diffusers]'", name=error.name
         ) from None
+    own = checked_values(values, str(folder / "config.json"))
     try:
-        # the default of low_cpu_mem_usage warns where accelerate is not installed
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no AutoencoderKL that diffusers can read: {error}") from None
+        state = {_now_called(name): tensor for name, tensor in read_state(folder, "diffusion_pytorch_model").items()}
+        autoencoder = outline(lambda: AutoencoderKL.from_config(own), state, str(folder))
+        assign_state(autoencoder, state, str(folder), torch.float32)
+    except CheckpointError:
+        raise
+    except Exception as error:  # diffusers raises whatever its models do
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise ValueError(f"{folder} holds no AutoencoderKL that diffusers can read: {reason}") from None
+    return autoencoder.float()
+
+
+def _now_called(name: str) -> str:
+    """The name that diffusers gives now to what it called otherwise in the attention of older autoencoders."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = re.sub(rf"(\.attentions\.\d+)\.{old}\.", rf"\1.{new}.", name)
+    return name

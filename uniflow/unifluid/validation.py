@@ -41,13 +41,14 @@ class DrawingValidator:
     def score(self, student: UniFluid, step: int, processes: Processes) -> Validation:
         """Every process works on all of it, since all must call a student whose parameters are spread over them."""
         device = student.device
-        totals, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2)
+        totals, counts = torch.zeros(2, 2, dtype=torch.float64, device="cpu").unbind()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(_SEED)
             for first in range(0, self.count, self.batch_size):
                 positions = range(first, min(first + self.batch_size, self.count))
                 drawings, readings = self.samples.collate([self.samples[position].value for position in positions])
-                count = torch.tensor([readings.answer.sum(), len(drawings.images)])  # what either loss is a mean of
+                # what either loss is a mean of
+                count = torch.tensor([readings.answer.sum(), len(drawings.images)], dtype=torch.int64, device="cpu")
                 batch = (type(part)(*(tensor.to(device) for tensor in part)) for part in (drawings, readings))
                 losses = self.objective(*batch)
                 totals += count * torch.stack([losses.text, losses.image]).double().cpu()

@@ -22,6 +22,7 @@ from uniflow_kernels.ops.flow_blocks import (
     block_after_block,
     final_norm,
     flow_block,
+    layer_norm,
     swiglu,
 )
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
@@ -31,6 +32,7 @@ from uniflow_kernels.torch_private import (
     are_plain,
     children_of,
     is_any_hooked,
+    is_forward_mode,
     is_hooked,
     is_transforming,
     parameters_of,
@@ -48,11 +50,18 @@ class Norm(NamedTuple):
     eps: float
 
     def of(self, part: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What is called."""
-        if self.path is not None:
-            return at(part, self.path)
-        function: Any = F.layer_norm if self.kind == "layer" else F.rms_norm
-        return lambda x: function(x, x.shape[-1:], eps=self.eps)
+        """What is called; in place of torch's layer norm what has the right derivatives of forward-mode derivatives."""
+        if self.path is None:
+            return self._function
+        norm = at(part, self.path)
+        if type(norm) is nn.LayerNorm and is_forward_mode() and not is_hooked(norm):
+            return functools.partial(layer_norm, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        return norm
+
+    def _function(self, x: Tensor) -> Tensor:
+        if self.kind == "layer":
+            return layer_norm(x, None, None, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Mlp(NamedTuple):

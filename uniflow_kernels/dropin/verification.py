@@ -229,7 +229,7 @@ def _floating(output: Any) -> list[Tensor]:
 
 def _weighted(out: Tensor) -> Tensor:
     """A loss that no gradient vanishes under."""
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(out.shape, dtype=torch.float32, device="cpu", generator=torch.Generator().manual_seed(1))
     return (out * weight.to(out)).sum()
 
 

@@ -25,6 +25,7 @@ from uniflow_kernels.ops.flow_blocks import (
     check_choice,
     final_norm,
     flow_block,
+    layer_norm,
     swiglu,
 )
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain, what_is_shared
@@ -74,8 +75,16 @@ class SwiGLU(nn.Module):
         return self.w3(swiglu(self.w12(h)))
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, with the right derivatives of forward-mode derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
 def _norm(form: Form, width: int, affine: bool) -> nn.Module:
-    kind = nn.LayerNorm if form.norm == "layer" else nn.RMSNorm
+    kind = LayerNorm if form.norm == "layer" else nn.RMSNorm
     return kind(width, eps=form.eps, elementwise_affine=affine)
 
 
@@ -324,6 +333,7 @@ class FlowHead(nn.Module):
             [..., in_channels], in the condition's dtype.
 
         Raises:
+            TypeError: if condition or noise is not floating point.
             ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
         """
         plan = Plan(steps, schedule, solver, cfg, cfg_interval)

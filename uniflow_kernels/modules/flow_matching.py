@@ -117,7 +117,7 @@ class _Batch(NamedTuple):
         if self.mask is not None:
             return self.mask.sum().clamp(min=1).float().reciprocal()
         batch, tokens, _ = self.source.rows
-        return torch.full((), 1 / max(1, batch * tokens), device=self.source.images.device)
+        return self.source.images.new_full((), 1 / max(1, batch * tokens), dtype=torch.float32)
 
     def chunks(self, most: int) -> Iterator[tuple[slice, slice, _Batch]]:
         """Images and tokens of each chunk of about `most` tokens, and the chunk; one empty chunk of an empty batch."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from uniflow_kernels.graphs import GraphCache, why_not_graph
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
+from uniflow_kernels.ops.noise import where_drawn
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
 
 
@@ -95,7 +96,7 @@ class Conditioned:
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
-        on_device = torch.stack([torch.full((), t, device=condition.device) for t in times])
+        on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=condition.device) for t in times])
         self.embedded = head.time_embed(on_device)
         self.index = {time: i for i, time in enumerate(times)}
         self.ahead = _Ahead.of(head, self.embedded, self.c, self.null) if ahead else None
@@ -184,7 +185,7 @@ def normal(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normal numbers on `device`, drawn where the generator is."""
-    drawn_on = device if generator is None else generator.device
+    drawn_on = where_drawn(generator, device)
     return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)
 
 
@@ -200,7 +201,7 @@ def start(
     """What a `sampler` begins with: noise times temperature, the condition, and the null condition if it counts.
 
     Raises:
-        ValueError: as `FlowHead.sample` says.
+        TypeError, ValueError: as `FlowHead.sample` says.
     """
     plan.check()
     if condition.ndim == 0 or condition.shape[-1] != head.z_channels:
@@ -217,6 +218,9 @@ def start(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
+    for name, given in (("condition", condition), ("noise", noise)):
+        if not given.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {given.dtype}")
     noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
     return noise, condition, null_condition if plan.cfg != 1.0 else None
 

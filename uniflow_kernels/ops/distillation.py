@@ -246,7 +246,7 @@ def _cosine_distances(
 ) -> tuple[Tensor, list[Tensor]]:
     batch, length, _ = student[0].shape
     gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
-    distances = torch.empty(len(student), batch, length - skip_tokens, device=student[0].device)
+    distances = student[0].new_empty(len(student), batch, length - skip_tokens, dtype=torch.float32)
     kernels = _kernels(student, teacher)
     compute = plain_cosine_distances if kernels is None else kernels.cosine_distances
     compute(student, teacher, skip_tokens, gradients, distances)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from uniflow_kernels.torch_private import is_forward_mode, is_transforming
+
 NORMS = ("layer", "rms")
 MLPS = ("silu", "swiglu")
 MODULATION_ORDERS = ("shift-scale-gate", "scale-shift-gate")
@@ -179,8 +181,10 @@ def block_after_block(
         blocks: each takes x and its group's modulation, which is None where every block has its own, and gives x.
         shared: for each group of consecutive blocks what makes its modulation; called when the group's first block
             needs it, so that no modulation outlives its blocks.
-        recompute: whether the backward pass computes each block again instead of keeping what is inside it.
+        recompute: whether the backward pass computes each block again instead of keeping what is inside it; not where
+            the transforms of torch.func or forward-mode derivatives are at work, which would not be there then.
     """
+    recompute = recompute and not (is_transforming() or is_forward_mode())
     per_group = len(blocks) // max(1, len(shared))
     modulation = None
     for i, block in enumerate(blocks):
@@ -188,6 +192,20 @@ def block_after_block(
             modulation = shared[i // per_group]()
         x = checkpoint(block, x, modulation, use_reentrant=False) if recompute else block(x, modulation)
     return x
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's layer norm of [..., W]; written out where forward-mode derivatives are carried along.
+
+    Of those torch's own gives wrong derivatives in a backward pass (pytorch issue 196700).
+    """
+    if not is_forward_mode():
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = exact - exact.mean(-1, keepdim=True)
+    normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 def _block(form: Form, block: Block, own: Callable[[], Tensor], x: Tensor, shared: Tensor | None) -> Tensor:
@@ -204,7 +222,7 @@ def _block(form: Form, block: Block, own: Callable[[], Tensor], x: Tensor, share
 
 def _norm(form: Form, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     if form.norm == "layer":
-        return torch.layer_norm(x, x.shape[-1:], weight, bias, form.eps)
+        return layer_norm(x, weight, bias, form.eps)
     return F.rms_norm(x, x.shape[-1:], weight, form.eps)
 
 

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
 from uniflow_kernels.ops.registration import wants_gradient
-from uniflow_kernels.torch_private import constant, is_transforming
+from uniflow_kernels.torch_private import constant, is_forward_mode, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 PATHS = ("eager", "rows", "products")
@@ -186,7 +186,9 @@ def _why_not_kernels(call: Call) -> str | None:
 
 @constant
 def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
-    transforming = "the Triton kernels have no rules for the transforms of torch.func" if is_transforming() else None
+    transforming = None
+    if is_transforming() or is_forward_mode():
+        transforming = "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
     return why_not_device(device, dtype, width) or transforming
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -35,13 +36,43 @@ def noise_seed(generator: torch.Generator | None = None) -> int:
         a GPU gives the Philox number of its seed at its position, which moves on by 4: the host knows both, so nothing
         waits for the GPU.
     """
-    if generator is None or generator.device.type == "cpu":
-        return int(torch.randint(2**63 - 1, (), generator=generator))
+    if generator is None or where_drawn(generator, torch.device("cpu")).type == "cpu":
+        return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu", generator=generator))
     position = generator.get_offset()
     generator.set_offset(position + 4)  # a position counts 32-bit numbers, and moves in fours
-    counter = [torch.tensor(half) for half in (position & _LOW, position >> 32, 0, 0)]
+    counter = [torch.tensor(half, dtype=torch.int64, device="cpu") for half in (position & _LOW, position >> 32, 0, 0)]
     low, high = (int(word) for word in philox(counter, generator.initial_seed())[:2])
     return (high << 32 | low) >> 1
+
+
+def where_drawn(generator: torch.Generator | None, device: torch.device) -> torch.device:
+    """Where numbers for `device` are drawn: where the generator is, if there is one.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if generator is None:
+        return device
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected one torch.Generator, got {type(generator).__name__}")
+    return generator.device
+
+
+def integer_seed(seed: int) -> int:
+    """A seed in [0, 2^63), of NumPy's integers too.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is out of range.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        try:
+            seed = int(operator.index(seed))
+        except TypeError:
+            raise TypeError(f"seed: expected an integer, or a tensor of torch.int64, got {seed!r}") from None
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
+    return seed
 
 
 def seeded_noise(
@@ -67,13 +98,13 @@ def seeded_noise(
         [rows, columns], float32, standard normal, contiguous.
 
     Raises:
-        TypeError: if `seed` is a tensor of another dtype.
+        TypeError: if `seed` is a tensor of another dtype, or no integer.
         ValueError: if `seed`, `offset` or `first_row` is out of range, or `seed` a tensor of another shape or device,
             or its number of seeds does not divide `rows`. What a tensor holds is not looked at, since that would wait
             for its device: all its 64 bits count.
     """
     number, held = seed_of(seed, offset, torch.device(device), first_row, groups=True)
-    seeds = torch.full((1,), number, device=device) if held is None else held
+    seeds = torch.full((1,), number, dtype=torch.int64, device=device) if held is None else held
     groups = seeds.shape[0]
     if rows % groups if groups else rows:
         raise ValueError(f"rows: expected as many for each of {groups} seeds, got {rows}")
@@ -100,9 +131,7 @@ def seed_of(
     if isinstance(seed, torch.Generator):
         return noise_seed(seed), None
     if not isinstance(seed, Tensor):
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
-        return seed, None
+        return integer_seed(seed), None
     if seed.dtype != torch.int64:
         raise TypeError(f"seed: expected a tensor of torch.int64, got {seed.dtype}")
     if seed.shape not in ((), (1,)) and not (groups and seed.ndim == 1):
@@ -123,12 +152,12 @@ def plain_seeded_noise(
     keys = seed.view(-1, 1) if isinstance(seed, Tensor) else seed
     groups = len(keys) if isinstance(keys, Tensor) else 1
     quads, in_group = -(-columns // 4), rows // max(1, groups)
-    noise = torch.empty(groups, in_group, columns, device=device)
+    noise = torch.empty(groups, in_group, columns, dtype=torch.float32, device=device)
     limit = (_CHUNK if noise.device.type == "cpu" else 1 << 24) // max(1, quads)  # rows
     at_once, in_piece = max(1, limit // max(1, in_group)), max(1, limit)
     for start, top in itertools.product(range(0, groups, at_once), range(0, in_group, in_piece)):
         part = noise[start : start + at_once, top : top + in_piece]
-        number = torch.arange(part.shape[1] * quads, device=device) + (first_row + top) * quads
+        number = torch.arange(part.shape[1] * quads, dtype=torch.int64, device=device) + (first_row + top) * quads
         number = number.expand(len(part), -1)
         counter = [number & _LOW, number >> 32, number & 0, number & 0]
         counter[2] += offset & _LOW
@@ -137,7 +166,7 @@ def plain_seeded_noise(
         if columns % 4 == 0:
             box_muller(words, part.view(*number.shape, 4))
         else:
-            normals = torch.empty(*number.shape, 4, device=device)
+            normals = noise.new_empty(*number.shape, 4)
             box_muller(words, normals)
             part.copy_(normals.view(*part.shape[:2], quads * 4)[..., :columns])
     return noise.view(rows, columns)

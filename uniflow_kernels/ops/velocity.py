@@ -296,7 +296,7 @@ def _pieces(source: Source, into: Tensor | None = None) -> Iterator[tuple[Place,
     at_once = max(1, min(batch, limit // max(1, down * in_line)))
     lines = max(1, min(down, limit // in_line))
     if into is None or into.dtype != torch.float32:
-        scratch, into = torch.empty(at_once, lines * across, length, device=images.device), None
+        scratch, into = images.new_empty(at_once, lines * across, length, dtype=torch.float32), None
     affine = pixel_scale_and_shift(source)
     for start, top in itertools.product(range(0, batch, at_once), range(0, down, lines)):
         stop, bottom = min(batch, start + at_once), min(down, top + lines)

@@ -365,8 +365,8 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["ask", picture, place / "cut.png"], {}, "cut.png is damaged"),
         (["ask", place / "none.png"], {}, "no such file or folder"),
         (["ask", picture], {"--checkpoint": place / "tokenizer"}, "model_type 'unifluid'"),
-        (["ask", picture], {"--vision": place / "file"}, "no such file: "),
-        (["ask", picture], {"--vision": checkpoint}, "model type `unifluid`"),
+        (["ask", picture], {"--vision": place / "file"}, "file is a file, expected the folder with config.json"),
+        (["ask", picture], {"--vision": checkpoint}, "has no model of the kind 'unifluid'"),
     ]
     for (command, *what), changes, message in cases:
         options = {**(generate | dict([out]) if command == "generate" else ask), **changes}

@@ -7,8 +7,10 @@ from torch import nn
 
 from uniflow.flow import sample_t
 from uniflow.unifluid.captions import Drawings, Readings
+from uniflow.unifluid.drawing import draw_tokens
 from uniflow.unifluid.objective import UniFluidObjective
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.texts import padded, prompt_ids
 
 N = 12
 
@@ -164,3 +166,16 @@ def test_an_untrained_head_has_the_loss_of_saying_nothing(make_model, batch):
     torch.manual_seed(0)
     loss = objective(batch[0], no_readings(batch[1])).image.item()
     assert math.isclose(loss, expected, rel_tol=0.05)
+
+
+@pytest.mark.parametrize("head", ["flow", "ddpm"])
+def test_the_same_bits_whatever_the_defaults_are(make_model, batch, text_tokenizer, same_bits, head):
+    model = make_model(head=head)
+    objective = UniFluidObjective(model, Tokens(), Vision())
+
+    def call():
+        prompts = padded([prompt_ids(text_tokenizer, text) for text in ("a seven", None)], text_tokenizer)
+        drawn = draw_tokens(model, *prompts, 2, head_steps=2, generator=torch.Generator().manual_seed(1))
+        return [*prompts, drawn, *(value.detach() for value in objective(*batch).measured().values())]
+
+    same_bits(call)
