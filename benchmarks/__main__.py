@@ -55,9 +55,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    report.write(
-        [results.load(path) for path in options.files] or results.newest(), options.out, options.flat, options.readme
-    )
+    if options.files and options.out is None:
+        raise results.ResultsError("--out: name a folder for a page of these files alone; docs has one of all of them")
+    files = [results.load(path) for path in options.files] or results.load_all(results.FOLDER)
+    report.write(files, options.out or results.ROOT / "docs", options.flat, options.readme)
     return 0
 
 
@@ -68,7 +69,9 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _choices(options: argparse.Namespace) -> int:
-    count = choices.write([results.load(path) for path in options.files] or results.newest(), options.out)
+    count = choices.write(
+        [results.load(path) for path in options.files] or results.load_all(results.FOLDER), options.out
+    )
     print(f"{count} sizes written: {options.out}")
     return 0
 
@@ -106,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_run)
 
     command = commands.add_parser("report", help="a Markdown page and plots from results files")
-    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default the newest of every machine")
-    command.add_argument("--out", type=Path, default=results.ROOT / "docs", metavar="FOLDER", help="by default docs")
+    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default all in benchmarks/results")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="by default docs, if no files are given")
     command.add_argument("--flat", action="store_true", help="plots beside the page, not in plots/")
     command.add_argument("--readme", type=Path, metavar="MD", help="also fill the summary between this file's markers")
     command.set_defaults(command=_report)
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("choices", help="the table by which ops choose their path, from results files")
-    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default the newest of every machine")
+    command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default all in benchmarks/results")
     command.add_argument("--out", type=Path, default=choices.TABLE, metavar="JSON", help="by default the package's own")
     command.set_defaults(command=_choices)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Entry, ResultsError, default_path, milliseconds, size_text
+from benchmarks.results import Entry, ResultsError, latest, milliseconds, size_text, slug
 from benchmarks.run import COMPILED
 from uniflow.atomic import replacing
 
@@ -28,10 +29,10 @@ GROWS = ("tokens", "batch", "rows")  # sizes that are a number of tokens
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks report` from the newest file of every machine in benchmarks/results. To measure on
-yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds, tests, measures and reports in nine minutes.
-`python -m benchmarks list` names the questions, `compare OLD NEW` says what moved, `choices` makes the table by which
-the flow head takes its path on a GPU.
+Written by `python -m benchmarks report` from benchmarks/results: of each machine, case and size what was measured last,
+run after run, the newest first. To measure on yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds,
+tests, measures and reports in nine minutes. `python -m benchmarks list` names the questions, `compare OLD NEW` says
+what moved, `choices` makes the table by which the flow head takes its path on a GPU.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
 PyTorch in the same dtype; large sizes at a smaller one, and then against the plain form at their own. What fails is
@@ -47,7 +48,7 @@ def write(files: list[dict[str, Any]], out: Path, flat: bool = False, readme: Pa
     """Write the page and, where matplotlib is installed, the plots.
 
     Args:
-        files: results, one a machine.
+        files: results; of what several of a machine measured, the newest counts.
         out: the folder of benchmarks.md.
         flat: the plots beside the page, not in plots/ under it.
         readme: a Markdown file whose text between the markers becomes the summary.
@@ -58,15 +59,16 @@ def write(files: list[dict[str, Any]], out: Path, flat: bool = False, readme: Pa
     draw = importlib.util.find_spec("matplotlib") is not None
     if not draw:
         print("matplotlib is not installed: no plots")
+    machines = latest(files)
     sections = [INTRODUCTION]
-    for results in files:
+    for results in machines:
         plots = _plots(results, out if flat else out / "plots") if draw else []
         sections.append(_section(results, [plot.relative_to(out).as_posix() for plot in plots]))
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "benchmarks.md", "\n".join(sections))
     print(f"written: {out / 'benchmarks.md'}")
     if readme is not None:
-        _fill(readme, "\n".join(_summary(results) for results in files))
+        _fill(readme, "\n".join(_summary(results) for results in machines))
 
 
 def ratio(entry: Entry, label: str, name: str) -> float | None:
@@ -75,9 +77,9 @@ def ratio(entry: Entry, label: str, name: str) -> float | None:
     return milliseconds(other) / milliseconds(ours) if ours and other else None
 
 
-def floor_ms(results: dict[str, Any], entry: Entry, name: str) -> float | None:
-    """The least time a pass can take on this machine; None where no product was measured in the dtype."""
-    rates, work = results.get("ceilings"), entry.get("work")
+def floor_ms(entry: Entry, name: str) -> float | None:
+    """The least time a pass can take on its machine; None where no product was measured in the dtype."""
+    rates, work = entry["run"].get("ceilings"), entry.get("work")
     if not rates or not work or (name != "forward" and "backward" not in work):
         return None
     parts = [work[part] for part in ("forward", "backward") if name in (part, "both")]
@@ -90,20 +92,24 @@ def floor_ms(results: dict[str, Any], entry: Entry, name: str) -> float | None:
 
 
 def _section(results: dict[str, Any], plots: list[str]) -> str:
-    facts = {"measured": results["date"][:10], "commit": results["commit"], **results["environment"]}
-    lines = [f"## {results['machine']}", "", ", ".join(f"{name} {value}" for name, value in facts.items()), ""]
-    if rates := results.get("ceilings"):
-        products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["product"].items())
-        lines += [f"Ceilings: copy {rates['copy'] / 1e9:.3g} GB/s; product {products}.", ""]
-    lines += [*(f"![{Path(plot).stem}]({plot})" for plot in plots), ""]
-    lines += _table(
-        COLUMNS,
-        [row for entry in results["entries"] for row in _rows(results, entry)],
-    )
+    lines = [f"## {results['machine']}", "", *(f"![{Path(plot).stem}]({plot})" for plot in plots), ""]
+    for run, entries in _runs(results["entries"]):
+        facts = {"measured": run["date"][:10], "commit": run["commit"], **run["environment"]}
+        lines += [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+        if rates := run.get("ceilings"):
+            products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["product"].items())
+            lines += [f"Ceilings: copy {rates['copy'] / 1e9:.3g} GB/s; product {products}.", ""]
+        lines += _table(COLUMNS, [row for entry in entries for row in _rows(entry)])
     return "\n".join(lines)
 
 
-def _rows(results: dict[str, Any], entry: Entry) -> Iterator[list[str]]:
+def _runs(entries: list[Entry]) -> Iterator[tuple[dict[str, Any], list[Entry]]]:
+    for _, group in groupby(entries, key=lambda entry: (entry["run"]["date"], entry["run"]["commit"])):
+        part = list(group)
+        yield part[0]["run"], part
+
+
+def _rows(entry: Entry) -> Iterator[list[str]]:
     begin = [entry["case"], size_text(entry)]
     if entry["status"] != "measured":
         yield [*begin, "", f"**{entry['status']}** {entry.get('why', '')}".strip(), *[""] * 8]
@@ -113,7 +119,7 @@ def _rows(results: dict[str, Any], entry: Entry) -> Iterator[list[str]]:
         if name not in ours:
             continue
         times = ours[name].get("gpu_ms", ours[name].get("wall_ms"))
-        least = floor_ms(results, entry, name)
+        least = floor_ms(entry, name)
         others = [label for label in entry["forms"] if label not in LABELS and ratio(entry, label, name)]
         yield [
             *begin,
@@ -138,7 +144,10 @@ def _summary(results: dict[str, Any]) -> str:
         ratios = [_number(ratio(entry, label, name)) for label in ("plain", "compile")]
         rows.append([entry["case"], size_text(entry), name, f"{milliseconds(ours[name]):.3g}", *ratios, saved])
     header = ["case", "size", "pass", "ours, ms", "plain / ours", "torch.compile / ours", "saved MB: ours / plain"]
-    about = f"{results['machine']}, torch {results['environment'].get('torch')}, {results['date'][:10]}"
+    runs = {
+        f"torch {run['environment'].get('torch')}, {run['date'][:10]}": None for run, _ in _runs(results["entries"])
+    }
+    about = f"{results['machine']}, {'; '.join(runs)}"
     return "\n".join([f"{about}:", "", *_table(header, rows)])
 
 
@@ -185,7 +194,7 @@ def _plots(results: dict[str, Any], folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    machine = default_path(results).stem.rsplit("-", 3)[0]
+    machine = slug(results["machine"])
     drawn = []
     for name, draw in (("ratio", _draw_ratio), ("time", _draw_time), ("memory", _draw_memory), ("floor", _draw_floor)):
         figure = draw(results, plt)
@@ -215,14 +224,14 @@ def _draw_ratio(results: dict[str, Any], plt: Any) -> Any:
 
 
 def _draw_floor(results: dict[str, Any], plt: Any) -> Any:
-    entries = [entry for entry in _largest(results) if floor_ms(results, entry, _whole(entry))]
-    values = {label: [_share(results, entry, label) for entry in entries] for label in ("ours", "plain")}
+    entries = [entry for entry in _largest(results) if floor_ms(entry, _whole(entry))]
+    values = {label: [_share(entry, label) for entry in entries] for label in ("ours", "plain")}
     return _bars(plt, entries, values, "floor over time", None)
 
 
-def _share(results: dict[str, Any], entry: Entry, label: str) -> float | None:
+def _share(entry: Entry, label: str) -> float | None:
     name = _whole(entry)
-    measured, least = entry["forms"].get(label, {}).get(name), floor_ms(results, entry, name)
+    measured, least = entry["forms"].get(label, {}).get(name), floor_ms(entry, name)
     return least / milliseconds(measured) if measured and least else None
 
 

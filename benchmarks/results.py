@@ -6,7 +6,7 @@ import datetime
 import json
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,12 @@ def begin(device: str) -> dict[str, Any]:
 
 def default_path(results: Mapping[str, Any], folder: Path = FOLDER) -> Path:
     """<gpu or cpu>-<date>.json, with the time, so that no run replaces another."""
-    machine = re.sub(r"[^a-z0-9]+", "-", results["machine"].lower()).strip("-")
-    return folder / f"{machine}-{results['date'][:16].replace(':', '')}.json"
+    return folder / f"{slug(results['machine'])}-{results['date'][:16].replace(':', '')}.json"
+
+
+def slug(machine: str) -> str:
+    """A machine's name as files have it."""
+    return re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:
@@ -75,20 +79,38 @@ def load(path: Path) -> dict[str, Any]:
     return results
 
 
-def newest(folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The newest results of every machine.
+def load_all(folder: Path) -> list[dict[str, Any]]:
+    """All results files of a folder.
 
     Raises:
         ResultsError: if there are none.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
-        results = load(path)
-        if results["machine"] not in found or results["date"] > found[results["machine"]]["date"]:
-            found[results["machine"]] = results
-    if not found:
+    files = [load(path) for path in sorted(folder.glob("*.json"))]
+    if not files:
         raise ResultsError(f"no results file in {folder}; make one with `python -m benchmarks run`")
-    return list(found.values())
+    return files
+
+
+def latest(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of every machine: of each case and size the newest entry, and in it as `run` the run it is of.
+
+    So a run of some cases takes the place of these only, and one that only checked takes none. A machine's entries
+    stand run after run, the newest first.
+    """
+    machines: dict[str, dict[tuple[Any, ...], Entry]] = {}
+    for results in sorted(files, key=lambda results: results["date"], reverse=True):
+        known = machines.setdefault(results["machine"], {})
+        run = {name: value for name, value in results.items() if name != "entries"}
+        for entry in results["entries"]:
+            if key(entry) not in known or known[key(entry)]["status"] == "checked":
+                known[key(entry)] = {**entry, "run": run}
+    return [
+        {
+            "machine": machine,
+            "entries": sorted(known.values(), key=lambda entry: entry["run"]["date"], reverse=True),
+        }
+        for machine, known in machines.items()
+    ]
 
 
 def key(entry: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ struct CosineSums {
 
 // The gradient of the distance is along * s + across * t.
 struct CosineTerms {
-  float distance, along, across;
+  float distance, along, across, student_least;
 };
 
 UNIFLOW_HD CosineTerms cosine_terms(const CosineSums& sums) {
@@ -30,8 +30,12 @@ UNIFLOW_HD CosineTerms cosine_terms(const CosineSums& sums) {
   terms.distance = 1.0f - cosine;
   terms.along = student > eps ? cosine / student_least / student_least : 0.0f;
   terms.across = -1.0f / student_least / teacher_least;
+  terms.student_least = student_least;
   return terms;
 }
+
+// What float16 stores a gradient times, since it ends at 6e-8: near the student's norm, so that 2^11 is not exceeded.
+UNIFLOW_HD float gradient_power(float student_least) { return 1024.0f * float_of_bits(bits_of_float(student_least) & 0x7F800000u); }
 
 // `largest` is the largest finite number of the type that the gradient is stored in
 UNIFLOW_HD float cosine_gradient(const CosineTerms& terms, float s, float t, float largest) {

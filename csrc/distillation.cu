@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* teacher = static_cast<const T*>(layer.teacher) + image * layer.teacher_batch + token * layer.teacher_token;
   CosineSums sums;
   CosineTerms terms;
+  float power = 1.0f;
   if constexpr (KEPT > 0) {
     Vector<T, COUNT> s[KEPT], t[KEPT];
 #pragma unroll
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     terms = terms_of(sums);
+    if (layer.powers != nullptr) power = gradient_power(terms.student_least);
     if (gradient != nullptr) {
 #pragma unroll
       for (int i = 0; i < KEPT; ++i) {
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
           float out[COUNT];
 #pragma unroll
           for (int k = 0; k < COUNT; ++k)
-            out[k] = cosine_gradient(terms, to_float(s[i].values[k]), to_float(t[i].values[k]), Largest<T>::value);
+            out[k] = power * cosine_gradient(terms, to_float(s[i].values[k]), to_float(t[i].values[k]), Largest<T>::value);
           store<T, COUNT>(out, gradient + column);
         }
       }
@@ -82,15 +84,17 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < COUNT; ++k) sums.add(s[k], t[k]);
     }
     terms = terms_of(sums);
+    if (layer.powers != nullptr) power = gradient_power(terms.student_least);
     for (int column = lane * COUNT; gradient != nullptr && column < width; column += kLanes * COUNT) {
       float s[COUNT], t[COUNT], out[COUNT];
       load<T, COUNT>(student + column, s);
       load<T, COUNT>(teacher + column, t);
 #pragma unroll
-      for (int k = 0; k < COUNT; ++k) out[k] = cosine_gradient(terms, s[k], t[k], Largest<T>::value);
+      for (int k = 0; k < COUNT; ++k) out[k] = power * cosine_gradient(terms, s[k], t[k], Largest<T>::value);
       store<T, COUNT>(out, gradient + column);
     }
   }
+  if (lane == 0 && layer.powers != nullptr) layer.powers[number] = power;
   if (lane == 0) distances[(blockIdx.y * batch + image) * (length - skip) + token - skip] = terms.distance;
 }
 

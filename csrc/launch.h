@@ -45,6 +45,7 @@ struct Layer {  // [B, S, D] with neighbouring elements in a row; strides in ele
   const void* student;
   const void* teacher;
   void* gradient;  // contiguous, or null
+  float* powers;   // [B, S], what each token's gradient was multiplied by, or null
   int64_t student_batch, student_token, teacher_batch, teacher_token;
 };
 

@@ -68,16 +68,17 @@ void move_patches(uintptr_t images, const std::array<int64_t, 4>& shape, const S
   check(uniflow::move_patches(move, size, cut, stream));
 }
 
-void cosine_distances(const std::vector<std::array<int64_t, 7>>& layers, int64_t batch, int64_t length, int32_t width,
+void cosine_distances(const std::vector<std::array<int64_t, 8>>& layers, int64_t batch, int64_t length, int32_t width,
                       int64_t skip, int32_t type, uintptr_t distances, uintptr_t stream) {
   const int64_t tokens = batch * (length - skip);
   for (size_t start = 0; start < layers.size(); start += uniflow::kMostLayers) {
     uniflow::Layer some[uniflow::kMostLayers];
     const size_t count = std::min<size_t>(uniflow::kMostLayers, layers.size() - start);
     for (size_t i = 0; i < count; ++i) {
-      const auto& [student, teacher, gradient, student_batch, student_token, teacher_batch, teacher_token] = layers[start + i];
+      const auto& [student, teacher, gradient, powers, student_batch, student_token, teacher_batch, teacher_token] = layers[start + i];
       some[i] = {reinterpret_cast<const void*>(student), reinterpret_cast<const void*>(teacher),
-                 reinterpret_cast<void*>(gradient),      student_batch, student_token, teacher_batch, teacher_token};
+                 reinterpret_cast<void*>(gradient),      reinterpret_cast<float*>(powers),
+                 student_batch, student_token, teacher_batch, teacher_token};
     }
     check(uniflow::cosine_distances(some, static_cast<int32_t>(count), batch, length, width, skip, type,
                                     reinterpret_cast<float*>(distances) + start * tokens, stream));

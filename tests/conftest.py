@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import signal
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +34,10 @@ if importlib.util.find_spec("hypothesis") is not None:  # `make gpu` takes what 
     settings.register_profile("default", max_examples=25, derandomize=True, database=None, deadline=None)
     settings.register_profile("fuzz", max_examples=1000, derandomize=False, deadline=None, print_blob=True)
     settings.load_profile("default")
+
+# a shell that starts the tests in the background leaves interrupts ignored, in all that they start too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # processes of pytest-xdist share the cores; what they start has as many threads, on which the last bit may depend
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_unfinished: set[Path] = set()
+_lock = threading.Lock()
 
 
 @contextmanager
@@ -19,14 +23,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     # a name may have 255 bytes
     temporary = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    with _lock:
+        _unfinished.add(temporary)
     try:
-        with temporary.open("xb") as file:  # the system applies the umask, which only the whole process could ask for
-            mode = os.fstat(file.fileno()).st_mode & 0o777
+        mode = _made(temporary, path)
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        except OSError as error:
+            if error.errno is not None and error.filename in (None, str(temporary)):
+                raise OSError(error.errno, error.strerror, str(path)) from None  # which file it was about
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+    finally:
+        _unfinished.discard(temporary)
+
+
+def _made(temporary: Path, path: Path) -> int:
+    """Make the empty file, and say which mode it has: only so the umask is learned without a change of it."""
+    try:
+        with temporary.open("xb") as file:
+            return os.fstat(file.fileno()).st_mode & 0o777
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
+
+
+def discard_unfinished() -> None:
+    """Delete what is being written, in any thread, and let nothing new be begun: the process is about to end."""
+    _lock.acquire()
+    for temporary in list(_unfinished):
         temporary.unlink(missing_ok=True)

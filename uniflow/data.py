@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from uniflow.pictures import PictureError, open_picture, to_tensor
-from uniflow.shards import Members, members_of
+from uniflow.shards import Members, State, find_members, read_member
 
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
 
@@ -80,21 +80,34 @@ class PictureShards:
     Args:
         shards: local tar files, not compressed.
         suffixes: of the members that are pictures (".jpg", ...).
+        texts: suffixes of the members that `beside` finds.
 
     Raises:
         PictureError: if a shard is no tar file, is compressed or cut short, or has two members of one name.
     """
 
-    def __init__(self, shards: Sequence[Path], suffixes: Sequence[str]) -> None:
+    def __init__(self, shards: Sequence[Path], suffixes: Sequence[str], texts: Sequence[str] = ()) -> None:
         self.shards = shards
         self.suffixes = tuple(suffixes)
-        found = [members_of(shard) for shard in shards]
-        self._states = [members.state for members in found]
-        self._members = [np.array(self._find(members), dtype=np.int64) for members in found]
-        self._ends = np.cumsum([len(members) for members in self._members])
+        self.text_suffixes = tuple(texts)
+        self._states: list[State] = []
+        names: list[bytes] = []
+        lengths = [np.empty(0, np.int64)]
+        places = [np.empty((0, 1 + len(texts), 2), np.int64)]
+        for shard in shards:
+            members = find_members(shard)
+            self.check_members(shard, members.names)
+            self._states.append(members.state)
+            found = [name.encode(errors="surrogateescape") for name in filter(self.is_picture, members.names)]
+            names.append(b"".join(found))
+            lengths.append(np.array([len(name) for name in found], np.int64))
+            places.append(self._found(members))
+        # names as one text, since a text for each of millions would be several times as large, and slow to pickle
+        self._names, self._name_ends = b"".join(names), np.cumsum(np.concatenate(lengths))
+        self._places, self._ends = np.concatenate(places), np.cumsum([len(part) for part in places[1:]])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._places)
 
     def is_picture(self, member: str) -> bool:
         """Whether a member is a picture, by its name."""
@@ -110,40 +123,45 @@ class PictureShards:
         return np.concatenate([rng.permutation(np.concatenate([self._numbers(s) for s in group])) for group in groups])
 
     def name(self, number: int) -> str:
-        """shard.tar:member, or its number where the shard cannot be read any more."""
-        shard, member = self._place(number)
-        try:
-            return f"{self.shards[shard]}:{self._read(shard).names[member]}"
-        except (OSError, PictureError):
-            return f"{self.shards[shard]}:{member}"
+        """shard.tar:member."""
+        return f"{self.shards[self._shard(number)]}:{self._member(number)}"
 
     def open(self, number: int) -> Image.Image:
         """Read a member."""
-        shard, member = self._place(number)
-        members = self._read(shard)
-        return open_picture(io.BytesIO(members.read(member)), f"{members.path}:{members.names[member]}")
+        return open_picture(io.BytesIO(self._read(number, 0)), self.name(number))
 
-    def beside(self, number: int, suffix: str) -> tuple[str, bytes] | None:
-        """The member of a picture's key and another suffix, if there is one: shard.tar:member, and what it holds."""
-        shard, member = self._place(number)
-        members = self._read(shard)
-        name = sample_key(members.names[member]) + suffix
-        found = members.find(name)
-        return None if found is None else (f"{members.path}:{name}", members.read(found))
+    def beside(self, number: int, suffix: str, most: int) -> tuple[str, bytes] | None:
+        """The member of a picture's key and one of the `texts`: shard.tar:member, and its first bytes; None without."""
+        kind = 1 + self.text_suffixes.index(suffix)
+        if self._places[number, kind, 1] < 0:
+            return None
+        name = f"{self.shards[self._shard(number)]}:{sample_key(self._member(number))}{suffix}"
+        return name, self._read(number, kind, most)
 
-    def _place(self, number: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, int(self._members[shard][number - self._ends[shard]])
+    def _shard(self, number: int) -> int:
+        return int(np.searchsorted(self._ends, number, side="right"))
 
-    def _read(self, shard: int) -> Members:
-        return members_of(self.shards[shard], self._states[shard])
+    def _member(self, number: int) -> str:
+        start = self._name_ends[number - 1] if number else 0
+        return self._names[start : self._name_ends[number]].decode(errors="surrogateescape")
+
+    def _read(self, number: int, kind: int, most: int | None = None) -> bytes:
+        shard = self._shard(number)
+        return read_member(self.shards[shard], self._states[shard], self._places[number, kind], most)
 
     def _numbers(self, shard: int) -> np.ndarray:
-        return np.arange(self._ends[shard] - len(self._members[shard]), self._ends[shard])
+        return np.arange(self._ends[shard - 1] if shard else 0, self._ends[shard])
 
-    def _find(self, members: Members) -> list[int]:
-        self.check_members(members.path, members.names)
-        return [number for number, name in enumerate(members.names) if self.is_picture(name)]
+    def _found(self, members: Members) -> np.ndarray:
+        """Where pictures stand, and the texts beside each: int64 [N, 1 + texts, 2]; -1 where there is none."""
+        numbers = {name: number for number, name in enumerate(members.names)} if self.text_suffixes else {}
+        rows = [
+            [number, *(numbers.get(sample_key(name) + suffix, -1) for suffix in self.text_suffixes)]
+            for number, name in enumerate(members.names)
+            if self.is_picture(name)
+        ]
+        columns = np.array(rows, dtype=np.int64).reshape(-1, 1 + len(self.text_suffixes))
+        return np.concatenate([members.places, [[-1, -1]]])[columns]
 
 
 def sample_key(member: str) -> str:

@@ -22,7 +22,7 @@ from uniflow.reading import shown
 
 _LONGEST_REASON = 300
 _LARGEST_INTEGER = (1 << 31) - 1
-_COUNT = re.compile(r"(layers?|depths?|blocks)$")  # num_hidden_layers, n_layer, depth, layers_per_block ...
+_COUNT = re.compile(r"(layers?|depths?|blocks)(_per_\w+)?$")  # num_hidden_layers, n_layer, depth, layers_per_block ...
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # what says nothing about the model: how it is run (a name there may be that of code on the hub), where it came from,

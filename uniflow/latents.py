@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 
 from uniflow.atomic import replacing
 from uniflow.model import UniFlow
+from uniflow.reading import check_file, parse_json, shown
 from uniflow_kernels.ops.patches import patch_grid
 
 _FORMAT = "uniflow-latents-1"
 # fields that change what a sampler does by default or how training went, not what a latent means
 _NOT_OF_THE_LATENT = ("num_sampling_steps", "use_flash_attn", "dropout", "attention_dropout", "drop_path_rate", "extra")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LatentsError(ValueError):
@@ -36,8 +40,18 @@ class EncodedPicture:
 
 
 def write_latents(path: Path, latents: Sequence[Tensor], pictures: Sequence[EncodedPicture], model: UniFlow) -> None:
-    """Write latents [N, latent_ch], one a picture, with the model's config and fingerprint."""
-    tensors = {f"latents.{i}": latent.cpu().contiguous() for i, latent in enumerate(latents)}
+    """Write latents [N, latent_ch], one a picture, with the model's config and fingerprint.
+
+    Raises:
+        ValueError: for what `read_latents` would refuse: two pictures of one name, latents that do not fit.
+    """
+    if len(latents) != len(pictures):
+        raise ValueError(f"latents: expected one a picture, got {len(latents)} for {len(pictures)}")
+    _check_names(pictures)
+    _check_latents(latents, pictures, model)
+    # the writer refuses tensors that share memory
+    copies = [latent.cpu().clone(memory_format=torch.contiguous_format) for latent in latents]
+    tensors = {f"latents.{i}": latent for i, latent in enumerate(copies)}
     metadata = {
         "format": _FORMAT,
         "config": json.dumps(_meaning(model)),
@@ -56,35 +70,70 @@ def read_latents(path: Path, model: UniFlow) -> tuple[list[Tensor], list[Encoded
 
     Raises:
         FileNotFoundError: if there is no such file.
-        LatentsError: if it is no file of latents, damaged, or of another model (saying in what they differ).
+        LatentsError: if it is no file of latents, damaged, or of another model (saying in what they differ); if a name
+            leads out of a folder, or two are the same.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        check_file(path)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise LatentsError(str(error)) from None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise LatentsError(f"{path} holds no UniFlow latents (format {_FORMAT})")
             _check_model(path, metadata, model)
-            pictures = [EncodedPicture(**picture) for picture in json.loads(metadata["pictures"])]
-            for picture in pictures:
-                if Path(picture.name).is_absolute() or ".." in Path(picture.name).parts:
-                    raise LatentsError(f"{path} names a picture outside the output folder: {picture.name}")
+            pictures = [EncodedPicture(**picture) for picture in parse_json(metadata["pictures"], "pictures")]
+            _check_names(pictures)
             latents = [file.get_tensor(f"latents.{i}") for i in range(len(pictures))]
-            for latent, picture in zip(latents, pictures, strict=True):
-                _check_size(path, latent, picture, model)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        _check_latents(latents, pictures, model)
+    except LatentsError:
+        raise
+    except Exception as error:  # the reader and torch raise whatever a forged header makes them meet
         raise LatentsError(f"{path} is damaged or holds no latents: {error}") from None
     return latents, pictures
 
 
-def _check_size(path: Path, latent: Tensor, picture: EncodedPicture, model: UniFlow) -> None:
-    try:
-        patch_grid(latent.shape[0], model.config.patch_size, (picture.height, picture.width))
-    except (ValueError, TypeError) as error:
-        raise LatentsError(f"{path} is damaged: {picture.name}: {error}") from None
-    if latent.ndim != 2 or latent.shape[1] != model.config.latent_ch or not latent.is_floating_point():
-        raise LatentsError(f"{path} is damaged: {picture.name} has latents {latent.dtype} {list(latent.shape)}")
+def _check_names(pictures: Sequence[EncodedPicture]) -> None:
+    names = [_parts(picture.name) for picture in pictures]
+    folders = {parts[:depth] for parts in names for depth in range(1, len(parts))}
+    taken: set[tuple[str, ...]] = set()
+    for parts, picture in zip(names, pictures, strict=True):
+        if parts in taken or parts in folders:
+            other = "another picture" if parts in taken else "a folder of another"
+            raise ValueError(f"a picture has the name of {other}: {shown(picture.name)}")
+        taken.add(parts)
+
+
+def _check_latents(latents: Sequence[Tensor], pictures: Sequence[EncodedPicture], model: UniFlow) -> None:
+    for latent, picture in zip(latents, pictures, strict=True):
+        try:
+            _check_latent(latent, (picture.height, picture.width), model)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{shown(picture.name)}: {error}") from None
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """The folders and the file of a name, which must lead to a place below any folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"expected the name of a picture, got {shown(name)}")
+    os.fsencode(name)  # raises a ValueError for what no system can write
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.name or name.endswith("/"):
+        raise ValueError(f"a picture's name leads outside the output folder, or to no file: {shown(name)}")
+    return path.parts
+
+
+def _check_latent(latent: Tensor, size: tuple[int, int], model: UniFlow) -> None:
+    if any(type(side) is not int for side in size):
+        raise TypeError(f"size: expected two integers, got {shown(size)}")
+    if latent.ndim != 2 or latent.shape[1] != model.config.latent_ch or latent.dtype not in _DTYPES:
+        raise ValueError(f"expected latents [N, {model.config.latent_ch}], got {latent.dtype} {list(latent.shape)}")
+    patch_grid(latent.shape[0], model.config.patch_size, size)
+    if not latent.isfinite().all():
+        raise ValueError("its latents hold NaN or infinity")
 
 
 def fingerprint(model: UniFlow) -> str:
@@ -102,14 +151,16 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _meaning(model: UniFlow) -> dict[str, object]:
+def _meaning(model: UniFlow) -> dict[str, Any]:
     return {name: value for name, value in asdict(model.config).items() if name not in _NOT_OF_THE_LATENT}
 
 
 def _check_model(path: Path, metadata: dict[str, str], model: UniFlow) -> None:
-    theirs, ours = json.loads(metadata["config"]), _meaning(model)
+    theirs, ours = parse_json(metadata["config"], "config"), _meaning(model)
     differing = [
-        f"{name} {theirs.get(name)!r} not {value!r}" for name, value in ours.items() if theirs.get(name) != value
+        f"{name} {shown(theirs.get(name))} not {shown(value)}"
+        for name, value in ours.items()
+        if theirs.get(name) != value
     ]
     if differing:
         raise LatentsError(f"{path} was written by another model: {', '.join(differing)}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,9 +20,11 @@ from uniflow.reading import check_file
 
 # by Pillow's names: those whose readers are Pillow's own and start no other program, as that of EPS would
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
+_LARGEST_FILE = 1 << 31  # bytes, unless more pixels are allowed than fit; readers of some formats take it whole
 _STRIP = 64  # times as long as the size that is cut out of it
+
+# what Pillow logs it raises as well, but where no one listens Python would print it, without the picture's name
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class PictureError(ValueError):
@@ -26,7 +32,49 @@ class PictureError(ValueError):
 
 
 class TooLargeError(PictureError):
-    """A picture of more pixels than are allowed."""
+    """A picture of more pixels, or bytes, than are allowed."""
+
+
+class _Warnings:
+    """Warnings of Pillow begin with the name of the picture that their thread reads.
+
+    What Python has to record them takes those of all threads, and where two overlap none is heard afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[int, str] = {}  # by thread
+        self._changed = ExitStack()
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._lock:
+            if not self._names:
+                self._change()
+            self._names[thread] = name
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._names[thread]
+                if not self._names:
+                    self._changed.close()
+
+    def _change(self) -> None:
+        show = warnings.showwarning
+
+        def named(message: Warning | str, *rest: Any, **options: Any) -> None:
+            name = self._names.get(threading.get_ident())
+            show(message if name is None else f"{name}: {message}", *rest, **options)
+
+        self._changed.enter_context(warnings.catch_warnings())
+        warnings.showwarning = named
+        # a text that was there before is another one with another name; what the user filters comes first
+        warnings.filterwarnings("always", module="PIL", append=True)
+
+
+_warnings = _Warnings()
 
 
 def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | None = None) -> Image.Image:
@@ -38,11 +86,12 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
     Args:
         file: one of `FORMATS`, whatever it is called.
         name: for errors and warnings; the file's path if not given.
-        largest: how many pixels it may have. Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, holds beside it.
+        largest: how many pixels it may have. Pillow's own limit, twice `Image.MAX_IMAGE_PIXELS`, holds beside it; and
+            a file may have 2 GiB, or 8 bytes for each of the pixels if these are more.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        TooLargeError: if it has more pixels.
+        TooLargeError: if it has more pixels or bytes.
         PictureError: if it is no picture, damaged or truncated, or of floating-point values; or no file to read from
             but a pipe or a device.
     """
@@ -54,11 +103,10 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
             raise
         except ValueError as error:
             raise PictureError(str(error)) from None
-    with warnings.catch_warnings(record=True) as said:
-        picture = _open(file, name, largest)
-    for warning in said:
-        warnings.warn(f"{name}: {warning.message}", warning.category, stacklevel=2)
-    return picture
+        if (size := file.stat().st_size) > (most := max(_LARGEST_FILE, 8 * (largest or 0))):
+            raise TooLargeError(f"{name} is too large: {size} bytes, at most {most} are read")
+    with _warnings.naming(name):
+        return _open(file, name, largest)
 
 
 def _open(file: Path | BinaryIO, name: str, largest: int | None) -> Image.Image:

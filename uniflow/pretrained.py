@@ -364,10 +364,13 @@ class HuggingFaceLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        # the first 5.x give the layers of encoders that never have a mask nothing but tokens
+        takes = [p for p in inspect.signature(layer.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.without = (None,) if len(takes) > 1 else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        out = self.layer(x, None)
+        out = self.layer(x, *self.without)
         return out[0] if isinstance(out, tuple) else out
 
 

@@ -48,7 +48,11 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: expected a file, got a {'folder' if path.is_dir() else 'pipe or device'}")
     with path.open("rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        try:
+            start = file.read(len(_POINTER))
+        except OSError as error:  # of which nobody says the name
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        if start == _POINTER:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: `git lfs pull` fetches it")
 
 

@@ -1,13 +1,14 @@
 """Members of tar files, read where they stand: Python's tarfile finds them once, after that each is one read.
 
-USTAR, GNU and PAX headers alike, with names of any length and script. Nothing stays open, so processes may fork, and a
-file that was replaced is noticed.
+USTAR, GNU and PAX headers alike, with names of any length and script. Members are read at their place whatever the
+file's position is, so processes may fork; a file that was written again is noticed.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +16,18 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from uniflow.pictures import PictureError
+from uniflow.pictures import PictureError, TooLargeError
 from uniflow.reading import check_file, shown
 
-_KEPT = 64  # indexes in a process: two streams, each between two groups of 16 shards
-_LARGEST_HEADER = 1 << 20  # bytes of a long name or a PAX header
+_OPEN = 64  # files in a process: two streams, each between two groups of 16 shards
+_LARGEST_HEADERS = 1 << 20  # bytes of what stands before one member
+_LARGEST_MEMBER = 1 << 30  # bytes
+_LARGEST_REST = 1 << 22  # bytes of zeros behind the end
+_MOST_GLOBAL = 100  # records of PAX that hold for all members; each member is compared with all of them
+_NUMBER = re.compile(
+    rb"[0-9]{256}"
+)  # longer than a file's name may be; tarfile of Python 3.11.7 takes its square in time
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_CHANGED = "has changed since its members were looked for"
 
 
 class State(NamedTuple):
@@ -37,50 +43,21 @@ class State(NamedTuple):
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-class Members:
-    """The files in a tar file, in its order.
+class Members(NamedTuple):
+    """The files in a tar file, in its order: their names, where they stand (int64 [N, 2], first byte and size)."""
+
+    names: list[str]
+    places: np.ndarray
+    state: State
+
+
+def find_members(path: Path) -> Members:
+    """Look for all files in a tar file, which takes some 25 us for each.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        PictureError: if it is no tar file, compressed, damaged or cut short, or two members have one name.
-    """
-
-    def __init__(self, path: Path, state: State) -> None:
-        self.path, self.state = path, state
-        found = _headers(path)
-        self.names = [name for name, *_ in found]
-        self._places = np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 2)
-        self._numbers = {name: number for number, name in enumerate(self.names)}
-        if len(self._numbers) < len(self.names):
-            twice = next(name for number, name in enumerate(self.names) if self._numbers[name] != number)
-            raise PictureError(f"{path}: two members are called {shown(twice)}")
-
-    def find(self, name: str) -> int | None:
-        """The number of the member of this name; None if there is none."""
-        return self._numbers.get(name)
-
-    def read(self, number: int) -> bytes:
-        """What a member holds.
-
-        Raises:
-            PictureError: if the tar file is another one by now.
-        """
-        start, size = self._places[number].tolist()
-        with self.path.open("rb", buffering=0) as file:
-            if State.of(os.fstat(file.fileno())) != self.state:
-                raise PictureError(f"{self.path} {_CHANGED}")
-            file.seek(start)
-            data = file.read(size)
-        if len(data) != size:
-            raise PictureError(f"{self.path}:{self.names[number]}: {len(data)} of {size} bytes could be read")
-        return data
-
-
-def members_of(path: Path, state: State | None = None) -> Members:
-    """The members of a tar file, looked for again if the file is another one than when they were.
-
-    Raises:
-        PictureError: as `Members`; or if the file is in another state than the one that is given.
+        PictureError: if it is no tar file, compressed, damaged or cut short, goes on behind its end, two members have
+            one name, or one is neither file nor folder.
     """
     try:
         check_file(path)
@@ -88,56 +65,113 @@ def members_of(path: Path, state: State | None = None) -> Members:
         raise
     except ValueError as error:
         raise PictureError(str(error)) from None
-    now = State.of(path.stat())
-    if state not in (None, now):
-        raise PictureError(f"{path} {_CHANGED}")
-    return _members(path, now)
+    with path.open("rb", buffering=0) as raw:
+        state = State.of(os.fstat(raw.fileno()))
+        try:
+            found = _headers(_Headers(raw))
+        except _CompressedError as error:
+            raise PictureError(
+                f"{path} is compressed ({error}), so its members cannot be read one by one: unpack it"
+            ) from None
+        except Exception as error:  # tarfile may end in any on a damaged file
+            raise PictureError(f"{path} is no tar file or is damaged: {str(error) or type(error).__name__}") from None
+    names = [name for name, *_ in found]
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise PictureError(f"{path}: two members are called {shown(name)}")
+        seen.add(name)
+    return Members(names, np.array([place for _, *place in found], dtype=np.int64).reshape(-1, 2), state)
 
 
-_members = lru_cache(_KEPT)(Members)
+def read_member(path: Path, state: State, place: np.ndarray, most: int | None = None) -> bytes:
+    """What stands at a place of `Members`, or the first `most` bytes of it.
+
+    Raises:
+        FileNotFoundError: if the file is gone.
+        TooLargeError: if it has more than 1 GiB.
+        PictureError: if the file is another one by now.
+    """
+    if State.of(path.stat()) != state:
+        raise _changed(path)
+    start, size = place.tolist()
+    size = size if most is None else min(size, most)
+    if size > _LARGEST_MEMBER:
+        raise TooLargeError(f"{path}: a member of {size} bytes is too large, at most {_LARGEST_MEMBER} are read")
+    file, parts = _opened(path, state), []
+    while size > 0 and (part := os.pread(file.fileno(), size, start)):
+        parts.append(part)
+        start, size = start + len(part), size - len(part)
+    if size > 0:
+        raise _changed(path)
+    return b"".join(parts)
+
+
+@lru_cache(_OPEN)
+def _opened(path: Path, state: State) -> BinaryIO:
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)  # a pipe would be waited for
+    if State.of(os.fstat(file.fileno())) != state:
+        raise _changed(path)
+    return file
+
+
+def _changed(path: Path) -> PictureError:
+    return PictureError(f"{path} has changed since its members were looked for")
+
+
+class _CompressedError(Exception):
+    """Names how."""
 
 
 class _Headers(io.BufferedReader):
-    """A file of which only headers are read: one that says it is longer than any is would take the machine's memory."""
+    """A file of which only headers are read, no more at a time than one member may have.
+
+    A header may say that it is as long as the machine's memory, or stand in a chain of such.
+    """
+
+    left = tarfile.BLOCKSIZE  # bytes that may be read
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+        if size is None or not 0 <= size <= self.left:
+            raise tarfile.ReadError(f"a member has headers of more than {_LARGEST_HEADERS} bytes")
+        self.left -= size
+        data = super().read(size)
+        if _NUMBER.search(data):
+            raise tarfile.ReadError("a header holds a number of more than 256 digits")
+        return data
 
 
-def _headers(path: Path) -> list[tuple[str, int, int]]:
+def _headers(file: _Headers) -> list[tuple[str, int, int]]:
     """Name, first byte and size of all regular files in a tar file."""
+    start = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise _CompressedError(name)
+    file.seek(0)
     found: list[tuple[str, int, int]] = []
-    with path.open("rb", buffering=0) as raw:
-        file = _Headers(raw)
-        start = file.read(8)
-        for magic, name in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise PictureError(
-                    f"{path} is compressed ({name}), so its members cannot be read one by one: unpack it"
-                )
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                before = -1
-                while (member := tar.next()) is not None:
-                    if member.size < 0 or tar.offset <= before:
-                        raise tarfile.ReadError(f"{shown(member.name)} has a size of {member.size} bytes")
-                    before = tar.offset
-                    tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
-                    if member.issparse():
-                        raise tarfile.ReadError(f"{shown(member.name)} is sparse")
-                    if member.isreg():
-                        found.append((member.name, member.offset_data, member.size))
-                _check_end(file, tar.offset)
-        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-            raise PictureError(f"{path} is no tar file or is damaged: {error}") from None
+    file.left, before = _LARGEST_HEADERS, -1
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (member := tar.next()) is not None:
+            if member.size < 0 or tar.offset <= before:
+                raise tarfile.ReadError(f"{shown(member.name)} has a size of {member.size} bytes")
+            if len(tar.pax_headers) > _MOST_GLOBAL:
+                raise tarfile.ReadError(f"it has more than {_MOST_GLOBAL} global PAX records")
+            if member.issparse() or not (member.isreg() or member.isdir()):
+                raise tarfile.ReadError(f"{shown(member.name)} is a link or device, or sparse; expected plain files")
+            if member.isreg():
+                found.append((member.name, member.offset_data, member.size))
+            tar.members.clear()  # type: ignore[attr-defined] # it would keep them all
+            file.left, before = _LARGEST_HEADERS, tar.offset
+        _check_end(file, tar.offset)
     return found
 
 
-def _check_end(file: BinaryIO, offset: int) -> None:
-    """A tar file ends with a block of zeros; tarfile takes anything else that is no header for its end, too."""
+def _check_end(file: _Headers, offset: int) -> None:
+    """A tar file ends with zeros; tarfile takes a lone block of them, and all else that is no header, for its end."""
+    file.left = _LARGEST_REST + 1
     file.seek(offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    rest = file.read(file.left)
+    if rest[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"it is cut short, or no header stands at byte {offset}")
+    if rest.strip(b"\0") or len(rest) > _LARGEST_REST:
+        raise tarfile.ReadError(f"it goes on behind its end at byte {offset}, as two tar files in one would")

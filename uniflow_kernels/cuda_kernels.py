@@ -118,16 +118,21 @@ def cosine_distances(
     teacher: Sequence[Tensor],
     skip_tokens: int,
     gradients: Sequence[Tensor],
+    powers: Tensor | None,
     distances: Tensor,
 ) -> None:
-    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none."""
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none.
+
+    With `powers` [L, B, S] each token's gradient is multiplied by a power of two, which is written there.
+    """
     batch, length, width = student[0].shape
     if not student[0].numel():
         return
     addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
+    of_layers = [None] * len(student) if powers is None else powers.unbind()
     layers = [
-        (s.data_ptr(), t.data_ptr(), address, s.stride(0), s.stride(1), t.stride(0), t.stride(1))
-        for s, t, address in zip(student, teacher, addresses, strict=True)
+        (s.data_ptr(), t.data_ptr(), address, _address(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
+        for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
     ]
     with torch.cuda.device(student[0].device):
         _module().cosine_distances(

@@ -32,7 +32,7 @@ class DoctorReport:
     ops: list[OpReport]
 
     def __str__(self) -> str:
-        lines = [f"{name:12} {value}" for name, value in self.environment.items()]
+        lines = [f"{name:16} {value}" for name, value in self.environment.items()]
         lines += [f"{op.op:24} {op.runs:40} {op.why}" for op in self.ops]
         return "\n".join(lines)
 
@@ -45,6 +45,8 @@ def doctor() -> DoctorReport:
     """
     cuda = torch.cuda.is_available()
     environment = {
+        "uniflow-kernels": _installed("uniflow-kernels"),
+        "CUDA part": (cuda_kernels.why_not_built() or "built").removeprefix("the CUDA part was "),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "Triton": _installed("triton"),
@@ -71,7 +73,8 @@ def _loss(name: str, cuda: bool) -> OpReport:
         return OpReport(name, "Triton", f"{UNMEASURED}; CUDA: {compiled or 'built, on request'}")
     if compiled is None:
         return OpReport(name, "CUDA", f"{UNMEASURED}; Triton: {triton}")
-    return OpReport(name, RUNS["eager"], f"Triton: {triton}; CUDA: {compiled}")
+    why = f"Triton and CUDA: {triton}" if triton == compiled else f"Triton: {triton}; CUDA: {compiled}"
+    return OpReport(name, RUNS["eager"], why)
 
 
 def _triton_only(name: str, cuda: bool) -> OpReport:

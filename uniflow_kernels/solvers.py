@@ -66,6 +66,8 @@ class Plan(NamedTuple):
         """Raise a ValueError that names the field for a value that cannot be."""
         schedule_steps(self.steps, self.schedule)
         guides_at(0.0, self.cfg_interval)
+        if not abs(self.cfg) < float("inf"):  # math.isfinite is not traced by torch.compile
+            raise ValueError(f"cfg: expected a finite number, got {self.cfg}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
 

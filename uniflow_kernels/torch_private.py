@@ -93,6 +93,11 @@ def autograd_inside_op() -> AbstractContextManager[None]:
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
+def is_tensor_hooked(tensor: Tensor) -> bool:
+    """Whether a hook on the tensor would see its gradient."""
+    return bool(tensor._backward_hooks)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was changed in place."""
     return tensor._version

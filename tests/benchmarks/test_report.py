@@ -41,12 +41,54 @@ def test_the_readme_is_filled_between_its_markers(results_file, tmp_path):
     assert text.count("| flow_head | tokens 256, dtype float32 | both | 10 | 2.00 | 1.50 |") == 1
 
 
-def test_the_newest_file_of_each_machine_is_reported(results_file, tmp_path):
-    results_file("a.json", date="2026-01-01T00:00:00Z")
-    results_file("b.json", date="2026-02-01T00:00:00Z")
+def some(case, tokens, status="measured", **changes):
+    times = {"wall_ms": {"q1": 1.0, "median": 2.0, "q3": 3.0}}
+    return {
+        **{"case": case, "size": {"tokens": tokens}, "tokens": tokens, "status": status},
+        **{"forms": {"ours": {"forward": times}, "plain": {"forward": times}}, **changes},
+    }
+
+
+def test_a_run_of_some_cases_replaces_only_these(results_file, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    old, new = (
+        {"date": "2026-01-01T00:00:00Z", "commit": "a" * 12},
+        {"date": "2026-02-01T00:00:00Z", "commit": "b" * 12},
+    )
+    results_file("results/b.json", entries=[some("patchify", 8), some("drawing", 9, "checked", forms={})], **new)
+    entries = [some("patchify", 8, "wrong", why="old"), some("patchify", 7), some("drawing", 9), some("few_tokens", 6)]
+    results_file("results/a.json", entries=entries, **old)
+    results_file("results/c.json", machine="some GPU", **old)
+    monkeypatch.setattr(results, "FOLDER", folder)
+    out = tmp_path / "docs"
+    assert main(["report", "--out", str(out)]) == 0
+    page = (out / "benchmarks.md").read_text()
+    cpu, gpu = page.split("## some GPU")
+    newer, older = cpu.split("measured 2026-01-01, commit aaaaaaaaaaaa")
+    assert "measured 2026-02-01, commit bbbbbbbbbbbb" in newer
+    assert [newer.count(f"| {case} |") for case in ("patchify", "drawing", "few_tokens")] == [1, 0, 0]
+    assert [older.count(f"| {case} |") for case in ("patchify", "drawing", "few_tokens")] == [1, 1, 1]
+    assert "tokens 7" in older
+    assert "**wrong**" not in page
+    assert gpu.count("| flow_head |") == 6
+
+
+def test_a_page_of_some_files_alone_goes_where_it_is_told(results_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    assert main(["report", str(results_file())]) == 2
+    assert "--out: name a folder for a page of these files alone" in capsys.readouterr().err
+    assert not (tmp_path / "docs").exists()
+
+
+def test_of_the_same_size_the_newest_counts(results_file, tmp_path):
+    results_file("a.json", median=10.0, date="2026-02-01T00:00:00Z")
+    results_file("b.json", median=20.0, date="2026-01-01T00:00:00Z")
     results_file("c.json", machine="some GPU")
-    found = results.newest(tmp_path)
-    assert {file["machine"]: file["date"][:7] for file in found} == {"cpu": "2026-02", "some GPU": "2026-01"}
+    cpu, gpu = results.latest(results.load_all(tmp_path))
+    assert [machine["machine"] for machine in (cpu, gpu)] == ["cpu", "some GPU"]
+    assert {entry["run"]["date"][:7] for entry in cpu["entries"]} == {"2026-02"}
+    assert {results.milliseconds(entry["forms"]["ours"]["both"]) for entry in cpu["entries"]} == {10.0}
 
 
 def test_compare_finds_a_planted_slowdown_and_ignores_noise(results_file):

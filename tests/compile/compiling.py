@@ -49,6 +49,7 @@ class Request:
     arch: int
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Compiled:
     """What came out.
 
     `serialised` holds ptxas's C75xx warnings: the wgmma pipeline ran one product at a time; nothing else shows it.
-    `spills` counts local stores and loads in the SASS; `wide` counts global accesses by width.
+    `spills` counts local stores and loads in the SASS; `wide` counts global accesses by width, `fused`
+    multiplications and additions in one.
     """
 
     registers: int
@@ -69,6 +71,7 @@ class Compiled:
     tcgen05: int = 0
     tma: int = 0
     wide: dict[str, int] = field(default_factory=dict)
+    fused: int = 0
     instructions: int = 0
 
 
@@ -112,9 +115,14 @@ def compile_one(request: Request) -> Compiled:
             [((index,), kinds)] if isinstance(kinds, str) else [((index, i), kind) for i, kind in enumerate(kinds)]
         )
     ]
-    aligned = {place: [["tt.divisibility", 16]] for place, kind in places if kind == "i32" or kind.startswith("*")}
+    never = [place for place, name in enumerate(kernel.arg_names) if name in (kernel.do_not_specialize or ())]
+    aligned = {
+        place: [["tt.divisibility", 16]]
+        for place, kind in places
+        if (kind == "i32" and place[0] not in never) or kind.startswith("*")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=request.constexprs, attrs=aligned)
-    options = {"num_warps": request.num_warps, "num_stages": request.num_stages}
+    options = {name: getattr(request, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     with redirect_stdout(io.StringIO()) as said:  # what ptxas warns of; see `_environment`
         compiled = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)
     registers = re.search(r"Used (\d+) registers", said.getvalue())
@@ -137,6 +145,7 @@ def compile_one(request: Request) -> Compiled:
         tcgen05=len(re.findall(r"\btcgen05\.mma\.", compiled.asm["ptx"])),
         tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
         wide=dict(Counter(re.findall(r"\b((?:LDG|STG)\.E[.\w]*)", sass))),
+        fused=len(re.findall(r"\bFFMA\b", sass)),
         instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     )
 

@@ -52,11 +52,16 @@ def noise_request(arch):
     return Request(f"{KERNELS}.noise:seeded_noise_kernel", signature, constants, arch)
 
 
-def cosine_request(arch):
-    """24 layers of bf16, width 1024."""
-    layers = ["*bf16"] * 24
+def cosine_request(arch, dtype="bf16"):
+    """24 layers of width 1024."""
+    layers = [f"*{dtype}"] * 24
     constants = {
-        **{"LARGEST": 3.3895313892515355e38, "LAYERS": 24, "GRADIENT": True},
+        **{
+            "LARGEST": 65504.0 if dtype == "fp16" else 3.3895313892515355e38,
+            "LAYERS": 24,
+            "GRADIENT": True,
+            "POWERS": dtype == "fp16",
+        },
         **{"UNIT": 8, "TOKENS": 4, "COLUMNS": 1024},
     }
     strides = [f"{side}_{name}" for side in ("student", "teacher") for name in ("batch", "token")]
@@ -65,9 +70,11 @@ def cosine_request(arch):
         **dict.fromkeys(numbers, "i32"),
         **dict.fromkeys(("students", "teachers", "gradients"), layers),
         "distances": "*fp32",
+        "powers": "*fp32" if dtype == "fp16" else "constexpr",
         **dict.fromkeys(constants, "constexpr"),
     }
-    return Request(f"{KERNELS}.distillation:cosine_kernel", signature, constants, arch)
+    missing = {} if dtype == "fp16" else {"powers": None}
+    return Request(f"{KERNELS}.distillation:cosine_kernel", signature, {**constants, **missing}, arch)
 
 
 def patches_request(arch, cut):
@@ -90,7 +97,7 @@ def test_triton_kernels(oldest):
         requests.append(flow_request(arch, "velocity_loss_kernel", True))
         requests.append(flow_request(arch, "velocity_loss_kernel", False))
         requests.append(noise_request(arch))
-        requests.append(cosine_request(arch))
+        requests += [cosine_request(arch, dtype) for dtype in ("bf16", "fp16")]
         requests += [patches_request(arch, cut) for cut in (True, False)]
     for request, compiled in zip(requests, compile_all(requests, oldest), strict=True):
         what = f"{request.kernel} sm_{request.arch} {compiled}"

@@ -116,7 +116,8 @@ void flow(int64_t batch, int channels, int down, int across, int patch, int widt
   }
 }
 
-void cosine(int64_t tokens, int width, const float* student, const float* teacher, float largest, float* distances, float* gradient) {
+void cosine(int64_t tokens, int width, const float* student, const float* teacher, float largest, float* distances, float* gradient,
+            float* powers) {
   for (int64_t token = 0; token < tokens; ++token) {
     const float *s = student + token * width, *t = teacher + token * width;
     CosineSums lanes[kLanes];
@@ -128,8 +129,9 @@ void cosine(int64_t tokens, int width, const float* student, const float* teache
     sums.product = butterfly(product), sums.student = butterfly(students), sums.teacher = butterfly(teachers);
     const CosineTerms terms = cosine_terms(sums);
     distances[token] = terms.distance;
+    const float power = powers == nullptr ? 1.0f : powers[token] = gradient_power(terms.student_least);
     for (int column = 0; column < width; ++column)
-      gradient[token * width + column] = cosine_gradient(terms, s[column], t[column], largest);
+      gradient[token * width + column] = power * cosine_gradient(terms, s[column], t[column], largest);
   }
 }
 }

@@ -97,6 +97,24 @@ def test_seeded_noise_is_the_definition(kernels):
     assert (ours.cpu().view(-1, 588) - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", ["eager", "triton", "cuda"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_float16_gradients_under_a_scaler(within_twice, name, weighted):
+    """Stored where float16 holds them; the factor is not rounded to float16 before it is used."""
+    if name == "cuda" and cuda_kernels.why_not_built():
+        pytest.skip(cuda_kernels.why_not_built())
+    images, noise = pictures(64, (448, 448), torch.float16), torch.randn(64, 1024, 588, device="cuda").half()
+    velocity = torch.randn(64, 1024, 588, device="cuda").half().requires_grad_()
+    weights = torch.rand(64, 1024, device="cuda") if weighted else torch.ones(64, 1024, device="cuda")
+    for keep in (True, False):
+        with backend(name):
+            loss = 2.0**16 * velocity_loss(velocity, images, 14, noise, weights=weights if weighted else None)
+            (ours,) = torch.autograd.grad(loss, velocity, retain_graph=keep)
+        error = velocity.detach().double() - (patchify(images, 14).double() - noise.double())
+        exact = 2.0**17 * error * weights[..., None].double() / error.numel()
+        within_twice(ours, exact.half(), exact)
+
+
 @pytest.mark.parametrize("first_row", [0, 2**33 - 3])
 def test_a_batch_in_pieces_has_the_noise_of_the_whole(kernels, first_row):
     """An image and a band of one, to the bit."""

@@ -140,9 +140,9 @@ def test_shards_are_read_member_by_member(shards):
 def test_members_beside_a_picture(tmp_path):
     members = {"a.b/x.y.PNG": png(smooth_picture((20, 20), 0)), "a.b/x.txt": b"text", "a.txt": b"another"}
     write_shard(tmp_path / "x.tar", members)
-    source = PictureShards([tmp_path / "x.tar"], (".png",))
-    assert source.beside(0, ".txt") == (f"{tmp_path}/x.tar:a.b/x.txt", b"text")
-    assert source.beside(0, ".json") is None
+    source = PictureShards([tmp_path / "x.tar"], (".png",), (".json", ".txt"))
+    assert source.beside(0, ".txt", 100) == (f"{tmp_path}/x.tar:a.b/x.txt", b"text")
+    assert source.beside(0, ".json", 100) is None
 
 
 def test_an_epoch_goes_through_all_shards_sixteen_at_a_time(shards):

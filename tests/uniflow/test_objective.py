@@ -225,6 +225,24 @@ def test_compiles_whole(tiny):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("images_dtype", [torch.float64, torch.float32, torch.uint8])
+def test_a_student_in_float64(tiny, images_dtype):
+    """Losses are float32 whatever the student is; its gradients are in its dtype."""
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    images = images if images_dtype == torch.uint8 else normalize(images).to(images_dtype)
+    totals, student = [], tiny()
+    for dtype in (torch.float32, torch.float64):
+        objective = UniFlowObjective(student.to(dtype), chunk_tokens=8)
+        torch.manual_seed(0)
+        losses = objective(images)
+        losses.total.backward()
+        totals.append(losses.total)
+        assert losses.total.dtype == torch.float32
+        assert all(p.grad.dtype == dtype for p in student.parameters())
+        student.zero_grad()
+    assert torch.allclose(*totals, rtol=1e-4)
+
+
 @pytest.fixture
 def process_group(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)

@@ -1,7 +1,9 @@
 import io
+import logging
 import os
 import struct
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -151,11 +153,43 @@ def test_too_large_is_not_damaged(tmp_path, monkeypatch):
         open_picture(tmp_path / "x.png")
 
 
+def test_a_file_of_terabytes_is_not_read(tmp_path):
+    """The reader of WebP takes all of it into memory."""
+    with (tmp_path / "x.webp").open("wb") as file:
+        file.write(b"RIFF\xff\xff\xff\xffWEBPVP8 ")
+        file.truncate(1 << 40)
+    with pytest.raises(TooLargeError, match=r"x\.webp is too large: 1099511627776 bytes, at most 2147483648 are read"):
+        open_picture(tmp_path / "x.webp")
+
+
 def test_warnings_name_the_file(tmp_path, monkeypatch):
     smooth_picture((20, 10), 0).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
     with pytest.warns(Image.DecompressionBombWarning, match=r"x\.png: Image size \(200 pixels\)"):
         open_picture(tmp_path / "x.png")
+
+
+def test_threads_hear_every_warning(tmp_path, monkeypatch):
+    for name in "abcd":
+        smooth_picture((20, 10), 0).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    with warnings.catch_warnings(record=True) as heard, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: open_picture(tmp_path / f"{'abcd'[i % 4]}.png"), range(100)))
+        warnings.warn("afterwards", UserWarning, stacklevel=1)
+    names = [str(warning.message).split(":")[0] for warning in heard]
+    assert sorted(names[:-1]) == sorted(25 * [str(tmp_path / f"{name}.png") for name in "abcd"])
+    assert names[-1] == "afterwards"
+
+
+def test_what_pillow_logs_is_not_printed_beside_the_error(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.tif"
+    smooth_picture((20, 10), 0).save(path)
+    samples = struct.pack("<HHI", 277, 3, 1)  # a tag, its type and count; how many colours a pixel has
+    path.write_bytes(path.read_bytes().replace(samples + b"\3", samples + b"\x80"))
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with pytest.raises(PictureError, match=r"x\.tif is (damaged|not a picture)"):
+        open_picture(path)
+    assert not capsys.readouterr().err
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -1,6 +1,8 @@
 import dataclasses
+import io
 import json
 import shutil
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -311,3 +313,137 @@ def test_what_is_no_such_encoder_is_refused():
 
 def test_native_embeddings_say_what_their_prefix_is(tiny):
     assert Embeddings.prefix_tokens == tiny().prefix_tokens == 1
+
+
+# folders that are hostile, incomplete or another model's
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    hugging_face("ViT").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (lambda state: state.pop("encoder.layer.1.output.dense.bias"), r"missing \(1\): .*layer.*1.*bias"),
+        (lambda state: state.pop("embeddings.cls_token"), r"missing \(1\): embeddings.cls_token"),
+        (lambda state: state.update({"encoder.layer.2.extra": torch.ones(1)}), r"unexpected \(1\): .*layer.*2.extra"),
+        (
+            lambda state: state.update({"embeddings.cls_token": torch.ones(3)}),
+            r"of another shape \(1\): .*\[3\], expected",
+        ),
+        (lambda state: [state.pop(name) for name in list(state) if "layer" in name], r"missing \(32\): "),
+    ],
+)
+def test_weights_that_an_encoder_lacks_are_not_made_up(vit_folder, changes, message):
+    """transformers gives them random numbers."""
+    state = load_file(vit_folder / "model.safetensors")
+    changes(state)
+    save_file(state, vit_folder / "model.safetensors", metadata={"format": "pt"})
+    for read in (pretrained_encoder, EncoderTeacher.from_pretrained, UniFlow.from_encoder):
+        with pytest.raises(CheckpointError, match=f"does not hold this model; keys {message}"):
+            read(vit_folder)
+
+
+def test_what_an_encoder_has_no_use_for_may_be_missing_or_there(vit_folder, images):
+    """The head of a classifier; a pooler."""
+    classifier = hugging_face("ViTForImageClassification")
+    classifier.save_pretrained(vit_folder)
+    found = EncoderTeacher.from_pretrained(vit_folder)(images)
+    assert torch.equal(found[-1], hidden_states(classifier, images)[-1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "detr"}, "a model of the kind 'detr' cannot be used here"),
+        ({"model_type": "uniflux"}, "has no model of the kind 'uniflux'"),
+        ({"model_type": None}, "has no model of the kind None"),
+        ({"model_type": ["vit"]}, r"has no model of the kind \['vit'\]"),
+        ({"backbone": "org/model", "use_pretrained_backbone": True}, "'backbone' is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'quantization_config' is not supported"),
+        ({"dtype": "load"}, "dtype: expected one of float32, bfloat16, float16, float64, got 'load'"),
+        ({"to_dict": 3}, "transformers has no field to_dict"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers': expected at most 1024, got 1000000000"),
+        ({"num_hidden_layers": 1000}, "its config.json is of a much larger one"),
+        (
+            {"hidden_size": 2**30, "intermediate_size": 2**30},
+            "its config.json is of one of .* numbers, its weights are",
+        ),
+        ({"image_size": 2**31}, "'image_size': expected at most 2147483647"),
+        ({"image_size": 2**14}, "its config.json is of one of|of another shape"),
+        ({"layer_norm_eps": float("nan")}, "expected finite numbers, got nan"),
+        ({"hidden_act": "x" * 10**6}, "transformers makes no vit of its config"),
+    ],
+)
+def test_configurations_that_an_encoders_folder_may_not_have(vit_folder, values, message):
+    change(vit_folder, **values)
+    with pytest.raises(ValueError, match=message) as caught:
+        pretrained_encoder(vit_folder)
+    assert len(str(caught.value)) < 700
+
+
+def test_nothing_in_a_folder_runs_and_nothing_is_asked_for(vit_folder, monkeypatch):
+    """Not after a "y" on stdin, and not what a configuration says about how it is run."""
+    (vit_folder / "evil.py").write_text(f"open({str(vit_folder / 'ran')!r}, 'w')\n")
+    classes = dict.fromkeys(("AutoConfig", "AutoModel", "AutoBackbone"), "evil.Evil")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked for the hub"))
+    change(vit_folder, auto_map=classes, attn_implementation="org/kernel", _attn_implementation="org/kernel")
+    said = pretrained_encoder(vit_folder).fields["encoder"]["config"]
+    assert not {"auto_map", "attn_implementation", "_attn_implementation", "_name_or_path"} & set(said)
+    change(vit_folder, model_type="of its own")
+    with pytest.raises(ValueError, match="has no model of the kind 'of its own'"):
+        pretrained_encoder(vit_folder)
+    UniFlow.from_encoder(hugging_face("ViT"), **DECODER).save_pretrained(vit_folder)
+    description = json.loads((vit_folder / "config.json").read_text())["encoder"]
+    for kind, more in (("vit", {"auto_map": classes}), ("detr", {"backbone": "org/model"}), ("dpt", {"backbone": "x"})):
+        change(vit_folder, encoder={**description, "kind": kind, "config": {**description["config"], **more}})
+        if kind == "vit":
+            UniFlow.from_pretrained(vit_folder)
+        else:
+            with pytest.raises(ValueError, match=f"encoder: a model of the kind '{kind}' cannot be used here"):
+                UniFlow.from_pretrained(vit_folder)
+    assert not (vit_folder / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "SiglipVision", "Siglip2Vision"])
+def test_a_patch_that_leaves_a_rest_of_the_picture(kind, tmp_path):
+    """SigLIP so400m has patches of 14 in pictures of 384: the encoder leaves out the rest, the tokenizer too."""
+    changes = {"num_patches": 16} if kind == "Siglip2Vision" else {"image_size": 18}
+    model = hugging_face(kind, **changes)
+    model.save_pretrained(tmp_path / "encoder")
+    tokenizer = UniFlow.from_encoder(tmp_path / "encoder", **DECODER).eval()
+    assert tokenizer.config.image_size == 16
+    side = 16 if kind == "Siglip2Vision" else 18
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = hidden_states(model, images[..., :16, :16] if kind == "Siglip2Vision" else images)
+    for pictures in (images, images[..., :16, :16]):
+        assert torch.allclose(tokenizer.hidden_states(pictures)[-1], expected[-1], atol=1e-5)
+        assert torch.allclose(EncoderTeacher.from_pretrained(model)(pictures)[-1], expected[-1], atol=1e-5)
+        assert tokenizer(pictures, steps=1).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"multiples of the patch \(4\), got 22x22"):
+        tokenizer.encode(torch.zeros(1, 3, 22, 22))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = UniFlow.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.encode(images), tokenizer.encode(images))
+
+
+def test_an_encoder_is_not_made_on_the_meta_device(vit_folder):
+    with torch.device("meta"), pytest.raises(ValueError, match="encoder: it has weights, which the meta device cannot"):
+        UniFlow.from_encoder(vit_folder)
+
+
+def test_a_teachers_dtype_by_its_name(vit_folder):
+    teacher = EncoderTeacher.from_pretrained(vit_folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"dtype: expected one of float32, .*, got 'int8'"):
+        EncoderTeacher.from_pretrained(vit_folder, dtype="int8")

@@ -46,3 +46,12 @@ def test_flash_attn_gets_the_same_layout(monkeypatch):
     q, k, v = torch.randn(3, 2, 5, 4, 8).unbind(0)
     assert torch.allclose(attention(q, k, v, dropout=0.25), attention(q, k, v, allow_flash_attn=False), atol=1e-5)
     assert calls == [0.25]
+
+
+def test_other_dtypes_are_refused():
+    q = torch.randn(1, 2, 1, 8)
+    for place, name in enumerate("qkv"):
+        given = [q, q, q]
+        given[place] = q + 0j
+        with pytest.raises(TypeError, match=f"^{name}: expected a floating point dtype, got torch.complex64"):
+            attention(*given)

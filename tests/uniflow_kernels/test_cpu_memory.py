@@ -60,6 +60,16 @@ def test_velocity_loss(flow):
         assert peak(lambda: velocity_loss(velocity, images, 14, noise)) < velocity.nbytes / 10
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_velocity_loss_in_float16(flow, weighted):
+    """The gradient stays in float16, whatever it is multiplied by; a piece at a time is in float32."""
+    images, noise, velocity = flow
+    small, weights = velocity.detach().repeat(4, 1, 1).half().requires_grad_(), torch.rand(16, 64) if weighted else None
+    images, noise = images.repeat(4, 1, 1, 1), noise.repeat(4, 1, 1)
+    held = peak(lambda: gradients(2 * velocity_loss(small, images, 14, noise, weights=weights), small))
+    assert held <= 1.5 * small.nbytes
+
+
 def test_velocity_loss_of_half_precision(flow):
     images, noise, velocity = (x.detach().bfloat16() for x in flow)
     velocity.requires_grad_()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from uniflow_kernels import LayerwiseDistillation, layerwise_distillation
+from uniflow_kernels import LayerwiseDistillation, backend, layerwise_distillation
 
 pytestmark = pytest.mark.usefixtures("on_each_backend")
 
@@ -145,6 +145,44 @@ def test_zero_tokens_are_finite_in_every_dtype(dtype):
         expected = torch.autograd.grad(sum(w * a for w, a in zip(weights, plain, strict=True)), student)
         for mine, theirs in zip(gradients, expected, strict=True):
             assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 300.0, 3e4])
+@pytest.mark.parametrize("keep", [True, False])
+def test_float16_gradients_under_a_scaler(within_twice, norm, keep):
+    """A token's is as small as the token is long: of long ones float16 holds little, of short ones too much."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 2, 40, 64, generator=generator) for _ in range(2))
+    student = [(s * norm / 8 * 2 ** torch.rand(2, 40, 1, generator=generator)).half() for s in student]
+    teacher = list(teacher.half().unbind())
+    leaves = [s.requires_grad_() for s in student]
+
+    def plain(dtype):
+        inputs = [s.detach().clone().to(torch.promote_types(dtype, torch.float16)).requires_grad_() for s in student]
+        losses = [1 - torch.cosine_similarity(s, t.to(s), dim=-1).mean() for s, t in zip(inputs, teacher, strict=True)]
+        return torch.autograd.grad(2.0**16 * sum(losses) / 2, inputs)
+
+    loss = layerwise_distillation(leaves, teacher, layer_weights="uniform")[0]
+    ours = torch.autograd.grad(2.0**16 * loss, leaves, retain_graph=keep)
+    for mine, theirs, exact in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        assert mine.dtype == torch.float16
+        within_twice(mine, theirs.half(), exact, floor=2**-11)  # weights that are no power of two round once more
+
+
+@pytest.mark.parametrize("sides", [(torch.float64, torch.float64), (torch.float64, torch.float32)])
+def test_float64(sides):
+    """In float32 as all else, with gradients in the student's dtype."""
+    student, teacher = layers(2, torch.float32), layers(2, torch.float32, seed=1)
+    expected_leaves = [s.clone().requires_grad_() for s in student]
+    leaves = [s.to(sides[0]).requires_grad_() for s in student]
+    with backend("eager"):
+        loss = layerwise_distillation(leaves, [t.to(sides[1]) for t in teacher])[0]
+        expected = layerwise_distillation(expected_leaves, teacher)[0]
+        assert torch.equal(loss, expected)
+        ours, theirs = torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, expected_leaves)
+    for mine, single in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float64
+        assert torch.allclose(mine.float(), single, rtol=1e-6)
 
 
 @pytest.mark.parametrize("detach", [True, False])

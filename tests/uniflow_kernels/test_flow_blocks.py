@@ -557,7 +557,7 @@ def test_what_the_kernels_cannot_serve_is_said():
         fused_flow_blocks(x, y, blocks, modulations, final)
     # what nobody asked for by name is served by the plain form
     out, _ = torch.func.jvp(lambda x: fused_flow_blocks(x, y, blocks, modulations, final), (x,), (x,))
-    assert torch.equal(out, fused_flow_blocks(x, y, blocks, modulations, final))
+    torch.testing.assert_close(out, fused_flow_blocks(x, y, blocks, modulations, final))  # its norms are written out
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook
 
 from tests.conftest import check_reset, derivative_error, randomize
 from uniflow_kernels import FlowHead, backend
@@ -146,6 +147,28 @@ def test_several_conditions_at_the_same_x(options, gradients):
         assert torch.allclose(out, head.from_embedding(x, y), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_hooks_fire_once_for_each_module(options):
+    """On all modules at once: those that are called are those that there are."""
+    head, calls = randomize(FlowHead(24, 64, 24, 40, 4, **options)), []
+    for name, module in head.named_modules():
+        module.register_forward_hook(lambda module, args, out, name=name: calls.append(name))
+    expected = sorted(name for name, _ in head.named_modules() if name != "res_blocks")  # a list is not called
+    head(*make_inputs())
+    assert sorted(calls) == expected
+
+
+def test_hooks_on_all_modules_fire():
+    head, calls = make_head(), []
+    handle = register_module_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
+    try:
+        head(*make_inputs())
+    finally:
+        handle.remove()
+    assert calls.count("FlowBlock") == 3
+    assert calls.count("FinalLayer") == calls.count("FlowHead") == 1
+
+
 def test_no_rows():
     head = make_head()
     x, t, c = make_inputs(0)
@@ -175,6 +198,67 @@ def test_strided_inputs():
 def test_wrong_shapes_name_the_argument(name, inputs):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         make_head()(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("x", torch.Tensor.cfloat), ("t", torch.Tensor.cfloat), ("c", torch.Tensor.cfloat), ("x", torch.Tensor.int)],
+)
+def test_dtypes_that_are_no_numbers_for_it_name_the_argument(name, change):
+    inputs = dict(zip("xtc", make_inputs(5), strict=True))
+    inputs[name] = change(inputs[name])
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        make_head()(**inputs)
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer with an int8 weight and a scale a row, as weight-only quantization has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        exact = layer.weight.detach().float()
+        scale = exact.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (exact / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class PackedLinear(torch.nn.Module):
+    """One whose weight is a method, as in torch's own quantized layers."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = Int8Linear(layer)
+
+    def weight(self):
+        return self.inner.weight
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "dtype"),
+    [
+        *[(Int8Linear, True, torch.float32), (Int8Linear, True, torch.bfloat16), (Int8Linear, False, torch.float32)],
+        (PackedLinear, True, torch.float32),
+    ],
+)
+def test_quantized_layers(kind, bias, dtype):
+    """The sinusoids were rounded to the weight's dtype, int8: to -1, 0 and 1."""
+    head = randomize(FlowHead(24, 64, 24, 40, 3, bias=bias)).to(dtype)
+    x, t, c = make_inputs(dtype=dtype)
+    expected = head(x, t, c).float()
+    for module in list(head.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is torch.nn.Linear:
+                setattr(module, name, kind(layer))
+    error = (head(x, t, c).float() - expected).norm() / expected.norm()
+    assert 1e-3 < error < 0.05
+    assert head.explain().startswith("flow_head: plain PyTorch")
 
 
 def test_starts_at_zero_velocity():

@@ -1,4 +1,5 @@
 import copy
+import threading
 import weakref
 
 import pytest
@@ -221,6 +222,37 @@ def test_the_same_bits_every_time():
     head, batch = make_head(), make_batch()
     first = results(head, *batch, 6)
     assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, results(head, *batch, 6), strict=True))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_threads_take_turns_on_a_head(hooked):
+    """The second comes while the first is within the head, and must not find, or leave, the first one's stand-ins."""
+    head, batch, others = make_head(), make_batch(), make_batch(2)
+    if hooked:
+        head.input_proj.weight.register_hook(lambda gradient: gradient)
+    expected, parameters = [results(head, *given, chunk_tokens=6) for given in (batch, others)], list(head.parameters())
+    first_is_in, second_is_in, found = threading.Event(), threading.Event(), {}
+
+    def wait(*_):
+        (second_is_in if first_is_in.is_set() else first_is_in).set()
+        second_is_in.wait(0.1)
+
+    hook = head.register_forward_pre_hook(wait)
+
+    def work(name, given):
+        condition, *others = given
+        loss = flow_matching_loss(head, condition, *others[:2], PATCH, others[2], time_scale=1000.0, chunk_tokens=6)
+        found[name] = [loss.detach(), *torch.autograd.grad(loss, [condition, *parameters])]
+
+    first = threading.Thread(target=work, args=(0, batch))
+    first.start()
+    first_is_in.wait()
+    work(1, others)
+    first.join()
+    hook.remove()
+    assert all(mine is before for mine, before in zip(head.parameters(), parameters, strict=True))
+    for name in (0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(found[name], expected[name], strict=True))
 
 
 def test_an_empty_batch():

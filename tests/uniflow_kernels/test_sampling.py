@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import randomize
@@ -13,6 +14,7 @@ from tests.uniflow_kernels.test_flow_blocks import OPTIONS
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
+from uniflow_kernels.modules.flow_head import FlowBlock
 from uniflow_kernels.modules.sampling import Conditioned
 from uniflow_kernels.solvers import SOLVERS, Plan, schedule_steps
 
@@ -285,21 +287,53 @@ def test_times_in_any_order_of_any_rows_with_and_without_gradients(slabs):
     assert torch.allclose(conditioned(more, 18.0)[1], conditioned(more[1], 18.0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["modulation", "input", "output", "a replaced mlp"])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("input_proj", "res_blocks.0", "res_blocks.1.in_ln", "res_blocks.1.mlp", "res_blocks.0.mlp.0"),
+        *("res_blocks.1.adaLN_modulation", "res_blocks.0.adaLN_modulation.0", "res_blocks.1.adaLN_modulation.1"),
+        *("final_layer", "final_layer.norm_final", "final_layer.adaLN_modulation", "final_layer.linear"),
+    ],
+)
 @torch.no_grad()
-def test_hooks_and_replaced_submodules_count_in_every_step(what):
+def test_a_hook_anywhere_counts_in_every_step(place, cfg):
+    """And acts, guided or not: the modules run, each of them once a condition."""
     head, (noise, condition), calls = make_head(), inputs(), []
-    plain = head.sample(condition, 4, noise=noise)
-    if what == "a replaced mlp":
+    plain = head.sample(condition, 4, noise=noise, cfg=cfg)
+    head.get_submodule(place).register_forward_hook(lambda _, args, out: calls.append(place) or 1.5 * out)
+    out = head.sample(condition, 4, noise=noise, cfg=cfg)
+    assert len(calls) == (8 if cfg != 1.0 and place != "input_proj" else 4)
+    assert torch.allclose(out, step_by_step(head, noise, condition, 4, cfg=cfg), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out, plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@torch.no_grad()
+def test_replaced_submodules_forwards_and_hooks_on_all_modules_count_in_every_step(cfg):
+    noise, condition = inputs()
+    plain = make_head().sample(condition, 4, noise=noise, cfg=cfg)
+
+    def replace_an_mlp(head):
         head.res_blocks[1].mlp = torch.nn.Sequential(*head.res_blocks[1].mlp, torch.nn.Tanh())
-        out = head.sample(condition, 4, noise=noise)
-        assert torch.allclose(out, step_by_step(head, noise, condition, 4), rtol=1e-4, atol=1e-4)
-        assert not torch.allclose(out, plain, rtol=1e-2)
-        return
-    module = {"modulation": head.res_blocks[0].adaLN_modulation[1], "input": head.input_proj}
-    module.get(what, head.final_layer.linear).register_forward_hook(lambda *_: calls.append(what))
-    assert torch.allclose(head.sample(condition, 4, noise=noise), plain, rtol=1e-4, atol=1e-4)
-    assert len(calls) == 4
+
+    def replace_a_forward(head):
+        block = head.res_blocks[0]
+        block.forward = lambda x, *rest: 0.5 * type(block).forward(block, x, *rest)
+
+    def hook_all(head):
+        return register_module_forward_hook(lambda part, _, out: 2 * out if type(part) is FlowBlock else out)
+
+    for change in (replace_an_mlp, replace_a_forward, hook_all):
+        head = make_head()
+        handle = change(head)
+        try:
+            out = head.sample(condition, 4, noise=noise, cfg=cfg)
+            assert torch.allclose(out, step_by_step(head, noise, condition, 4, cfg=cfg), rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(out, plain, rtol=1e-2)
+        finally:
+            if handle is not None:
+                handle.remove()
 
 
 @torch.no_grad()

@@ -48,6 +48,37 @@ def test_loss_and_gradient(within_twice, dtype):
     within_twice(gradient, expected.to(dtype), expected.detach())
 
 
+# the coefficient of an element of 64 pictures of 448 pixels, 1 / (64 * 1024 * 588), without so many of them
+FEW = {"weights": torch.full((2, 6), 6 * 48 / (64 * 1024 * 588) * 2)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 2.0**16, 3 * 2.0**16])
+@pytest.mark.parametrize(
+    "how", [{}, FEW, {**FEW, "reduction": "none"}, {**FEW, "reduction": "sum", "mask": torch.arange(12).view(2, 6) > 3}]
+)
+def test_float16_gradients_under_a_scaler(within_twice, scale, how):
+    """They are stored before what comes in from behind brings them where float16 holds them: 26 % were lost."""
+    images, noise, prediction = inputs(torch.float16)
+    reduction = how.get("reduction", "mean")
+    counted, weights = how.get("mask", torch.ones(2, 6, dtype=torch.bool)), how.get("weights", torch.ones(2, 6))
+
+    def plain(velocity):
+        target = patchify(images, 4).to(velocity) - noise.to(velocity)
+        losses = (velocity - target).square().mean(-1) * weights.to(velocity) * counted
+        return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
+
+    ours, theirs = (prediction.clone().requires_grad_() for _ in range(2))
+    exact = prediction.double().requires_grad_()
+    for backward in (torch.Tensor.backward, lambda loss: loss.backward(retain_graph=True)):
+        ours.grad = None
+        backward(velocity_loss(ours, images, 4, noise, **how).sum() * scale)
+        (expected,) = torch.autograd.grad(scale * plain(exact), exact)
+        (gradient,) = torch.autograd.grad(scale * plain(theirs.float()), theirs)
+        assert ours.grad.dtype == torch.float16
+        # a factor that is no power of two rounds what was stored once more
+        within_twice(ours.grad, gradient, expected, floor=2**-11 if scale == 3 * 2.0**16 else 1e-6)
+
+
 def test_perfect_prediction_costs_nothing():
     images, noise, _ = inputs()
     assert velocity_loss(patchify(images, 4) - noise, images, 4, noise) == 0
@@ -273,14 +304,16 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(loss, prediction, create_graph=True)
 
 
-def test_masked_tokens_may_hold_anything():
-    images, noise, prediction = inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masked_tokens_may_hold_anything(dtype):
+    images, noise, prediction = inputs(dtype)
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[0, 2] = False
-    expected = velocity_loss(prediction, images, 4, noise, mask=mask)
-    prediction[0, 2] = torch.nan
+    weights = torch.rand(2, 6)
+    expected = velocity_loss(prediction, images, 4, noise, mask=mask, weights=weights)
+    prediction[0, 2] = weights[0, 2] = torch.nan
     prediction.requires_grad_()
-    loss = velocity_loss(prediction, images, 4, noise, mask=mask)
+    loss = velocity_loss(prediction, images, 4, noise, mask=mask, weights=weights)
     assert torch.equal(loss, expected)
     assert torch.isfinite(torch.autograd.grad(loss, prediction)[0]).all()
     nothing = velocity_loss(prediction, images, 4, noise, mask=torch.zeros_like(mask))
@@ -294,6 +327,8 @@ def test_empty_batches():
     loss = velocity_loss(velocity, images, 4, seed=0)
     assert loss == 0
     assert torch.autograd.grad(loss, velocity)[0].shape == velocity.shape
+    losses = velocity_loss(velocity, images, 4, seed=0, reduction="none")
+    assert torch.autograd.grad(losses, velocity, torch.ones(0, 6))[0].shape == velocity.shape
 
 
 def test_registered_ops_are_sound():
@@ -310,7 +345,8 @@ def test_registered_ops_are_sound():
             torch.library.opcheck(loss_op, (*arguments, reduction, True), test_utils=tests)
 
 
-def test_compiles_whole_and_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compiles_whole_and_once(dtype):
     """The first change of the number of tokens makes it dynamic; after that nothing is compiled again."""
 
     def step(velocity, images, t, seed):
@@ -321,7 +357,7 @@ def test_compiles_whole_and_once():
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for attempt, (batch, height) in enumerate(((2, 8), (3, 12), (5, 20))):
         images, t = torch.rand(batch, 3, height, 12), torch.rand(batch)
-        velocity = torch.randn(batch, height // 4 * 3, 48)
+        velocity = torch.randn(batch, height // 4 * 3, 48, dtype=dtype)
         gradients = []
         for function in (compiled, step):
             leaf = velocity.clone().requires_grad_()
@@ -348,6 +384,11 @@ def test_compiles_whole_and_once():
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.zeros(2).long()), ValueError, r"seed: .*\[\] or \[1\]"),
         (lambda i, n, v: velocity_loss(v, i, 4, seed=torch.tensor(1, device="meta")), ValueError, "seed: .*device"),
         (lambda i, n, v: interpolate(i.long(), torch.zeros(2), 4, n), TypeError, "images: .*uint8, got torch.int64"),
+        (lambda i, n, v: interpolate(i + 0j, torch.zeros(2), 4, n), TypeError, "images: .*got torch.complex64"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n + 0j), TypeError, "noise: .*got torch.complex64"),
+        (lambda i, n, v: interpolate(i, torch.zeros(2) + 0j, 4, n), TypeError, "t: expected real .*torch.complex64"),
+        (lambda i, n, v: velocity_loss(v + 0j, i, 4, n), TypeError, "velocity: .*got torch.complex64"),
+        (lambda i, n, v: velocity_loss(v, i, 4, n, weights=torch.ones(2, 6) + 0j), TypeError, "weights: expected real"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, columns=40), ValueError, "columns: .*48, got 40"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, repeats=0), ValueError, "repeats: expected at least 1"),
         (lambda i, n, v: interpolate(i, torch.zeros(2), 4, n, mean=[0.0] * 3), ValueError, "mean, std: "),

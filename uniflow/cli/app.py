@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="UniFlow: a visual tokenizer that both understands and generates.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
@@ -21,7 +21,10 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 KeepSize = Annotated[
     bool, typer.Option("--keep-size", help="Keep each picture's size (to the nearest multiple of the patch).")
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the checkpoint's own if not given.")]
+_MOST_STEPS = 100_000  # their times are counted out before the first
+Steps = Annotated[
+    int | None, typer.Option(min=1, max=_MOST_STEPS, help="Sampling steps; the checkpoint's own if not given.")
+]
 Schedule = Annotated[str, typer.Option(help="linear, or pow_ or shifted_ and a number, as in pow_0.25.")]
 Solver = Annotated[str, typer.Option(help="euler, heun or midpoint; the last two work twice in a step.")]
 Temperature = Annotated[float, typer.Option(min=0, help="What the noise is multiplied by.")]
@@ -29,7 +32,8 @@ Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 CfgInterval = Annotated[
     tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
 ]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
+_LARGEST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
@@ -37,7 +41,13 @@ MaxMemory = Annotated[
     typer.Option(help="Memory for the model's work beside weights and pictures, as in 2GB.", show_default=False),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that read pictures, and as many that write them.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at a file of a folder that cannot be read, which is else skipped.")
+]
+MaxPixels = Annotated[int, typer.Option(min=1, help="Pixels (width times height) that a picture to read may have.")]
+Json = Annotated[bool, typer.Option("--json", help="Print results as an object of JSON a line.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+_MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte
 Config = Annotated[Path, typer.Argument(help="YAML file, as those in examples/.", show_default=False)]
 RunFolder = Annotated[
     Path | None,
@@ -49,11 +59,29 @@ Resume = Annotated[
 ]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from uniflow.cli.printing import say
+        from uniflow_kernels import __version__
+
+        say(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """UniFlow: a visual tokenizer that both understands and generates."""
+
+
 @app.command()
 def demo(
     out: OutFolder = Path("out/demo"),
     seconds: Annotated[float, typer.Option(min=1, help="Time to train for.")] = 170,
-    seed: Annotated[int, typer.Option(help="Of the weights, the crops and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the weights, the crops and the noise.")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -102,16 +130,21 @@ def reconstruct(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    reconstruct(pictures, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force)
+    given = Given(pictures, strict, max_pixels)
+    reconstruct(given, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
 
 
 @app.command()
@@ -123,15 +156,19 @@ def encode(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Encode pictures into one file of latents."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import encode
 
-    encode(pictures, checkpoint, out, keep_size, batch_size, parse_memory(max_memory), workers, dtype, device, force)
+    given, memory = Given(pictures, strict, max_pixels), parse_memory(max_memory)
+    encode(given, checkpoint, out, keep_size, batch_size, memory, workers, dtype, device, force)
 
 
 @app.command()
@@ -179,23 +216,28 @@ def evaluate(
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    from uniflow.cli.files import Given
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    evaluate(folder, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device)
+    given = Given([folder], strict, max_pixels)
+    evaluate(given, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what is installed here, what each op would run on, and why not something faster."""
     from uniflow.cli.doctor import doctor
 
-    doctor()
+    doctor(as_json)
 
 
 unifluid = typer.Typer(
@@ -231,7 +273,7 @@ def unifluid_generate(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
     ] = None,
-    head_steps: Annotated[int, typer.Option(min=1, help="Steps of the head for each token.")] = 20,
+    head_steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Steps of the head for each token.")] = 20,
     cfg: Cfg = 3.0,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
@@ -258,10 +300,13 @@ def unifluid_ask(
     ],
     longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
     batch_size: BatchSize = 16,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Answer a question about pictures: a line each, the file, a tab and the answer."""
+    from uniflow.cli.files import Given
     from uniflow.cli.unifluid import ask
 
-    ask(pictures, question, checkpoint, vision, longest, batch_size, dtype, device)
+    ask(Given(pictures, strict, max_pixels), question, checkpoint, vision, longest, batch_size, dtype, device)

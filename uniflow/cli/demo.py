@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.atomic import replacing
-from uniflow.cli.inputs import InputError, check_folder, check_outputs, choose_device
+from uniflow.cli.files import check_folder, check_outputs
+from uniflow.cli.inputs import InputError, choose_device
+from uniflow.cli.printing import say
 from uniflow.cli.training_bar import TrainingBar
 from uniflow.config import UniFlowConfig
 from uniflow.data import PictureList, RandomCrops
@@ -84,8 +86,8 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     _draw_reconstructions(shown, set(held_out), out / "reconstruction.png")
     _draw_loss(losses, out / "loss.png")
     for kind, values in scores.items():
-        print(f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
-    print(f"written to {out}: reconstruction.png, loss.png, metrics.json, checkpoint/")
+        say(f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+    say(f"written to {out}: reconstruction.png, loss.png, metrics.json, checkpoint/")
 
 
 def _load(names: Mapping[str, tuple[str, ...]]) -> dict[str, Image.Image]:

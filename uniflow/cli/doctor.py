@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from dataclasses import asdict
 
 import uniflow_kernels
+from uniflow.cli.printing import Column, Table, say, say_json
 
 
-def doctor() -> None:
+def doctor(as_json: bool) -> None:
     """Print the report."""
     report = uniflow_kernels.doctor()
-    console = Console()
-    environment = Table(show_header=False, box=None)
-    for name, value in report.environment.items():
-        environment.add_row(name, value)
-    console.print(environment)
-    ops = Table("op", "runs on", "why not something faster")
-    for op in report.ops:
-        ops.add_row(op.op, op.runs, op.why)
-    console.print(ops)
+    if as_json:
+        say_json(asdict(report))
+        return
+    _print(("environment", ""), list(report.environment.items()))
+    say("")
+    _print(("op", "runs on", "why not something faster"), [(op.op, op.runs, op.why) for op in report.ops])
+
+
+def _print(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    table = Table([Column(heading, "", width=width) for heading, width in zip(headings, widths, strict=True)])
+    for row in rows:
+        table.row(*row)

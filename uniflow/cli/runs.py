@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from glob import glob
@@ -16,7 +17,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from uniflow.cli.inputs import InputError, check_folder, choose_device, explained
+from uniflow.cli.files import check_folder
+from uniflow.cli.inputs import InputError, choose_device, explained
+from uniflow.cli.printing import notice, say
 from uniflow.cli.training_bar import SkippedPictures, TrainingBar
 from uniflow.data import Samples
 from uniflow.training import Trainer
@@ -30,6 +33,8 @@ from uniflow.training.state import read_progress
 from uniflow.training.validation import Validator
 
 R = TypeVar("R", bound=AnyRun)
+
+_MOST_SHARDS = 1_000_000
 
 # what a run leaves in its folder, which may hold other things too
 _OF_A_RUN = (
@@ -70,6 +75,8 @@ def train_as_written(
     check_folder(out)
     if run.tensorboard:
         check_installed("tensorboard")
+        if os.fsencode(out) != str(out).encode(errors="replace"):
+            raise InputError(f"{out}: TensorBoard writes to folders whose names are UTF-8; or say tensorboard: false")
     chosen = choose_device(device)
     settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", "out", "tensorboard")}
     with joined(chosen) as (processes, own_device):
@@ -97,7 +104,7 @@ def train_as_written(
 def _resume(trainer: Trainer, start: Path) -> None:
     changed = trainer.resume(start)
     if changed and trainer.processes.first:
-        print(f"uniflow: goes on from {start} with another {changed}", file=sys.stderr)
+        notice(f"goes on from {start} with another {changed}")
 
 
 def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None:
@@ -117,7 +124,7 @@ def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None
         state = done if trainer.finished else "stopped"
         last = f", last loss {losses[-1]:.4f}" if losses else ""
         skipped = f", {trainer.progress.skipped} unreadable pictures skipped" if trainer.progress.skipped else ""
-        print(f"{state} at step {trainer.progress.step}{last}{skipped}; checkpoint in {trainer.latest}")
+        say(f"{state} at step {trainer.progress.step}{last}{skipped}; checkpoint in {trainer.latest}")
 
 
 @contextmanager
@@ -128,7 +135,7 @@ def _alone(out: Path, processes: Processes) -> Iterator[None]:
         return
     with held(out) as locked:
         if not locked:
-            print(f"uniflow: {out} cannot be locked; see to it that no other run goes there", file=sys.stderr)
+            notice(f"{out} cannot be locked; see to it that no other run goes there")
         yield
 
 
@@ -153,7 +160,7 @@ def _start(out: Path, resume: str | None, force: bool) -> Path | None:
     if wrong and whole is None:
         raise InputError(f"no checkpoint in {out} is whole: {wrong[0]}")
     for message in wrong:
-        print(f"uniflow: {message}; going on from {whole}", file=sys.stderr)
+        notice(f"{message}; going on from {whole}")
     return whole
 
 
@@ -205,15 +212,25 @@ def check_installed(*modules: str) -> None:
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """The tar files that a pattern with braces and asterisks stands for."""
-    parts = [pattern]
+    """The tar files that a pattern with braces and asterisks stands for.
+
+    Raises:
+        InputError: for a file that is not there, or a range of more than a million.
+        ValueError: if braces are not closed.
+    """
+    parts: Iterable[str] = [pattern]
     if "{" in pattern:
         check_installed("braceexpand")
         from braceexpand import braceexpand
 
-        parts = list(braceexpand(pattern))
-    shards = [Path(path) for part in parts for path in sorted(glob(part)) or [part]]
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"no such file: {shard}")
+        for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):
+            if abs(float(last) - float(first)) >= _MOST_SHARDS:  # braceexpand makes a list of them first
+                raise InputError(f"shards: {{{first}..{last}}} stands for more than {_MOST_SHARDS} files")
+        parts = braceexpand(pattern)
+    shards: list[Path] = []
+    for part in parts:
+        for shard in map(Path, sorted(glob(part)) or [part]):
+            if not shard.is_file():
+                raise InputError(f"no such file: {shard}")
+            shards.append(shard)
     return shards

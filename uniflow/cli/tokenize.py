@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from uniflow.cli.bars import picture_bar
-from uniflow.cli.inputs import (
-    InputError,
-    Source,
+from uniflow.cli.batches import Item, Size, Slow, batches, fitted, runs, stacked
+from uniflow.cli.files import (
+    Given,
+    Pictures,
     check_folder,
+    check_not_read,
     check_outputs,
-    explained,
     find_pictures,
-    load_model,
-    read_picture,
+    picture_suffixes,
 )
+from uniflow.cli.inputs import InputError, explained, load_model
+from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
-from uniflow.config import UniFlowConfig
-from uniflow.encoder import encoding_bytes_per_token
 from uniflow.latents import EncodedPicture, read_latents, write_latents
-from uniflow.metrics import ReconstructionFID, psnr, ssim
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, fit_to_patches, save_picture, to_tensor
+from uniflow.pictures import save_picture
 from uniflow.sampler import Decoder
 from uniflow_kernels.solvers import Interval, Plan
 
-T = TypeVar("T")
+LATENTS = ".safetensors"
+_PSNR, _SSIM = Column("PSNR (dB)", "psnr", ".2f"), Column("SSIM", "ssim", ".4f", 6)
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,8 @@ class Sampling:
         """Find a bad value before any work is done."""
         with explained():
             Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
+        if not math.isfinite(self.temperature):
+            raise InputError(f"--temperature: expected a finite number, got {self.temperature}")
 
     def decoder(self, model: UniFlow, batch: int, size: tuple[int, int]) -> Decoder:
         """For batches of pictures of a size, and others when they come."""
@@ -83,7 +81,7 @@ class Sampling:
 
 
 def reconstruct(
-    pictures: Sequence[Path],
+    given: Given,
     checkpoint: Path,
     out: Path,
     sampling: Sampling,
@@ -93,32 +91,45 @@ def reconstruct(
     dtype: str,
     device: str,
     force: bool,
+    as_json: bool,
 ) -> None:
     """Write the reconstruction of each picture; print PSNR and SSIM of each, their means, and images/s."""
+    from uniflow.cli.scores import Scores
+
     sampling.check()
     check_folder(out)
-    sources = find_pictures(pictures)
-    check_outputs([out / source.name for source in sources], force)
-    model = load_model(checkpoint, device, dtype)
-    scores = _Scores()
-    table = Table("picture", "size", "PSNR (dB)", "SSIM")
-    start = time.perf_counter()
-    with Workers(workers) as files:
-        for batch, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size, files):
-            for source, original, result, db, similarity in zip(
-                batch, originals, results, *scores.add(results, originals), strict=True
-            ):
-                files.write(_save, result, out / source.name)
-                size = f"{original.shape[2]}x{original.shape[1]}"
-                table.add_row(source.name, size, f"{db:.2f}", f"{similarity:.4f}")
-    seconds = time.perf_counter() - start
-    table.add_row("mean", "", *scores.means(), style="bold")
-    Console().print(table)
-    print(f"{len(sources) / seconds:.2f} images/s")
+    scores = Scores()
+    # the bar stays until the last file is written and its row printed
+    with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
+        sources = pictures.sources
+        outputs = [out / source.name for source in sources]
+        check_outputs(outputs, force)
+        check_not_read(outputs, sources)
+        model = load_model(checkpoint, device, dtype)
+        columns = (
+            Column("picture", "picture", width=max(len(str(source.path)) for source in sources)),
+            Column("size", "size", width=9),
+            Column("reconstruction", "reconstruction", width=max(len(source.name) for source in sources)),
+            Column("size", "reconstruction_size", width=9),
+        )
+        table = Table([*columns, _PSNR, _SSIM], as_json)
+        start = time.perf_counter()
+        for batch, results in _reconstructions(model, pictures, sampling, keep_size, batch_size, files, bar):
+            for item, result, *values in zip(batch, results, *scores.add(results, stacked(batch)), strict=True):
+                path, name, made = str(item.source.path), item.source.name, f"{result.shape[2]}x{result.shape[1]}"
+                cells = (path, "x".join(map(str, item.own)), name, made, *(value.item() for value in values))
+                files.write(_save, result, out / name, then=partial(table.row, *cells))
+    images_per_second = scores.pictures / (time.perf_counter() - start)
+    if as_json:
+        say_json({**scores.means(), "images_per_second": images_per_second, "skipped": pictures.skipped})
+    else:
+        table.row("mean", "", "", "", *scores.means().values())
+        say(f"{images_per_second:.2f} images/s")
+    pictures.say_skipped()
 
 
 def encode(
-    pictures: Sequence[Path],
+    given: Given,
     checkpoint: Path,
     out: Path,
     keep_size: bool,
@@ -130,20 +141,29 @@ def encode(
     force: bool,
 ) -> None:
     """Write the latents of all pictures to one file."""
-    check_folder(out.parent)
+    if out.suffix != LATENTS:
+        raise InputError(f"--out: expected a file called *{LATENTS}, which is what is written, got {out}")
     check_outputs([out], force)
-    sources = find_pictures(pictures)
-    model = load_model(checkpoint, device, dtype)
     latents: list[Tensor] = []
     encoded: list[EncodedPicture] = []
-    with torch.inference_mode(), picture_bar("encoding") as bar, Workers(workers) as files:
-        fitted = files.read(partial(_fit, model.config, keep_size), sources)
-        for batch, originals in _batches(model, fitted, len(sources), batch_size, max_memory, bar):
-            latents.extend(model.encode(normalize(originals.to(model.device))).cpu())
-            encoded.extend(EncodedPicture(source.name, *originals.shape[-2:]) for source in batch)
+    with picture_bar("encoding") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
+        model = load_model(checkpoint, device, dtype)
+        with torch.inference_mode():
+            items = fitted(pictures, model.config, keep_size, files)
+            for batch in batches(model, items, pictures, batch_size, max_memory, bar):
+                found = model.encode(normalize(stacked(batch).to(model.device))).cpu()
+                for item, latent in zip(batch, found, strict=True):
+                    if not latent.isfinite().all():
+                        raise InputError(
+                            f"the latents of {item.source.path} are not finite: the weights are not, or their numbers "
+                            f"are too large for {model.dtype}"
+                        )
+                    latents.append(latent)
+                    encoded.append(EncodedPicture(item.source.name, *item.size))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_latents(out, latents, encoded, model)
-    print(f"{len(latents)} pictures in {out}")
+    say(f"{len(latents)} pictures in {out}")
+    pictures.say_skipped()
 
 
 def decode(
@@ -163,22 +183,31 @@ def decode(
     model = load_model(checkpoint, device, dtype)
     with explained():
         tensors, pictures = read_latents(latents, model)
+    for picture in pictures:
+        if not picture.name.lower().endswith(picture_suffixes()):
+            raise InputError(f"{latents}: {picture.name}: expected the name of a picture, as in {picture.name}.png")
     check_outputs([out / picture.name for picture in pictures], force)
     sizes = [(picture.height, picture.width) for picture in pictures]
-    groups = list(_runs(range(len(pictures)), lambda _: batch_size, lambda i: sizes[i]))
-    batches = ((torch.stack([tensors[i] for i in group]), sizes[group[0]]) for group in groups)
+    slow = Slow(model)
+    groups = list(runs(range(len(pictures)), lambda i: 1 if slow(sizes[i]) else batch_size, lambda i: sizes[i]))
+
+    def batches() -> Iterator[tuple[Tensor, Size]]:
+        for group in groups:
+            slow.say(pictures[group[0]].name, sizes[group[0]])
+            yield torch.stack([tensors[i] for i in group]), sizes[group[0]]
+
     with torch.inference_mode(), picture_bar("decoding") as bar, Workers(workers) as files, explained():
         task = bar.add_task("", total=len(pictures))
         decoder = sampling.decoder(model, len(groups[0]), sizes[0]) if groups else None
-        for group, results in zip(groups, decoder.stream(batches, sampling.noise()) if decoder else (), strict=True):
+        for group, results in zip(groups, decoder.stream(batches(), sampling.noise()) if decoder else (), strict=True):
             for i, result in zip(group, results, strict=True):
                 files.write(_save, result, out / pictures[i].name)
             bar.advance(task, len(group))
-    print(f"{len(pictures)} pictures in {out}")
+    say(f"{len(pictures)} pictures in {out}")
 
 
 def evaluate(
-    folder: Path,
+    given: Given,
     checkpoint: Path,
     sampling: Sampling,
     fid_weights: Path | None,
@@ -187,143 +216,69 @@ def evaluate(
     workers: int,
     dtype: str,
     device: str,
+    as_json: bool,
 ) -> None:
     """Print the mean PSNR and SSIM over a folder, and rFID or why there is none."""
+    from uniflow.cli.scores import Scores, distance_or_why_not
+
     sampling.check()
-    if not folder.is_dir():
-        raise InputError(f"no such folder: {folder}")
-    sources = find_pictures([folder])
-    model = load_model(checkpoint, device, dtype)
-    fid, why_not = _fid(fid_weights, len(sources), model.device)
-    scores = _Scores()
-    start = time.perf_counter()
-    with Workers(workers) as files:
-        for _, originals, results in _reconstructions(model, sources, sampling, keep_size, batch_size, files):
+    for folder in given.paths:
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}")
+    scores = Scores()
+    with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
+        model = load_model(checkpoint, device, dtype)
+        fid, why_not = distance_or_why_not(fid_weights, model.device)
+        start = time.perf_counter()
+        for batch, results in _reconstructions(model, pictures, sampling, keep_size, batch_size, files, bar):
+            originals = stacked(batch)
             scores.add(results, originals)
             if fid is not None:
                 fid.update(results, originals)
-    seconds = time.perf_counter() - start
-    db, similarity = scores.means()
-    table = Table("pictures", "PSNR (dB)", "SSIM", "rFID", "images/s")
-    rfid = f"{fid.compute():.3f}" if fid is not None else "not computed"
-    table.add_row(str(len(sources)), db, similarity, rfid, f"{len(sources) / seconds:.2f}")
-    Console().print(table)
-    if why_not:
-        print(f"rFID was not computed: {why_not}")
-    if scores.without_ssim:
-        print(f"SSIM was not computed for {scores.without_ssim} pictures smaller than its window of 11 pixels")
-
-
-def _fid(weights: Path | None, pictures: int, device: torch.device) -> tuple[ReconstructionFID | None, str]:
-    if weights is None:
-        return None, "it needs torch-fidelity and --fid-weights with its pt_inception-2015-12-05-6726825d.pth"
-    if pictures < 2:
-        return None, "it needs at least two pictures"
-    try:
-        with explained():
-            return ReconstructionFID(weights, device), ""
-    except ModuleNotFoundError:
-        return None, "torch-fidelity is not installed (pip install torch-fidelity)"
-
-
-class _Scores:
-    """PSNR and SSIM of all pictures so far."""
-
-    def __init__(self) -> None:
-        self._psnr: list[Tensor] = []
-        self._ssim: list[Tensor] = []
-
-    def add(self, results: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a batch of uint8 pictures [B, 3, H, W]: [B] and [B]."""
-        self._psnr.append(psnr(results, originals))
-        self._ssim.append(ssim(results, originals))
-        return self._psnr[-1], self._ssim[-1]
-
-    def means(self) -> tuple[str, str]:
-        """As text; pictures too small for SSIM are left out of its mean."""
-        return f"{torch.cat(self._psnr).mean():.2f}", f"{torch.cat(self._ssim).nanmean():.4f}"
-
-    @property
-    def without_ssim(self) -> int:
-        return int(torch.cat(self._ssim).isnan().sum())
+    images_per_second = scores.pictures / (time.perf_counter() - start)
+    if fid is not None and scores.pictures < 2:
+        fid, why_not = None, "it needs at least two pictures"
+    rfid = None if fid is None else fid.compute()
+    means = scores.means()
+    if as_json:
+        counts = {"pictures": scores.pictures, "skipped": pictures.skipped, "without_ssim": scores.without_ssim}
+        say_json({**counts, **means, "rfid": rfid, "images_per_second": images_per_second})
+    else:
+        columns = (Column("pictures", "pictures"), _PSNR, _SSIM, Column("rFID", "rfid", ".3f", 12))
+        table = Table([*columns, Column("images/s", "images_per_second", ".2f")])
+        distance = "not computed" if rfid is None else rfid
+        table.row(str(scores.pictures), *means.values(), distance, images_per_second)
+        if why_not:
+            say(f"rFID was not computed: {why_not}")
+        if scores.without_ssim:
+            say(f"SSIM was not computed for {scores.without_ssim} pictures smaller than its window of 11 pixels")
+    pictures.say_skipped()
 
 
 def _reconstructions(
-    model: UniFlow, sources: Sequence[Source], sampling: Sampling, keep_size: bool, batch_size: int, files: Workers
-) -> Iterator[tuple[list[Source], Tensor, Tensor]]:
-    """Batches of sources, their pictures and their reconstructions, both uint8 [B, 3, H, W] on the CPU."""
-    waiting: deque[tuple[list[Source], Tensor]] = deque()
-    with torch.inference_mode(), picture_bar("reconstructing") as bar:
-        pictures = files.read(partial(_fit, model.config, keep_size), sources)
-        first = next(pictures)
-        height, width = first[1].shape[-2:]
-        decoder = sampling.decoder(model, min(batch_size, len(sources)), (height, width))
+    model: UniFlow,
+    pictures: Pictures,
+    sampling: Sampling,
+    keep_size: bool,
+    batch_size: int,
+    files: Workers,
+    bar: Progress,
+) -> Iterator[tuple[list[Item], Tensor]]:
+    """Batches of pictures and their reconstructions, uint8 [B, 3, H, W] on the CPU."""
+    waiting: deque[list[Item]] = deque()
+    with torch.inference_mode():
+        items = fitted(pictures, model.config, keep_size, files)
+        first = next(items)
+        decoder = sampling.decoder(model, min(batch_size, pictures.total), first.size)
 
-        def latents() -> Iterator[tuple[Tensor, tuple[int, int]]]:
-            fitted = chain([first], pictures)
-            for batch, originals in _batches(model, fitted, len(sources), batch_size, sampling.max_memory, bar):
-                waiting.append((batch, originals))
-                yield model.encode(normalize(originals.to(model.device))), (originals.shape[-2], originals.shape[-1])
+        def latents() -> Iterator[tuple[Tensor, Size]]:
+            for batch in batches(model, chain([first], items), pictures, batch_size, sampling.max_memory, bar):
+                waiting.append(batch)
+                yield model.encode(normalize(stacked(batch).to(model.device))), batch[0].size
 
         with explained():
             for results in decoder.stream(latents(), sampling.noise()):
-                yield *waiting.popleft(), results
-
-
-def _fit(config: UniFlowConfig, keep_size: bool, source: Source) -> tuple[Source, Tensor]:
-    """A source and its picture, uint8 [3, H, W], as the model takes it."""
-    picture = read_picture(source.path)
-    fit = fit_to_patches(picture, config.patch_size) if keep_size else center_crop(picture, config.image_size)
-    return source, to_tensor(fit)
-
-
-def _batches(
-    model: UniFlow,
-    pictures: Iterable[tuple[Source, Tensor]],
-    total: int,
-    batch_size: int,
-    max_memory: int | None,
-    bar: Progress,
-) -> Iterator[tuple[list[Source], Tensor]]:
-    """Sources and their pictures, uint8 [B, 3, H, W]; pictures of one size that follow each other share a batch."""
-    task = None
-
-    def longest(item: tuple[Source, Tensor]) -> int:
-        return min(batch_size, _most_encoded(model, item[1].shape[-2:], max_memory))
-
-    for run in _runs(pictures, longest, lambda item: tuple(item[1].shape)):
-        task = bar.add_task("", total=total) if task is None else task  # not before it is known that there is memory
-        yield [source for source, _ in run], torch.stack([pixels for _, pixels in run])
-        bar.advance(task, len(run))
-
-
-def _most_encoded(model: UniFlow, size: Sequence[int], max_memory: int | None) -> int:
-    """How many pictures of a size can be encoded together."""
-    if max_memory is None:
-        return sys.maxsize
-    tokens = 1 + math.prod(size) // model.config.patch_size**2
-    needed = tokens * encoding_bytes_per_token(model.config, model.dtype)
-    if needed > max_memory:
-        raise InputError(
-            f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.0f} MB, got "
-            f"{max_memory / 1e6:.0f} MB"
-        )
-    return max_memory // needed
-
-
-def _runs(items: Iterable[T], longest: Callable[[T], int], key: Callable[[T], object]) -> Iterator[list[T]]:
-    """Split into runs of neighbours with the same key, at most `longest(first)` long."""
-    run: list[T] = []
-    most = 0
-    for item in items:
-        if run and (len(run) == most or key(item) != key(run[0])):
-            yield run
-            run = []
-        if not run:
-            most = longest(item)
-        run.append(item)
-    if run:
-        yield run
+                yield waiting.popleft(), results
 
 
 def _save(pixels: Tensor, path: Path) -> None:

@@ -8,16 +8,9 @@ from pathlib import Path
 
 import torch
 
-from uniflow.cli.inputs import (
-    InputError,
-    check_folder,
-    check_outputs,
-    explained,
-    load_model,
-    picture_files,
-    picture_suffixes,
-    read_picture,
-)
+from uniflow.cli.files import check_folder, check_outputs, picture_files, picture_suffixes, read_picture
+from uniflow.cli.inputs import InputError, explained, load_model
+from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
@@ -45,7 +38,7 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
     with explained():
         model = gather_shards(checkpoint, average, partial(_untrained, average))
     model.save_pretrained(out)
-    print(f"{type(model).__name__} written to {out}")
+    say(f"{type(model).__name__} written to {out}")
 
 
 def _untrained(average: bool, folder: Path) -> UniFlow | UniFluid:

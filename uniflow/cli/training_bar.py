@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+from rich.progress import BarColumn, TextColumn
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
+from uniflow.cli.bars import progress
+from uniflow.cli.printing import notice
 from uniflow.training.logs import Log, Report
 
 _NAMED = 20  # pictures
@@ -16,13 +15,12 @@ class TrainingBar(Log):
     """A bar with the share of the stage's budget spent, loss, images/s and time left; a context manager."""
 
     def __init__(self) -> None:
-        columns = (
+        self._progress = progress(
             TextColumn("training"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
         )
-        self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task("training", total=1.0, state="")
 
     def __enter__(self) -> TrainingBar:
@@ -57,5 +55,5 @@ class SkippedPictures(Log):
                 continue
             self._named.add(name)
             more = len(self._named) > _NAMED
-            what = "more pictures; the log names them" if more else repr(name)  # which may hold anything
-            print(f"uniflow: skips {what} (step {step}), which cannot be read", file=sys.stderr)
+            what = "more pictures; the log names them" if more else name
+            notice(f"skips {what} (step {step}), which cannot be read")

@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
 from uniflow.cli.bars import picture_bar
-from uniflow.cli.inputs import (
-    InputError,
-    check_folder,
-    check_outputs,
-    explained,
-    find_pictures,
-    load_checkpoint,
-    picture_suffixes,
-    read_picture,
-)
+from uniflow.cli.batches import runs
+from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
+from uniflow.cli.inputs import InputError, explained, load_checkpoint
+from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
+from uniflow.cli.workers import Workers
 from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, save_picture, to_tensor
 from uniflow.training.processes import Processes
@@ -207,11 +203,11 @@ def generate(
             pictures += batch
             bar.advance(task, len(batch))
     save_picture(rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=count), out / SHEET)
-    print(f"{len(pictures)} pictures and {SHEET} written to {out}")
+    say(f"{len(pictures)} pictures and {SHEET} written to {out}")
 
 
 def ask(
-    pictures: Sequence[Path],
+    given: Given,
     question: str,
     checkpoint: Path,
     vision: Path,
@@ -223,21 +219,25 @@ def ask(
     """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
     if not question.strip():
         raise InputError("--question: expected a text")
-    sources = find_pictures(pictures)
-    model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
-    with explained():
-        features = VisionFeatures(vision).to(model.device)
-        check_vision(model, features)
-        prompt = question_ids(model.text_tokenizer, question)
-    for first in range(0, len(sources), batch_size):
-        batch = sources[first : first + batch_size]
-        crops = [to_tensor(center_crop(read_picture(source.path), features.image_size)) for source in batch]
-        ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+    with Workers(1) as files, find_pictures(given, files) as pictures:
+        model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
         with explained():
-            seen = features(normalize(torch.stack(crops).to(model.device)))
-            answers = answer(model, seen, ids, real, longest)
-        for source, text in zip(batch, answers, strict=True):
-            print(f"{source.path}\t{' '.join(text.split())}", flush=True)
+            features = VisionFeatures(vision).to(model.device)
+            check_vision(model, features)
+            prompt = question_ids(model.text_tokenizer, question)
+
+        def fit(picture: Image.Image) -> Tensor:
+            return to_tensor(center_crop(picture, features.image_size))
+
+        for batch in runs(pictures.read(fit, files), lambda _: batch_size, lambda _: None):
+            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+            crops = torch.stack([pixels for _, _, pixels in batch])
+            with explained():
+                seen = features(normalize(crops.to(model.device)))
+                answers = answer(model, seen, ids, real, longest)
+            for (source, _, _), text in zip(batch, answers, strict=True):
+                say(str(source.path), " ".join(text.split()))
+    pictures.say_skipped()
 
 
 def _names(captions: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -25,6 +26,9 @@ class Workers:
         self._readers, self._writers = ThreadPoolExecutor(count), ThreadPoolExecutor(count)
         self._most = 2 * count
         self._writes: deque[Future[None]] = deque()
+        self._begun = self._told = 0
+        self._done: dict[int, Callable[[], None]] = {}
+        self._telling = Lock()
 
     def __enter__(self) -> Workers:
         return self
@@ -47,8 +51,26 @@ class Workers:
         while ahead:
             yield ahead.popleft().result()
 
-    def write(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call function(*arguments) soon; waits, and raises what an earlier one raised, where too many are pending."""
-        self._writes.append(self._writers.submit(function, *arguments))
+    def write(self, function: Callable[..., None], *arguments: Any, then: Callable[[], None] | None = None) -> None:
+        """Call function(*arguments) soon; waits, and raises what an earlier one raised, where too many are pending.
+
+        `then` is called when this and all earlier ones are done, in their order, by one thread at a time.
+        """
+        self._writes.append(self._writers.submit(self._write, self._begun, function, arguments, then or _nothing))
+        self._begun += 1
         while len(self._writes) > self._most:
             self._writes.popleft().result()
+
+    def _write(
+        self, place: int, function: Callable[..., None], arguments: tuple[Any, ...], then: Callable[[], None]
+    ) -> None:
+        function(*arguments)
+        with self._telling:
+            self._done[place] = then
+            while self._told in self._done:
+                self._done.pop(self._told)()
+                self._told += 1
+
+
+def _nothing() -> None:
+    pass

@@ -46,9 +46,9 @@ class ShardReader(FileSystemReader):
             with path.open("rb") as file:
                 metadata = _Unpickler(file).load()
             places = {str(place.relative_path) for place in metadata.storage_data.values()}
-        except CheckpointError:
-            raise
         except Exception as error:  # whatever a forged pickle does to the unpickler
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(f"{path} is damaged or holds more than sizes: {error}") from None
             raise CheckpointError(f"{path} is damaged: {error!r:.200}") from None
         for place in places:
             if Path(place).name != place:

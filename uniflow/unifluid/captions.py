@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
 from uniflow.pictures import center_crop, to_tensor
-from uniflow.reading import check_file, parse_json, shown
+from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.texts import answer_ids, padded, prompt_ids, question_ids
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CaptionFolder(PictureList):
         self._texts: list[Texts] = []
         with file.open("rb") as lines:
             for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
-                if line.strip():
+                if line.strip() or len(line) > _LONGEST:
                     where = f"{file}:{number}"
                     fields = _fields(line.rstrip(b"\n"), where)
                     self._texts.append(_texts(fields, where))
@@ -104,7 +104,7 @@ class CaptionShards(PictureShards):
     """
 
     def __init__(self, shards: Sequence[Path], suffixes: Sequence[str]) -> None:
-        super().__init__(shards, suffixes)
+        super().__init__(shards, suffixes, (".json", ".txt"))
         if not len(self):
             raise CaptionError(f"no pictures in {', '.join(map(str, shards)) or 'no shards'}")
 
@@ -112,26 +112,31 @@ class CaptionShards(PictureShards):
         """Refuse a text without a picture."""
         keys = {sample_key(member) for member in members if self.is_picture(member)}
         for member in members:
-            if sample_key(member) not in keys and member.endswith((".json", ".txt")):
+            if member.endswith(self.text_suffixes) and sample_key(member) not in keys:
                 raise CaptionError(f"{shard}:{member}: a text without a picture beside it")
 
     def texts(self, number: int) -> Texts:
         """What stands beside a picture."""
         fields, where = {}, f"{self.name(number)}: no texts beside it"
-        if (found := self.beside(number, ".json")) is not None:
-            where = found[0]
-            fields = _fields(found[1], where)
-        if fields.get("caption") is None and (found := self.beside(number, ".txt")) is not None:
-            where = found[0]
-            fields["caption"] = found[1].decode(errors="surrogateescape").strip()
+        if (found := self.beside(number, ".json", _LONGEST + 1)) is not None:
+            where, data = found
+            fields = _fields(data, where)
+        if fields.get("caption") is None and (found := self.beside(number, ".txt", _LONGEST + 1)) is not None:
+            where, data = found
+            _check_length(data, where)
+            fields["caption"] = data.decode(errors="surrogateescape").strip()
         return _texts(fields, where)
 
 
-def _fields(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > _LONGEST:
+def _check_length(text: bytes, where: str) -> None:
+    if len(text) > _LONGEST:
         raise CaptionError(f"{where} is longer than {_LONGEST >> 20} MiB")
+
+
+def _fields(line: bytes, where: str) -> dict[str, Any]:
+    _check_length(line, where)
     try:
-        fields = parse_json(line.decode("utf-8"), where)
+        fields = parse_json(line.decode("utf-8-sig"), where)  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise CaptionError(f"{where} is not JSON in UTF-8: {error}") from None
     except ValueError as error:
@@ -164,9 +169,13 @@ def _image(folder: Path, image: Any, where: str) -> Path:
     if not isinstance(image, str) or not image:
         raise CaptionError(f"{where}: image: expected the path of a picture in the folder, got {shown(image)}")
     if Path(image).is_absolute() or ".." in Path(image).parts:
-        raise CaptionError(f"{where}: image: {image} is outside the folder")
-    if not (folder / image).is_file():
-        raise CaptionError(f"{where}: image: no such file: {folder / image}")
+        raise CaptionError(f"{where}: image: {printable(image)} is outside the folder")
+    try:
+        there = (folder / image).is_file()
+    except OSError:  # its name is too long
+        there = False
+    if not there:
+        raise CaptionError(f"{where}: image: no such file: {printable(str(folder / image))}")
     return folder / image
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import repeat
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.sampling import replayed, sampler, start
+from uniflow_kernels.modules.sampling import check_floating, replayed, sampler, start
 from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
@@ -32,7 +31,7 @@ from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain,
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
-from uniflow_kernels.torch_private import children_of, is_hooked, parameters_of
+from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, parameters_of
 
 
 class TimestepEmbedding(nn.Module):
@@ -51,11 +50,24 @@ class TimestepEmbedding(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the MLP's weights; the sinusoids are rounded to it."""
-        return cast(nn.Linear, self.mlp[0]).weight.dtype  # replicas of DataParallel have no parameters()
+        """Of what the first layer computes with, to which the sinusoids are rounded.
+
+        Of its weight; where that is quantized, of its bias or another layer's numbers; else float32.
+        """
+        first: Any = self.mlp[0]  # replicas of DataParallel have no parameters()
+        for held in (first.weight, getattr(first, "bias", None)):
+            if isinstance(held, Tensor) and held.is_floating_point():
+                return held.dtype
+        return next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), torch.float32)
 
     def forward(self, t: Tensor) -> Tensor:
-        """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W]."""
+        """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W].
+
+        Raises:
+            TypeError: if t is complex.
+        """
+        if t.is_complex():
+            raise TypeError(f"t: expected real numbers, got {t.dtype}")
         half = self.frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(self.max_period) * exponents)
@@ -96,9 +108,9 @@ def _affine(layer: nn.Module) -> Affine:
 
 
 class FlowBlock(nn.Module):
-    """x + gate * MLP(norm(x) * (1 + scale) + shift), with shift, scale, gate = Linear(activated condition).
+    """x + gate * MLP(norm(x) * (1 + scale) + shift), with shift, scale, gate = Linear(SiLU(condition)).
 
-    Source: `ResBlock` of the official release, with SiLU of the condition taken out: it is the same for every block.
+    Source: `ResBlock` of the official release.
 
     Args:
         width: W.
@@ -128,25 +140,22 @@ class FlowBlock(nn.Module):
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width, bias))
 
-    def modulation(self, a: Tensor) -> Tensor:
-        """a = SiLU(y) [..., W] -> [..., 3W], for a block that has modulations of its own."""
-        return self.adaLN_modulation[1](a)
-
     def tensors(self) -> Block:
         """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
-        up, *_, down = self.mlp.children()
-        return Block(_affine(self.in_ln), _affine(up), _affine(down))
+        parts: Any = children_of(self)
+        layers: Any = list(children_of(parts["mlp"]).values())
+        return Block(_affine(parts["in_ln"]), _affine(layers[0]), _affine(layers[-1]))
 
-    def forward(self, x: Tensor, a: Tensor, modulation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, modulation: Tensor | None = None) -> Tensor:
         """x [..., W] -> [..., W].
 
         Args:
             x: [..., W].
-            a: SiLU(y), [..., W] or broadcastable to x.
-            modulation: [..., 3W], computed by the first block of the group; by default it is computed here, from a.
+            y: the condition, [..., W] or broadcastable to x.
+            modulation: [..., 3W], computed by the first block of the group; by default it is computed here, from y.
         """
         if modulation is None:
-            modulation = self.modulation(a)
+            modulation = self.adaLN_modulation(y)
         return flow_block(x, modulation, self.form.modulation_order, self.in_ln, self.mlp)
 
 
@@ -170,9 +179,9 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_channels, bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias)) if modulated else None
 
-    def forward(self, x: Tensor, a: Tensor) -> Tensor:
-        """x [..., W] and a = SiLU(y), [..., W] or broadcastable to x -> [..., out_channels]."""
-        modulation = None if self.adaLN_modulation is None else self.adaLN_modulation[1](a)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [..., W] and the condition y, [..., W] or broadcastable to x -> [..., out_channels]."""
+        modulation = None if self.adaLN_modulation is None else self.adaLN_modulation(y)
         return self.linear(final_norm(x, modulation, self.form.modulation_order, self.norm_final))
 
 
@@ -279,8 +288,11 @@ class FlowHead(nn.Module):
             [M, out_channels].
 
         Raises:
+            TypeError: if x or c is not floating point, or t complex.
             ValueError: if the shapes do not fit together.
         """
+        check_floating("x", x)
+        check_floating("c", c)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device) if not isinstance(t, Tensor) else t
         if x.ndim != 2 or x.shape[1] not in (self.in_channels, self.padded_columns(x.dtype)):
             raise ValueError(f"x: expected shape [M, {self.in_channels}], got {tuple(x.shape)}")
@@ -378,7 +390,7 @@ class FlowHead(nn.Module):
         layer, behind = self.input_proj, x.shape[-1] - self.in_channels
         if not behind:
             return layer(x)
-        if not _is_plain(layer, nn.Linear, self.form.eps):
+        if type(layer) is not nn.Linear or is_any_hooked() or is_hooked(layer):
             return layer(x[..., : self.in_channels])
 
         def pad(weight: Tensor) -> Tensor:
@@ -392,23 +404,24 @@ class FlowHead(nn.Module):
         recompute = "block" if self.grad_checkpointing else self.recompute
         if (reason := self._why_not_fused()) is not None:
             choose_path(Call(x.device, x.dtype, self.model_channels, 0, rows=None, why_not=reason))  # raises, or eager
-            return self._by_modules(x, F.silu(y), recompute == "block" and torch.is_grad_enabled())
+            return self._by_modules(x, y, recompute == "block" and torch.is_grad_enabled())
         tensors = self.tensors()
         path = choose_path(call_of(x, y, *tensors))
         return self.final_layer.linear(run_flow_blocks(x, y, *tensors, self.form, recompute, path))
 
     def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
-        blocks, last = self._blocks(), self.final_layer.adaLN_modulation
-        modulations = [_affine(block.adaLN_modulation[1]) for block in blocks[:: self.blocks_per_group]]
-        return [block.tensors() for block in blocks], modulations, None if last is None else _affine(last[1])
+        blocks, last = self._blocks(), self.final_layer
+        modulations = [_modulation(block) for block in blocks[:: self.blocks_per_group]]
+        final = None if last.adaLN_modulation is None else _modulation(last)
+        return [block.tensors() for block in blocks], modulations, final
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
-        weight, reason = self.input_proj.weight, self._why_not_fused()
+        parameter, reason = next(self.parameters(), torch.empty(0)), self._why_not_fused()
         hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
         shared = what_is_shared(1, 1, len(self.res_blocks) // self.blocks_per_group, len(self.res_blocks))
-        call = Call(weight.device, weight.dtype, self.model_channels, hidden, 1, shared=shared, why_not=reason)
+        call = Call(parameter.device, parameter.dtype, self.model_channels, hidden, 1, shared=shared, why_not=reason)
         return "flow_head: {}; {}".format(*explain(call))
 
     def _why_not_fused(self) -> str | None:
@@ -422,8 +435,10 @@ class FlowHead(nn.Module):
 
     def _is_as_built(self, whole: bool) -> bool:
         """Whether calling the fused op's parts, or the whole head's, does nothing but what they were built to do."""
-        parts, built = self._parts(whole), self._built[whole]
-        return len(parts) == len(built) and all(map(_is_plain, parts, built, repeat(self.form.eps)))
+        parts = self._parts(whole)
+        if is_any_hooked() or any(map(is_hooked, parts)) or [type(part) for part in parts] != self._built[whole]:
+            return False
+        return all(vars(part)["eps"] == self.form.eps for part in parts if type(part) in _NORMS)
 
     def _parts(self, whole: bool) -> list[nn.Module]:
         """All that the fused op stands for, or all there is: found in every call, thrice as fast as `modules()` is."""
@@ -435,18 +450,23 @@ class FlowHead(nn.Module):
     def _blocks(self) -> list[FlowBlock]:
         return cast(list[FlowBlock], list(self.res_blocks))
 
-    def _by_modules(self, x: Tensor, a: Tensor, again: bool) -> Tensor:
-        """Submodule by submodule, so that hooks and adapters work; `again`: the backward pass runs each once more."""
+    def _by_modules(self, x: Tensor, y: Tensor, again: bool) -> Tensor:
+        """Submodule by submodule, each called once, so that hooks, adapters and replaced forwards work.
+
+        `again`: the backward pass calls the blocks once more.
+        """
         blocks = self._blocks()
-        each = [lambda x, shared, block=block: block(x, a, shared) for block in blocks]
+        each = [lambda x, shared, block=block: block(x, y, shared) for block in blocks]
         firsts = blocks[:: self.blocks_per_group] if self.blocks_per_group > 1 else []
-        x = block_after_block(x, each, [partial(first.modulation, a) for first in firsts], again)
-        return self.final_layer(x, a)
+        x = block_after_block(x, each, [partial(first.adaLN_modulation, y) for first in firsts], again)
+        return self.final_layer(x, y)
 
 
+_NORMS = (LayerNorm, nn.RMSNorm)
 _CHANGED = "a submodule was replaced, wrapped or given a hook"
 
 
-def _is_plain(module: nn.Module, built: type, eps: float) -> bool:
-    """Whether calling it does nothing but the forward of the class it was built with."""
-    return not is_hooked(module) and type(module) is built and vars(module).get("eps", eps) == eps
+def _modulation(module: nn.Module) -> Affine:
+    """Of a block or the last layer: the linear layer behind SiLU."""
+    sequence: Any = children_of(module)["adaLN_modulation"]
+    return _affine(cast(nn.Module, children_of(sequence)["1"]))

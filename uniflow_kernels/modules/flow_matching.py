@@ -6,9 +6,12 @@ time, right in the forward pass. What is kept is the gradient itself; the backwa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from threading import RLock
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,7 @@ from uniflow_kernels.torch_private import (
     foreach_mul,
     foreach_mul_,
     is_graph_kept,
+    is_tensor_hooked,
     object_of,
 )
 
@@ -70,6 +74,8 @@ def flow_matching_loss(
     Returns:
         In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
         parameters; where all is one chunk also in images, t and noise, and more than once where the head is.
+
+    Threads that want losses of one head take turns.
 
     Raises:
         TypeError: if a dtype does not fit.
@@ -177,8 +183,17 @@ def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chun
             condition.requires_grad,
             autocast,
         )
-    step = _Step(head, call, parameters, batch, chunk_tokens)
-    return _FlowMatching.apply(step, condition, *parameters)
+    with _turn(head):  # another thread's stand-ins are none of its parameters
+        step = _Step(head, call, _trained(head), batch, chunk_tokens)
+        return _FlowMatching.apply(step, condition, *step.parameters)
+
+
+_turns: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+
+def _turn(head: nn.Module) -> AbstractContextManager[Any]:
+    """One thread at a time."""
+    return _turns.setdefault(head, RLock())
 
 
 def _trained(head: nn.Module) -> list[Tensor]:
@@ -217,18 +232,32 @@ class _Step(NamedTuple):
         The sum's, not the mean's: that would vanish in float16, where a head's activations may be. The gradients are
         that of the condition, if it is wanted, and those of the parameters, half precision in float32.
         """
-        # hooks on the parameters must see the one gradient that the backward pass brings, not those of the chunks
-        stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        arguments = (self._over_chunks, condition.detach(), for_condition, stand_ins)
-        with torch.enable_grad():
-            loss, gradients = functional_call(
-                _HeadOf(self.head), _in_place_of_trained(self.head, stand_ins), arguments, tie_weights=False
-            )
+        condition = condition.detach()
+        with torch.enable_grad(), _turn(self.head):
+            if self._are_the_heads_own():
+                loss, gradients = self._over_chunks(condition, for_condition, self.parameters)
+            else:
+                stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
+                loss, gradients = functional_call(
+                    _HeadOf(self.head),
+                    _in_place_of_trained(self.head, stand_ins),
+                    (self._over_chunks, condition, for_condition, stand_ins),
+                    tie_weights=False,
+                )
         scale = self.batch.scale()
         return loss * scale, scale, gradients
 
+    def _are_the_heads_own(self) -> bool:
+        """Whether the parameters are those in the head, and have no hooks.
+
+        Hooks must see the one gradient that the backward pass brings, not those of the chunks; a compiled graph may
+        bring tensors of its own. Stand-ins in the head are seen by all threads.
+        """
+        own = _trained(self.head)
+        return all(map(operator.is_, self.parameters, own)) and not any(map(is_tensor_hooked, own))
+
     def _over_chunks(
-        self, condition: Tensor, for_condition: bool, parameters: list[Tensor]
+        self, condition: Tensor, for_condition: bool, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         for_parameters = [torch.zeros_like(p, dtype=_accumulated_in(p)) for p in parameters]
         rows = [torch.empty_like(condition)] if for_condition else []

@@ -189,6 +189,12 @@ def normal(
     return torch.randn(shape, dtype=dtype, device=drawn_on, generator=generator).to(device)
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise a TypeError if the argument of this name is not floating point."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
+
+
 def start(
     head: Head,
     condition: Tensor,
@@ -218,9 +224,9 @@ def start(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
-    for name, given in (("condition", condition), ("noise", noise)):
-        if not given.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point dtype, got {given.dtype}")
+    for name, given in (("condition", condition), ("noise", noise), ("null_condition", null_condition)):
+        if given is not None:
+            check_floating(name, given)
     noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
     return noise, condition, null_condition if plan.cfg != 1.0 else None
 

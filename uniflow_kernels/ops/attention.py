@@ -29,15 +29,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, allow_flash
     """softmax(q k^T / sqrt(D)) v for every head, without a mask.
 
     Args:
-        q, k, v: [B, S, H, D]; any strides with a contiguous last dimension.
+        q, k, v: [B, S, H, D], float; any strides with a contiguous last dimension.
         dropout: probability of dropping an attention weight; 0 outside training.
         allow_flash_attn: False keeps to PyTorch's own kernels.
 
     Returns:
         [B, S, H, D].
 
+    Raises:
+        TypeError: for another dtype.
+
     Source: Vaswani et al. 2017.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point dtype, got {x.dtype}")
     if allow_flash_attn and why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None:
         from flash_attn import flash_attn_func
 

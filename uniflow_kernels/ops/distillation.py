@@ -175,7 +175,12 @@ def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple
 
 
 def plain_cosine_distances(
-    student: list[Tensor], teacher: list[Tensor], skip_tokens: int, gradients: list[Tensor], distances: Tensor
+    student: list[Tensor],
+    teacher: list[Tensor],
+    skip_tokens: int,
+    gradients: list[Tensor],
+    powers: Tensor | None,
+    distances: Tensor,
 ) -> None:
     """Write 1 - cosine of every token of every layer, and its gradient, a piece at a time.
 
@@ -183,6 +188,8 @@ def plain_cosine_distances(
         student, teacher: L tensors [B, S, D].
         skip_tokens: how many at the front do not count.
         gradients: none, or L tensors [B, S, D]; each token's gradient of its own distance.
+        powers: None, or [L, B, S] in float32: what a token's gradient is multiplied by, a power of two near the norm of
+            the student. What float16 holds of the gradient of a long token would be little.
         distances: [L, B, S - skip_tokens], float32.
     """
     limit = chunk(distances.device)
@@ -212,12 +219,20 @@ def plain_cosine_distances(
         if written:
             # below the least norm the denominator is a constant
             along = (cosine / s_least).div_(s_least).mul_(s_norm > EPS)
+            if powers is not None:
+                power = (s_least.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(1024)
+                powers[layers, here[0], here[1]] = power[..., 0]
             across = s_least.reciprocal_().div_(t_least)
-            for (s, t), own, to, a, b in zip(sides, memory, written, along, across, strict=True):
+            factors = [None] * len(sides) if powers is None else power.unbind()
+            for (s, t), own, to, a, b, by in zip(sides, memory, written, along, across, factors, strict=True):
                 value = torch.mul(s, a, out=own).addcmul_(t, b, value=-1)
                 if own is None:
-                    largest = torch.finfo(to.dtype).max
-                    to.copy_(value.clamp_(-largest, largest))
+                    largest = min(torch.finfo(to.dtype).max, torch.finfo(value.dtype).max)
+                    value.clamp_(-largest, largest)
+                if by is not None:
+                    value.mul_(by)
+                if own is None:
+                    to.copy_(value)
     for gradient in gradients if skip_tokens else ():
         gradient[:, :skip_tokens] = 0
 
@@ -245,20 +260,30 @@ def _cosine_distances(
     student: list[Tensor], teacher: list[Tensor], skip_tokens: int, with_gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
     batch, length, _ = student[0].shape
-    gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
+    made = _gradients(student, with_gradient)
+    gradients, powers = made[: len(student)], made[len(student)].fill_(1) if len(made) > len(student) else None
     distances = student[0].new_empty(len(student), batch, length - skip_tokens, dtype=torch.float32)
     kernels = _kernels(student, teacher)
     compute = plain_cosine_distances if kernels is None else kernels.cosine_distances
-    compute(student, teacher, skip_tokens, gradients, distances)
+    compute(student, teacher, skip_tokens, gradients, powers, distances)
     # the mean over the tokens of each layer; 0 where there is none
-    return distances.sum((1, 2)).div_(max(1, distances[0].numel())), gradients
+    return distances.sum((1, 2)).div_(max(1, distances[0].numel())), made
 
 
 def _cosine_distances_fake(
     student: list[Tensor], teacher: list[Tensor], skip_tokens: int, with_gradient: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student] if with_gradient else []
-    return student[0].new_empty(len(student), dtype=torch.float32), gradients
+    return student[0].new_empty(len(student), dtype=torch.float32), _gradients(student, with_gradient)
+
+
+def _gradients(student: list[Tensor], with_gradient: bool) -> list[Tensor]:
+    """Where the gradients go, and behind them, if float16 is among them, what each token's is multiplied by."""
+    if not with_gradient:
+        return []
+    gradients = [torch.empty_like(s, memory_format=torch.contiguous_format) for s in student]
+    if any(s.dtype == torch.float16 for s in student):
+        gradients.append(student[0].new_empty(len(student), *student[0].shape[:2], dtype=torch.float32))
+    return gradients
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -271,9 +296,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
 
 def _backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     factors = incoming / max(1, ctx.tokens)
+    gradients, powers = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+    if powers:
+        factors = factors[:, None, None] / powers[0]
     gradients = [
         scaled(gradient, factor) if wanted else None
-        for gradient, factor, wanted in zip(ctx.saved_tensors, factors.unbind(), ctx.wanted, strict=True)
+        for gradient, factor, wanted in zip(gradients, factors.unbind(), ctx.wanted, strict=True)
     ]
     return {"student": gradients, "teacher": [None] * ctx.layers}
 

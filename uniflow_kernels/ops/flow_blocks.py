@@ -233,6 +233,8 @@ def check_shapes(
     width = x.shape[-1] if x.ndim else 0
     if x.ndim == 0 or not x.dtype.is_floating_point:
         raise ValueError(f"x: expected [..., W] in a floating dtype, got shape {tuple(x.shape)} in {x.dtype}")
+    if not y.dtype.is_floating_point:
+        raise TypeError(f"y: expected a floating point dtype, got {y.dtype}")
     fits = y.ndim and y.ndim <= x.ndim and y.shape[-1] == width
     rows = x.shape[x.ndim - y.ndim : -1]
     if not fits or any(mine not in (1, theirs) for mine, theirs in zip(y.shape[:-1], rows, strict=True)):

@@ -70,14 +70,14 @@ def call_of(x: Tensor, y: Tensor, blocks: Sequence[Block], modulations: Sequence
     """The facts of a call with these tensors, as `fused_flow_blocks` takes them."""
     compiling = torch.compiler.is_compiling()
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]  # torch.Size.numel would fix the sizes of an exported program
-    every = [tensor for affine in in_order(blocks, modulations, final) for tensor in affine]
+    every = (tensor for affine in in_order(blocks, modulations, final) for tensor in affine)
     return Call(
         x.device,
         dtype_of_products(x),
         width,
         blocks[0].down.weight.shape[1],
         None if compiling and x.numel() else rows,
-        wants_gradient((x, y, *every)),
+        torch.is_grad_enabled() and wants_gradient((x, y, *every)),
         None if compiling else what_is_shared(conditions_of(x, y)[0], rows, len(modulations), len(blocks)),
         tensors=of_products(blocks, modulations, final),
         inputs=(x, y),
@@ -203,8 +203,8 @@ def _why_not_backend() -> str | None:
 
 
 def _why_not_path(call: Call, path: str) -> str | None:
-    """Why a path cannot serve what the kernels can."""
-    if path != "products":
+    """Why a path cannot serve what the kernels can; in a graph of any number of rows the op finds it out."""
+    if path != "products" or call.rows is None:
         return None
     from uniflow_kernels.triton_kernels import flow_products as products
 

@@ -1,10 +1,17 @@
-"""A gradient that the forward pass has made, times what comes in from behind: usually 1, and then untouched."""
+"""A gradient that the forward pass has made, times what comes in from behind: usually 1, and then untouched.
+
+What float16 holds ends at 6e-8, and the mean over a batch divides by more: a gradient is made in such a range that
+neither it nor what a GradScaler makes of it is lost, and the power of two that is missing comes in with the backward
+pass.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels.ops.pieces import chunk
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import is_graph_kept
 
@@ -19,7 +26,10 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     Returns:
         What `gradient * factor` is, in the dtype of `gradient`.
     """
-    factor = factor.unsqueeze(-1) if factor.ndim else factor
+    if factor.ndim:
+        factor = factor.unsqueeze(-1)
+    elif factor.device.type != "cpu":
+        factor = factor.view(1)  # a scalar would first be rounded to the gradient's dtype
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
     if type(gradient) is not Tensor or is_graph_kept():
         return (gradient * factor).to(gradient.dtype)
@@ -27,8 +37,33 @@ def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
+def power_of(coefficient: Tensor) -> Tensor:
+    """The power of two that a coefficient, in float32, is divided by in `split`."""
+    exponent = torch.frexp(coefficient).exponent
+    return (exponent.clamp(-128, 125) + 129 << 23).view(torch.float32)  # by its bits: pow need not be exact
+
+
+def split(coefficient: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
+    """A coefficient in float32 as one in [1/8, 1/4), unless it is zero or not finite, and the power of two beside it.
+
+    Twice the first times the difference of any two numbers of float16 is a number that float16 holds.
+    """
+    if isinstance(coefficient, Tensor):
+        power = power_of(coefficient)
+        return coefficient / power, power
+    whole = torch.tensor(coefficient, dtype=torch.float32, device="cpu")
+    power = power_of(whole)
+    return (whole / power).item(), power.item()
+
+
 def _scale(gradient: Tensor, factor: Tensor) -> None:
-    if factor.numel() > 1 or not gradient.is_contiguous():
+    if factor.numel() != 1:
+        # in pieces, since a CPU copies what it multiplies by another dtype
+        at_once = max(1, chunk(gradient.device) // max(1, gradient[:1].numel()))
+        for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
+            some.mul_(by)
+        return
+    if not gradient.is_contiguous():
         gradient.mul_(factor)
         return
     # on a GPU looking at the number would wait for the device: the kernels look at it there

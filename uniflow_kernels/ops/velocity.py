@@ -19,7 +19,7 @@ from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
 from uniflow_kernels.ops.registration import is_watched, kernels_for, register, wants_gradient
-from uniflow_kernels.ops.scaling import scaled
+from uniflow_kernels.ops.scaling import power_of, scaled, split
 from uniflow_kernels.source import Source
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -81,6 +81,8 @@ def interpolate_from(source: Source, t: Tensor, columns: int | None, dtype: torc
     rows, images = source.rows, source.images
     if t.shape not in (rows[:1], rows[:2]):
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
+    if t.is_complex():
+        raise TypeError(f"t: expected real numbers, got {t.dtype}")
     if dtype is None:
         x0 = source.noise
         dtype = images.dtype if images.is_floating_point() else torch.float32 if x0 is None else x0.dtype
@@ -155,6 +157,8 @@ def velocity_loss_from(
     check_weights(weights, mask, rows[:2])
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
+    if weights is not None and weights.is_complex():
+        raise TypeError(f"weights: expected real numbers, got {weights.dtype}")
     if weights is not None and weights.requires_grad:
         raise ValueError(
             'weights: expected constants; to learn them, multiply the losses of reduction="none" with them'
@@ -403,7 +407,10 @@ interpolate_op = register(
 def _velocity_loss(
     source: Source, velocity: Tensor, weights: Tensor | None, mask: Tensor | None, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    coefficients = _coefficients(source, weights, mask, reduction)
+    coefficients = _coefficients(source.rows, weights, mask, reduction)
+    kept_small = with_gradient and velocity.dtype == torch.float16
+    if kept_small:
+        coefficients, power = split(coefficients)
     losses = velocity.new_empty(velocity.shape[:2], dtype=torch.float32)
     gradient = velocity.new_empty(velocity.shape if with_gradient else 0)
     given = gradient if with_gradient else None
@@ -412,12 +419,16 @@ def _velocity_loss(
         plain_velocity_loss(source, velocity, coefficients, given, losses)
     else:
         kernels.velocity_loss(source, pixel_scale_and_shift(source), velocity, coefficients, given, losses)
+    if kept_small:
+        losses.mul_(power)
     return losses if reduction == "none" else losses.sum(), gradient
 
 
-def _coefficients(source: Source, weights: Tensor | None, mask: Tensor | None, reduction: str) -> Tensor | float:
+def _coefficients(
+    rows: tuple[int, int, int], weights: Tensor | None, mask: Tensor | None, reduction: str
+) -> Tensor | float:
     """What each token's sum of squared errors is multiplied by: [k*B, N] in float32, or one number for all."""
-    batch, tokens, length = source.rows
+    batch, tokens, length = rows
     each = 1 / max(1, length)
     if weights is None and mask is None:
         over = batch * tokens if reduction == "mean" else 1
@@ -426,7 +437,8 @@ def _coefficients(source: Source, weights: Tensor | None, mask: Tensor | None, r
         assert weights is not None
         over = max(1, weights.numel()) if reduction == "mean" else 1
         return weights.float() * (each / over)
-    coefficients = mask.float() if weights is None else weights.float() * mask
+    # where, since a token that does not count may have any weight
+    coefficients = mask.float() if weights is None else weights.float().where(mask, 0)
     coefficients = coefficients * each
     return coefficients / mask.sum().clamp(min=1) if reduction == "mean" else coefficients
 
@@ -439,22 +451,29 @@ def _velocity_loss_fake(
 
 
 def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    source = inputs[0]
+    source, velocity, weights, mask, ctx.reduction, _ = inputs
     images, noise = source.images, source.noise
+    ctx.in_float16 = velocity.dtype == torch.float16
     # of the images only shape, dtype and device are needed, and those only for their gradient
-    ctx.save_for_backward(output[1], images if images.requires_grad else None)
-    ctx.source, ctx.length = source.without_tensors(), source.length
+    tensors = (weights, mask) if ctx.in_float16 else (None, None)
+    ctx.save_for_backward(output[1], images if images.requires_grad else None, *tensors)
+    ctx.source, ctx.rows = source.without_tensors(), source.rows
     ctx.noise_dtype = noise.dtype if noise is not None and noise.requires_grad else None
 
 
 def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
-    gradient, images = ctx.saved_tensors
-    gradient = scaled(gradient, incoming)
+    gradient, images, weights, mask = ctx.saved_tensors
+    if ctx.in_float16:
+        coefficients = _coefficients(ctx.rows, weights, mask, ctx.reduction)
+        if not isinstance(coefficients, Tensor):
+            coefficients = incoming.new_full((), coefficients)
+        incoming = incoming * power_of(coefficients)
+    gradient, length = scaled(gradient, incoming), ctx.rows[2]
     found = {"velocity": gradient}
     if images is not None:
-        found["images"] = -_into_images(ctx.source._replace(images=images), head(gradient, ctx.length))
+        found["images"] = -_into_images(ctx.source._replace(images=images), head(gradient, length))
     if ctx.noise_dtype is not None:
-        found["noise"] = head(gradient, ctx.length).to(ctx.noise_dtype)
+        found["noise"] = head(gradient, length).to(ctx.noise_dtype)
     return found
 
 

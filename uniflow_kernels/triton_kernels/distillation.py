@@ -25,9 +25,9 @@ def _of_layer(tensors, layer, LAYERS: tl.constexpr):
 
 @triton.jit
 def cosine_kernel(
-    students, teachers, gradients, distances, tokens_in_all, length, width, skip,
+    students, teachers, gradients, powers, distances, tokens_in_all, length, width, skip,
     student_batch, student_token, teacher_batch, teacher_token,
-    LARGEST: tl.constexpr, LAYERS: tl.constexpr, GRADIENT: tl.constexpr, UNIT: tl.constexpr,
+    LARGEST: tl.constexpr, LAYERS: tl.constexpr, GRADIENT: tl.constexpr, POWERS: tl.constexpr, UNIT: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Distances and gradients of TOKENS tokens of one layer a program; a row is in registers whole."""
@@ -61,6 +61,10 @@ def cosine_kernel(
         across = -1.0 / s_least / t_least
         value = along[:, None] * s + across[:, None] * t
         value = tl.where(value > LARGEST, LARGEST, tl.where(value < -LARGEST, -LARGEST, value))  # NaN stays NaN
+        if POWERS:
+            power = (s_least.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) * 1024.0
+            tl.store(powers + layer.to(tl.int64) * tokens_in_all + tokens, power, counts)
+            value *= power[:, None]
         to = tokens[:, None] * width + column[None, :]
         tl.store(gradient + to, value.to(gradient.dtype.element_ty), exists[:, None] & inside)
 
@@ -70,9 +74,13 @@ def cosine_distances(
     teacher: Sequence[Tensor],
     skip_tokens: int,
     gradients: Sequence[Tensor],
+    powers: Tensor | None,
     distances: Tensor,
 ) -> None:
-    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none."""
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none.
+
+    With `powers` [L, B, S] each token's gradient is multiplied by a power of two, which is written there.
+    """
     if not student[0].numel():
         return
     # layers of other strides cannot share a launch
@@ -86,7 +94,10 @@ def cosine_distances(
         ):
             stop += 1
         some = slice(start, stop)
-        _launch(tuple(student[some]), tuple(teacher[some]), skip_tokens, tuple(gradients[some]), distances[some])
+        of_some = None if powers is None else powers[some]
+        _launch(
+            tuple(student[some]), tuple(teacher[some]), skip_tokens, tuple(gradients[some]), of_some, distances[some]
+        )
         start = stop
 
 
@@ -95,6 +106,7 @@ def _launch(
     teacher: tuple[Tensor, ...],
     skip_tokens: int,
     gradients: tuple[Tensor, ...],
+    powers: Tensor | None,
     distances: Tensor,
 ) -> None:
     """Layers of the same strides."""
@@ -108,6 +120,7 @@ def _launch(
             students=student,
             teachers=teacher,
             gradients=gradients or student,
+            powers=powers,
             distances=distances,
             tokens_in_all=batch * length,
             length=length,
@@ -120,6 +133,7 @@ def _launch(
             LARGEST=torch.finfo(student[0].dtype).max,
             LAYERS=len(student),
             GRADIENT=bool(gradients),
+            POWERS=powers is not None,
             UNIT=unit,
             TOKENS=tokens,
             COLUMNS=columns,

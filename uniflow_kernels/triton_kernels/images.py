@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 512  # pixels of an image's row
-_WARPS = 4
+# products and sums are rounded one after the other, as in the definition: fused, a tie becomes another byte
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _NEAREST = 12582912.0  # 1.5 * 2^23: added and taken away, it rounds a smaller number to the nearest even integer
 
 
@@ -90,5 +91,5 @@ def to_images(
             BYTES=images.dtype == torch.uint8,
             NEAREST=_NEAREST,
             BLOCK=_BLOCK,
-            num_warps=_WARPS,
+            **OPTIONS,
         )

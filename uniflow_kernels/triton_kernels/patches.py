@@ -13,6 +13,9 @@ from uniflow_kernels.triton_kernels import unit_of
 _TOKENS = 16
 _COLUMNS = 128
 _WARPS = 4
+# a kernel is not compiled anew, for half a second, because one of these became 1 or a multiple of 16; `across` and the
+# number of tokens stay out of it: without what is known of them the registers triple
+GRID = ("batch", "down")
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def pixels_of(columns, stride_channel, stride_row, stride_column, PATCH: tl.cons
     return channel, channel.to(tl.int64) * stride_channel + (line * stride_row + left * stride_column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GRID)
 def patches_kernel(
     images, rows, tokens_in_all, batch, down, across, length,
     stride_image, stride_channel, stride_row, stride_column, rows_image, rows_token, rows_column,

@@ -14,7 +14,7 @@ from torch import Tensor
 from uniflow_kernels.source import Source
 from uniflow_kernels.triton_kernels import unit_of
 from uniflow_kernels.triton_kernels.noise import key_of, normals, words_of
-from uniflow_kernels.triton_kernels.patches import first_pixels, pixels_of
+from uniflow_kernels.triton_kernels.patches import GRID, first_pixels, pixels_of
 
 _TOKENS = 16
 _QUADS = 32  # 128 columns: 588 take five blocks
@@ -48,7 +48,7 @@ def _ends(
     return x1, x0
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row"])
+@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row", *GRID])
 def interpolate_kernel(
     images, scale_and_shift, t, noise, x_t, seed, key0, key1, offset0, offset1, first_row,
     tokens_in_all, batch, down, across, length, columns,
@@ -77,7 +77,7 @@ def interpolate_kernel(
         tl.store(x_t + place, value.to(x_t.dtype.element_ty), exists[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row"])
+@triton.jit(do_not_specialize=["key0", "key1", "offset0", "offset1", "first_row", *GRID])
 def velocity_loss_kernel(
     velocity, images, scale_and_shift, noise, coefficients, coefficient, gradient, losses,
     seed, key0, key1, offset0, offset1, first_row, tokens_in_all, batch, down, across, length, columns,

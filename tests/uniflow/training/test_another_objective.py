@@ -1,7 +1,7 @@
 """What is trained need be no UniFlow: a line through points, with inputs, losses and a checkpoint of its own kind."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -191,18 +191,25 @@ def what_fsdp_finds(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("what_fsdp_finds")
-def test_shards_are_gathered_into_what_is_built(tmp_path):
+def test_shards_are_gathered_into_what_is_built_and_gone_on_with(tmp_path):
+    options = {"ema_decay": 0.9, "save_every": 1, "keep": 9}
+    alone = train(out=tmp_path / "alone", **options)
+    losses = alone.run()
+    longer = (STAGES[0], replace(STAGES[1], steps=6))
+    again = train(*longer, **options)
+    again.resume(tmp_path / "alone" / "checkpoints" / "step-00000007")
+    losses += again.run()
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        trainer = train(
-            out=tmp_path, parallel="fsdp", processes=Processes(0, 1, torch.distributed.group.WORLD), ema_decay=0.9
-        )
-        losses = trainer.run()
+        options |= {"parallel": "fsdp", "processes": Processes(0, 1, torch.distributed.group.WORLD)}
+        assert train(out=tmp_path, **options).run() == pytest.approx(losses[:7], rel=1e-5)
+        for step in (2, 3, 5, 7):  # in the first stage, between the two, in the second, after it
+            again = train(*(longer if step == 7 else STAGES), **options)
+            again.resume(tmp_path / "checkpoints" / f"step-{step:08}")
+            assert again.run() == pytest.approx(losses[step : 9 if step == 7 else 7], rel=1e-5)
     finally:
         torch.distributed.destroy_process_group()
-    alone = train(ema_decay=0.9)
-    assert losses == pytest.approx(alone.run(), rel=1e-5)
     for average, expected in ((False, alone.student.state_dict()), (True, alone.average.values)):
         found = gather(tmp_path / "checkpoints" / "step-00000007", average, lambda folder: Line())
         for name, tensor in expected.items():

@@ -1,9 +1,11 @@
-"""One of two processes: what they do together, each with its own results; started by test_distributed.py."""
+"""Two processes: what they do together, each with its own results; started by test_distributed.py."""
 
 import json
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +15,44 @@ from tests.uniflow.training.conftest import Heard, small_crops, small_objective
 from uniflow.training import Recipe, Stage, Trainer
 from uniflow.training.processes import Processes, joined
 
-STAGES = (Stage(2, train="decoder", warmup_steps=0), Stage(3, encoder_learning_rate=1e-3, warmup_steps=0))
+STAGES = (Stage(3, train="decoder", warmup_steps=0), Stage(3, encoder_learning_rate=1e-3, warmup_steps=0))
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in names.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def both(act: Callable[[], int | None], folder: Path) -> list[tuple[str, int]]:
+    """Let two processes act and exit; what each said on stderr, and its status.
+
+    They are forked, so that what takes seconds to import is imported once.
+    """
+    port = free_port()
+    said = [folder / f"stderr-{rank}" for rank in (0, 1)]
+    started = []
+    for rank, file in enumerate(said):
+        started.append(os.fork())
+        if not started[-1]:
+            os.environ.update(environment(rank, 2, port))
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
+            torch.set_num_threads(1)
+            sys.exit(act())
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    return [(file.read_text(), status) for file, status in zip(said, statuses, strict=True)]
 
 
 def trainer(processes: Processes, out: Path, **options: object) -> tuple[Trainer, Heard]:
     """The run that one process and two shall make alike."""
     recipe = Recipe(
-        STAGES, **{"batch_size": 4, "micro_batch_size": 1, "log_every": 1, "ema_decay": 0.9, "save_every": 1, **options}
+        STAGES, **{"batch_size": 4, "micro_batch_size": 1, "log_every": 1, "ema_decay": 0.9, "save_every": 2, **options}
     )
     heard = Heard()
     made = Trainer(small_objective(), small_crops(), recipe, out, [heard], processes=processes)
@@ -42,7 +75,6 @@ def main(folder: Path) -> None:
         found = results(made, heard)
         (folder / f"{name}-{processes.rank}.json").write_text(json.dumps(found))
 
-    torch.set_num_threads(1)
     with joined(torch.device("cpu")) as (processes, _):
         try:
             trainer(processes, folder / "unlike", batch_size=4 + 2 * processes.rank)
@@ -58,4 +90,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    (place / "ends.json").write_text(json.dumps(both(lambda: main(place), place)))

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import pickle
 
 import numpy as np
@@ -82,12 +83,27 @@ def test_a_folder_of_captions(folder):
         ({"image": "a.png", "caption": "a seven", "question": "which?"}, "question without answer"),
         ({"image": "a.png", "answer": "seven"}, "answer without question"),
         ({"image": "a.png", "question": "which?", "answer": ""}, "answer: expected a text, not empty"),
+        ('{"image": "a.png", "caption": NaN}', "expected finite numbers, got nan"),
+        ({"image": "a.png", "caption": ["a", {"b": "c"}]}, "caption: expected a text"),
+        ({"image": ["a.png"], "caption": "a seven"}, "image: expected the path"),
+        ({"image": "a" * 5000, "caption": "a seven"}, "image: no such file: '"),
+        ({"image": "\ud800", "caption": "a seven"}, r"image: no such file: .*\\ud800"),
+        ({"image": "\0", "caption": "a seven"}, r"image: no such file: .*\\x00"),
+        ({"image": "more", "caption": "a seven"}, "image: no such file"),
+        ({"image": "a.png", "caption": "\x1b[31m" * 10_000 + "\ud800"}, r"caption: expected a text.*\\x1b"),
+        ("[" * 100_000, "lists and mappings are nested more than 64 deep"),
+        ("[" + "[" * 90 + "]" * 91, "lists and mappings are nested more than 64 deep"),
+        ("1" * 10_000, "is not JSON: Exceeds the limit"),
+        ('{"image": "a.png", "caption": "' + "x" * (1 << 20), "is longer than 1 MiB"),
+        (" " * (1 << 21) + "x", "is longer than 1 MiB"),
     ],
 )
 def test_a_line_that_is_no_example_is_named(tmp_path, line, message):
     write_folder(tmp_path, [LINES[0], "", line])
-    with pytest.raises(CaptionError, match=rf"captions\.jsonl:3:? {message}"):
+    with pytest.raises(CaptionError, match=rf"captions\.jsonl:3:? {message}") as caught:
         CaptionFolder(tmp_path)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_without_examples(tmp_path):
@@ -95,6 +111,26 @@ def test_a_folder_without_examples(tmp_path):
         CaptionFolder(tmp_path)
     with pytest.raises(CaptionError, match=r"captions\.jsonl holds no examples"):
         CaptionFolder(write_folder(tmp_path, ["", ""]))
+
+
+def test_a_line_of_gigabytes_is_not_read_whole(tmp_path):
+    write_folder(tmp_path, [LINES[0]])
+    with (tmp_path / "captions.jsonl").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CaptionError, match=r"captions\.jsonl:1 is longer than 1 MiB"):
+        CaptionFolder(tmp_path)
+
+
+def test_captions_that_are_no_file_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "captions.jsonl")
+    with pytest.raises(CaptionError, match="expected a file, got a pipe or device"):
+        CaptionFolder(tmp_path)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    write_folder(tmp_path, LINES)
+    (tmp_path / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "captions.jsonl").read_bytes())
+    assert CaptionFolder(tmp_path).texts(0).caption == "a seven"
 
 
 def picture(seed):

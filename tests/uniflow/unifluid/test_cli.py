@@ -24,6 +24,7 @@ from tests.uniflow.test_cli import WHILE_TRAINING, contents, fails, files, inter
 from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_features import siglip
 from tests.uniflow.unifluid.test_tokens import autoencoder
+from uniflow.cli import run as run_command
 from uniflow.training.recipe import read_run
 from uniflow.unifluid import UniFluid, UniFluidConfig
 from uniflow.unifluid.recipe import UniFluidRun
@@ -107,7 +108,7 @@ def last(out):
 # training, and what its checkpoints are good for
 
 
-def test_train_generate_and_ask(capsys, run_file, place):
+def test_train_generate_and_ask(capsys, monkeypatch, run_file, place):
     run = place / "run"
     printed = ok(capsys, "unifluid", "train", run_file())
     assert f"trained at step 4, last loss {losses(run)[4][0]:.4f}; checkpoint in {last(run)}" in printed
@@ -152,6 +153,17 @@ def test_train_generate_and_ask(capsys, run_file, place):
     assert answered == [str(place / "data" / f"{number}.png") for number in range(8)]
     alone = ok(capsys, "unifluid", "ask", place / "data" / "5.png", *question)
     assert alone == printed.splitlines(keepends=True)[5]
+
+    odd = place / "odd"
+    odd.mkdir()
+    shutil.copy(place / "data" / "5.png", odd / "[b]\x1b[31m.png")
+    (odd / "bad.png").write_text("x")
+    monkeypatch.setattr("uniflow.cli.unifluid.answer", lambda *_: ["red\x1b[0m\nor\tblue"])
+    assert run_command(["unifluid", "ask", str(odd), *map(str, question)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{odd}/[b]\\x1b[31m.png\tred\\x1b[0m or blue\n"
+    assert f"skipped: {odd}/bad.png is not a picture" in printed.err
+    assert "bad.png is not a picture" in fails(capsys, "unifluid", "ask", odd, *question, "--strict")
 
 
 def test_train_on_shards(capsys, run_file, place):

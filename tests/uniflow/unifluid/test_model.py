@@ -1,11 +1,16 @@
 import copy
+import io
 import json
 import pickle
+import socket
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import check_reset
+from tests.uniflow.unifluid.conftest import LLAMA
 from uniflow.checkpoint import CheckpointError, read_state
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid, read_backbone
@@ -255,11 +260,92 @@ def test_bad_input(make_model, texts, text_tokenizer):
         ({"vision_channels": 0}, "vision_channels: expected an integer"),
         ({"backbone": {"model_type": "vit"}}, "backbone: no language model"),
         ({"backbone": {"model_type": "no such"}}, "backbone: no language model"),
+        ({"backbone": {"model_type": "gemma3"}}, "backbone: no language model.* of the kind 'gemma3' cannot be used"),
+        ({"backbone": {"num_hidden_layers": 10**9}}, "backbone: no language model.* expected at most 1024"),
+        ({"backbone": {"quantization_config": {}}}, "backbone: no language model.* is not supported"),
+        ({"backbone": {"vocab_size": -1}}, "backbone: "),
+        ({"grid": (2**20, 2**20)}, "grid: expected lines"),
+        ({"grid": 3}, "grid: expected lines"),
+        ({"grid": ("a", 2)}, "grid: expected lines"),
+        ({"head_depth": 10**30}, "head_depth: expected an integer of at most 1024"),
+        ({"head_depth": 1e30}, "head_depth: expected an integer of at least 1"),
+        ({"head_width": 10**9}, "head_width: expected an integer of at most"),
+        ({"token_channels": 2**40}, "token_channels: expected an integer of at most"),
+        ({"tokenizer": 3}, "tokenizer: expected a fingerprint, got 3"),
     ],
 )
 def test_configurations_that_cannot_be(make_model, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         make_model(**changes)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_depth": 1000},
+        {"head_width": 1 << 17},
+        {"grid": [1000, 1000]},
+        {"backbone": {**LLAMA, "num_hidden_layers": 1000}},
+        {"backbone": {**LLAMA, "hidden_size": 1 << 20}},
+        {"backbone": {**LLAMA, "vocab_size": 1 << 30}},
+    ],
+)
+def test_a_config_larger_than_its_weights_is_not_built(make_model, tmp_path, changes):
+    make_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(CheckpointError, match=r"does not hold this model: its config\.json is of"):
+        UniFluid.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), r"missing \(1\): model.layers.1.mlp.up_proj"),
+        (lambda state: state.pop("lm_head.weight"), r"missing \(1\): lm_head.weight"),
+        (lambda state: state.update({"model.layers.2.x": torch.ones(1)}), r"unexpected \(1\): model.layers.2.x"),
+        (
+            lambda state: state.update({"model.norm.weight": torch.ones(3)}),
+            r"of another shape \(1\): model.norm.weight",
+        ),
+    ],
+)
+def test_weights_that_a_backbone_lacks_are_not_made_up(make_model, tmp_path, change, message):
+    """transformers gives them random numbers."""
+    make_model().backbone.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    change(state)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"does not hold this model; keys {message}"):
+        read_backbone(tmp_path)
+
+
+def test_nothing_in_a_folder_runs(make_model, tmp_path, monkeypatch):
+    """Not after a "y" on stdin, be it a model's, a backbone's or a text tokenizer's."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.backbone.save_pretrained(tmp_path / "backbone")
+    classes = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
+    auto_map = {"auto_map": {**classes, "AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    for folder in (tmp_path / "whole", tmp_path / "backbone", tmp_path / "whole" / "text_tokenizer"):
+        (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for path in (tmp_path / "backbone" / "config.json", tmp_path / "whole/text_tokenizer/tokenizer_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
+    (tmp_path / "whole/text_tokenizer/config.json").write_text(json.dumps({"model_type": "own", **auto_map}))
+    config = json.loads((tmp_path / "whole/config.json").read_text())
+    config["backbone"] |= auto_map
+    (tmp_path / "whole/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked for the hub"))
+    assert torch.equal(UniFluid.from_pretrained(tmp_path / "whole").place_embedding, model.place_embedding)
+    read_backbone(tmp_path / "backbone")
+    path = tmp_path / "whole/text_tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({"tokenizer_class": "Evil", **auto_map}))
+    (tmp_path / "whole/text_tokenizer/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="holds no tokenizer that the transformers package can read"):
+        UniFluid.from_pretrained(tmp_path / "whole")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_groups_may_differ_from_picture_to_picture(make_model, texts):

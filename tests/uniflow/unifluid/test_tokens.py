@@ -3,10 +3,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import randomize
-from uniflow import UniFlow, denormalize, normalize
+from uniflow import CheckpointError, UniFlow, denormalize, normalize
 from uniflow.latents import fingerprint
 from uniflow.unifluid.tokens import AutoencoderTokens, UniFlowTokens, read_image_tokenizer
 
@@ -138,6 +139,60 @@ def test_a_folder_of_either_kind(tiny, tmp_path):
         assert torch.equal(found.encode(pictures((16, 16))), expected.encode(pictures((16, 16))))
         assert read_image_tokenizer(tmp_path / name, (8, 24)).image_size == (8, 24)
     assert isinstance(read_image_tokenizer(tmp_path / "uniflow").model, UniFlow)
+
+
+def test_weights_that_an_autoencoder_lacks_are_not_made_up(tmp_path):
+    """diffusers gives them random numbers, with a warning."""
+    autoencoder().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    for change, message in (
+        (lambda state: state.pop("encoder.conv_in.weight"), r"missing \(1\): encoder.conv_in.weight"),
+        (lambda state: state.update({"more": torch.ones(1)}), r"unexpected \(1\): more"),
+        (
+            lambda state: state.update({"encoder.conv_in.bias": torch.ones(9)}),
+            r"of another shape \(1\): encoder.conv_in",
+        ),
+    ):
+        changed = dict(state)
+        change(changed)
+        save_file(changed, path)
+        with pytest.raises(CheckpointError, match=f"does not hold this model; keys {message}"):
+            read_image_tokenizer(tmp_path)
+    save_file({name: tensor.half() for name, tensor in state.items()}, path)
+    assert {parameter.dtype for parameter in read_image_tokenizer(tmp_path).parameters()} == {torch.float32}
+
+
+def test_an_autoencoder_with_the_names_of_older_ones(tmp_path):
+    autoencoder().save_pretrained(tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    state, old = load_file(path), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for now, then in old.items():
+        state = {name.replace(f".attentions.0.{now}.", f".attentions.0.{then}."): x for name, x in state.items()}
+    assert sum("proj_attn" in name for name in state) == 4
+    save_file(state, path)
+    images = pictures((16, 16))
+    expected = AutoencoderTokens(autoencoder(), (16, 16)).encode(images)
+    assert torch.equal(read_image_tokenizer(tmp_path).encode(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers_per_block": 1000}, "its config.json is of a much larger one"),
+        ({"layers_per_block": 10**9}, "'layers_per_block': expected at most 1024"),
+        ({"block_out_channels": [2**20, 2**20]}, "its config.json is of one of"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'quantization_config' is not supported"),
+        ({"sample_size": 10**9}, "sample_size: expected an integer of at most"),
+        ({"down_block_types": 3}, "holds no AutoencoderKL that diffusers can read"),
+    ],
+)
+def test_configurations_that_an_autoencoder_may_not_have(tmp_path, changes, message):
+    autoencoder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        read_image_tokenizer(tmp_path)
 
 
 def test_folders_that_hold_neither(tmp_path, monkeypatch):
