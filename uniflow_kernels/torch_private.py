@@ -173,19 +173,24 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def are_plain(parts: list[nn.Module | None], classes: frozenset[type]) -> bool:
-    """Whether calling the modules, or any in them, does nothing but the forward of its class, which is one of these."""
+def plain_parts(parts: list[Any], classes: frozenset[type]) -> list[Any] | None:
+    """The modules and all that is in them, if calling any does nothing but the forward of its class, one of these.
+
+    None is passed over. Returns None if one does more, or is of another class.
+    """
+    found = []
     for part in parts:  # grows on the way
         if part is None:
             continue
         own = part.__dict__
         if type(part) not in classes or "forward" in own:
-            return False
+            return None
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return False
+            return None
+        found.append(part)
         if own["_modules"]:
             parts += own["_modules"].values()
-    return not is_any_hooked()
+    return None if is_any_hooked() else found
 
 
 def is_any_hooked() -> bool:

@@ -127,6 +127,22 @@ def test_a_deleted_model_is_freed_at_once(head):
             forward(*INPUTS)
 
 
+@pytest.mark.parametrize("name", ["MAR", "SphereAR"])
+def test_a_call_leaves_no_garbage(name):
+    """Nothing of a call waits for the collector: rows and conditions are freed when it ends."""
+    project = PROJECTS[name]
+    head = randomize(project.make())
+    patch(head, strict=True)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            head(*project.inputs)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
 def test_what_callers_touch(head):
     before = head.forward_with_cfg(*INPUTS_FOR_GUIDANCE, 2.0)
     signature = inspect.signature(head.forward)

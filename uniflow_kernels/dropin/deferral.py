@@ -7,6 +7,7 @@ a class derived from the head's, that shares all attributes with it but for the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -76,19 +77,18 @@ Between.__torch_function__ = classmethod(_deviate)  # type: ignore[attr-defined]
 
 
 class _Call:
-    """One call of a head's own forward."""
+    """One call of a head's own forward. Nothing that it holds refers to it, so that all is freed when it ends."""
 
     def __init__(self, module: nn.Module, names: Names, compute: Callable[[Tensor, Tensor], Any]) -> None:
         parts: Any = children_of(module)
         self.compute = compute
+        self.blocks, self.last = parts[names.blocks], parts[names.last]
+        self.groups: Any = () if names.groups is None else parts[names.groups]
+        self.made: list[Any] = [None] * len(self.groups)  # parts of the modulation that each group was last asked for
         self.x: Any = None
         self.condition: Any = None
         self.latest: Any = None  # what the block before returned
         self.count = 0
-        self.blocks = [_Block(self, i, block) for i, block in enumerate(parts[names.blocks])]
-        self.last = _Last(self, len(self.blocks), parts[names.last])
-        layers = () if names.groups is None else parts[names.groups]
-        self.groups = [_Group(self, layer) for layer in layers]
 
     def agree(self, condition: Any) -> None:
         """All that takes the condition takes the same."""
@@ -118,8 +118,8 @@ class _Block(_Put):
         call = self._call
         call.follows(self._index, x)
         if call.groups:
-            parts = call.groups[self._index * len(call.groups) // len(call.blocks)].parts
-            if named or len(given) != len(parts) or any(a is not b for a, b in zip(given, parts, strict=True)):
+            parts = call.made[self._index * len(call.groups) // len(call.blocks)]
+            if named or parts is None or any(a is not b for a, b in itertools.zip_longest(given, parts)):
                 raise Deviation
         else:
             call.agree(given[0] if given else next(iter(named.values()), None))
@@ -136,17 +136,13 @@ class _Last(_Put):
         call.follows(self._index, x)
         for condition in (*given, *named.values()):
             call.agree(condition)
-        found = call.compute(call.x, call.condition)
-        call.count, call.condition = 0, None
-        return found
+        x, condition = call.x, call.condition
+        call.x, call.condition, call.count = None, None, 0
+        return call.compute(x, condition)
 
 
-class _Group:
-    """Stands for a layer that makes the modulation of several blocks."""
-
-    def __init__(self, call: _Call, layer: nn.Module) -> None:
-        self._call, self._layer = call, layer
-        self.parts: tuple[Between, ...] = ()
+class _Group(_Put):
+    """Stands for a layer that makes the modulation of several blocks, and for what it makes."""
 
     def __call__(self, condition: Any) -> _Group:
         self._call.agree(condition)
@@ -156,11 +152,16 @@ class _Group:
         """Shift, scale and gate, put off, in the order in which they lie."""
         if chunks != 3 or dim != -1:
             raise Deviation
-        self.parts = (Between(), Between(), Between())
-        return self.parts
+        parts = self._call.made[self._index] = (Between(), Between(), Between())
+        return parts
 
-    def __getattr__(self, name: str) -> Any:
-        raise Deviation
+
+def _blocks(call: _Call) -> list[_Block]:
+    return [_Block(call, i, block) for i, block in enumerate(call.blocks)]
+
+
+def _groups(call: _Call) -> list[_Group]:
+    return [_Group(call, i, layer) for i, layer in enumerate(call.groups)]
 
 
 _classes: dict[tuple[type, Names], type] = {}
@@ -179,9 +180,9 @@ def prepare(kind: type, names: Names) -> None:
         {
             "__slots__": ("_call",),
             "__module__": kind.__module__,
-            names.blocks: property(lambda self: self._call.blocks),
-            names.last: property(lambda self: self._call.last),
-            **({} if names.groups is None else {names.groups: property(lambda self: self._call.groups)}),
+            names.blocks: property(lambda self: _blocks(self._call)),
+            names.last: property(lambda self: _Last(self._call, len(self._call.blocks), self._call.last)),
+            **({} if names.groups is None else {names.groups: property(lambda self: _groups(self._call))}),
             "grad_checkpointing": property(lambda self: False),  # `compute` sees to it
         },
     )

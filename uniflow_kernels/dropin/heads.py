@@ -28,9 +28,9 @@ from uniflow_kernels.dropin.probe import (
     drops,
     is_seen,
 )
-from uniflow_kernels.dropin.running import Head, Mlp, Norm, Parts, Path, Rows, at
+from uniflow_kernels.dropin.running import Head, Mlp, Norm, Parts, Path, Places, Rows, at
 from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, FromLayers, flow_blocks
-from uniflow_kernels.torch_private import parameters_of, tree_leaves
+from uniflow_kernels.torch_private import children_of, parameters_of, tree_leaves
 
 # a module with parts called so is meant to be a head: if it is none, the report says why
 BLOCKS = ("res_blocks", "layers")
@@ -91,7 +91,8 @@ class _Reading:
         form, why_not = self._form(head, norms)
         classes = {type(at(call.module, norm.path)) for call, norm in norms if norm.path is not None}
         functional = form is not None and len(head.block.mlp.up) == 1 and classes <= set(OWN_NORMS)
-        head = replace(head, form=form, why_not_fused=why_not, functional=functional)
+        places = None if form is None else self._places(head)
+        head = replace(head, form=form, why_not_fused=why_not, places=places, functional=functional)
         self._check_whole(head)
         return replace(head, rows=self._rows())
 
@@ -270,6 +271,26 @@ class _Reading:
             return None, f"its linear layers are of the class {other.__module__}.{other.__name__}"
         return Form(*kinds.pop(), head.block.mlp.kind, head.order), None
 
+    def _inside(self, head: Head) -> list[nn.Module]:
+        """The copy's parts in the order in which `Head.inside` has the module's."""
+        parts = head.roots_of(self.copy)
+        for part in parts:  # grows on the way
+            parts += [child for child in children_of(part).values() if child is not None]
+        return parts
+
+    def _places(self, head: Head) -> Places:
+        """Where the tensors lie in what is inside."""
+        order = {part: place for place, part in enumerate(self._inside(head))}
+        blocks, modulations = [], [order[group] for group in head.groups_of(self.copy)]
+        for block in head.blocks_of(self.copy):
+            mlp = head.block.mlp
+            blocks.append(tuple(order[at(block, path)] for path in (head.block.norm.path or (), mlp.down, *mlp.up)))
+            if head.block.modulation is not None:
+                modulations.append(order[at(block, head.block.modulation)])
+        last = head.last.modulation
+        where = None if last is None else order[at(self.copy, (head.names.last, *last))]
+        return Places(tuple(blocks), tuple(modulations), where)
+
     def _check_whole(self, head: Head) -> None:
         """Its forward with the blocks put off returns what its forward returns."""
 
@@ -278,7 +299,7 @@ class _Reading:
 
         def by_tensors(x: Tensor, y: Tensor) -> Tensor:
             assert head.form is not None
-            blocks, modulations, final = head.tensors(self.copy)
+            blocks, modulations, final = head.tensors(self._inside(head))
             given = FromLayers(head.activation_of(y), modulations, final)
             return head.linear_of(self.copy)(flow_blocks(x, blocks, given, head.form))
 

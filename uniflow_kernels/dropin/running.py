@@ -25,17 +25,17 @@ from uniflow_kernels.ops.flow_blocks import (
     layer_norm,
     swiglu,
 )
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
+from uniflow_kernels.ops.flow_choice import backend_for, call_of, choose_path, dtype_of_products, why_not_device
 from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import (
-    are_plain,
     children_of,
     is_any_hooked,
     is_forward_mode,
     is_hooked,
     is_transforming,
     parameters_of,
+    plain_parts,
 )
 
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
@@ -153,6 +153,14 @@ class Rows(NamedTuple):
         return (), given
 
 
+class Places(NamedTuple):
+    """Where the tensors lie in all that is inside: those of blocks (norm, down, up), modulations, and the last one."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    modulations: tuple[int, ...]
+    last: int | None
+
+
 @dataclass(frozen=True)
 class Head:
     """A recognised head: what its parts are called and how they are put together. Holds no part of the module.
@@ -169,6 +177,7 @@ class Head:
         rows: which arguments rows may share.
         form: the kind of head as the kernels know it.
         why_not_fused: why there is no such kind.
+        places: where its tensors are; known if it has a form.
         functional: whether all inside is PyTorch's own and no tensor needs a copy, so that no module must be called.
     """
 
@@ -183,6 +192,7 @@ class Head:
     rows: Rows | None = None
     form: Form | None = None
     why_not_fused: str | None = None
+    places: Places | None = None
     functional: bool = False
 
     def __str__(self) -> str:
@@ -196,31 +206,41 @@ class Head:
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `module(*args, **kwargs)` computes; by its blocks' own forwards where something inside must fire."""
-        whole = are_plain([*self.blocks_of(module), self._last(module), *self._groups(module)], self.types)
+        inside = self.inside(module)
         ready = not torch.compiler.is_compiling() or deferral.is_prepared(type(module), self.names)
-        if ready and (whole or self._are_bypassed_plain(module)):
+        if ready and (inside is not None or self._are_bypassed_plain(module)):
             shared = (args, kwargs) if self.rows is None else self.rows.share(args, kwargs)
             try:
-                return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, whole), *shared)
+                return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, inside), *shared)
             except deferral.Deviation:
                 pass
         return type(module).forward(module, *args, **kwargs)
 
-    def _compute(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
-        """All from the blocks on; `whole`: whether all inside is as it was when it was looked at."""
-        recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-        return self.linear_of(module)(self._blocks(module, x, y, whole, recompute))
+    def inside(self, module: nn.Module) -> list[Any] | None:
+        """The blocks, the last layer and the shared modulations, and all in them; None if one is not as it was."""
+        return plain_parts(self.roots_of(module), self.types)
 
-    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool, recompute: bool) -> Tensor:
-        dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
-        if reason is None and (here := why_not_device(x.device, dtype, self.width)) is None:
-            path = choose_path(call_of(x, y, *self.tensors(module)))
-        else:  # the tensors need not be put together to know; raises if kernels were asked for
-            path = choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason or here))
-        if path != "eager" or (reason is None and self.functional):
+    def roots_of(self, module: nn.Module) -> list[Any]:
+        """The blocks, the last layer and the shared modulations."""
+        return [*self.blocks_of(module), self._last(module), *self.groups_of(module)]
+
+    def _compute(self, module: nn.Module, x: Tensor, y: Tensor, inside: list[Any] | None) -> Tensor:
+        """All from the blocks on; `inside` as of the module."""
+        recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
+        return self.linear_of(module)(self._blocks(module, x, y, inside, recompute))
+
+    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, inside: list[Any] | None, recompute: bool) -> Tensor:
+        reason = self._why_not_fused(x, y, inside)
+        why_not = reason or why_not_device(x.device, dtype_of_products(x), self.width)
+        path = "auto" if why_not is None else backend_for(why_not)  # eager, unless kernels were asked for
+        if reason is None and (self.functional or why_not is None):
             assert self.form is not None
-            how = self.form, "block" if recompute else "none", path
-            return run_flow_blocks(x, y, *self.tensors(module), *how, activated=self.activated)
+            assert inside is not None
+            tensors = self.tensors(inside)
+            path = path if why_not is not None else choose_path(call_of(x, y, *tensors))
+            if self.functional or path != "eager":
+                how = self.form, "block" if recompute else "none", path
+                return run_flow_blocks(x, y, *tensors, *how, activated=self.activated)
         return self.plain(module, x, self.activation_of(y), recompute)
 
     def activation_of(self, y: Tensor) -> Tensor:
@@ -230,7 +250,7 @@ class Head:
     def plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
         """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
         blocks = [functools.partial(self.block_of, block, a) for block in self.blocks_of(module)]
-        shared = [functools.partial(group, a) for group in self._groups(module)]
+        shared = [functools.partial(group, a) for group in self.groups_of(module)]
         x = block_after_block(x, blocks, shared, recompute)
         return self._last_norm(self._last(module), x, a)
 
@@ -253,35 +273,35 @@ class Head:
         assert modulation is not None
         return flow_block(x, modulation, self.order, self.block.norm.of(block), self.block.mlp.of(block))
 
-    def tensors(self, module: nn.Module) -> tuple[list[Block], list[Affine], Affine | None]:
+    def tensors(self, inside: list[Any]) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
-        blocks, modulations = [], [affine_of(group) for group in self._groups(module)]
-        for block in self.blocks_of(module):
-            ups, down = self.block.mlp.layers(block)
-            up = affine_of(ups[0]) if len(ups) == 1 else _side_by_side(ups)
-            blocks.append(Block(affine_of(at(block, self.block.norm.path or ())), up, affine_of(down)))
-            if self.block.modulation is not None:
-                modulations.append(affine_of(at(block, self.block.modulation)))
-        last = self.last.modulation
-        return blocks, modulations, None if last is None else affine_of(at(self._last(module), last))
+        assert self.places is not None
+        blocks = []
+        for norm, down, *ups in self.places.blocks:
+            up = affine_of(inside[ups[0]]) if len(ups) == 1 else _side_by_side([inside[place] for place in ups])
+            blocks.append(Block(affine_of(inside[norm]), up, affine_of(inside[down])))
+        last = self.places.last
+        modulations = [affine_of(inside[place]) for place in self.places.modulations]
+        return blocks, modulations, None if last is None else affine_of(inside[last])
 
     def blocks_of(self, module: nn.Module) -> list[Any]:
         """The blocks."""
         return list(children_of(at(module, (self.names.blocks,))).values())
 
-    def _groups(self, module: nn.Module) -> list[Any]:
+    def groups_of(self, module: nn.Module) -> list[Any]:
+        """The layers that make modulations of several blocks."""
         return [] if self.names.groups is None else list(children_of(at(module, (self.names.groups,))).values())
 
     def _last(self, module: nn.Module) -> Any:
         return children_of(module)[self.names.last]
 
-    def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
+    def _why_not_fused(self, x: Tensor, y: Tensor, inside: list[Any] | None) -> str | None:
         if self.why_not_fused is not None:
             return self.why_not_fused
         of_x = x.shape[x.ndim - y.ndim :] if y.ndim <= x.ndim else ()
         if len(of_x) != y.ndim or any(mine not in (1, theirs) for mine, theirs in zip(y.shape, of_x, strict=True)):
             return f"the condition {tuple(y.shape)} has more rows than x {tuple(x.shape)}"
-        return None if whole else "a submodule was replaced, wrapped or given a hook"
+        return None if inside is not None else "a submodule was replaced, wrapped or given a hook"
 
     def _are_bypassed_plain(self, module: nn.Module) -> bool:
         """Whether submodules whose own forward is not called are as they were."""
@@ -306,7 +326,8 @@ def _same_in_all_rows(t: Tensor) -> bool:
     readable = t.device.type == "cpu" and type(t) is Tensor and not t.requires_grad and t.shape[0] >= ROWS_WORTH_READING
     if not readable or torch.compiler.is_compiling() or is_transforming():
         return False
-    return bool((t == t[:1]).all())
+    first, last = t[:: t.shape[0] - 1].tolist()  # where times differ, these do mostly, and it costs next to nothing
+    return first == last and bool((t == t[:1]).all())
 
 
 def at(module: Any, path: Path) -> Any:
