@@ -179,6 +179,26 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def plain_parts(parts: list[Any], classes: frozenset[type]) -> list[Any] | None:
+    """The modules and all that is in them, if calling any does nothing but the forward of its class, one of these.
+
+    None is passed over. Returns None if one does more, or is of another class.
+    """
+    found = []
+    for part in parts:  # grows on the way
+        if part is None:
+            continue
+        own = part.__dict__
+        if type(part) not in classes or "forward" in own:
+            return None
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        found.append(part)
+        if own["_modules"]:
+            parts += own["_modules"].values()
+    return None if is_any_hooked() else found
+
+
 def is_any_hooked() -> bool:
     """Whether a hook on all modules is set."""
     return torch.nn.modules.module._has_any_global_hook()

@@ -109,6 +109,12 @@ class Probe:
     def _put(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, np.float32)).to(self.device)
 
+    def in_mode(self, training: bool, run: Callable[[], Any]) -> Any:
+        """What `run` returns with the module in training mode, or in eval mode."""
+        for part in self.module.modules():
+            part.training = training
+        return run()
+
     def in_both_modes(self, run: Callable[[], Tensor]) -> list[Tensor]:
         """What `run` returns with the module in eval mode, and in training mode.
 
@@ -117,14 +123,12 @@ class Probe:
         """
         results = []
         for training in (False, True):
-            for part in self.module.modules():
-                part.training = training
             try:
-                results.append(run())
+                results.append(self.in_mode(training, run))
             except NotOurs:
                 raise
             except Exception as error:
-                raise NotOurs(f"it does not run on {ROWS} rows: {type(error).__name__}: {error}") from error
+                raise NotOurs(f"what its code was given here does not run: {type(error).__name__}: {error}") from error
         if not all(isinstance(result, Tensor) for result in results):
             raise NotOurs(f"it returns a {type(results[0]).__name__}, not a tensor")
         return results
@@ -237,9 +241,9 @@ def _see(self: Unseen, *_: object) -> None:
     raise TypeError("the value of this argument is not known")
 
 
-_SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
-_SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
-_SPECIAL -= {
+SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
+SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
+SPECIAL -= {
     "__class__",
     "__class_getitem__",
     "__doc__",
@@ -248,7 +252,7 @@ _SPECIAL -= {
     "__new__",
     "__subclasshook__",
 }
-for _name in _SPECIAL:
+for _name in SPECIAL:
     setattr(Unseen, _name, _see)
 
 

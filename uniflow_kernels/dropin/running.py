@@ -6,7 +6,7 @@ Nothing here holds a part of the head: its parameters and submodules stay where 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniflow_kernels.dropin import deferral
 from uniflow_kernels.ops.flow_blocks import (
-    MODULATION_ORDERS,
     Affine,
     Block,
     Form,
@@ -25,7 +25,7 @@ from uniflow_kernels.ops.flow_blocks import (
     layer_norm,
     swiglu,
 )
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, why_not_device
+from uniflow_kernels.ops.flow_choice import backend_for, call_of, choose_path, dtype_of_products, why_not_device
 from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import (
@@ -35,216 +35,286 @@ from uniflow_kernels.torch_private import (
     is_hooked,
     is_transforming,
     parameters_of,
+    plain_parts,
 )
 
-FINAL = "final_layer"
-MODULATION = "adaLN_modulation"
-GROUPS = "ada_ln_blocks"  # SphereAR: linear layers of the head, each for several blocks
-INDEX = "index_cond_embed"  # FAR: of an optional argument, added to the condition
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
+Path = tuple[str, ...]  # of a submodule, in a block or in the last layer
+
+
+class Norm(NamedTuple):
+    """A norm: where it is (None: a function without a weight), and what it computes, "layer" or "rms"."""
+
+    path: Path | None
+    kind: str
+    eps: float
+
+    def of(self, part: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is called; in place of torch's layer norm what has the right derivatives of forward-mode derivatives."""
+        if self.path is None:
+            return self._function
+        norm = at(part, self.path)
+        if type(norm) is nn.LayerNorm and is_forward_mode() and not is_hooked(norm):
+            return functools.partial(layer_norm, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+        return norm
+
+    def _function(self, x: Tensor) -> Tensor:
+        if self.kind == "layer":
+            return layer_norm(x, None, None, self.eps)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Mlp(NamedTuple):
-    """Where a block has its MLP: the submodule that is called (None: the block itself), and its linear layers."""
+    """A block's MLP: the submodule that is called (None: its linear layers are), those layers, and "silu" or "swiglu".
 
-    holder: str | None
-    up: tuple[str, ...]
-    down: str
+    Of two layers up, the first is the gate.
+    """
+
+    path: Path | None
+    up: tuple[Path, ...]
+    down: Path
     kind: str
 
+    def of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What is called."""
+        if self.path is not None:
+            return at(block, self.path)
+        return self.by_layers(block)
 
-class Arguments(NamedTuple):
-    """The parameters of a head's forward: all names in order, those of each role, those it has no use for.
+    def by_layers(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The same by its layers."""
+        ups, down = self.layers(block)
+        activation = F.silu if self.kind == "silu" else swiglu
 
-    `left_out` are those that None stands for when they are not given.
+        def mlp(h: Tensor) -> Tensor:
+            up = ups[0](h) if len(ups) == 1 else torch.cat([layer(h) for layer in ups], -1)
+            return down(activation(up))
+
+        return mlp
+
+    def layers(self, block: nn.Module) -> tuple[list[Any], Any]:
+        """The linear layers up, and the one down."""
+        return [at(block, path) for path in self.up], at(block, self.down)
+
+
+class Parts(NamedTuple):
+    """Where a block, or the last layer, has what.
+
+    Attributes:
+        norm: the norm.
+        modulation: the linear layer that makes the modulation, if it has one of its own.
+        mlp: the block's.
+        linear: the last layer's.
+    """
+
+    norm: Norm
+    modulation: Path | None
+    mlp: Mlp = Mlp(None, (), (), "")
+    linear: Path = ()
+
+    @property
+    def called(self) -> list[Path]:
+        """The submodules that are called as they are."""
+        mlp = [self.mlp.path] if self.mlp.path else [*self.mlp.up, self.mlp.down]
+        return [path for path in (self.norm.path, self.modulation, *mlp, self.linear) if path]
+
+
+class Rows(NamedTuple):
+    """The arguments that a head's forward requires, and those that may be given for one row where all rows share it.
+
+    Attributes:
+        names: all that it requires, in order.
+        x: the one that has a row for each row of the result, of `ndim` dimensions.
+        times: tensors of one number a row.
+        condition: a wide tensor, which may have one row where all times do.
     """
 
     names: tuple[str, ...]
     x: str
+    ndim: int
     times: tuple[str, ...]
-    condition: str
-    row_index: str | None
-    unused: frozenset[str]
-    left_out: frozenset[str]
+    condition: str | None
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Name -> value of one call; None if the call needs the head's own forward."""
-        given = dict(zip(self.names, args))  # noqa: B905 - names may be left out
-        if kwargs:
-            given.update(kwargs)
-        if len(given) != len(args) + len(kwargs):
-            return None
-        for name in self.needed:
-            if not isinstance(given.get(name), Tensor):
-                return None
-        if len(given) > len(self.needed):
-            free = (*self.needed, *self.unused, self.row_index)
-            known = (name in free or (value is None and name in self.left_out) for name, value in given.items())
-            return given if all(known) else None
-        return given
+    def share(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """The arguments of a call, with one row of what all rows share."""
+        given = {**dict(zip(self.names, args)), **kwargs}  # noqa: B905 - the others are given by name
+        if len(args) + len(kwargs) != len(self.names) or given.keys() != set(self.names):
+            return args, kwargs
+        x, times = given[self.x], [given[name] for name in self.times]
+        if not isinstance(x, Tensor) or x.ndim != self.ndim or len(x) < 2:
+            return args, kwargs
+        if not all(isinstance(t, Tensor) and t.ndim and len(t) == len(x) for t in times):
+            return args, kwargs
+        times = [t[:1] if _same_in_all_rows(t) else t for t in times]
+        given.update(zip(self.times, times, strict=True))
+        c = given.get(self.condition or "")
+        if isinstance(c, Tensor) and c.ndim and c.stride(0) == 0 and all(len(t) == 1 for t in times):
+            given[str(self.condition)] = c[:1]
+        return (), given
 
-    @property
-    def needed(self) -> tuple[str, ...]:
-        """The names without which there is no call."""
-        return (self.x, self.condition, *self.times)
+
+class Places(NamedTuple):
+    """Where the tensors lie in all that is inside: those of blocks (norm, down, up), modulations, and the last one."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    modulations: tuple[int, ...]
+    last: int | None
 
 
 @dataclass(frozen=True)
 class Head:
-    """A recognised head: what its parts are called and how they are put together. Holds no part of the module."""
+    """A recognised head: what its parts are called and how they are put together. Holds no part of the module.
 
-    projection: str
-    condition: str
-    time: str | None
-    blocks: str
-    norm: str
-    mlp: Mlp
-    grouped: bool
-    final_modulation: str | None
+    Attributes:
+        names: of its blocks, its last layer and shared modulations.
+        block: where a block has what.
+        last: where the last layer has what.
+        width: W.
+        depth: how many blocks.
+        order: in which modulations lie.
+        activated: whether SiLU of the condition is what blocks are given.
+        types: classes of all that is in blocks and last layer.
+        rows: which arguments rows may share.
+        form: the kind of head as the kernels know it.
+        why_not_fused: why there is no such kind.
+        places: where its tensors are; known if it has a form.
+        functional: whether all inside is PyTorch's own and no tensor needs a copy, so that no module must be called.
+    """
+
+    names: deferral.Names
+    block: Parts
+    last: Parts
     width: int
     depth: int
-    arguments: Arguments
+    order: str
+    activated: bool
     types: frozenset[type]
-    time_scale: int = 1
-    order: str = MODULATION_ORDERS[0]
+    rows: Rows | None = None
     form: Form | None = None
     why_not_fused: str | None = None
-    functional: bool = False  # all inside is PyTorch's own, and its tensors need no copy: no module must be called
+    places: Places | None = None
+    functional: bool = False
 
     def __str__(self) -> str:
-        form = f"{self.depth} blocks of {self.width}, {self.mlp.kind} MLP, {self.order}"
+        form = f"{self.depth} blocks of {self.width}, {self.block.mlp.kind} MLP, {self.order}"
         kernels = "Triton where it can serve" if self.why_not_fused is None else f"plain only: {self.why_not_fused}"
         return f"flow head ({form}); {kernels}"
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """What `module(*args, **kwargs)` computes; by its own forward where something inside must fire."""
-        given = self.arguments.bind(args, kwargs)
-        whole = given is not None and self._untouched(self._inside(module))
-        if given is None or not (whole or self._untouched(self._bypassed(module))):
-            return type(module).forward(module, *args, **kwargs)
-        x = parts_of(module)[self.projection](given[self.arguments.x])
-        y = self.embedded(module, given)
-        return parts_of(module)[FINAL].linear(self._blocks(module, x, y, whole))
+    def prepare(self, module: nn.Module) -> None:
+        """What must be done before `forward` can be compiled."""
+        deferral.prepare(type(module), self.names)
 
-    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, whole: bool) -> Tensor:
-        """All between the projections; `whole`: whether all inside is as it was when it was looked at."""
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What `module(*args, **kwargs)` computes; by its blocks' own forwards where something inside must fire."""
+        inside = self.inside(module)
+        ready = not torch.compiler.is_compiling() or deferral.is_prepared(type(module), self.names)
+        if ready and (inside is not None or self._are_bypassed_plain(module)):
+            shared = (args, kwargs) if self.rows is None else self.rows.share(args, kwargs)
+            try:
+                return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, inside), *shared)
+            except deferral.Deviation:
+                pass
+        return type(module).forward(module, *args, **kwargs)
+
+    def inside(self, module: nn.Module) -> list[Any] | None:
+        """The blocks, the last layer and the shared modulations, and all in them; None if one is not as it was."""
+        return plain_parts(self.roots_of(module), self.types)
+
+    def roots_of(self, module: nn.Module) -> list[Any]:
+        """The blocks, the last layer and the shared modulations."""
+        return [*self.blocks_of(module), self._last(module), *self.groups_of(module)]
+
+    def _compute(self, module: nn.Module, x: Tensor, y: Tensor, inside: list[Any] | None) -> Tensor:
+        """All from the blocks on; `inside` as of the module."""
         recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
-        dtype, reason = dtype_of_products(x), self._why_not_fused(x, y, whole)
-        # where only the modules can serve, their tensors need not be put together
-        if reason is None and (self.functional or why_not_device(x.device, dtype, self.width) is None):
+        return self.linear_of(module)(self._blocks(module, x, y, inside, recompute))
+
+    def _blocks(self, module: nn.Module, x: Tensor, y: Tensor, inside: list[Any] | None, recompute: bool) -> Tensor:
+        reason = self._why_not_fused(x, y, inside)
+        why_not = reason or why_not_device(x.device, dtype_of_products(x), self.width)
+        path = "auto" if why_not is None else backend_for(why_not)  # eager, unless kernels were asked for
+        if reason is None and (self.functional or why_not is None):
             assert self.form is not None
-            tensors = self.tensors(module)
-            path = choose_path(call_of(x, y, *tensors))
+            assert inside is not None
+            tensors = self.tensors(inside)
+            path = path if why_not is not None else choose_path(call_of(x, y, *tensors))
             if self.functional or path != "eager":
-                return run_flow_blocks(x, y, *tensors, self.form, "block" if recompute else "none", path)
-        else:
-            choose_path(Call(x.device, dtype, self.width, 0, rows=None, why_not=reason))  # raises, or eager
-        return self.plain(module, x, F.silu(y), recompute)
+                how = self.form, "block" if recompute else "none", path
+                return run_flow_blocks(x, y, *tensors, *how, activated=self.activated)
+        return self.plain(module, x, self.activation_of(y), recompute)
 
-    def embedded(self, module: nn.Module, given: dict[str, Any]) -> Tensor:
-        """Time and condition embedded and added, one row for all rows where they share both."""
-        parts = parts_of(module)
-        c = given[self.arguments.condition]
-        if self.time is None:
-            return parts[self.condition](c).reshape(c.shape[0], -1, self.width)
-        times = [given[name] for name in self.arguments.times]
-        rows = given[self.arguments.x].shape[0]
-        if rows > 1 and all(t.ndim and t.shape[0] == rows for t in (c, *times)):
-            times = [t[:1] if _same_in_all_rows(t) else t for t in times]
-            c = c[:1] if c.stride(0) == 0 and all(t.shape[0] == 1 for t in times) else c
-        y = self._time(parts[self.time], times) + parts[self.condition](c)
-        index = given.get(self.arguments.row_index) if self.arguments.row_index else None
-        return y if index is None else y + parts[INDEX](index)
-
-    def _time(self, embed: Any, times: list[Tensor]) -> Tensor:
-        if self.time_scale != 1:
-            times = [t * self.time_scale for t in times]
-        if not isinstance(embed, nn.ModuleList):
-            return embed(times[0])
-        embedded = [one(t) for one, t in zip(embed, times, strict=True)]
-        return functools.reduce(torch.add, embedded) / len(embedded)
+    def activation_of(self, y: Tensor) -> Tensor:
+        """What modulations are made of the condition from."""
+        return y if self.activated else F.silu(y)
 
     def plain(self, module: nn.Module, x: Tensor, a: Tensor, recompute: bool = False) -> Tensor:
         """What `flow_blocks` computes, by calling norms, MLPs and linear layers: hooks and adapters on them work."""
-        blocks = [functools.partial(self._block, block, a) for block in children_in(module, self.blocks)]
-        shared = [functools.partial(group, a) for group in children_in(module, GROUPS)] if self.grouped else []
+        blocks = [functools.partial(self.block_of, block, a) for block in self.blocks_of(module)]
+        shared = [functools.partial(group, a) for group in self.groups_of(module)]
         x = block_after_block(x, blocks, shared, recompute)
-        last, norm = self._final_modulation(module), _normed_by(parts_of(module)[FINAL].norm_final)
-        return final_norm(x, None if last is None else last(a), self.order, norm)
+        return self._last_norm(self._last(module), x, a)
 
-    def _block(self, block: nn.Module, a: Tensor, x: Tensor, modulation: Tensor | None) -> Tensor:
+    def linear_of(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The last layer's linear layer."""
+        return at(self._last(module), self.last.linear)
+
+    def last_of(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        """The last layer."""
+        return at(last, self.last.linear)(self._last_norm(last, x, a))
+
+    def _last_norm(self, last: nn.Module, x: Tensor, a: Tensor) -> Tensor:
+        modulation = None if self.last.modulation is None else at(last, self.last.modulation)(a)
+        return final_norm(x, modulation, self.order, self.last.norm.of(last))
+
+    def block_of(self, block: nn.Module, a: Tensor, x: Tensor, modulation: Tensor | None) -> Tensor:
         """One block; `modulation` is its group's, where it has none of its own."""
-        parts: Any = parts_of(block)
-        modulation = parts_of(parts[MODULATION])["1"](a) if modulation is None else modulation
-        return flow_block(x, modulation, self.order, _normed_by(parts[self.norm]), self.mlp_of(block))
+        if self.block.modulation is not None:
+            modulation = at(block, self.block.modulation)(a)
+        assert modulation is not None
+        return flow_block(x, modulation, self.order, self.block.norm.of(block), self.block.mlp.of(block))
 
-    def mlp_of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What [..., W] -> [..., W] a block's MLP is."""
-        parts: Any = parts_of(block)
-        if self.mlp.holder is not None:
-            return parts[self.mlp.holder]
-        return lambda h: parts[self.mlp.down](swiglu(parts[self.mlp.up[0]](h)))
-
-    def modulations(self, module: nn.Module) -> list[nn.Module]:
-        """The linear layers that make the blocks' modulations, one a group."""
-        if self.grouped:
-            return children_in(module, GROUPS)
-        return [parts_of(parts_of(block)[MODULATION])["1"] for block in children_in(module, self.blocks)]
-
-    def _final_modulation(self, module: nn.Module) -> nn.Module | None:
-        if self.final_modulation is None:
-            return None
-        last: Any = parts_of(parts_of(module)[FINAL])[self.final_modulation]
-        return parts_of(last)["1"] if self.final_modulation == MODULATION else last
-
-    def tensors(self, module: nn.Module) -> tuple[list[Block], list[Affine], Affine | None]:
+    def tensors(self, inside: list[Any]) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
+        assert self.places is not None
         blocks = []
-        for block in children_in(module, self.blocks):
-            ups, down = linears_of(block, self.mlp)
-            up = affine_of(ups[0]) if len(ups) == 1 else _side_by_side(ups)
-            blocks.append(Block(affine_of(parts_of(block)[self.norm]), up, affine_of(down)))
-        last = self._final_modulation(module)
-        return blocks, list(map(affine_of, self.modulations(module))), None if last is None else affine_of(last)
+        for norm, down, *ups in self.places.blocks:
+            up = affine_of(inside[ups[0]]) if len(ups) == 1 else _side_by_side([inside[place] for place in ups])
+            blocks.append(Block(affine_of(inside[norm]), up, affine_of(inside[down])))
+        last = self.places.last
+        modulations = [affine_of(inside[place]) for place in self.places.modulations]
+        return blocks, modulations, None if last is None else affine_of(inside[last])
 
-    def _why_not_fused(self, x: Tensor, y: Tensor, whole: bool) -> str | None:
+    def blocks_of(self, module: nn.Module) -> list[Any]:
+        """The blocks."""
+        return list(children_of(at(module, (self.names.blocks,))).values())
+
+    def groups_of(self, module: nn.Module) -> list[Any]:
+        """The layers that make modulations of several blocks."""
+        return [] if self.names.groups is None else list(children_of(at(module, (self.names.groups,))).values())
+
+    def _last(self, module: nn.Module) -> Any:
+        return children_of(module)[self.names.last]
+
+    def _why_not_fused(self, x: Tensor, y: Tensor, inside: list[Any] | None) -> str | None:
         if self.why_not_fused is not None:
             return self.why_not_fused
         of_x = x.shape[x.ndim - y.ndim :] if y.ndim <= x.ndim else ()
         if len(of_x) != y.ndim or any(mine not in (1, theirs) for mine, theirs in zip(y.shape, of_x, strict=True)):
             return f"the condition {tuple(y.shape)} has more rows than x {tuple(x.shape)}"
-        return None if whole else "a submodule was replaced, wrapped or given a hook"
+        return None if inside is not None else "a submodule was replaced, wrapped or given a hook"
 
-    def _inside(self, module: nn.Module) -> list[nn.Module]:
-        """The blocks, the last layer and the shared modulations, with all that is in them."""
-        found = [*children_in(module, self.blocks), parts_of(module)[FINAL]]
-        found += children_in(module, GROUPS) if self.grouped else ()
-        for part in found:  # grows on the way
-            found += [child for child in children_of(part).values() if child is not None]
-        return found
-
-    def _bypassed(self, module: nn.Module) -> list[nn.Module]:
-        """The submodules whose own forward is not called."""
-        found = []
-        for whole in (*children_in(module, self.blocks), parts_of(module)[FINAL]):
-            found.append(whole)
-            modulation = parts_of(whole).get(MODULATION)
-            if modulation is not None:
-                found += (modulation, parts_of(modulation).get("0"))
-        return found
-
-    def _untouched(self, parts: Iterable[nn.Module]) -> bool:
-        """Whether calling them does nothing but their class's forward, and the class is one that was looked at."""
-        if is_any_hooked():
-            return False
-        return not any(type(part) not in self.types or is_hooked(part) for part in parts)
-
-
-def _normed_by(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A norm, but torch's layer norm with the right derivatives of forward-mode derivatives."""
-    if type(norm) is nn.LayerNorm and is_forward_mode() and not is_hooked(norm):
-        return functools.partial(layer_norm, weight=norm.weight, bias=norm.bias, eps=norm.eps)
-    return norm
+    def _are_bypassed_plain(self, module: nn.Module) -> bool:
+        """Whether submodules whose own forward is not called are as they were."""
+        for wholes, parts in ((self.blocks_of(module), self.block), ([self._last(module)], self.last)):
+            for whole in wholes:
+                called = [at(whole, path) for path in parts.called]
+                around = [whole]
+                for part in around:  # grows on the way
+                    if type(part) not in self.types or is_hooked(part):
+                        return False
+                    inside = [child for child in children_of(part).values() if child is not None]
+                    around += [child for child in inside if not any(child is one for one in called)]
+        return not is_any_hooked()
 
 
 def _same_in_all_rows(t: Tensor) -> bool:
@@ -256,23 +326,15 @@ def _same_in_all_rows(t: Tensor) -> bool:
     readable = t.device.type == "cpu" and type(t) is Tensor and not t.requires_grad and t.shape[0] >= ROWS_WORTH_READING
     if not readable or torch.compiler.is_compiling() or is_transforming():
         return False
-    return bool((t == t[:1]).all())
+    first, last = t[:: t.shape[0] - 1].tolist()  # where times differ, these do mostly, and it costs next to nothing
+    return first == last and bool((t == t[:1]).all())
 
 
-def parts_of(module: nn.Module) -> Any:
-    """Its submodules by name; any type, since what they are was looked at once."""
-    return children_of(module)
-
-
-def children_in(module: nn.Module, name: str) -> list[nn.Module]:
-    """The submodules of the list that is called so."""
-    return list(parts_of(parts_of(module)[name]).values())
-
-
-def linears_of(block: nn.Module, mlp: Mlp) -> tuple[list[nn.Linear], nn.Linear]:
-    """Of a block's MLP: the layers up, and the layer down."""
-    parts = parts_of(block if mlp.holder is None else parts_of(block)[mlp.holder])
-    return [parts[name] for name in mlp.up], parts[mlp.down]
+def at(module: Any, path: Path) -> Any:
+    """The submodule there; any type, since what it is was looked at once."""
+    for name in path:
+        module = children_of(module)[name]
+    return module
 
 
 def affine_of(layer: Any) -> Affine:
