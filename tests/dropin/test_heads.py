@@ -57,6 +57,7 @@ def test_is_found_where_it_lies_and_nothing_else_changes(name):
 
 
 @EVERY
+@pytest.mark.usefixtures("served")
 def test_numbers_and_gradients(name, within_twice, monkeypatch):
     head, inputs, kwargs = make(name)
     exact = outputs_and_gradients(copy.deepcopy(head).double(), inputs, kwargs, torch.float64)
@@ -69,6 +70,7 @@ def test_numbers_and_gradients(name, within_twice, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.usefixtures("served")
 def test_half_precision(name):
     """All gradients together: the largest error of five rows is a matter of luck."""
     head, inputs, kwargs = make(name, torch.bfloat16)

@@ -21,8 +21,6 @@ from tests.dropin.stand_ins import (
     TARGET,
     Canonical,
     FlowBlock,
-    JvpLayerNorm,
-    Last,
     UniFlowNet,
     VibeVoiceHead,
     canonical_inputs,
@@ -31,9 +29,11 @@ from tests.dropin.stand_ins import (
     rows,
     with_blocks,
 )
+from tests.dropin.test_heads import outputs_and_gradients
 from uniflow_kernels import FlowHead, backend, patch, patched, unpatch
 from uniflow_kernels.dropin import deferral
 
+pytestmark = pytest.mark.usefixtures("served")
 INPUTS = PROJECTS["MAR"].inputs
 
 
@@ -283,7 +283,8 @@ def test_a_forward_that_is_compiled_by_a_decorator():
     head = randomize(CompiledToo())
     plain = Canonical()
     plain.load_state_dict(head.state_dict())
-    patch(head, strict=True)
+    assert "compile the patched model" in patch(head, strict=True).patched[""]
+    assert "torch.compile" not in patch(plain).patched[""]
     close(head(*INPUTS), plain(*INPUTS))
 
 
@@ -410,27 +411,38 @@ def test_an_adapter_put_in_later_works(head):
     close(ours, head(*INPUTS))
 
 
-def test_kernels_that_cannot_serve():
-    class Weighted(Last):
-        make_norm = JvpLayerNorm
-
-    head = randomize(type("Own", (Canonical,), {"make_last": Weighted})())
-    expected = head(*INPUTS)
-    assert "plain only: its last norm has a weight" in patch(head).patched[""]
-    close(head(*INPUTS), expected)
-    with backend("triton"), pytest.raises(ValueError, match="its last norm has a weight"):
-        head(*INPUTS)
+# ---------------------------------------------------------------------------------------------------- where none serve
 
 
-def test_dropout_inside():
-    class Drops(FlowBlock):
-        def make_mlp(self, width, hidden):
-            return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width), nn.Dropout(0.5))
+@pytest.mark.parametrize("name", ["MAR", "VibeVoice", "pocket-tts", "SphereAR"])
+def test_where_no_kernel_serves_its_own_forward_runs(name, monkeypatch):
+    """Bit for bit, with its own gradients, whatever the rows are asked for."""
+    monkeypatch.undo()  # as on a CPU
+    project = PROJECTS[name]
+    head = randomize(project.make())
+    expected = outputs_and_gradients(head, project.inputs, project.kwargs, torch.float32)
+    patch(head, strict=True)
+    monkeypatch.setattr(deferral, "run", None)
+    found = outputs_and_gradients(head, project.inputs, project.kwargs, torch.float32)
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    with backend("eager"):
+        assert torch.equal(head(*project.inputs), expected["out"])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = head(*project.inputs)
+        unpatch(head)
+        assert torch.equal(ours, head(*project.inputs))
 
-    head = randomize(with_blocks(Drops)())
-    torch.manual_seed(3)
-    expected = head(*INPUTS)
-    assert "dropout inside" in patch(head).patched[""]
-    assert head.res_blocks[0].mlp[3].p == 0.5
-    torch.manual_seed(3)
-    close(head(*INPUTS), expected)
+
+def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(head, monkeypatch):
+    monkeypatch.undo()
+    graphs = []
+    for patch_it in (False, True):
+        if patch_it:
+            patch(head, strict=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(head, fullgraph=True, backend=(counter := CompileCounter()))
+        for count in (5, 6, 1, 70, 64, 1024):
+            x, t, c = canonical_inputs(torch.rand(count))
+            close(compiled(x, t, c), head(x, t, c))
+        graphs.append(counter.frame_count)
+    assert graphs[1] == graphs[0]

@@ -64,8 +64,8 @@ def test_patching_only_reads_the_model_and_sets_nothing(make):
             seen.append(self)
             return super().forward(x)
 
-    for part in model.modules():
-        if isinstance(part, nn.Linear):
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and "res_blocks" not in name:
             part.__class__ = Watches
     patch(model, strict=True)
     assert seen

@@ -16,6 +16,7 @@ from tests.dropin.stand_ins import (
     Canonical,
     DeCoNet,
     FlowBlock,
+    JvpLayerNorm,
     Last,
     TimeEmbedding,
     canonical_inputs,
@@ -26,6 +27,8 @@ from tests.dropin.stand_ins import (
     with_blocks,
 )
 from uniflow_kernels import patch
+
+pytestmark = pytest.mark.usefixtures("served")
 
 INPUTS = PROJECTS["MAR"].inputs
 
@@ -162,6 +165,24 @@ class GivesPosition(DeCoNet):
     make_block = LooksAtPosition
 
 
+class Drops(FlowBlock):
+    def make_mlp(self, width, hidden):
+        return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width), nn.Dropout(0.5))
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+class WithOtherLinear(FlowBlock):
+    def make_mlp(self, width, hidden):
+        return nn.Sequential(OtherLinear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+
+
+class WeightedLast(Last):
+    make_norm = JvpLayerNorm
+
+
 class Keeps(Canonical):
     def run(self, x, y):
         x = self.input_proj(x)
@@ -187,6 +208,9 @@ LOOK_ALIKES = {
     "second condition": (SecondCondition, "several conditions"),
     "between": (AddsBetween, "something more between its blocks"),
     "position": (GivesPosition, "res_blocks.0: looks at what it is given beside x and the condition"),
+    "dropout": (with_blocks(Drops), "it has dropout inside"),
+    "linear": (with_blocks(WithOtherLinear), "res_blocks.0.mlp.0: a linear layer of the class"),
+    "weight at last": (type("Own", (Canonical,), {"make_last": WeightedLast}), "its last norm has a weight"),
     "keeps": (Keeps, "keeps what its blocks return"),
 }
 

@@ -13,6 +13,8 @@ from tests.dropin.stand_ins import only_ours, rows
 from tests.dropin.test_heads import compare, outputs_and_gradients
 from uniflow_kernels import patch
 
+pytestmark = pytest.mark.usefixtures("served")
+
 WIDTH, LATENT, COND = 16, 6, 10
 
 

@@ -11,7 +11,9 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,10 +28,19 @@ from uniflow_kernels.dropin.probe import (
     check_untouched,
     difference,
     drops,
+    is_decorated,
     is_seen,
 )
-from uniflow_kernels.dropin.running import Head, Mlp, Norm, Parts, Path, Places, Rows, at
-from uniflow_kernels.ops.flow_blocks import MODULATION_ORDERS, Form, FromLayers, flow_blocks
+from uniflow_kernels.dropin.running import Head, Path, Places, Rows, affine_of, at
+from uniflow_kernels.ops.flow_blocks import (
+    MODULATION_ORDERS,
+    Form,
+    FromLayers,
+    final_norm,
+    flow_block,
+    flow_blocks,
+    swiglu,
+)
 from uniflow_kernels.torch_private import children_of, parameters_of, tree_leaves
 
 # a module with parts called so is meant to be a head: if it is none, the report says why
@@ -37,7 +48,64 @@ BLOCKS = ("res_blocks", "layers")
 LAST = "final_layer"
 
 EPSILONS = (1e-6, 1e-5, 1e-8, 1e-12)  # of a norm that is a function
-OWN_NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+class Norm(NamedTuple):
+    """A norm: where it is (None: a function without a weight), and what it computes, "layer" or "rms"."""
+
+    path: Path | None
+    kind: str
+    eps: float
+
+    def of(self, part: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What it computes, of the weight that it has in this part."""
+        weight, bias = (None, None) if self.path is None else affine_of(at(part, self.path))
+        if self.kind == "layer":
+            return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+        return lambda x: F.rms_norm(x, x.shape[-1:], weight, self.eps)
+
+
+class Mlp(NamedTuple):
+    """A block's MLP: the submodule that is called (None: its linear layers are), those layers, and "silu" or "swiglu".
+
+    Of two layers up, the first is the gate.
+    """
+
+    path: Path | None
+    up: tuple[Path, ...]
+    down: Path
+    kind: str
+
+    def of(self, block: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What it computes, by its layers in this block."""
+        activation = F.silu if self.kind == "silu" else swiglu
+        return lambda h: at(block, self.down)(activation(torch.cat([at(block, up)(h) for up in self.up], -1)))
+
+
+class Parts(NamedTuple):
+    """Where a block, or the last layer, has what.
+
+    Attributes:
+        norm: the norm.
+        modulation: the linear layer that makes the modulation, if it has one of its own.
+        mlp: the block's.
+        linear: the last layer's.
+    """
+
+    norm: Norm
+    modulation: Path | None
+    mlp: Mlp = Mlp(None, (), (), "")
+    linear: Path = ()
+
+    def block(self, block: nn.Module, order: str, x: Tensor, a: Tensor, modulation: Tensor | None) -> Tensor:
+        """A block by its formula; `modulation` where it makes none of a."""
+        made: Any = modulation if self.modulation is None else at(block, self.modulation)(a)
+        return flow_block(x, made, order, self.norm.of(block), self.mlp.of(block))
+
+    def last(self, last: nn.Module, order: str, x: Tensor, a: Tensor) -> Tensor:
+        """The last layer by its formula."""
+        modulation = None if self.modulation is None else at(last, self.modulation)(a)
+        return at(last, self.linear)(final_norm(x, modulation, order, self.norm.of(last)))
 
 
 def recognise(module: nn.Module) -> Head | None:
@@ -87,12 +155,34 @@ class _Reading:
         Raises:
             NotOurs: if it is none, saying why.
         """
-        head, norms = self._read()
-        form, why_not = self._form(head, norms)
-        classes = {type(at(call.module, norm.path)) for call, norm in norms if norm.path is not None}
-        functional = form is not None and len(head.block.mlp.up) == 1 and classes <= set(OWN_NORMS)
-        places = None if form is None else self._places(head)
-        head = replace(head, form=form, why_not_fused=why_not, places=places, functional=functional)
+        chain, names = self.chain, self.lists
+        layers = [] if names.groups is None else parts_in(self.copy, names.groups)
+        block, activated = self._parts(chain.blocks[0], ("shift", "scale", "gate"))
+        last, last_activated = self._parts(chain.last, ("shift", "scale"))
+        if last.modulation is not None and activated != last_activated:
+            raise NotOurs("the modulations of its blocks and of its last layer are not made in the same way")
+        self.activated = activated
+        self.width = chain.blocks[0].given[0].shape[-1]
+        norms: list[tuple[Called, Norm]] = []
+        orders: tuple[str, ...] = MODULATION_ORDERS
+        for called in chain.blocks:
+            order, block = self._matched_block(block, called, orders)
+            norms.append((called, block.norm))
+            orders = (order,)
+        last = self._matched_last(last, order, chain.last)
+        form = self._form(block.mlp.kind, order, [*norms, (chain.last, last.norm)])
+        inside = [part for called in (*chain.blocks, chain.last) for part in called.module.modules()]
+        head = Head(
+            deferral.Names(names.blocks, self._name(chain.last.module), names.groups),
+            last.linear,
+            self.width,
+            len(chain.blocks),
+            form,
+            activated,
+            frozenset(type(part) for part in (*inside, *layers)),
+            self._places(block, last),
+            decorated=any(is_decorated(part) for part in (self.probe.original, *inside)),
+        )
         self._check_whole(head)
         return replace(head, rows=self._rows())
 
@@ -100,35 +190,6 @@ class _Reading:
         return ".".join(self.names[part])
 
     # --- what is what ---
-
-    def _read(self) -> tuple[Head, list[tuple[Called, Norm]]]:
-        """The head without its form, and all norms."""
-        chain = self.chain
-        layers = [] if self.lists.groups is None else parts_in(self.copy, self.lists.groups)
-        width = chain.blocks[0].given[0].shape[-1]
-        block, activated = self._parts(chain.blocks[0], ("shift", "scale", "gate"))
-        last, last_activated = self._parts(chain.last, ("shift", "scale"))
-        if last.modulation is not None and activated != last_activated:
-            raise NotOurs("the modulations of its blocks and of its last layer are not made in the same way")
-        parts = [part for called in (*chain.blocks, chain.last) for part in called.module.modules()]
-        head = Head(
-            deferral.Names(self.lists.blocks, self._name(chain.last.module), self.lists.groups),
-            block,
-            last,
-            width,
-            len(chain.blocks),
-            MODULATION_ORDERS[0],
-            activated,
-            frozenset(type(part) for part in (*parts, *layers)),
-        )
-        norms: list[tuple[Called, Norm]] = []
-        orders: tuple[str, ...] = MODULATION_ORDERS
-        for called in chain.blocks:
-            head = self._with_block(head, called, orders)
-            norms.append((called, head.block.norm))
-            orders = (head.order,)
-        head = self._with_last(head, chain.last)
-        return head, [*norms, (chain.last, head.last.norm)]
 
     def _parts(self, called: Called, modulated: tuple[str, ...]) -> tuple[Parts, bool]:
         """Where a block, or the last layer, has what, and whether its modulation is made without SiLU."""
@@ -178,18 +239,18 @@ class _Reading:
         if mlp.path is None:
             return mlp
         h = self.probe.rows(ROWS, at(block, ups[0]).in_features)
-        theirs = self.probe.in_both_modes(lambda: mlp.of(block)(h))
+        theirs = self.probe.in_both_modes(lambda: at(block, together)(h))
         for tried in (mlp, mlp._replace(up=mlp.up[::-1])):
-            if difference([tried.by_layers(block)(h)] * 2, theirs) < TOLERANCE:
+            if difference([tried.of(block)(h)] * 2, theirs) < TOLERANCE:
                 return tried
         raise NotOurs(f"{self._name(at(block, mlp.path))}: its activation is not SiLU, or it does something more")
 
     # --- that it is nothing else ---
 
-    def _with_block(self, head: Head, called: Called, orders: tuple[str, ...]) -> Head:
-        """`head` with what only numbers tell of a block: its norm, and how modulations and an MLP's layers lie."""
-        block, width = called.module, head.width
-        x, y, m = self._rows_of_any_size(width), self.probe.rows(ROWS, width), self.probe.rows(ROWS, 3 * width)
+    def _matched_block(self, parts: Parts, called: Called, orders: tuple[str, ...]) -> tuple[str, Parts]:
+        """What only numbers tell of a block: its norm, and how modulations and an MLP's layers lie."""
+        block, width = called.module, self.width
+        x, y, m = self._rows_of_any_size(), self.probe.rows(ROWS, width), self.probe.rows(ROWS, 3 * width)
         condition = [y] if self.lists.groups is None else list(m.chunk(3, -1))
         more = [Unseen() for _ in called.given[1 + len(condition) :]]
         try:
@@ -197,30 +258,28 @@ class _Reading:
         finally:
             if any(map(is_seen, more)):
                 raise NotOurs(f"{self._name(block)}: looks at what it is given beside x and the condition")
-        a, mlp = y if head.activated else F.silu(y), head.block.mlp
+        a, mlp = y if self.activated else F.silu(y), parts.mlp
         ups = (mlp.up,) if mlp.path or len(mlp.up) == 1 else (mlp.up, mlp.up[::-1])
-        for order, norm, up in itertools.product(orders, self._norms(head.block.norm, block), ups):
-            parts = head.block._replace(norm=norm, mlp=mlp._replace(up=up))
-            tried = replace(head, order=order, block=parts)
-            ours = functools.partial(tried.block_of, block, a, x, None if self.lists.groups is None else m)
-            if self._apart(ours, theirs) < TOLERANCE:
-                return tried
+        for order, norm, up in itertools.product(orders, self._norms(parts.norm, block), ups):
+            tried = parts._replace(norm=norm, mlp=mlp._replace(up=up))
+            if self._apart(functools.partial(tried.block, block, order, x, a, m), theirs) < TOLERANCE:
+                return order, tried
         raise NotOurs(f"{self._name(block)}: computes something else: another order, or a further term")
 
-    def _with_last(self, head: Head, called: Called) -> Head:
-        """`head` with the last layer's norm."""
-        last, x, y = called.module, self._rows_of_any_size(head.width), self.probe.rows(ROWS, head.width)
+    def _matched_last(self, parts: Parts, order: str, called: Called) -> Parts:
+        """The same of the last layer."""
+        last, x, y = called.module, self._rows_of_any_size(), self.probe.rows(ROWS, self.width)
         theirs = self.probe.in_both_modes(lambda: called.again(x, *(y for _ in called.given[1:])))
-        a = y if head.activated else F.silu(y)
-        for norm in self._norms(head.last.norm, last):
-            tried = replace(head, last=head.last._replace(norm=norm))
-            if self._apart(functools.partial(tried.last_of, last, x, a), theirs) < TOLERANCE:
+        a = y if self.activated else F.silu(y)
+        for norm in self._norms(parts.norm, last):
+            tried = parts._replace(norm=norm)
+            if self._apart(functools.partial(tried.last, last, order, x, a), theirs) < TOLERANCE:
                 return tried
         raise NotOurs(f"{self._name(last)}: computes something else: another order than the blocks, or a further term")
 
-    def _rows_of_any_size(self, width: int) -> Tensor:
+    def _rows_of_any_size(self) -> Tensor:
         """Rows of which one is so small that a norm's eps counts."""
-        x = self.probe.rows(ROWS, width)
+        x = self.probe.rows(ROWS, self.width)
         x[0] *= 1e-3
         return x
 
@@ -233,81 +292,79 @@ class _Reading:
     def _norms(self, norm: Norm, whole: nn.Module) -> list[Norm]:
         """What a norm may be. What one is that is a function, only the whole can tell."""
         module = at(whole, norm.path or ())
+        if module is None:
+            raise NotOurs("its blocks are not all of one kind")
         found = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 0.1]
         tried = [Norm(norm.path, kind, eps) for eps in dict.fromkeys((*found, *EPSILONS)) for kind in ("layer", "rms")]
         if norm.path is None:
             return tried
-        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-        x = 1e-3 * self.probe.rows(ROWS, linears(whole)[0].in_features if weight is None else weight.shape[-1])
+        x = 1e-3 * self.probe.rows(ROWS, self.width)
         theirs = self.probe.in_both_modes(lambda: module(x))
         for one in tried:
-            if one.kind == "layer":
-                ours = F.layer_norm(x, x.shape[-1:], weight, bias, one.eps)
-            elif bias is None:
-                ours = F.rms_norm(x, x.shape[-1:], weight, one.eps)
-            if difference([ours] * 2, theirs) < TOLERANCE:
+            if self._apart(lambda: one.of(whole)(x), theirs) < TOLERANCE:  # noqa: B023
                 return [one]
         raise NotOurs(f"{self._name(module)}: a {type(module).__name__}, neither a layer norm nor an rms norm")
 
-    def _form(self, head: Head, norms: list[tuple[Called, Norm]]) -> tuple[Form | None, str | None]:
-        """The kind of head as the kernels know it, or why there is no such kind."""
+    def _form(self, mlp: str, order: str, norms: list[tuple[Called, Norm]]) -> Form:
+        """The kind of head as the kernels know it.
+
+        Raises:
+            NotOurs: if there is no such kind.
+        """
         kinds = {(norm.kind, norm.eps) for _, norm in norms}
         if len(kinds) > 1:
-            return None, "its norms are of several kinds"
-        weighted = [
-            norm.path is not None and getattr(at(call.module, norm.path), "weight", None) is not None
-            for call, norm in norms
-        ]
-        if weighted.pop():
-            return None, "its last norm has a weight"
-        if not all(weighted):
-            return None, "a norm of its blocks has no weight"
-        blocks = [call.module for call, _ in norms[:-1]]
-        if any(drops(part) for block in blocks for part in block.modules()):
-            return None, "it has dropout inside"
-        used = [layer for block in blocks for layer in linears(block)]
-        other = next((type(layer) for layer in used if type(layer) is not nn.Linear), None)
-        if other is not None:
-            return None, f"its linear layers are of the class {other.__module__}.{other.__name__}"
-        return Form(*kinds.pop(), head.block.mlp.kind, head.order), None
+            raise NotOurs("its norms are of several kinds")
+        *blocks, last = (
+            norm.path is not None and affine_of(at(called.module, norm.path)).weight is not None
+            for called, norm in norms
+        )
+        if last:
+            raise NotOurs("its last norm has a weight")
+        if not all(blocks):
+            raise NotOurs("a norm of its blocks has no weight")
+        for called, _ in norms[:-1]:
+            if any(drops(part) for part in called.module.modules()):
+                raise NotOurs("it has dropout inside")
+            for layer in linears(called.module):
+                if type(layer) is not nn.Linear:
+                    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+                    raise NotOurs(f"{self._name(layer)}: a linear layer of the class {kind}")
+        return Form(*kinds.pop(), mlp, order)
 
-    def _inside(self, head: Head) -> list[nn.Module]:
+    def _inside(self) -> list[nn.Module]:
         """The copy's parts in the order in which `Head.inside` has the module's."""
-        parts = head.roots_of(self.copy)
+        groups = [] if self.lists.groups is None else parts_in(self.copy, self.lists.groups)
+        parts: list[Any] = [*(called.module for called in (*self.chain.blocks, self.chain.last)), *groups]
         for part in parts:  # grows on the way
             parts += [child for child in children_of(part).values() if child is not None]
         return parts
 
-    def _places(self, head: Head) -> Places:
+    def _places(self, block: Parts, last: Parts) -> Places:
         """Where the tensors lie in what is inside."""
-        order = {part: place for place, part in enumerate(self._inside(head))}
-        blocks, modulations = [], [order[group] for group in head.groups_of(self.copy)]
-        for block in head.blocks_of(self.copy):
-            mlp = head.block.mlp
-            blocks.append(tuple(order[at(block, path)] for path in (head.block.norm.path or (), mlp.down, *mlp.up)))
-            if head.block.modulation is not None:
-                modulations.append(order[at(block, head.block.modulation)])
-        last = head.last.modulation
-        where = None if last is None else order[at(self.copy, (head.names.last, *last))]
-        return Places(tuple(blocks), tuple(modulations), where)
+        order = {part: place for place, part in enumerate(self._inside())}
+        blocks, modulations = [], []
+        for called in self.chain.blocks:
+            paths = (block.norm.path or (), block.mlp.down, *block.mlp.up)
+            blocks.append(tuple(order[at(called.module, path)] for path in paths))
+            if block.modulation is not None:
+                modulations.append(order[at(called.module, block.modulation)])
+        if self.lists.groups is not None:
+            modulations = [order[layer] for layer in parts_in(self.copy, self.lists.groups)]
+        final = None if last.modulation is None else order[at(self.chain.last.module, last.modulation)]
+        return Places(tuple(blocks), tuple(modulations), final)
 
     def _check_whole(self, head: Head) -> None:
         """Its forward with the blocks put off returns what its forward returns."""
 
-        def by_modules(x: Tensor, y: Tensor) -> Tensor:
-            return head.linear_of(self.copy)(head.plain(self.copy, x, head.activation_of(y)))
-
-        def by_tensors(x: Tensor, y: Tensor) -> Tensor:
-            assert head.form is not None
-            blocks, modulations, final = head.tensors(self._inside(head))
-            given = FromLayers(head.activation_of(y), modulations, final)
-            return head.linear_of(self.copy)(flow_blocks(x, blocks, given, head.form))
+        def compute(x: Tensor, y: Tensor) -> Tensor:
+            blocks, modulations, final = head.tensors(self._inside())
+            given = FromLayers(y if head.activated else F.silu(y), modulations, final)
+            return at(self.chain.last.module, head.linear)(flow_blocks(x, blocks, given, head.form))
 
         theirs = self.probe.in_both_modes(lambda: own(self.probe, self.chain.given))
-        for compute in (by_modules, by_tensors) if head.form else (by_modules,):
-            ours = self.probe.in_both_modes(lambda: deferral.run(self.copy, head.names, compute, (), self.chain.given))  # noqa: B023
-            if difference(ours, theirs) > TOLERANCE:
-                raise NotOurs("its forward does something more with what its blocks return")
+        ours = self.probe.in_both_modes(lambda: deferral.run(self.copy, head.names, compute, (), self.chain.given))
+        if difference(ours, theirs) > TOLERANCE:
+            raise NotOurs("its forward does something more with what its blocks return")
         kept = [leaf for part in self.copy.modules() for leaf in tree_leaves(list(vars(part).values()))]
         if any(type(leaf) is deferral.Between for leaf in kept):
             raise NotOurs("its forward keeps what its blocks return")
@@ -331,4 +388,11 @@ class _Reading:
             return None
         condition = names["c"][0] if alike(names["t"] + names["c"]) else None
         x = names["x"][0]
-        return Rows(tuple(self.chain.roles), x, self.chain.given[x].ndim, tuple(times), condition)
+        return Rows(
+            tuple(self.chain.roles),
+            x,
+            list(self.chain.roles).index(x),
+            self.chain.given[x].ndim,
+            tuple(times),
+            condition,
+        )

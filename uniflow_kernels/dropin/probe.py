@@ -43,6 +43,11 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return before_compilation(forward)
 
 
+def is_decorated(module: nn.Module) -> bool:
+    """Whether a torch.compile decorator stands around its class's forward."""
+    return own_forward(module) is not type(module).forward
+
+
 def check_untouched(module: nn.Module) -> None:
     """Raise NotOurs if calling a part of `module` does more than its class's forward, or its numbers cannot be read."""
     if is_any_hooked():
@@ -175,7 +180,7 @@ class _Copies:
         own = vars(copied)
         own.update({name: self.of(value) for name, value in vars(part).items() if name not in own})
         own.pop("_compiled_call_impl", None)
-        if own_forward(part) is not type(part).forward:  # nothing is compiled to look at it
+        if is_decorated(part):  # nothing is compiled to look at it
             copied.forward = MethodType(own_forward(part), copied)
 
     def of(self, value: Any) -> Any:

@@ -165,6 +165,13 @@ def explain(call: Call) -> tuple[str, str]:
 
 
 @constant
+def is_plain(on_cuda: bool) -> bool:
+    """Whether plain PyTorch serves whatever else: kernels run on CUDA; the interpreter must be asked for by name."""
+    wanted = requested()
+    return wanted == "eager" or (wanted == "auto" and not on_cuda)
+
+
+@constant
 def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot serve a head of this width on this device; None where they can."""
     if width > _MAX_WIDTH:
