@@ -132,7 +132,17 @@ def escaped(path: object) -> str:
     return re.sub(r"([$: ])", r"$\1", str(path))
 
 
+def description() -> str:
+    """README.md as it reads where the files beside it are not: pictures by their words, links by the file's name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^]]*)\]\((?!\w+:)([^)]+)\)", r"*\2: \1*", text)
+    text = re.sub(r"\[([^]]*)\]\((?!\w+:)\1\)", r"`\1`", text)
+    text = re.sub(r"\[([^]]*)\]\((?!\w+:)([^)]+)\)", r"\1 (`\2`)", text)
+    return text + "\nThe files that are named here are in the source distribution.\n"
+
+
+ABOUT = {"long_description": description(), "long_description_content_type": "text/markdown"}
 if is_wanted():
-    setup(ext_modules=[Extension("uniflow_kernels._cuda", [])], cmdclass={"build_ext": BuildCuda})
+    setup(ext_modules=[Extension("uniflow_kernels._cuda", [])], cmdclass={"build_ext": BuildCuda}, **ABOUT)
 else:
-    setup()
+    setup(**ABOUT)

@@ -1,4 +1,4 @@
-"""What setup.py decides and says about the CUDA part; a stand-in for nvcc shows what a failed compile looks like."""
+"""What setup.py decides and says about the CUDA part, where a stand-in for nvcc fails; what a wheel says of itself."""
 
 import importlib.util
 import os
@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from email import message_from_string
 from pathlib import Path
 
 import pytest
+
+import uniflow_kernels
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,3 +106,22 @@ def test_it_is_built_for_what_the_compiler_knows(tmp_path, listed, expected):
     rules = (tmp_path / "temp" / "build.ninja").read_text()
     assert set(re.findall(r"code=sm_(\d+)", rules)) == set(expected)
     assert set(re.findall(r"code=compute_(\d+)", rules)) == {expected[-1]}
+
+
+def test_what_the_wheel_says_of_itself(tmp_path):
+    done = run("egg_info", "--egg-base", str(tmp_path), UNIFLOW_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    info = message_from_string((tmp_path / "uniflow_kernels.egg-info" / "PKG-INFO").read_text())
+    assert (info["Version"], info["License-Expression"]) == (uniflow_kernels.__version__, "Apache-2.0")
+    assert info["License-File"] == "LICENSE"
+    assert f"version: {info['Version']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {info['Version']}, " in (ROOT / "CHANGELOG.md").read_text()
+    page = info.get_payload()
+    assert info["Description-Content-Type"] == "text/markdown"
+    assert "from nothing" in page.lower()
+    # what README.md shows and leads to is not there where the wheel's description is read
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert [link for link in links if "://" not in link] == []
+    named = re.findall(r"`((?:docs|examples)/[\w./]+)`|\*(docs/[\w.]+): ", page)
+    assert len(named) > 10
+    assert all((ROOT / "".join(name)).exists() for name in named)
