@@ -48,6 +48,10 @@ def before_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
+# torch 2.11 does not find the submodules of an object of a derived class that shares a module's attributes
+TRACES_STAND_INS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def object_of(identity: int) -> Any:
     """The living object whose id() it is. torch 2.11 hands no module to a `constant` function, but its id()."""
     return ctypes.cast(identity, ctypes.py_object).value

@@ -24,7 +24,14 @@ from uniflow_kernels.ops.flow_choice import (
 )
 from uniflow_kernels.ops.flow_head import run_flow_blocks
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import children_of, is_forward_mode, is_transforming, parameters_of, plain_parts
+from uniflow_kernels.torch_private import (
+    TRACES_STAND_INS,
+    children_of,
+    is_forward_mode,
+    is_transforming,
+    parameters_of,
+    plain_parts,
+)
 
 ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
 Path = tuple[str, ...]  # of a submodule
@@ -121,7 +128,7 @@ class Head:
         if self.rows is not None:
             args, kwargs = self.rows.share(args, kwargs)
         inside = self._served(module)
-        if inside is not None:
+        if inside is not None and (not torch.compiler.is_compiling() or self._is_traceable(module)):
             try:
                 return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, inside), args, kwargs)
             except deferral.Deviation:
@@ -141,11 +148,11 @@ class Head:
             if reason is None or forward_mode:
                 inside = self.inside(module)
                 reason = _CHANGED if inside is None else reason
-        if backend_for(reason) == "eager" and not forward_mode:  # raises if kernels were asked for and cannot
-            return None
-        if torch.compiler.is_compiling() and not deferral.is_prepared(type(module), self.names):
-            return None
-        return inside
+        # raises if kernels were asked for and cannot
+        return None if backend_for(reason) == "eager" and not forward_mode else inside
+
+    def _is_traceable(self, module: nn.Module) -> bool:
+        return TRACES_STAND_INS and deferral.is_prepared(type(module), self.names)
 
     def inside(self, module: nn.Module) -> list[Any] | None:
         """The blocks, the last layer and the shared modulations, and all in them; None if one is not as it was."""
