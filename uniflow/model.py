@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
-from uniflow.hub import local_folder, model_card, push
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
     PretrainedEncoder,
@@ -24,20 +21,14 @@ from uniflow.pretrained import (
     take_tensors,
 )
 from uniflow.sampler import Decoder, Sampler
+from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer
+from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
-# what a model card counts the parameters of
-_PARTS = {
-    "encoder": ("embeddings.", "encoder."),
-    "latents": ("chal_proj.", "chal_unproj."),
-    "global blocks": ("global_block", "decoder_pos_embed"),
-    "flow head": ("flow_head.",),
-}
 
-
-class UniFlow(nn.Module):
+class UniFlow(Stored):
     """The tokenizer: images to latents and back.
 
     Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; at another
@@ -54,14 +45,12 @@ class UniFlow(nn.Module):
     embeddings: Embeddings | HuggingFaceEmbeddings
     encoder: LayerStack
 
-    mark = "chal_proj.c_fc.weight"  # the name of a parameter that each has, by which it is found in a checkpoint
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
     untrained_parts: tuple[str, ...] = ()
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.vit_hidden_size
         if pretrained is None and config.encoder is not None:
             pretrained = described_encoder(config)
@@ -299,6 +288,7 @@ class UniFlow(nn.Module):
         temperature: float = 1.0,
         dtype: torch.dtype = torch.uint8,
         max_memory: int | None = None,
+        precision: str | None = None,
     ) -> Decoder:
         """A decoder whose settings are fixed and whose work is prepared: on CUDA it is captured here.
 
@@ -307,18 +297,21 @@ class UniFlow(nn.Module):
             size: (H, W) of the pictures in pixels; the trained size if not given.
             steps, schedule, cfg, cfg_interval, solver, temperature, max_memory: as `decode` takes them.
             dtype: of the pictures: torch.uint8, or a floating one for values in [0, 1].
+            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md); that with
+                which the model was read if not given.
 
         Returns:
             A decoder from latents to pictures, not normalised.
 
         Raises:
             TypeError: for a dtype that pictures cannot have.
-            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, and as
-                `decode`.
+            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, a
+                precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
+        check_precision(precision, self.device, self.config.vit_hidden_size)
         size = (self.config.image_size, self.config.image_size) if size is None else size
-        return Decoder(Sampler(self, plan, temperature, max_memory, dtype), batch, size)
+        return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
 
     def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
         plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
@@ -335,76 +328,6 @@ class UniFlow(nn.Module):
         """Recompute every layer and flow block in the backward pass instead of keeping its activations."""
         self.encoder.gradient_checkpointing = enable
         self.flow_head.net.grad_checkpointing = enable
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str | None = None,
-        *,
-        torch_dtype: torch.dtype | str | None = None,
-        weights: str | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-    ) -> UniFlow:
-        """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
-
-        Args:
-            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin; or the
-                name of a repository on the Hub, OWNER/NAME or OWNER/NAME@REVISION.
-            device: where the parameters go.
-            dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
-            torch_dtype: the same, by the name that the transformers package had for it.
-            weights: which model of a file that holds several, as one and its average: "ema", or all of its prefix.
-            revision, cache_dir, local_files_only: of a repository, see `uniflow.hub.local_folder`.
-
-        Raises:
-            FileNotFoundError: if there is no config.json or no weights, or a repository cannot be had.
-            NotADirectoryError: if it is a file.
-            CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
-                of a model that the weights cannot fill, a file is damaged, or it holds several models and `weights`
-                names none.
-            ImportError: if its encoder is one of the transformers package, and this is not installed; without
-                huggingface_hub for a repository.
-            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
-
-        Warns:
-            NotFiniteWarning: if weights are NaN or infinite.
-            UserWarning: if the weights lie under a prefix or in a dictionary beside others: "module.", "state_dict".
-
-        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded but a
-        repository that is named.
-        """
-        chosen = as_dtype(dtype, torch_dtype)
-        folder = local_folder(folder, revision, cache_dir, local_files_only)
-        config = UniFlowConfig.from_pretrained(folder)
-        state = read_state(folder, mark=cls.mark, weights=weights)
-        model = cls.outlined(config, state, str(folder))
-        assign_state(model, state, str(folder), chosen)
-        return model.to(device, chosen).eval()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; also the state of one that was compiled or wrapped, or a checkpoint with that in it.
-
-        Raises:
-            CheckpointError: if there are several models in it.
-            RuntimeError: if it does not fit.
-
-        Warns:
-            UserWarning: what was taken off the keys.
-        """
-        return super().load_state_dict(chosen_weights(state_dict, self.mark, "state_dict"), strict, assign)
-
-    @classmethod
-    def outlined(cls, config: UniFlowConfig, state: Mapping[str, Tensor], source: str) -> UniFlow:
-        """A model whose parameters are on the meta device, to be assigned; errors as of `uniflow.checkpoint.outline`.
-
-        An encoder of another make is on the CPU: some of its tensors are in no checkpoint.
-        """
-        pretrained = None if config.encoder is None else described_encoder(config, state)
-        return outline(lambda: cls(config, pretrained), state, source)
 
     @classmethod
     def from_encoder(
@@ -438,66 +361,6 @@ class UniFlow(nn.Module):
                     f"from_encoder: expected fields of the decoder ({', '.join(DECODER_FIELDS)}), got {name}"
                 )
         return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors for `from_pretrained`; each file is whole or not there.
-
-        The official code reads them too. Not around an encoder of the transformers package, which is described by the
-        config's `encoder`: then config.json is of another model type.
-
-        Raises:
-            ValueError: if the encoder cannot be made again from a description.
-        """
-        if not isinstance(self.encoder, Encoder) and self.config.encoder is None:
-            raise ValueError(
-                "save_pretrained: expected an encoder of the InternViT kind, or one that transformers makes from its "
-                "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
-            )
-        write_state(self, folder)
-        self.save_config(folder)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        licence: str | None = None,
-        scores: Mapping[str, float] | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Upload what `save_pretrained` writes, and a model card, to the Hub.
-
-        Args:
-            repository: OWNER/NAME; made if it is not there.
-            licence, scores: for the card, see `uniflow.hub.model_card`.
-            private: whether a repository that is made is.
-            revision: the branch to write to.
-            message: of the commit.
-            token: of the account, if huggingface_hub does not know it.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ImportError: if huggingface_hub is not installed.
-            ValueError: as `save_pretrained`; if the name is not OWNER/NAME.
-        """
-        sizes = {
-            name: sum(parameter.numel() for own, parameter in self.named_parameters() if own.startswith(starts))
-            for name, starts in _PARTS.items()
-        }
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            card = model_card(repository, self.config.to_dict(), sizes, licence, scores)
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
-            return push(Path(folder), repository, private, revision, message, token)
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write config.json alone."""
-        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:
         _refuse_tracing()
