@@ -75,7 +75,6 @@ def count(call: Callable[[], Any]) -> int:
 
 def _is_launch(event: Any) -> bool:
     """Whether what the profiler saw is an op that does its work itself, and is neither a view nor an allocation."""
-    parent = event.cpu_parent
     if _is_in_one_launch(event.cpu_parent):
         return False
     if event.name in _ONE_LAUNCH:
