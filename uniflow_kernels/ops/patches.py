@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import constant
 
@@ -140,11 +140,14 @@ def _is_plain(device: torch.device) -> bool:
 def _kernels(op: str, device: torch.device, channels: int = 1, patch_size: int = 1, itemsize: int = 4) -> Any:
     """The module whose kernels move such patches, or None for plain PyTorch. The dtype does not count, but its size."""
 
-    def why_not() -> tuple[str | None, str | None]:
+    def why_not(name: str) -> str | None:
         size = None if itemsize <= 8 else f"it moves elements of up to 8 bytes, not of {itemsize}"
-        triton = triton_kernels.why_not_on(device, torch.float32) or size
-        cuda = cuda_kernels.why_not_on(device) or size
-        return triton, cuda or cuda_kernels.why_not_patch(channels, patch_size, itemsize=itemsize)
+        if name == "cpu":
+            return cpu_kernels.why_not_on(device) or size
+        if name == "triton":
+            return triton_kernels.why_not_on(device, torch.float32) or size
+        reason = cuda_kernels.why_not_on(device) or size
+        return reason or cuda_kernels.why_not_patch(channels, patch_size, itemsize=itemsize)
 
     return kernels_for(op, "patches", device, why_not)
 
