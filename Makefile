@@ -1,4 +1,4 @@
-# make demo | test | oldest | fuzz | lint | setup: each works from a fresh clone and makes .venv if it is not there.
+# make demo | test | oldest | fuzz | lint | dist | setup: each works from a fresh clone and makes .venv if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ OLDEST := $(VENV)/triton-3.6.0
 OLDEST_PYTHON ?= python3.12
 OLDEST_VENV := .venv-oldest
 
-.PHONY: setup demo test oldest fuzz lint gpu clean
+.PHONY: setup demo test oldest fuzz lint dist gpu clean
 
 setup: $(READY)
 
@@ -47,9 +47,13 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# source distribution and wheel in dist/, tried where nothing of this folder is
+dist: $(READY)
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/dist
+
 # takes what is there: nothing is installed, and a machine lent for minutes has no .venv. CASES=a,b runs a part
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks gpu $(if $(CASES),--cases $(CASES))
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) out build *.egg-info .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) out build dist *.egg-info .hypothesis

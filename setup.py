@@ -2,9 +2,9 @@
 
 Where nvcc is found the module uniflow_kernels._cuda is built from csrc/, and where a C++ compiler is found
 uniflow_kernels._cpu from csrc/cpu; else they are left out: the package works without them. Environment variables:
-UNIFLOW_CUDA=1 insists on the one, UNIFLOW_CUDA=0 leaves it out, UNIFLOW_CPU=1 and 0 the other; UNIFLOW_CUDA_ARCHS lists
-the architectures ("80;90", "90a"), by default those of 80, 90 and 100 that nvcc knows, with PTX of the last one for later
-GPUs; CUDA_HOME says where nvcc is, CXX which C++ compiler is taken.
+UNIFLOW_CUDA=1 insists on the one, UNIFLOW_CUDA=0 leaves it out, UNIFLOW_CPU=1 and 0 the other; UNIFLOW_CUDA_ARCHS
+lists the architectures ("80;90", "90a"), by default those of 80, 90 and 100 that nvcc knows, with PTX of the last one
+for later GPUs; CUDA_HOME says where nvcc is, CXX which C++ compiler is taken.
 """
 
 import importlib.util
@@ -109,7 +109,7 @@ def arch_flags() -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
-class NotBuilt(Exception):
+class NotBuiltError(Exception):
     """Why a compiled part could not be built."""
 
 
@@ -120,7 +120,7 @@ def pybind11_headers() -> str:
         return str(Path(package.origin).parent / "include")
     carried = Path(torch.origin).parent / "include" if torch is not None and torch.origin else ROOT
     if not (carried / "pybind11").is_dir():
-        raise NotBuilt("it needs pybind11 to be built: pip install pybind11 ninja")
+        raise NotBuiltError("it needs pybind11 to be built: pip install pybind11 ninja")
     return str(carried)
 
 
@@ -128,7 +128,7 @@ def find_ninja() -> str:
     """The program of the package, else the one on the PATH."""
     package = importlib.util.find_spec("ninja")
     if shutil.which("ninja") is None and package is None:
-        raise NotBuilt("it needs ninja to be built: pip install pybind11 ninja")
+        raise NotBuiltError("it needs ninja to be built: pip install pybind11 ninja")
     if package is None:
         return str(shutil.which("ninja"))
     import ninja
@@ -149,7 +149,7 @@ class BuildParts(build_ext):
             flags = {"flags": "-Xcompiler -fPIC,-fvisibility=hidden -cudart static", "link": "-shared -cudart static"}
             try:
                 self.run_ninja(extension, escaped(find_nvcc()), objects, **flags)
-            except NotBuilt as why:
+            except NotBuiltError as why:
                 sys.exit(f"The CUDA part could not be built: {why}\n{WITHOUT}")
             return
         kernels = CSRC / "cpu" / "kernels.cpp"
@@ -160,7 +160,7 @@ class BuildParts(build_ext):
         flags = {"flags": "-fPIC -fvisibility=hidden", "link": link}
         try:
             self.run_ninja(extension, re.sub(r"\$", "$$", find_cxx() or ""), objects, **flags)
-        except NotBuilt as why:
+        except NotBuiltError as why:
             if os.environ.get("UNIFLOW_CPU") == "1":
                 sys.exit(f"The CPU part could not be built: {why}\n{WITHOUT_CPU}")
             print(f"The CPU part is left out, plain PyTorch serves in its place: {why}", file=sys.stderr, flush=True)
@@ -183,7 +183,8 @@ class BuildParts(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = " ".join(f'"-I{path}"' for path in (pybind11_headers(), sysconfig.get_paths()["include"]))
         rules = NINJA.format(
-            compiler=compiler, flags=flags, includes=includes, link=link, target=escaped(target), names=" ".join(objects),
+            compiler=compiler, flags=flags, includes=includes, link=link, target=escaped(target),
+            names=" ".join(objects),
             objects="\n".join(
                 f"build {name}: compile {escaped(source.resolve())}\n  own = {own}"
                 for name, (source, own) in objects.items()
@@ -196,7 +197,7 @@ class BuildParts(build_ext):
         if done.returncode:
             failed = re.search(r"^FAILED:.*\n(.*)$", done.stdout, re.MULTILINE)
             what = failed[1] if failed else " ".join(map(str, command))
-            raise NotBuilt(f"its output is above. This command failed:\n  {what}")
+            raise NotBuiltError(f"its output is above. This command failed:\n  {what}")
 
 
 def escaped(path: object) -> str:
@@ -204,8 +205,19 @@ def escaped(path: object) -> str:
     return re.sub(r"([$: ])", r"$\1", str(path))
 
 
+def description() -> str:
+    """README.md as it reads where the files beside it are not: pictures by their words, links by the file's name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^]]*)\]\((?!\w+:)([^)]+)\)", r"*\2: \1*", text)
+    text = re.sub(r"\[([^]]*)\]\((?!\w+:)\1\)", r"`\1`", text)
+    text = re.sub(r"\[([^]]*)\]\((?!\w+:)([^)]+)\)", r"\1 (`\2`)", text)
+    return text + "\nThe files that are named here are in the source distribution.\n"
+
+
 parts = [name for name, wanted in (("_cuda", is_wanted), ("_cpu", is_cpu_wanted)) if wanted()]
 setup(
     ext_modules=[Extension(f"uniflow_kernels.{name}", [], optional=name == "_cpu") for name in parts],
     cmdclass={"build_ext": BuildParts} if parts else {},
+    long_description=description(),
+    long_description_content_type="text/markdown",
 )

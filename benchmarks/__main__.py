@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks list | run | report | compare | choices | gpu."""
+"""The command: python -m benchmarks list | run | host | report | compare | choices | gpu."""
 
 from __future__ import annotations
 
@@ -54,6 +54,23 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if any(entry["status"] in ("wrong", "failed", "died") for entry in file["entries"]) else 0
 
 
+def _host(options: argparse.Namespace) -> int:
+    from benchmarks import host
+
+    asked = options.cases.split(",") if options.cases else list(host.questions())
+    if unknown := sorted(set(asked) - host.questions().keys()):
+        raise UnknownCaseError(f"no question {', '.join(unknown)}; there are {', '.join(host.questions())}")
+    file = results.begin(_device())
+    path = options.out or results.default_path({**file, "machine": f"host {file['machine']}"})
+    try:
+        file["entries"] = host.measure(asked, options.seconds, say=lambda line: print(line, flush=True))
+    except host.stand_in.HostError as error:
+        raise results.ResultsError(str(error)) from None
+    results.save(file, path)
+    print(f"written: {path}")
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     if options.files and options.out is None:
         raise results.ResultsError("--out: name a folder for a page of these files alone; docs has one of all of them")
@@ -107,6 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-compile", action="store_true", help="leave torch.compile out: compiling takes long")
     command.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after this long")
     command.set_defaults(command=_run)
+
+    command = commands.add_parser("host", help="what calls cost before a GPU has anything to do; needs none")
+    command.add_argument("--cases", default="", metavar="A,B", help="only these questions; all if not given")
+    command.add_argument(
+        "--out", type=Path, metavar="JSON", help="by default benchmarks/results/host-<...>-<date>.json"
+    )
+    command.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed, by default 1")
+    command.set_defaults(command=_host)
 
     command = commands.add_parser("report", help="a Markdown page and plots from results files")
     command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default all in benchmarks/results")

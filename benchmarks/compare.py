@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.results import Entry, key, title
 
-PASSES, CLOCKS = ("forward", "backward", "both"), ("gpu_ms", "wall_ms")
+PASSES, CLOCKS = ("forward", "backward", "both", "call"), ("gpu_ms", "wall_ms", "host_us")
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

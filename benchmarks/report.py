@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.host import CASE as HOST
 from benchmarks.results import Entry, ResultsError, latest, milliseconds, size_text, slug
 from benchmarks.run import COMPILED
 from uniflow.atomic import replacing
@@ -32,7 +33,8 @@ INTRODUCTION = """# Benchmarks
 Written by `python -m benchmarks report` from benchmarks/results: of each machine, case and size what was measured last,
 run after run, the newest first. To measure on yours: `python -m benchmarks run --quick`; on a GPU, `make gpu` builds,
 tests, measures and reports in nine minutes. `python -m benchmarks list` names the questions, `compare OLD NEW` says
-what moved, `choices` makes the table by which the flow head takes its path on a GPU.
+what moved, `choices` makes the table by which the flow head takes its path on a GPU; `host` measures what calls cost in
+Python, with a GPU or without.
 
 Every function is first checked: its error against float64, outputs and gradients, may be at most twice that of plain
 PyTorch in the same dtype; large sizes at a smaller one, and then against the plain form at their own. What fails is
@@ -42,6 +44,11 @@ is that of CUDA graph replays on inputs that are not in the cache; on a CPU it i
 the official release writes it, on the same parameters. The floor is the larger of the bytes that must move over the
 machine's copy rate and the FLOPs that must be done over its rate on a large product, both measured in the same run.
 """
+
+HOST_TIME = """What a call costs before a GPU has anything to do, by `python -m benchmarks host`: microseconds of the
+process' time, medians with quartiles, of small tensors. On a machine without a GPU Triton compiles and launches as for
+an H100, on a libcuda that does nothing, and torch's own ops run on the CPU; launches are Triton's and torch's ops that
+a GPU would launch."""
 
 
 def write(files: list[dict[str, Any]], out: Path, flat: bool = False, readme: Path | None = None) -> None:
@@ -62,8 +69,11 @@ def write(files: list[dict[str, Any]], out: Path, flat: bool = False, readme: Pa
     machines = latest(files)
     sections = [INTRODUCTION]
     for results in machines:
+        host = [entry for entry in results["entries"] if entry["case"] == HOST]
+        results["entries"] = [entry for entry in results["entries"] if entry["case"] != HOST]
         plots = _plots(results, out if flat else out / "plots") if draw else []
         sections.append(_section(results, [plot.relative_to(out).as_posix() for plot in plots]))
+        sections += [_host(host)] if host else []
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "benchmarks.md", "\n".join(sections))
     print(f"written: {out / 'benchmarks.md'}")
@@ -94,13 +104,30 @@ def floor_ms(entry: Entry, name: str) -> float | None:
 def _section(results: dict[str, Any], plots: list[str]) -> str:
     lines = [f"## {results['machine']}", "", *(f"![{Path(plot).stem}]({plot})" for plot in plots), ""]
     for run, entries in _runs(results["entries"]):
-        facts = {"measured": run["date"][:10], "commit": run["commit"], **run["environment"]}
-        lines += [", ".join(f"{name} {value}" for name, value in facts.items()), ""]
+        lines += [_facts(run), ""]
         if rates := run.get("ceilings"):
             products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["product"].items())
             lines += [f"Ceilings: copy {rates['copy'] / 1e9:.3g} GB/s; product {products}.", ""]
         lines += _table(COLUMNS, [row for entry in entries for row in _rows(entry)])
     return "\n".join(lines)
+
+
+def _host(entries: list[Entry]) -> str:
+    lines = ["### Host time", "", HOST_TIME, ""]
+    for run, part in _runs(entries):
+        rows = []
+        for entry in part:
+            call = entry["forms"]["ours"]["call"]
+            times = call["host_us"]
+            shown = f"{times['median']:.3g} ({times['q1']:.3g}-{times['q3']:.3g})"
+            rows.append([entry["size"]["what"], entry["size"]["Triton"], shown, f"{call['launches']:g}"])
+        lines += [_facts(run), "", *_table(["call", "Triton", "host, us", "launches"], rows)]
+    return "\n".join(lines)
+
+
+def _facts(run: dict[str, Any]) -> str:
+    facts = {"measured": run["date"][:10], "commit": run["commit"], **run["environment"]}
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def _runs(entries: list[Entry]) -> Iterator[tuple[dict[str, Any], list[Entry]]]:

@@ -46,6 +46,7 @@ class UniFlow(nn.Module):
 
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
     untrained_parts: tuple[str, ...] = ()
+    encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,23 @@ from uniflow.config import UniFlowConfig
 from uniflow.flow_decoder import FlowDecoder
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow_kernels import seeded_noise, to_images
-from uniflow_kernels.graphs import GraphCache, why_not_graph
+from uniflow_kernels.graphs import GraphCache, Reader, why_not_graph
 from uniflow_kernels.modules.sampling import follow
 from uniflow_kernels.ops.noise import integer_seed, where_drawn
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Plan
-from uniflow_kernels.torch_private import is_forward_hooked
 
 Size = tuple[int, int]
 Batch = Tensor | tuple[Tensor, Size]
 
 
 class Tokenizer(Protocol):
-    """What a sampler asks of a UniFlow."""
+    """What a sampler asks of a UniFlow, which is a module; decoding never calls its submodules `encoding_parts`."""
 
     config: UniFlowConfig
     flow_head: FlowDecoder
     training: bool
+    encoding_parts: tuple[str, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,12 +45,6 @@ class Tokenizer(Protocol):
 
     def check_latents(self, latents: Tensor) -> None:
         """Raise an error if they are not [B, N, latent_ch], float."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is read besides latents and noise."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """All that may have hooks."""
 
 
 @dataclass  # not frozen: torch 2.11 compiles none that is
@@ -269,6 +263,7 @@ class Decoder:
         self.batch = batch
         self.size = size
         self._graphs = GraphCache("Decoder")
+        self._reader = Reader(skipped=sampler.model.encoding_parts)
         if sampler.model.device.type == "cuda":
             latents = torch.zeros(batch, tokens, config.latent_ch, dtype=torch.float32, device=sampler.model.device)
             for _ in range(2):  # the second of a kind is captured
@@ -304,12 +299,15 @@ class Decoder:
         start = sampler.start(latents, size, noise, generator, seed)
         with torch.no_grad():
             latents = latents.to(model.device, model.dtype, non_blocking=True)
-            if why_not_graph(model.device, ()) is not None or any(map(is_forward_hooked, model.modules())):
+            if why_not_graph(model.device, ()) is not None:
+                return sampler(latents, start, size)
+            read = self._reader(cast(nn.Module, model))
+            if read.hooked:
                 return sampler(latents, start, size)
             if noise is not None:
                 start = _moved(start.to(torch.promote_types(model.dtype, torch.float32)), model.device)
             how = (sampler.plan, sampler.temperature, sampler.max_memory, sampler.pictures, size, model.training)
-            return self._graphs(partial(sampler, size=size), (latents, start), list(model.parameters()), how)
+            return self._graphs(partial(sampler, size=size), (latents, start), read.tensors, how, read.structure)
 
     def stream(self, batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Tensor]:
         """Pictures on the host, batch by batch, in order.

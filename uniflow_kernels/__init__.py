@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "FlowHead",
     "LayerwiseDistillation",

@@ -45,6 +45,12 @@ def why_not_on(device: torch.device) -> str | None:
     return why_not_built() if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
 
 
+def why_not_images(device: torch.device, read: Sequence[torch.dtype], written: torch.dtype) -> str | None:
+    """Why it does not turn rows of such dtypes into images of such a dtype."""
+    wrong = [dtype for dtype in read if dtype not in _TYPES] + [written] * (written not in _TYPES)
+    return why_not_on(device) or (f"it takes float32, float16 and bfloat16, not {wrong[0]}" if wrong else None)
+
+
 def instructions() -> str:
     """The level of instructions that is used here: "avx512", "avx2" or "baseline"."""
     return _level().name
@@ -52,7 +58,134 @@ def instructions() -> str:
 
 def shares_threads() -> bool:
     """Whether it found torch's threads; else one thread does all."""
-    return importlib.import_module("uniflow_kernels._cpu").SHARES_THREADS
+    return _module().SHARES_THREADS
+
+
+def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: Tensor) -> None:
+    """Write x_t [k*B, N, columns]."""
+    if not x_t.numel():
+        return
+    t = t.float().contiguous()
+    made_of = _source(source, scale_and_shift, x_t.shape[-1])
+    _level().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], torch.get_num_threads())
+
+
+def velocity_loss(
+    source: Source,
+    scale_and_shift: Tensor | None,
+    velocity: Tensor,
+    coefficients: Tensor | float,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
+    """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
+    if not velocity.numel():
+        return
+    each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
+    _level().velocity_loss(
+        _source(source, scale_and_shift, velocity.shape[-1]),
+        _rows(velocity),
+        _address(each),
+        every,
+        _address(gradient),
+        losses.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
+    """Write `rows` [B, N, C*P*P], which are contiguous."""
+    _move(images, rows, patch_size, cut=True)
+
+
+def unpatchify(rows: Tensor, images: Tensor, patch_size: int) -> None:
+    """Write `images` [B, C, H, W]."""
+    _move(images, rows, patch_size, cut=False)
+
+
+def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
+    if not rows.numel():
+        return
+    _level().move_patches(
+        images.data_ptr(),
+        tuple(images.shape),
+        images.stride(),
+        rows.data_ptr(),
+        rows.stride(),
+        patch_size,
+        images.itemsize,
+        cut,
+        torch.get_num_threads(),
+    )
+
+
+def to_images(
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean_and_std: Tensor | None,
+    patch_size: int,
+    clamp: bool,
+    images: Tensor,
+) -> None:
+    """Write `images` [B, C, H, W] of rows + dt * velocity, [B, N, C*P*P] each; `mean_and_std` is [C, 2]."""
+    if not rows.numel():
+        return
+    _level().to_images(
+        _rows(rows),
+        rows.stride(2),
+        _rows(velocity),
+        0 if velocity is None else velocity.stride(2),
+        dt,
+        _address(mean_and_std),
+        clamp,
+        images.data_ptr(),
+        _TYPES[images.dtype],
+        tuple(images.shape),
+        images.stride(),
+        patch_size,
+        torch.get_num_threads(),
+    )
+
+
+def cosine_distances(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    skip_tokens: int,
+    gradients: Sequence[Tensor],
+    powers: Tensor | None,
+    distances: Tensor,
+) -> None:
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none.
+
+    With `powers` [L, B, S] each token's gradient is multiplied by a power of two, which is written there.
+    """
+    batch, length, width = student[0].shape
+    if not student[0].numel():
+        return
+    addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
+    of_layers = [None] * len(student) if powers is None else powers.unbind()
+    layers = [
+        (s.data_ptr(), t.data_ptr(), address, _address(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
+        for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
+    ]
+    _level().cosine_distances(
+        layers,
+        batch,
+        length,
+        width,
+        skip_tokens,
+        _TYPES[student[0].dtype],
+        distances.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
+    number = factor.item()
+    if number != 1:
+        _level().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), number, torch.get_num_threads())
 
 
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
@@ -79,6 +212,41 @@ def _is_built() -> bool:
 
 
 @functools.cache
+def _module() -> Any:
+    return importlib.import_module("uniflow_kernels._cpu")
+
+
+@functools.cache
 def _level() -> Any:
     """The kernels of the best level that this processor has."""
-    return importlib.import_module("uniflow_kernels._cpu").levels()[0]
+    return _module().levels()[0]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(rows: Tensor | None) -> Any:
+    module = _module()
+    if rows is None:
+        return module.Rows(0, 0, 0, 0)
+    return module.Rows(rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), rows.stride(1))
+
+
+def _source(source: Source, scale_and_shift: Tensor | None, columns: int) -> Any:
+    images = source.images
+    return _module().Source(
+        images.data_ptr(),
+        _TYPES[images.dtype],
+        tuple(images.shape),
+        images.stride(),
+        _address(scale_and_shift),
+        source.patch_size,
+        source.repeats,
+        _rows(source.noise),
+        source.number,
+        source.offset,
+        _address(source.held),
+        source.first_row,
+        columns,
+    )

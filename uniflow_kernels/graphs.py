@@ -10,14 +10,23 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniflow_kernels.choice import requested
-from uniflow_kernels.torch_private import is_transforming
+from uniflow_kernels.torch_private import (
+    BUFFERS,
+    CHILDREN,
+    FORWARD_HOOKS,
+    PARAMETERS,
+    is_any_hooked,
+    is_transforming,
+)
 
 Inputs = Sequence[Tensor | None]
 Function = Callable[..., Tensor]
@@ -37,6 +46,87 @@ def why_not_graph(device: torch.device, read: Sequence[Tensor | None]) -> str | 
         return "the caller is capturing a graph"
     return None
 
+
+# --- what a function reads ---
+
+
+class Read(NamedTuple):
+    """What calling a module reads at this moment.
+
+    Args:
+        tensors: all parameters and buffers.
+        hooked: whether a hook would be fired in the forward pass.
+        structure: the same object as long as no submodule, class, forward put on an instance, or norm's eps changes.
+    """
+
+    tensors: list[Tensor]
+    hooked: bool
+    structure: object
+
+
+class Reader:
+    """Finds what calling a module reads. The modules are walked through once; later it is seen whether they are those.
+
+    No tensor and no hook is remembered: they are taken from the modules in every call, and where the tensors lie is for
+    the caller to compare. A submodule that was replaced is held until the next call.
+
+    Args:
+        skipped: names of submodules of the module itself that are not called.
+    """
+
+    def __init__(self, skipped: Container[str] = ()) -> None:
+        self.skipped = skipped
+        self._known: _Known | None = None
+
+    def __call__(self, module: nn.Module) -> Read:
+        """Of a module; called with one and the same, and from any thread."""
+        known = self._known
+        if known is None or known.own[0] is not vars(module) or known.found != _found(known):
+            known = self._known = self._walked(module)
+        own = known.own
+        held = filter(None, chain(map(PARAMETERS, own), map(BUFFERS, own)))
+        tensors = [tensor for tensor in chain.from_iterable(map(dict.values, held)) if tensor is not None]
+        hooked = is_any_hooked() or any(any(map(hooks, own)) for hooks in FORWARD_HOOKS)
+        return Read(tensors, hooked, known.structure)
+
+    def _walked(self, module: nn.Module) -> _Known:
+        """Not holding the module itself, beside which this may be kept."""
+        own = vars(module)
+        below = [child for name, child in CHILDREN(own).items() if child is not None and name not in self.skipped]
+        seen = set(map(id, below))
+        for part in below:  # which grows
+            for child in CHILDREN(vars(part)).values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    below.append(child)
+        parts = [own, *map(vars, below)]
+        known = _Known(below, parts, [part for part in parts if "eps" in part], (), object())
+        return known._replace(found=_found(known))
+
+
+class _Known(NamedTuple):
+    """What was walked through: the modules below the first, the attributes of all and of norms, and what was found."""
+
+    below: list[nn.Module]
+    own: list[Mapping[str, Any]]
+    norms: list[Mapping[str, Any]]
+    found: tuple[Any, ...]
+    structure: object
+
+
+def _found(known: _Known) -> tuple[Any, ...]:
+    """What tells whether a walk would find the same; modules are equal to themselves alone."""
+    children = list(map(CHILDREN, known.own))
+    return (
+        list(map(type, known.below)),
+        list(map(len, children)),
+        list(chain.from_iterable(map(dict.values, filter(None, children)))),
+        [(id(own), own["forward"]) for own in known.own[1:] if "forward" in own],  # the first one's is not called
+        [own.get("eps") for own in known.norms],
+    )
+
+
+# --- graphs ---
 
 _CAPTURES = threading.Lock()  # one at a time: a capture begins by waiting for the whole device
 
@@ -93,8 +183,8 @@ class Graph:
 class GraphCache:
     """Graphs by kind of input. A kind is captured when it comes the second time while it is still among the last ones.
 
-    Safe to call from several threads and streams. Belongs to one set of parameters: where one of them has moved, all
-    graphs are dropped.
+    Safe to call from several threads and streams. Belongs to one set of parameters: where one of them has moved, or the
+    modules that hold them have changed, all graphs are dropped.
 
     Args:
         name: of what is captured, for warnings.
@@ -105,7 +195,7 @@ class GraphCache:
         self.name = name
         self.limit = limit
         self._graphs: OrderedDict[Hashable, Graph | str] = OrderedDict()  # or "seen" once, or "refused"
-        self._parameters: Hashable = None
+        self._read: Any = None
         self._place: Place | None = None
         self._lock = threading.RLock()
 
@@ -113,7 +203,14 @@ class GraphCache:
         """How many graphs there are."""
         return sum(not isinstance(graph, str) for graph in self._graphs.values())
 
-    def __call__(self, function: Function, inputs: Inputs, parameters: Sequence[Tensor], how: Hashable) -> Tensor:
+    def __call__(
+        self,
+        function: Function,
+        inputs: Inputs,
+        parameters: Sequence[Tensor],
+        how: Hashable,
+        structure: object = None,
+    ) -> Tensor:
         """function(*inputs), from a graph where there is one.
 
         Args:
@@ -122,9 +219,11 @@ class GraphCache:
             inputs: on one CUDA device; None for one that is not there.
             parameters: all that the function reads besides.
             how: settings of the function.
+            structure: of the modules that it calls, see `Read`.
         """
+        memory = [list(map(of, parameters)) for of in (Tensor.data_ptr, attrgetter("dtype"))]
         with self._lock, torch.cuda.device_of(inputs[0]):
-            self._keep_only(tuple((tensor.data_ptr(), tensor.dtype) for tensor in parameters))
+            self._keep_only((structure, memory))
             graph = self._graph(function, inputs, (how, *_surroundings(), *map(_kind, inputs)))
             if graph is not None:
                 return graph(inputs)
@@ -138,10 +237,10 @@ class GraphCache:
             self._graphs.clear()
             self._place = None
 
-    def _keep_only(self, parameters: Hashable) -> None:
-        if parameters != self._parameters:
+    def _keep_only(self, read: Any) -> None:
+        if read != self._read:
             self.clear()
-            self._parameters = parameters
+            self._read = read
 
     def _graph(self, function: Function, inputs: Inputs, key: Hashable) -> Graph | None:
         graph = self._graphs.get(key)

@@ -230,10 +230,10 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
             row_of(job.velocity, job.velocity_column, place.image, token, length, scratch.rows[3], scratch.rows[4]);
         for (int64_t i = 0; i < length; ++i) values[i] = uniflow::multiply_add(velocity[i], job.dt, rows[i]);
       }
-      if (job.scale_and_shift != nullptr)
+      if (job.mean_and_std != nullptr)
         for (int64_t channel = 0; channel < pictures.channels; ++channel) {
-          const float scale = job.scale_and_shift[2 * channel], shift = job.scale_and_shift[2 * channel + 1];
-          for (int64_t i = channel * area; i < (channel + 1) * area; ++i) values[i] = uniflow::multiply_add(values[i], scale, shift);
+          const float mean = job.mean_and_std[2 * channel], std = job.mean_and_std[2 * channel + 1];
+          for (int64_t i = channel * area; i < (channel + 1) * area; ++i) values[i] = uniflow::multiply_add(values[i], std, mean);
         }
       if (job.clamp)  // a NaN stays one
         for (int64_t i = 0; i < length; ++i) {

@@ -75,7 +75,7 @@ struct Finish {  // units: lines of patches
   Rows rows, velocity;  // data of the velocity may be null
   int64_t rows_column, velocity_column;
   float dt;
-  const float* scale_and_shift;  // [C, 2], or null
+  const float* mean_and_std;  // [C, 2], or null
   bool clamp;
 };
 

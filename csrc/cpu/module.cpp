@@ -89,10 +89,10 @@ class Level {
   }
 
   void to_images(const Rows& rows, int64_t rows_column, const Rows& velocity, int64_t velocity_column, float dt,
-                 uintptr_t scale_and_shift, bool clamp, uintptr_t images, int32_t type, const std::array<int64_t, 4>& shape,
+                 uintptr_t mean_and_std, bool clamp, uintptr_t images, int32_t type, const std::array<int64_t, 4>& shape,
                  const std::array<int64_t, 4>& strides, int64_t patch, int threads) const {
     const Finish job{pictures_of(images, shape, strides, patch), type, rows, velocity, rows_column, velocity_column, dt,
-                     at<const float>(scale_and_shift), clamp};
+                     at<const float>(mean_and_std), clamp};
     share(kernels_.finish, job, job.pictures.lines(), job.pictures.across * job.pictures.length(), job.pictures.length(), threads);
   }
 

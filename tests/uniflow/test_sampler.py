@@ -256,6 +256,18 @@ def test_from_several_threads(tiny):
     assert not wrong
 
 
+def test_no_module_is_walked_through_before_a_replay(tiny, monkeypatch):
+    monkeypatch.setattr(sampler, "why_not_graph", lambda device, read: None)
+    model = tiny()
+    decoder, (latents, noise) = model.compile_decoder(3), inputs(model)
+    for _ in range(2):
+        decoder(latents, noise=noise)
+    monkeypatch.setattr(StandIn, "__call__", lambda self, inputs: self.inputs[0])
+    for name in ("named_modules", "named_children", "named_parameters"):
+        monkeypatch.setattr(torch.nn.Module, name, None)
+    decoder(latents, noise=noise)
+
+
 def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch):
     monkeypatch.setattr(sampler, "why_not_graph", lambda device, read: None)
     model = tiny()
@@ -275,7 +287,17 @@ def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch
         model.chal_unproj.c_fc.bias.add_(1)
     assert not torch.equal(decoder(latents, noise=noise), before)
     assert torch.equal(copy.deepcopy(model).compile_decoder(3)(latents, noise=noise), decoder(latents, noise=noise))
-    calls = []
+    # what only encoding calls may change and be watched; what decoding calls may not
+    captures, calls = StandIn.captures, []
+    model.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.encoder.double()
+    decoder(latents, noise=noise)
+    assert StandIn.captures == captures
+    before = decoder(latents, noise=noise)
+    model.global_blocks[0].mlp = torch.nn.Identity()
+    for _ in range(3):
+        assert not torch.equal(decoder(latents, noise=noise), before)
+    assert StandIn.captures == captures + 1
     model.global_blocks[0].register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
         decoder(latents, noise=noise)

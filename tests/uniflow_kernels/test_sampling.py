@@ -169,6 +169,31 @@ def test_hooks_keep_their_calls_and_a_warning_says_so(graphs_on_cpu):
     assert StandIn.captures == 0
 
 
+@torch.no_grad()
+def test_a_head_that_changed_is_looked_at_again(graphs_on_cpu):
+    """Without a hook in between it is looked at once; one on gradients, which nobody wants, changes nothing."""
+    head, (noise, condition) = make_head(), inputs()
+    asked, ask = [], head.why_not_captured
+    head.why_not_captured = lambda: asked.append(1) or ask()
+    head.res_blocks[0].register_full_backward_hook(lambda *_: None)
+    for _ in range(3):
+        head.sample(condition, 1, noise=noise)
+    assert StandIn.captures == len(asked) == 1
+    head.res_blocks[0].in_ln.eps = 1.0
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="without a CUDA graph: a submodule was replaced"):
+            changed = head.sample(condition, 1, noise=noise)
+        assert torch.allclose(changed, step_by_step(head, noise, condition, 1), atol=1e-5)
+    head.res_blocks[0].in_ln.eps = head.form.eps
+    hook = head.res_blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="without a CUDA graph: a submodule was replaced"):
+        head.sample(condition, 1, noise=noise)
+    hook.remove()
+    for _ in range(2):
+        head.sample(condition, 1, noise=noise)
+    assert StandIn.captures == 2
+
+
 # modulations of several steps at once
 
 

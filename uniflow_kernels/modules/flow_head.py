@@ -31,7 +31,7 @@ from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain,
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
-from uniflow_kernels.torch_private import children_of, is_any_hooked, is_hooked, parameters_of
+from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked, parameters_of
 
 
 class TimestepEmbedding(nn.Module):
@@ -436,7 +436,8 @@ class FlowHead(nn.Module):
     def _is_as_built(self, whole: bool) -> bool:
         """Whether calling the fused op's parts, or the whole head's, does nothing but what they were built to do."""
         parts = self._parts(whole)
-        if is_any_hooked() or any(map(is_hooked, parts)) or [type(part) for part in parts] != self._built[whole]:
+        hooked = is_forward_hooked if whole else is_hooked  # what is captured wants no gradient
+        if is_any_hooked() or any(map(hooked, parts)) or [type(part) for part in parts] != self._built[whole]:
             return False
         return all(vars(part)["eps"] == self.form.eps for part in parts if type(part) in _NORMS)
 

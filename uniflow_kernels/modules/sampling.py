@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.graphs import GraphCache, why_not_graph
+from uniflow_kernels.graphs import GraphCache, Read, Reader, why_not_graph
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.ops.noise import where_drawn
@@ -19,7 +19,7 @@ from uniflow_kernels.solvers import Plan, Update, guide, last_update
 
 
 class Head(Protocol):
-    """What of a `FlowHead` its sampling needs."""
+    """What of a `FlowHead`, a module, its sampling needs."""
 
     in_channels: int
     out_channels: int
@@ -53,10 +53,6 @@ class Head(Protocol):
 
     def why_not_captured(self) -> str | None:
         """Why its modules must be called as they are in every step; None if its tensors are all that counts."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All of them."""
         ...
 
 
@@ -277,8 +273,27 @@ def follow(
     return last_update(velocity, noise, plan.steps, plan.schedule, plan.solver)
 
 
+class _Replays(GraphCache):
+    """The graphs of one head, which it does not hold; and what was said of its modules, until one of them changes."""
+
+    def __init__(self) -> None:
+        super().__init__("FlowHead.sample")
+        self.reader = Reader()
+        self._said: tuple[object, str | None] = (None, None)
+
+    def why_not(self, head: Head, read: Read) -> str | None:
+        """`head.why_not_captured()`, asked again where the modules are others or have hooks."""
+        structure, reason = self._said
+        if read.hooked:
+            return head.why_not_captured()
+        if structure is not read.structure:
+            reason = head.why_not_captured()
+            self._said = read.structure, reason
+        return reason
+
+
 # by head, beside it and not in it: copies and pickles of a head know nothing of them
-_GRAPHS: WeakKeyDictionary[Head, GraphCache] = WeakKeyDictionary()
+_GRAPHS: WeakKeyDictionary[Head, _Replays] = WeakKeyDictionary()
 
 
 def replayed(head: Head, sampler: Callable[..., Tensor], inputs: Sequence[Tensor | None], how: Hashable) -> Tensor:
@@ -291,13 +306,16 @@ def replayed(head: Head, sampler: Callable[..., Tensor], inputs: Sequence[Tensor
         how: the sampler's settings, to tell graphs apart.
     """
     assert inputs[0] is not None
-    parameters = list(head.parameters())
-    if why_not_graph(inputs[0].device, (*inputs, *parameters)) is not None:
-        return sampler(*inputs)
-    if (reason := head.why_not_captured()) is not None:
-        warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
+    device = inputs[0].device
+    if why_not_graph(device, inputs) is not None:
         return sampler(*inputs)
     graphs = _GRAPHS.get(head)
     if graphs is None:
-        graphs = _GRAPHS.setdefault(head, GraphCache("FlowHead.sample"))
-    return graphs(sampler, inputs, parameters, how)
+        graphs = _GRAPHS.setdefault(head, _Replays())
+    read = graphs.reader(cast(nn.Module, head))
+    if why_not_graph(device, read.tensors) is not None:
+        return sampler(*inputs)
+    if (reason := graphs.why_not(head, read)) is not None:
+        warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
+        return sampler(*inputs)
+    return graphs(sampler, inputs, read.tensors, how, read.structure)
