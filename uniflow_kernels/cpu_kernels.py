@@ -31,13 +31,13 @@ def why_not(*tensors: Tensor | None) -> str | None:
     for tensor in tensors:
         if tensor is None:
             continue
-        if reason := why_not_on(tensor.device):
-            return reason
-        if tensor.dtype not in _TYPES or tensor.dtype == torch.uint8:
+        if not tensor.is_cpu:
+            return why_not_on(tensor.device)
+        if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
         if tensor.is_neg():
             return "the numbers of a tensor are stored negated"
-    return None
+    return why_not_built()
 
 
 def why_not_on(device: torch.device) -> str | None:
@@ -182,10 +182,8 @@ def cosine_distances(
 
 
 def scale(values: Tensor, factor: Tensor) -> None:
-    """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
-    number = factor.item()
-    if number != 1:
-        _level().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), number, torch.get_num_threads())
+    """Multiply contiguous `values` by a scalar tensor, in place."""
+    _level().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.item(), torch.get_num_threads())
 
 
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:

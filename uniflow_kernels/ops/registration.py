@@ -196,9 +196,10 @@ def kernels_for(op: str, module: str, device: torch.device, why_not: Callable[[s
     wanted = requested()
     if wanted == "eager":
         return None
-    # the order of "auto" on a GPU is to be turned where a measurement says so; Triton's interpreter must be asked for
-    among = (wanted,) if wanted != "auto" else ("cpu",) if device.type == "cpu" else ("triton", "cuda")
-    chosen = choose(op, {name: why_not(name) for name in among})
+    if wanted == "auto" and device.type == "cpu":  # Triton's interpreter must be asked for
+        return cpu_kernels if why_not("cpu") is None else None
+    # the order of "auto" on a GPU; to be turned where a measurement says so
+    chosen = choose(op, {name: why_not(name) for name in (("triton", "cuda") if wanted == "auto" else (wanted,))})
     if chosen == "triton":
         return importlib.import_module(f"uniflow_kernels.triton_kernels.{module}")
     return {"cuda": cuda_kernels, "cpu": cpu_kernels}.get(chosen)

@@ -63,15 +63,16 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
             some.mul_(by)
         return
+    if gradient.device.type == "cpu" and factor.item() == 1:  # on a GPU the kernels look: to do so here would wait
+        return
     if not gradient.is_contiguous():
         gradient.mul_(factor)
         return
-    # on a GPU looking at the number would wait for the device: the kernels look at it there
     made = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}
     kernels = kernels_for("scale_", "distillation", gradient.device, lambda name: made[name].why_not(gradient))
     if kernels is not None:
         kernels.scale(gradient, factor)
-    elif gradient.device.type != "cpu" or factor.item() != 1:
+    else:
         gradient.mul_(factor)
 
 
