@@ -8,11 +8,14 @@ Names end in _p for a pointer and in _s for the number of elements from one row 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 # tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets more
 FORWARD_TILE = 2048
@@ -218,6 +221,10 @@ def norm_modulate_backward_kernel(
         tl.store(out + 5 * W, dq_sum, within)
 
 
+_launch = Launch(norm_modulate_kernel)
+_launch_backward = Launch(norm_modulate_backward_kernel)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Which row of the conditions each row of x takes: (row // repeat) % conditions."""
@@ -239,6 +246,7 @@ class Rows:
         return each.sum((0, 2), dtype=torch.float32).to(gradient.dtype)
 
 
+@lru_cache
 def tile(width: int, elements: int) -> tuple[int, int, int]:
     """Rows and columns of a tile that holds whole rows, at least `elements` in all, and its warps."""
     columns = triton.next_power_of_2(width)
@@ -275,7 +283,8 @@ def norm_modulate(
     shift, scale = modulation or (x, x)
     total = x if total is None else total
     weight, bias = norm
-    norm_modulate_kernel[(triton.cdiv(which.rows, block_rows),)](
+    _launch(
+        (cdiv(which.rows, block_rows),),
         x_p=x,
         gate_p=gate,
         q_p=q,
@@ -285,12 +294,12 @@ def norm_modulate(
         scale_p=scale,
         sum_p=total,
         h_p=h,
-        x_s=x.stride(0),
-        gate_s=gate.stride(0),
-        q_s=q.stride(0),
-        modulation_s=shift.stride(0),
-        sum_s=total.stride(0),
-        h_s=h.stride(0),
+        x_s=x.stride()[0],
+        gate_s=gate.stride()[0],
+        q_s=q.stride()[0],
+        modulation_s=shift.stride()[0],
+        sum_s=total.stride()[0],
+        h_s=h.stride()[0],
         rows=which.rows,
         conditions=which.conditions,
         repeat=which.repeat,
@@ -344,15 +353,16 @@ def norm_modulate_backward(
     block_rows, columns, warps = tile(width, BACKWARD_TILE)
     segment = which.rows if which.per_row else which.repeat
     segments = which.rows // segment
-    per_program = max(block_rows, triton.cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
-    per_segment = triton.cdiv(segment, per_program)
+    per_program = max(block_rows, cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
+    per_segment = cdiv(segment, per_program)
     partial = torch.empty(segments * per_segment, 6, width, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(dh, memory_format=torch.contiguous_format) if dsum is None else dsum
     dq = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, q = residual or (x, x)
     dshift, dscale = dmodulation or (dh, dh)
     weight, bias = norm
-    norm_modulate_backward_kernel[(segments * per_segment,)](
+    _launch_backward(
+        (segments * per_segment,),
         dh_p=dh,
         dsum_p=dx if dsum is None else dsum,
         x_p=x,
@@ -367,16 +377,16 @@ def norm_modulate_backward(
         dshift_p=dshift,
         dscale_p=dscale,
         partial_p=partial,
-        dh_s=dh.stride(0),
-        dsum_s=dx.stride(0),
-        x_s=x.stride(0),
-        gate_s=gate.stride(0),
-        q_s=q.stride(0),
-        modulation_s=width if scale is None else scale.stride(0),
-        dx_s=dx.stride(0),
+        dh_s=dh.stride()[0],
+        dsum_s=dx.stride()[0],
+        x_s=x.stride()[0],
+        gate_s=gate.stride()[0],
+        q_s=q.stride()[0],
+        modulation_s=width if scale is None else scale.stride()[0],
+        dx_s=dx.stride()[0],
         dq_s=width,
-        dgate_s=width if dgate is None else dgate.stride(0),
-        dmodulation_s=dscale.stride(0),
+        dgate_s=width if dgate is None else dgate.stride()[0],
+        dmodulation_s=dscale.stride()[0],
         rows=which.rows,
         conditions=which.conditions,
         repeat=which.repeat,
