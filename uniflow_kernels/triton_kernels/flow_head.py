@@ -38,6 +38,15 @@ def _statistics(x, inside, W: tl.constexpr, eps, RMS: tl.constexpr):
     return centred, tl.rsqrt(tl.sum(centred * centred, 1) / W + eps)[:, None]
 
 
+@triton.jit
+def _condition(index, conditions, repeat, SHARED: tl.constexpr):
+    """The condition of each row. A division of 64 bits is a subroutine, so indices have as many as `rows` needs."""
+    if SHARED:
+        return ((index // repeat) % conditions).to(tl.int64)
+    else:
+        return index.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def norm_modulate_kernel(
     x_p,
@@ -65,31 +74,40 @@ def norm_modulate_kernel(
     BIAS: tl.constexpr,
     MODULATED: tl.constexpr,
     RMS: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
     """sum = x + gate * q, then h = norm(sum) * (1 + scale) + shift. Shift and h may be the same memory."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    index = tl.program_id(0).to(rows.dtype) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    row, condition = index.to(tl.int64), _condition(index, conditions, repeat, SHARED)
     col = tl.arange(0, BW)[None, :]  # [1, BW]
-    inside = (row < rows) & (col < W)
-    condition = (row // repeat) % conditions
-    x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+    inside = (index < rows) & (col < W)
+    # all loads before the first reduction, whose barriers none of them could pass
+    x = tl.load(x_p + row * x_s + col, inside, 0.0)
     if RESIDUAL:
-        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
-        x += gate * tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
-        rounded = x.to(sum_p.dtype.element_ty)
+        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+        q = tl.load(q_p + row * q_s + col, inside, 0.0)
+    if MODULATED:
+        scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0)
+        shift = tl.load(shift_p + condition * modulation_s + col, inside, 0.0)
+    if WEIGHT:
+        weight = tl.load(weight_p + col, col < W, 0.0)
+    if BIAS:
+        bias = tl.load(bias_p + col, col < W, 0.0)
+    x = x.to(tl.float32)
+    if RESIDUAL:
+        rounded = (x + gate.to(tl.float32) * q.to(tl.float32)).to(sum_p.dtype.element_ty)
         tl.store(sum_p + row * sum_s + col, rounded, inside)
         x = rounded.to(tl.float32)  # the backward pass and the next block see the rounded sum: so does the norm
     centred, rstd = _statistics(x, inside, W, eps, RMS)
     h = centred * rstd
     if WEIGHT:
-        h *= tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
+        h *= weight.to(tl.float32)
     if BIAS:
-        h += tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
+        h += bias.to(tl.float32)
     if MODULATED:
-        scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
-        shift = tl.load(shift_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
-        h = h * (1 + scale) + shift
+        h = h * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
     tl.store(h_p + row * h_s + col, h.to(h_p.dtype.element_ty), inside)
 
 
@@ -134,6 +152,7 @@ def norm_modulate_backward_kernel(
     PER_ROW: tl.constexpr,
     WRITE_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -143,11 +162,12 @@ def norm_modulate_backward_kernel(
     partial [programs, 6, W] gets the program's sums over its rows of what belongs to the norm's weight and bias, to
     shift, scale and gate, and of dq. PER_ROW writes dgate, dscale (and dshift, if it is not where dh lies) row by row.
     """
-    program = tl.program_id(0).to(tl.int64)
+    WIDE: tl.constexpr = BW > 2048  # sixteen warps, whose 128 registers a thread have no room for so many loads
+    program = tl.program_id(0).to(rows.dtype)
     per_segment = tl.cdiv(segment, per_program)
-    first = (program // per_segment) * segment + (program % per_segment) * per_program
-    last = tl.minimum(first + per_program, (program // per_segment + 1) * segment)
-    last = tl.minimum(last, rows)
+    within = (program % per_segment) * per_program  # the segment, a whole number of which are all rows
+    first = (program // per_segment) * segment + within
+    count = tl.minimum(per_program, segment - within)
     col = tl.arange(0, BW)[None, :]  # [1, BW]
     dweight_sum = tl.zeros((BW,), tl.float32)
     dbias_sum = tl.zeros((BW,), tl.float32)
@@ -159,12 +179,21 @@ def norm_modulate_backward_kernel(
         weight = tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
-    for start in range(first, last, BM):
-        row = start + tl.arange(0, BM)[:, None]  # [BM, 1]
-        inside = (row < last) & (col < W)  # [BM, BW]
-        condition = (row // repeat) % conditions
-        dh = tl.load(dh_p + row * dh_s + col, inside, 0.0).to(tl.float32)
-        x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+    for start in range(0, count, BM):
+        index = start + tl.arange(0, BM)[:, None]  # [BM, 1]
+        inside = (index < count) & (col < W)  # [BM, BW]
+        row, condition = (first + index).to(tl.int64), _condition(first + index, conditions, repeat, SHARED)
+        # all loads before the first reduction, whose barriers none of them could pass
+        dh = tl.load(dh_p + row * dh_s + col, inside, 0.0)
+        if MODULATED:
+            scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0)
+        if DSUM and not WIDE:
+            dsum = tl.load(dsum_p + row * dsum_s + col, inside, 0.0)
+        if RESIDUAL and not WIDE:
+            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+            q = tl.load(q_p + row * q_s + col, inside, 0.0)
+        x = tl.load(x_p + row * x_s + col, inside, 0.0)
+        x, dh = x.to(tl.float32), dh.to(tl.float32)
         centred, rstd = _statistics(x, inside, W, eps, RMS)
         xhat = centred * rstd
         dn = dh  # of the norm's output
@@ -174,9 +203,8 @@ def norm_modulate_backward_kernel(
                 normed = normed * weight
             if BIAS:
                 normed = normed + bias
-            scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
             dscale = dh * normed
-            dn = dh * (1 + scale)
+            dn = dh * (1 + scale.to(tl.float32))
             dshift_sum += tl.sum(dh, 0)
             dscale_sum += tl.sum(dscale, 0)
             if PER_ROW:
@@ -194,20 +222,23 @@ def norm_modulate_backward_kernel(
             dx -= (tl.sum(dxhat, 1) / W)[:, None]
         dx *= rstd
         if DSUM:
-            dx += tl.load(dsum_p + row * dsum_s + col, inside, 0.0).to(tl.float32)
+            if WIDE:
+                dsum = tl.load(dsum_p + row * dsum_s + col, inside, 0.0)
+            dx += dsum.to(tl.float32)
         tl.store(dx_p + row * dx_s + col, dx.to(dx_p.dtype.element_ty), inside)
         if RESIDUAL:
+            if WIDE:
+                gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+                q = tl.load(q_p + row * q_s + col, inside, 0.0)
             dx = tl.where(inside, dx, 0.0)
-            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
-            q = tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
-            dq = dx * gate
-            dgate = dx * q
+            dq = dx * gate.to(tl.float32)
+            dgate = dx * q.to(tl.float32)
             tl.store(dq_p + row * dq_s + col, dq.to(dq_p.dtype.element_ty), inside)
             dq_sum += tl.sum(dq, 0)
             dgate_sum += tl.sum(dgate, 0)
             if PER_ROW:
                 tl.store(dgate_p + row * dgate_s + col, dgate.to(dgate_p.dtype.element_ty), inside)
-    out = partial_p + program * (6 * W) + tl.arange(0, BW)
+    out = partial_p + program.to(tl.int64) * (6 * W) + tl.arange(0, BW)
     within = tl.arange(0, BW) < W
     if WEIGHT:
         tl.store(out, dweight_sum, within)
@@ -310,6 +341,7 @@ def norm_modulate(
         BIAS=bias is not None,
         MODULATED=modulation is not None,
         RMS=rms,
+        SHARED=which.conditions != which.rows,
         BM=block_rows,
         BW=columns,
         num_warps=warps,
@@ -402,6 +434,7 @@ def norm_modulate_backward(
         PER_ROW=which.per_row,
         WRITE_SHIFT=dmodulation is not None and dshift.data_ptr() != dh.data_ptr(),
         RMS=rms,
+        SHARED=which.conditions != which.rows,
         BM=block_rows,
         BW=columns,
         num_warps=warps,
