@@ -173,6 +173,11 @@ BUFFERS = itemgetter("_buffers")
 FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """A module with the same attributes and submodules, but no parameters: those are for the caller to set."""
+    return module._replicate_for_data_parallel()
+
+
 def is_forward_hooked(module: nn.Module) -> bool:
     """Whether calling the module fires a hook of its own where no gradient is wanted, or a forward put on it."""
     own = module.__dict__
