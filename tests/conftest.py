@@ -44,8 +44,21 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate",
+        choices=["80", "90", "csrc80", "csrc90"],
+        help="in the place of Triton's interpreter: run what the compilers make of the kernels (csrc: of the CUDA"
+        " part's) for a GPU of compute capability 8.0 or 9.0, in tests/ptx",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    if target := config.getoption("--emulate"):
+        from tests.ptx.session import Session
+
+        config.pluginmanager.register(Session(target))
+    elif os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         round_to_bfloat16()
         multiply_bfloat16()
     # the golden model is narrower than its patch, on purpose small

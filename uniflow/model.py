@@ -23,6 +23,7 @@ from uniflow.pretrained import (
 )
 from uniflow.sampler import Decoder, Sampler
 from uniflow.transformer import RMSNorm, TransformerLayer
+from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
@@ -288,6 +289,7 @@ class UniFlow(nn.Module):
         temperature: float = 1.0,
         dtype: torch.dtype = torch.uint8,
         max_memory: int | None = None,
+        precision: str | None = None,
     ) -> Decoder:
         """A decoder whose settings are fixed and whose work is prepared: on CUDA it is captured here.
 
@@ -296,18 +298,21 @@ class UniFlow(nn.Module):
             size: (H, W) of the pictures in pixels; the trained size if not given.
             steps, schedule, cfg, cfg_interval, solver, temperature, max_memory: as `decode` takes them.
             dtype: of the pictures: torch.uint8, or a floating one for values in [0, 1].
+            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md); that with
+                which the model was read if not given.
 
         Returns:
             A decoder from latents to pictures, not normalised.
 
         Raises:
             TypeError: for a dtype that pictures cannot have.
-            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, and as
-                `decode`.
+            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, a
+                precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
+        check_precision(precision, self.device, self.config.vit_hidden_size)
         size = (self.config.image_size, self.config.image_size) if size is None else size
-        return Decoder(Sampler(self, plan, temperature, max_memory, dtype), batch, size)
+        return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
 
     def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
         plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
@@ -333,6 +338,7 @@ class UniFlow(nn.Module):
         dtype: torch.dtype | str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        precision: str | None = None,
     ) -> UniFlow:
         """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
 
@@ -341,6 +347,8 @@ class UniFlow(nn.Module):
             device: where the parameters go.
             dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
             torch_dtype: the same, by the name that the transformers package had for it.
+            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md): for
+                inference alone, so call the model under torch.inference_mode().
 
         Raises:
             FileNotFoundError: if there is no config.json or no weights.
@@ -348,7 +356,8 @@ class UniFlow(nn.Module):
             CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
                 of a model that the weights cannot fill, or a file is damaged.
             ImportError: if its encoder is one of the transformers package, and this is not installed.
-            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
+            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have, or a precision that is
+                unknown or that the device does not have.
 
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
@@ -357,9 +366,11 @@ class UniFlow(nn.Module):
         """
         chosen = as_dtype(dtype, torch_dtype)
         config = UniFlowConfig.from_pretrained(folder)
+        check_precision(precision, torch.device(device), config.vit_hidden_size)
         state = read_state(folder)
         model = cls.outlined(config, state, str(folder))
         assign_state(model, state, str(folder), chosen)
+        model.flow_head.net.precision = precision
         return model.to(device, chosen).eval()
 
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from uniflow_kernels import cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
+from uniflow_kernels.ops.flow_fp8 import explain_fp8
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,17 @@ def doctor() -> DoctorReport:
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
     triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images")]
-    return DoctorReport(environment, [_flow_head(cuda), *losses, *triton_only, _attention(cuda)])
+    return DoctorReport(environment, [_flow_head(cuda), _fp8(cuda), *losses, *triton_only, _attention(cuda)])
 
 
 def _flow_head(cuda: bool) -> OpReport:
     call = Call(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, width=1024, hidden=1024, rows=1)
     return OpReport("flow_head", *explain(call))
+
+
+def _fp8(cuda: bool) -> OpReport:
+    runs, why = explain_fp8(torch.device("cuda" if cuda else "cpu"), 1024)
+    return OpReport('precision="fp8"', runs, f"on request; {why}")
 
 
 def _loss(name: str, cuda: bool) -> OpReport:

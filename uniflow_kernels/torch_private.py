@@ -48,6 +48,10 @@ def before_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
+# torch 2.11 does not find the submodules of an object of a derived class that shares a module's attributes
+TRACES_STAND_INS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def object_of(identity: int) -> Any:
     """The living object whose id() it is. torch 2.11 hands no module to a `constant` function, but its id()."""
     return ctypes.cast(identity, ctypes.py_object).value
@@ -191,6 +195,26 @@ def is_hooked(module: nn.Module) -> bool:
         bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
         or "forward" in own
     )
+
+
+def plain_parts(parts: list[Any], classes: frozenset[type]) -> list[Any] | None:
+    """The modules and all that is in them, if calling any does nothing but the forward of its class, one of these.
+
+    None is passed over. Returns None if one does more, or is of another class.
+    """
+    found = []
+    for part in parts:  # grows on the way
+        if part is None:
+            continue
+        own = part.__dict__
+        if type(part) not in classes or "forward" in own:
+            return None
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        found.append(part)
+        if own["_modules"]:
+            parts += own["_modules"].values()
+    return None if is_any_hooked() else found
 
 
 def is_any_hooked() -> bool:

@@ -35,6 +35,9 @@ CfgInterval = Annotated[
 _LARGEST_SEED = 2**63 - 1
 Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
     str | None,
@@ -133,6 +136,7 @@ def reconstruct(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
@@ -142,7 +146,8 @@ def reconstruct(
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
     given = Given(pictures, strict, max_pixels)
     reconstruct(given, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
 
@@ -187,6 +192,7 @@ def decode(
     max_memory: MaxMemory = None,
     workers: Workers = 2,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -194,7 +200,8 @@ def decode(
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, decode
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
     decode(latents, checkpoint, out, sampling, batch_size, workers, dtype, device, force)
 
 
@@ -219,6 +226,7 @@ def evaluate(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -227,7 +235,8 @@ def evaluate(
     from uniflow.cli.inputs import parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
     given = Given([folder], strict, max_pixels)
     evaluate(given, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
 

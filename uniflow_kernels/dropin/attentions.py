@@ -33,6 +33,9 @@ class Attention:
     def __str__(self) -> str:
         return f"attention of {self.heads} heads; scaled_dot_product_attention, or flash-attn where it can serve"
 
+    def prepare(self, module: nn.Module) -> None:
+        """Nothing must be done before `forward` can be compiled."""
+
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What `module(*args, **kwargs)` computes; by its own forward where that drops or is watched."""
         given = [*args, *kwargs.values()]

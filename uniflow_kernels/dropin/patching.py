@@ -28,6 +28,10 @@ class Recognised(Protocol):
         """What `module(*args, **kwargs)` computes."""
         ...
 
+    def prepare(self, module: nn.Module) -> None:
+        """What must be done before `forward` can be compiled."""
+        ...
+
 
 class Forward:
     """What stands in place of a patched module's forward.
@@ -41,6 +45,7 @@ class Forward:
     def __init__(self, module: nn.Module, recognised: Recognised) -> None:
         self._module = weakref.ref(module)
         self.recognised = recognised
+        recognised.prepare(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module computes."""

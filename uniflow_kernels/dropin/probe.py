@@ -43,6 +43,11 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return before_compilation(forward)
 
 
+def is_decorated(module: nn.Module) -> bool:
+    """Whether a torch.compile decorator stands around its class's forward."""
+    return own_forward(module) is not type(module).forward
+
+
 def check_untouched(module: nn.Module) -> None:
     """Raise NotOurs if calling a part of `module` does more than its class's forward, or its numbers cannot be read."""
     if is_any_hooked():
@@ -109,6 +114,12 @@ class Probe:
     def _put(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, np.float32)).to(self.device)
 
+    def in_mode(self, training: bool, run: Callable[[], Any]) -> Any:
+        """What `run` returns with the module in training mode, or in eval mode."""
+        for part in self.module.modules():
+            part.training = training
+        return run()
+
     def in_both_modes(self, run: Callable[[], Tensor]) -> list[Tensor]:
         """What `run` returns with the module in eval mode, and in training mode.
 
@@ -117,14 +128,12 @@ class Probe:
         """
         results = []
         for training in (False, True):
-            for part in self.module.modules():
-                part.training = training
             try:
-                results.append(run())
+                results.append(self.in_mode(training, run))
             except NotOurs:
                 raise
             except Exception as error:
-                raise NotOurs(f"it does not run on {ROWS} rows: {type(error).__name__}: {error}") from error
+                raise NotOurs(f"what its code was given here does not run: {type(error).__name__}: {error}") from error
         if not all(isinstance(result, Tensor) for result in results):
             raise NotOurs(f"it returns a {type(results[0]).__name__}, not a tensor")
         return results
@@ -171,7 +180,7 @@ class _Copies:
         own = vars(copied)
         own.update({name: self.of(value) for name, value in vars(part).items() if name not in own})
         own.pop("_compiled_call_impl", None)
-        if own_forward(part) is not type(part).forward:  # nothing is compiled to look at it
+        if is_decorated(part):  # nothing is compiled to look at it
             copied.forward = MethodType(own_forward(part), copied)
 
     def of(self, value: Any) -> Any:
@@ -237,9 +246,9 @@ def _see(self: Unseen, *_: object) -> None:
     raise TypeError("the value of this argument is not known")
 
 
-_SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
-_SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
-_SPECIAL -= {
+SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
+SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
+SPECIAL -= {
     "__class__",
     "__class_getitem__",
     "__doc__",
@@ -248,7 +257,7 @@ _SPECIAL -= {
     "__new__",
     "__subclasshook__",
 }
-for _name in _SPECIAL:
+for _name in SPECIAL:
     setattr(Unseen, _name, _see)
 
 

@@ -28,7 +28,8 @@ from uniflow_kernels.ops.flow_blocks import (
     swiglu,
 )
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain, what_is_shared
-from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks
+from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_precision, explain_fp8, refused
+from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks, run_quantized
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked, parameters_of
@@ -207,6 +208,8 @@ class FlowHead(nn.Module):
         final_modulation: whether the final layer is modulated.
         recompute: what the backward pass computes again instead of keeping it: "none", or "block": everything but the
             blocks' inputs.
+        precision: "fp8" for modulations made of 8-bit floats, which have no gradient: for inference; None for those of
+            the parameters' dtype. Can be set later.
 
     Raises:
         ValueError: for an unknown name, or groups that do not divide the number of blocks.
@@ -232,10 +235,12 @@ class FlowHead(nn.Module):
         modulation_groups: int | None = None,
         final_modulation: bool = True,
         recompute: str = "none",
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         form = Form(norm, eps, mlp, modulation_order)
         form.check()
+        check_precision(precision)
         check_choice("recompute", recompute, RECOMPUTE)
         groups = num_res_blocks if modulation_groups is None else modulation_groups
         if num_res_blocks and (groups < 1 or num_res_blocks % groups):
@@ -248,6 +253,7 @@ class FlowHead(nn.Module):
         self.grad_checkpointing = grad_checkpointing
         self.form = form
         self.recompute = recompute
+        self.precision = precision
         self.blocks_per_group = num_res_blocks // groups if num_res_blocks else 1
 
         self.time_embed = TimestepEmbedding(model_channels, bias)
@@ -289,7 +295,7 @@ class FlowHead(nn.Module):
 
         Raises:
             TypeError: if x or c is not floating point, or t complex.
-            ValueError: if the shapes do not fit together.
+            ValueError: if the shapes do not fit together, or the head's `precision` cannot serve.
         """
         check_floating("x", x)
         check_floating("c", c)
@@ -352,30 +358,42 @@ class FlowHead(nn.Module):
         inputs = start(self, condition, plan, noise, generator, null_condition, temperature)
         return replayed(self, sampler(self, plan, time_scale), inputs, (plan, time_scale))
 
-    def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
+    def from_embedding(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None = None) -> Tensor:
         """The head behind its embeddings.
 
         Args:
             x: [..., in_channels].
             y: time embedding plus condition embedding, before SiLU: [..., W], broadcastable to x's rows.
+            quantized: what `quantized` gave before, which is else asked here.
 
         Returns:
             [..., out_channels].
         """
-        return self._from_projection(self._projected(x), y)
+        return self._from_projection(self._projected(x), y, quantized)
 
-    def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+    def from_embeddings(
+        self, x: Tensor, ys: Sequence[Tensor], quantized: QuantizedLayers | None = None
+    ) -> list[Tensor]:
         """The head at the same x for several conditions, as guidance needs it: x is projected once.
 
-        Args:
-            x: [..., in_channels].
-            ys: as `from_embedding` takes them.
-
-        Returns:
-            As many tensors [..., out_channels].
+        The arguments are as `from_embedding` takes them; gives as many tensors [..., out_channels].
         """
         x = self._projected(x)
-        return [self._from_projection(x, y) for y in ys]
+        return [self._from_projection(x, y, quantized) for y in ys]
+
+    def quantized(self, precision: str | None = None) -> QuantizedLayers | None:
+        """The layers of the modulations in a precision, or else in the head's own; None where neither asks for any.
+
+        Raises:
+            ValueError: for an unknown precision, or if the modules must be called as they are.
+        """
+        if precision is None and self.precision is None:
+            return None
+        check_precision(precision or self.precision)
+        if (reason := self._why_not_fused()) is not None:
+            raise refused(reason)
+        _, modulations, final = self.tensors()
+        return QuantizedLayers.of(modulations, final)
 
     def padded_columns(self, dtype: torch.dtype) -> int:
         """in_channels, rounded up so that rows of this dtype are a multiple of 16 bytes (588 in bfloat16: 592).
@@ -400,7 +418,10 @@ class FlowHead(nn.Module):
         weight = pad(layer.weight) if trained else packed(("padded", behind), [layer.weight], pad)
         return F.linear(x, weight, layer.bias)
 
-    def _from_projection(self, x: Tensor, y: Tensor) -> Tensor:
+    def _from_projection(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None) -> Tensor:
+        quantized = quantized or self.quantized()
+        if quantized is not None:
+            return self.final_layer.linear(run_quantized(x, y, *self.tensors(), self.form, quantized=quantized))
         recompute = "block" if self.grad_checkpointing else self.recompute
         if (reason := self._why_not_fused()) is not None:
             choose_path(Call(x.device, x.dtype, self.model_channels, 0, rows=None, why_not=reason))  # raises, or eager
@@ -422,7 +443,12 @@ class FlowHead(nn.Module):
         hidden = 0 if reason else self._blocks()[0].tensors().down.weight.shape[1]
         shared = what_is_shared(1, 1, len(self.res_blocks) // self.blocks_per_group, len(self.res_blocks))
         call = Call(parameter.device, parameter.dtype, self.model_channels, hidden, 1, shared=shared, why_not=reason)
-        return "flow_head: {}; {}".format(*explain(call))
+        explained = "flow_head: {}; {}".format(*explain(call))
+        if self.precision is not None:
+            explained += "; modulations in fp8: {}; {}".format(
+                *explain_fp8(parameter.device, self.model_channels, reason)
+            )
+        return explained
 
     def _why_not_fused(self) -> str | None:
         if not self.res_blocks:

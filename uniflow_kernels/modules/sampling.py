@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from uniflow_kernels.graphs import GraphCache, Read, Reader, why_not_graph
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
+from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.ops.noise import where_drawn
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
@@ -25,6 +26,7 @@ class Head(Protocol):
     out_channels: int
     z_channels: int
     form: Form
+    precision: str | None
     cond_embed: nn.Linear
     input_proj: nn.Linear
     res_blocks: nn.ModuleList
@@ -43,11 +45,17 @@ class Head(Protocol):
         """Blocks, modulations and final modulation."""
         ...
 
-    def from_embedding(self, x: Tensor, y: Tensor) -> Tensor:
+    def quantized(self, precision: str | None = None) -> QuantizedLayers | None:
+        """The layers of the modulations in a precision or the head's own, if one is asked for."""
+        ...
+
+    def from_embedding(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None = None) -> Tensor:
         """The head behind its embeddings."""
         ...
 
-    def from_embeddings(self, x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+    def from_embeddings(
+        self, x: Tensor, ys: Sequence[Tensor], quantized: QuantizedLayers | None = None
+    ) -> list[Tensor]:
         """The same for several conditions at one x."""
         ...
 
@@ -78,6 +86,7 @@ class Conditioned:
         null_condition: what guidance leads away from: [..., z_channels], or [1, z_channels] for all rows, whose
             modulations are then one row; None without guidance.
         ahead: False where no memory is to be held for modulations made together.
+        precision: of the modulations, see `FlowHead`; the head's own if not given.
     """
 
     def __init__(
@@ -87,22 +96,24 @@ class Conditioned:
         times: Sequence[float],
         null_condition: Tensor | None = None,
         ahead: bool = True,
+        precision: str | None = None,
     ) -> None:
         self.head = head
+        self.quantized = head.quantized(precision)  # once: a captured graph reads the weights again in every replay
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
         on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=condition.device) for t in times])
         self.embedded = head.time_embed(on_device)
         self.index = {time: i for i, time in enumerate(times)}
-        self.ahead = _Ahead.of(head, self.embedded, self.c, self.null) if ahead else None
+        self.ahead = _Ahead.of(head, self.embedded, self.c, self.null, self.quantized) if ahead else None
 
     def __call__(self, x: Tensor, time: float) -> Tensor:
         """The head's output at x [..., in_channels], which is brought to the head's dtype, and one of the times."""
         x, i = x.to(self.c.dtype), self.index[time]
         if self.ahead is not None and self.ahead.serves(x):
             return self.ahead.alone(x, i)
-        return self.head.from_embedding(x, self.embedded[i] + self.c)
+        return self.head.from_embedding(x, self.embedded[i] + self.c, self.quantized)
 
     def both(self, x: Tensor, time: float) -> list[Tensor]:
         """The outputs under the condition and under the null condition, in one pass."""
@@ -110,7 +121,8 @@ class Conditioned:
         x, i = x.to(self.c.dtype), self.index[time]
         if self.ahead is not None and self.ahead.serves(x):
             return self.ahead.both(x, i)
-        return self.head.from_embeddings(x, [self.embedded[i] + self.c, self.embedded[i] + self.null])
+        ys = [self.embedded[i] + self.c, self.embedded[i] + self.null]
+        return self.head.from_embeddings(x, ys, self.quantized)
 
 
 class _Ahead:
@@ -122,17 +134,28 @@ class _Ahead:
         conditions: the embedded conditions of all R rows, and behind them the null condition's R or one, [C, W].
         rows: that go through the head at a time: R, or 2R with a null condition.
         shape: [...] of x.
+        quantized: the layers that make the modulations, if not the head's own.
     """
 
-    def __init__(self, head: Head, embedded: Tensor, conditions: Tensor, rows: int, shape: torch.Size) -> None:
+    def __init__(
+        self,
+        head: Head,
+        embedded: Tensor,
+        conditions: Tensor,
+        rows: int,
+        shape: torch.Size,
+        quantized: QuantizedLayers | None,
+    ) -> None:
         self.embedded, self.conditions, self.shape = embedded, conditions, shape
         self.input, self.output = ((layer.weight, layer.bias) for layer in (head.input_proj, head.final_layer.linear))
-        self.blocks = ModulatedBlocks(*head.tensors(), head.form, conditions, rows)
+        self.blocks = ModulatedBlocks(*head.tensors(), head.form, conditions, rows, quantized)
         self.together = ROWS_AHEAD // rows
         self.made: tuple[int, list[tuple[Tensor, ...]]] = (-1, [])
 
     @classmethod
-    def of(cls, head: Head, embedded: Tensor, c: Tensor, null: Tensor | None) -> _Ahead | None:
+    def of(
+        cls, head: Head, embedded: Tensor, c: Tensor, null: Tensor | None, quantized: QuantizedLayers | None
+    ) -> _Ahead | None:
         """None where it cannot serve, or where there is nothing to gain."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not head.res_blocks:
             return None
@@ -144,7 +167,7 @@ class _Ahead:
             conditions, rows = torch.cat([conditions, null.reshape(-1, c.shape[-1])]), 2 * rows
         if len(embedded) == 1 or not 0 < rows <= ROWS_AHEAD // 2 or head.why_not_captured() is not None:
             return None
-        return cls(head, embedded, conditions, rows, c.shape[:-1])
+        return cls(head, embedded, conditions, rows, c.shape[:-1], quantized)
 
     def serves(self, x: Tensor) -> bool:
         """Whether x is of the rows that the conditions are of, and wants no gradient."""
@@ -244,6 +267,7 @@ def follow(
     null_condition: Tensor | None = None,
     time_scale: float = 1000.0,
     ahead: bool = True,
+    precision: str | None = None,
 ) -> Update:
     """Carry noise along the head's velocity to the last update, which is left to the caller.
 
@@ -256,13 +280,14 @@ def follow(
         plan: steps, solver and guidance.
         null_condition: as `Conditioned` takes it; zeros if not given.
         time_scale: the head is given time_scale * t.
-        ahead: see `Conditioned`.
+        ahead, precision: see `Conditioned`.
     """
     if plan.cfg == 1.0:
         null_condition = None
     elif null_condition is None:
         null_condition = condition.new_zeros(1, condition.shape[-1])
-    conditioned = Conditioned(head, condition, [time_scale * t for t in plan.times()], null_condition, ahead)
+    times = [time_scale * t for t in plan.times()]
+    conditioned = Conditioned(head, condition, times, null_condition, ahead, precision)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if not plan.guides_at(t):
@@ -318,4 +343,4 @@ def replayed(head: Head, sampler: Callable[..., Tensor], inputs: Sequence[Tensor
     if (reason := graphs.why_not(head, read)) is not None:
         warnings.warn(f"FlowHead.sample: the steps run without a CUDA graph: {reason}", stacklevel=3)
         return sampler(*inputs)
-    return graphs(sampler, inputs, read.tensors, how, read.structure)
+    return graphs(sampler, inputs, read.tensors, (how, head.precision), read.structure)

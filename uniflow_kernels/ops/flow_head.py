@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from uniflow_kernels.ops.flow_blocks import (
     in_order,
 )
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, of_products
+from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_fp8, check_precision, chunks
 from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.ops.registration import register, wants_gradient
 from uniflow_kernels.packing import packed
@@ -44,6 +46,7 @@ def fused_flow_blocks(
     modulation_order: str = "shift-scale-gate",
     recompute: str = "none",
     path: str = "auto",
+    precision: str | None = None,
 ) -> Tensor:
     """All blocks of a flow head and its last norm: everything between `input_proj` and `final_layer.linear`.
 
@@ -62,21 +65,26 @@ def fused_flow_blocks(
             blocks' inputs.
         path: of the kernels, "rows" or "products", where no other may serve, as in tests and benchmarks; by default
             the fastest that can, see `uniflow_kernels.ops.flow_choice`.
+        precision: "fp8" for modulations made of 8-bit floats, in inference, see `uniflow_kernels.ops.flow_fp8`; None
+            for those of the tensors' dtype.
 
     Returns:
         [..., W], in x's dtype; under autocast in autocast's.
 
     Raises:
-        ValueError: for an unknown name, or tensors that do not fit together, naming the argument; or if the path or
-            the backend asked for cannot serve.
+        ValueError: for an unknown name, or tensors that do not fit together, naming the argument; or if the path, the
+            backend or the precision asked for cannot serve.
 
     Source: see `uniflow_kernels.ops.flow_blocks`.
     """
     form = Form(norm, eps, mlp, modulation_order)
     form.check()
     check_choice("recompute", recompute, RECOMPUTE)
+    check_precision(precision)
     check_shapes(x, y, blocks, modulations, final_modulation, form)
     tensors = blocks, modulations, final_modulation
+    if precision is not None:
+        return run_quantized(x, y, *tensors, form, path)
     path = choose_path(call_of(x, y, *tensors), path)
     return run_flow_blocks(x, y, *tensors, form, recompute, path, fits=True)
 
@@ -91,6 +99,7 @@ def run_flow_blocks(
     recompute: str,
     path: str,
     fits: bool = False,
+    activated: bool = False,
 ) -> Tensor:
     """`fused_flow_blocks` on the path that `choose_path` gave.
 
@@ -98,10 +107,11 @@ def run_flow_blocks(
         x, y, blocks, modulations, final_modulation, form, recompute: as there.
         path: "eager", "rows", "products"; or "auto" in a graph that is compiled for any number of rows.
         fits: whether the shapes were checked; else they are before a kernel reads what they promise.
+        activated: whether y is the condition behind SiLU.
     """
     dtype = dtype_of_products(x)
     x = x.to(dtype)
-    a = F.silu(y)
+    a = y if activated else F.silu(y)
     if path == "eager":  # weights in other dtypes are autocast's to cast
         again = recompute == "block" and torch.is_grad_enabled()
         return flow_blocks(x, blocks, FromLayers(a, modulations, final_modulation), form, again)
@@ -120,6 +130,48 @@ def run_flow_blocks(
     return out.view(x.shape)
 
 
+def run_quantized(
+    x: Tensor,
+    y: Tensor,
+    blocks: Sequence[Block],
+    modulations: Sequence[Affine],
+    final_modulation: Affine | None,
+    form: Form,
+    path: str = "auto",
+    quantized: QuantizedLayers | None = None,
+) -> Tensor:
+    """`fused_flow_blocks` with modulations in fp8, by layers that may have been quantized before; errors as there."""
+    every = in_order(blocks, modulations, final_modulation)
+    check_fp8(x, y, [tensor for affine in every for tensor in affine])
+    quantized = quantized or QuantizedLayers.of(modulations, final_modulation)
+    dtype = dtype_of_products(x)
+    x, a = x.to(dtype), F.silu(y)
+    width, hidden = blocks[0].down.weight.shape
+    path = choose_path(
+        Call(
+            x.device,
+            dtype,
+            width,
+            hidden,
+            None if torch.compiler.is_compiling() else math.prod(x.shape[:-1]),
+            shared="the modulations are made before",
+            tensors=of_products(blocks, (), None),
+            inputs=(x,),
+        ),
+        path,
+    )
+    if torch.is_autocast_enabled(x.device.type):
+        blocks, _, _ = _cast(blocks, (), None, dtype)
+        if path == "eager":  # only the kernels take norms of another dtype
+            blocks = [
+                block._replace(norm=Affine(*(None if t is None else t.to(dtype) for t in block.norm)))  # type: ignore[arg-type]
+                for block in blocks
+            ]
+    weights = [tensor for block in blocks for affine in block for tensor in affine]
+    rows, conditions, repeat = _flatten(x, a)
+    return fp8_flow_blocks_op(rows, conditions, *quantized, weights, repeat, *form, path).view(x.shape)
+
+
 class ModulatedBlocks:
     """The blocks for steps whose conditions are all known before the first one: few rows, without gradients.
 
@@ -130,6 +182,7 @@ class ModulatedBlocks:
         blocks, modulations, final_modulation, form: as `fused_flow_blocks` takes them, and fitting together.
         like: a tensor of the device and dtype of x.
         rows: R, of one step.
+        quantized: the layers of the modulations in fp8, if they are to make them.
     """
 
     def __init__(
@@ -140,8 +193,9 @@ class ModulatedBlocks:
         form: Form,
         like: Tensor,
         rows: int,
+        quantized: QuantizedLayers | None = None,
     ) -> None:
-        self.form, self.rows, self.dtype = form, rows, dtype_of_products(like)
+        self.form, self.rows, self.dtype, self.quantized = form, rows, dtype_of_products(like), quantized
         self.per_group = len(blocks) // len(modulations)
         if torch.is_autocast_enabled(like.device.type):
             blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, self.dtype)
@@ -168,13 +222,18 @@ class ModulatedBlocks:
         Returns:
             For each step those of the blocks' groups [R, 3W] and of the last norm, if it has one, [R, 2W].
         """
-        a = F.silu(y).to(self.dtype)
+        a = F.silu(y)
+        if self.quantized is None:
+            a = a.to(self.dtype)
+            whole = [F.linear(a, *layer) for layer in self.layers]
+        else:
+            groups, last = self.quantized.given(a.flatten(0, 1), self.dtype)
+            whole = [part.unflatten(0, a.shape[:2]) for part in (*groups, *([] if last is None else [last]))]
         made = []
-        for layer in self.layers:
-            modulation = F.linear(a, *layer)
-            if missing := self.rows - modulation.shape[1]:
-                modulation = torch.cat([modulation, modulation[:, -1:].expand(-1, missing, -1)], 1)
-            made.append(modulation.unbind())
+        for modulation in whole:
+            missing = self.rows - modulation.shape[1]
+            shared = [modulation[:, -1:].expand(-1, missing, -1)] if missing else []
+            made.append((torch.cat([modulation, *shared], 1) if shared else modulation).unbind())
         return list(zip(*made, strict=True))
 
     def __call__(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
@@ -265,6 +324,46 @@ def _modulated_flow_blocks(
         return Pass(x, blocks, given, Form(*form)).forward("rows")[0]
 
 
+def _fp8_flow_blocks(
+    x: Tensor,
+    a: Tensor,
+    layers: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    weights: Sequence[Tensor | None],
+    repeat: int,
+    *how: Any,
+) -> Tensor:
+    """Chunk by chunk, so that the modulations of no more than CHUNK_ROWS rows are held."""
+    form, path = _read(how, 0)
+    pairs, quantized = _pairs(weights), QuantizedLayers(layers, scale, bias)
+    blocks = [Block(*pairs[i : i + 3]) for i in range(0, len(pairs), 3)]
+    out = x.new_empty(x.shape)
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        made: tuple[slice | None, Given | None] = (None, None)
+        for conditions, rows in chunks(len(a), repeat, len(x)):
+            if made[0] != conditions:
+                made = (None, None)  # their memory is free for the next ones
+                made = conditions, quantized.given(a[conditions], x.dtype)
+            assert made[1] is not None
+            if path == "eager":
+                found = _beside(x[rows], blocks, made[1], repeat, form)
+            else:
+                found = Pass(x[rows], blocks, made[1], form, repeat).forward("rows")[0]
+            if len(found) == len(x):
+                return found
+            out[rows] = found
+    return out
+
+
+def _beside(x: Tensor, blocks: Sequence[Block], given: Given, repeat: int, form: Form) -> Tensor:
+    """The plain form of rows [R, W] that share modulations [C, ...]: row r has those of (r // repeat) % C."""
+    groups = [group.unsqueeze(1) for group in given.groups]
+    last = None if given.final is None else given.final.unsqueeze(1)
+    grid = x.unflatten(0, (-1, len(groups[0]), repeat))
+    return flow_blocks(grid, blocks, Given(groups, last), form).flatten(0, 2)
+
+
 def _flow_blocks_backward(
     dout: Tensor,
     x: Tensor,
@@ -315,6 +414,13 @@ flow_blocks_backward_op = register(
 modulated_flow_blocks_op = register(
     f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}) -> Tensor",
     _modulated_flow_blocks,
+    lambda x, *_: x.new_empty(x.shape),
+    tags=_TAGS,
+)
+fp8_flow_blocks_op = register(
+    "fp8_flow_blocks(Tensor x, Tensor a, Tensor layers, Tensor scale, Tensor? bias, Tensor?[] weights, SymInt repeat, "
+    f"{_FORM}, str path='auto') -> Tensor",
+    _fp8_flow_blocks,
     lambda x, *_: x.new_empty(x.shape),
     tags=_TAGS,
 )

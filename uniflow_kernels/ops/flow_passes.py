@@ -47,7 +47,7 @@ class Pass:
     Args:
         x: [R, W].
         blocks: the blocks' tensors.
-        modulations: where they come from: of C conditions, or given for every row.
+        modulations: where they come from, each of C conditions.
         form: of the head.
         repeat: how many rows that follow each other share a condition: row r has condition (r // repeat) % C.
         keep: what is kept for a backward pass: "nothing", "inputs" (the sum that each block makes) or "all" (with it h,
@@ -70,7 +70,7 @@ class Pass:
         self.hidden = blocks[0].down.weight.shape[1]
         self.depth, self.groups = len(blocks), len(modulations.groups)
         self.per_group = self.depth // self.groups
-        self.conditions = modulations.a.shape[0] if isinstance(modulations, FromLayers) else self.rows
+        self.conditions = len(modulations.a if isinstance(modulations, FromLayers) else modulations.groups[0])
         # h takes the place of shift, which nobody needs any more, where no other row or block shares it
         self.in_place = isinstance(modulations, FromLayers) and self.conditions == self.rows and self.per_group == 1
 
