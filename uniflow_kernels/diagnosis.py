@@ -58,7 +58,7 @@ def doctor() -> DoctorReport:
     }
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
-    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images")]
+    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images", "modulated_norm")]
     return DoctorReport(environment, [_flow_head(cuda), _fp8(cuda), *losses, *triton_only, _attention(cuda)])
 
 

@@ -149,6 +149,7 @@ def draws(name: str) -> bool:
 # --- many tensors in a few launches ---
 
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 

@@ -67,6 +67,8 @@ class Forward:
 class PatchReport:
     """What `patch` did.
 
+    `str()` is one line for each kind of thing: first what was patched, then what was left alone.
+
     Attributes:
         patched: name of a module -> what it is and what it runs on now. The model itself is called "".
         left_alone: name of a module that looks as if it could be served -> why it is not.
@@ -76,9 +78,22 @@ class PatchReport:
     left_alone: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{name or '(the model)'}: {what}" for name, what in self.patched.items()]
-        lines += [f"{name or '(the model)'}: left alone: {why}" for name, why in self.left_alone.items()]
+        lines = [f"{_listed(names)}: {what}" for what, names in _by_value(self.patched).items()]
+        lines += [f"{_listed(names)}: left alone: {why}" for why, names in _by_value(self.left_alone).items()]
         return "\n".join(lines) or "nothing here looks like a module that could be served"
+
+
+def _by_value(found: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, value in found.items():
+        names.setdefault(value, []).append(name or "(the model)")
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) < 3:
+        return ", ".join(names)
+    return f"{names[0]} ... {names[-1]} ({len(names)} modules)"
 
 
 def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> PatchReport:

@@ -5,10 +5,14 @@ Names end in _p for a pointer and in _s for the number of elements from one row 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 TILE = 2048  # elements of a tile that keep a program's values in registers at four warps
 
@@ -77,6 +81,11 @@ def activation_backward_kernel(
         tl.store(out + H, dup_sum, column < H)
 
 
+_launch = Launch(activation_kernel)
+_launch_backward = Launch(activation_backward_kernel)
+
+
+@lru_cache
 def _tile(hidden: int) -> tuple[int, int]:
     columns = min(256, triton.next_power_of_2(hidden))
     return max(1, TILE // columns), columns
@@ -87,11 +96,12 @@ def activation(p: Tensor, hidden: int) -> Tensor:
     rows = p.shape[0]
     u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
     block_rows, columns = _tile(hidden)
-    activation_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(hidden, columns))](
+    _launch(
+        (cdiv(rows, block_rows), cdiv(hidden, columns)),
         p_p=p,
         u_p=u,
-        p_s=p.stride(0),
-        u_s=u.stride(0),
+        p_s=p.stride()[0],
+        u_s=u.stride()[0],
         rows=rows,
         H=hidden,
         SWIGLU=p.shape[1] != hidden,
@@ -117,18 +127,19 @@ def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
     block_rows, columns = _tile(hidden)
     steps = 8
-    programs = triton.cdiv(rows, block_rows * steps)
+    programs = cdiv(rows, block_rows * steps)
     partial = torch.empty(programs, p.shape[1], dtype=torch.float32, device=p.device)
-    activation_backward_kernel[(programs, triton.cdiv(hidden, columns))](
+    _launch_backward(
+        (programs, cdiv(hidden, columns)),
         du_p=du,
         p_p=p,
         dp_p=dp,
         u_p=u,
         partial_p=partial,
-        du_s=du.stride(0),
-        p_s=p.stride(0),
-        dp_s=dp.stride(0),
-        u_s=u.stride(0),
+        du_s=du.stride()[0],
+        p_s=p.stride()[0],
+        dp_s=dp.stride()[0],
+        u_s=u.stride()[0],
         rows=rows,
         H=hidden,
         SWIGLU=gated,
