@@ -199,7 +199,8 @@ def recognise(module: nn.Module) -> Block | None:
     if len(layers) > 1 or len(free) != 2:
         if len(layers) == 1 and len(free) < 2:
             return None  # an MLP that is wide, say
-        raise NotOurs(f"{len(layers)} layers of modulations, and {', '.join(free) or 'nothing'} between its norms")
+        count = "one layer" if len(layers) == 1 else f"{len(layers)} layers"
+        raise NotOurs(f"{count} of modulations, and {', '.join(free) or 'nothing'} between its norms")
     check_untouched(module, but=[part for name in free for part in children_of(module)[name].modules()])  # type: ignore[union-attr]
     with Probe(module) as probe:
         return _Reading(probe, next(iter(layers)), free).block()
