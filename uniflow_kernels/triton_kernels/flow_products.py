@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.triton_kernels.activation import sigmoid
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
@@ -307,8 +308,7 @@ def up_kernel(
         p = _rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
         if p_p is not None:
             _write(p_p, p_s, row, c, M, H, p, TMA)
-        p = p.to(tl.float32)
-        u = p * tl.sigmoid(p)
+        u = p.to(tl.float32) * sigmoid(p, p.to(tl.float32))
         if GATED:
             up = _piece(ups, i, BN // BP)
             if bias_p is not None:
@@ -411,9 +411,9 @@ def down_backward_kernel(
         c = col + i * BP
         columns = c + tl.arange(0, BP)
         du = _piece(dus, i, BN // BP)  # [BM, BP]
-        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
-        s = tl.sigmoid(p)
-        u = p * s
+        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA)
+        s = sigmoid(p, du)
+        u = p.to(tl.float32) * s
         dp = du * (s + u * (1 - s))
         if GATED:
             up = _read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
