@@ -34,7 +34,7 @@ RUNS = {
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"
 
-_MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
+MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
 _PRODUCTS_FROM = 4096  # rows
 
 
@@ -174,8 +174,8 @@ def is_plain(on_cuda: bool) -> bool:
 @constant
 def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot serve a head of this width on this device; None where they can."""
-    if width > _MAX_WIDTH:
-        return f"it holds a row in one program: up to {_MAX_WIDTH} wide, not {width}"
+    if width > MAX_WIDTH:
+        return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
     return why_not_on(device, dtype)
 
 
