@@ -331,6 +331,16 @@ def memory_that_is_freed_and_taken_again_is_described_as_it_is_now() -> None:
 
 
 @check
+def an_integer_for_a_float_makes_no_kernel_of_its_own() -> None:
+    x, h, which = of(4, 16), of(4, 16), flow_head.Rows(4, 4, 1)
+    with driven(), compared() as seen:
+        for eps in (0, 1, 1e-6, 1.0, 0.0, 16):
+            flow_head.norm_modulate(x, None, (None, None), None, None, h, which, True, eps)
+        assert seen == ["norm_modulate_kernel, kept"] * 6
+        assert len({launched[2] for launched in Launcher.launched}) == 1
+
+
+@check
 def what_is_kept_is_bounded() -> None:
     with driven():
         for size in range(launch._MOST_KEPT + 20):

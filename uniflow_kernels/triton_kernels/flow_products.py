@@ -604,7 +604,7 @@ def modulated(
         h_s=h.stride()[0],
         scale_s=0 if scale is None else scale.stride()[0],
         M=rows,
-        eps=eps,
+        eps=float(eps),
         W=width,
         PART=of_x.columns,
         SCALE_FIRST=scale_first,
