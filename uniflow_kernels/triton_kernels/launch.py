@@ -111,7 +111,7 @@ class Launch:
         return self.kernel[grid](**arguments)
 
     def _learn(self, arguments: dict[str, Any]) -> tuple[Getter, ...]:
-        """What gets the arguments that count exactly, the integers and floats that do not, tensors, and tuples of them."""
+        """What gets the arguments that count exactly, integers and floats that do not, tensors, and tuples of them."""
         exact = [name for name in arguments if name not in self.names]
         integers: list[str] = []
         floats: list[str] = []
