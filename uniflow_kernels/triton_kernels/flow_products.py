@@ -351,11 +351,11 @@ def down_kernel(
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """sum = x + gate * q and its moments; the gate from a and g [W, W], q from u and w [W, H]. Both may be kept."""
+    """sum = x + gate * q and its moments; the gate from a and the last third of g [3W, W], q from u and w [W, H]."""
     row, col = _place(M, W, BM, BN)
-    gates = _product(a_p, a_s, g_p, g_s, row, col, M, W, W, BM, BN, BK, False, TMA)
+    gates = _product(a_p, a_s, g_p, g_s, row, 2 * W + col, M, 3 * W, W, BM, BN, BK, False, TMA)
     if gbias_p is not None:
-        gates += _columns(gbias_p, col, W, BN)
+        gates += _columns(gbias_p, 2 * W + col, 3 * W, BN)
     gates = _rounded(gates, sum_p, TMA)  # half the registers, while the second product is made
     qs = _product(u_p, u_s, w_p, w_s, row, col, M, W, H, BM, BN, BK, False, TMA)
     for i in tl.static_range(BN // BP):
@@ -604,7 +604,7 @@ def modulated(
         h_s=h.stride()[0],
         scale_s=0 if scale is None else scale.stride()[0],
         M=rows,
-        eps=eps,
+        eps=float(eps),
         W=width,
         PART=of_x.columns,
         SCALE_FIRST=scale_first,
@@ -658,7 +658,7 @@ def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | N
 def down(
     x: Tensor,
     a: Tensor,
-    gate_affine: tuple[Tensor, Tensor | None],
+    modulation: tuple[Tensor, Tensor | None],
     u: Tensor,
     affine: tuple[Tensor, Tensor | None],
     total: Tensor,
@@ -671,7 +671,7 @@ def down(
     Args:
         x: [R, W].
         a: [R, W].
-        gate_affine: weight [W, W] and bias of the gate.
+        modulation: weight [3W, W] and bias of the modulation, whose last third makes the gate.
         u: [R, H].
         affine: weight [W, H] and bias of the MLP's second layer.
         total: where x + gate * q goes, [R, W]; may be x.
@@ -686,7 +686,7 @@ def down(
     plan = _plan("down", x)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
     values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
-    (gate_weight, gate_bias), (weight, bias) = gate_affine, affine
+    (gate_weight, gate_bias), (weight, bias) = modulation, affine
     _launch_down(
         plan.grid(rows, width),
         plan.describe,
