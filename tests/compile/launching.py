@@ -246,7 +246,7 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
             flow_products.up(h, (matrix(width, width), side), u, kept)
             flow_products.up(h, (matrix(2 * width, width), side), u, None if kept is None else matrix(rows, 2 * width))
             square = matrix(width, width), side
-            flow_products.down(x, a, square, u, square, total, kept, None if kept is None else gate, True)
+            flow_products.down(x, a, layer, u, square, total, kept, None if kept is None else gate, True)
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         flow_products.down_backward(dq, matrix(width, width), p)
 
@@ -328,6 +328,18 @@ def memory_that_is_freed_and_taken_again_is_described_as_it_is_now() -> None:
     del tensor
     gc.collect()
     assert seen() is None
+
+
+@check
+def an_integer_for_a_float_makes_no_kernel_of_its_own() -> None:
+    x, h, which = of(4, 16), of(4, 16), flow_head.Rows(4, 4, 1)
+    made = set()
+    with driven(), compared() as seen:
+        for eps in (0, 1, 1e-6, 1.0, 0.0, 16):
+            flow_head.norm_modulate(x, None, (None, None), None, None, h, which, True, eps)
+            made.add(Launcher.launched[-1][2])
+        assert seen == ["norm_modulate_kernel, kept"] * 6
+    assert len(made) == 1
 
 
 @check

@@ -159,7 +159,7 @@ class Pass:
             moments = products.down(
                 x=x,
                 a=a,
-                gate_affine=self._gate_layer(layer),
+                modulation=layer,
                 u=u,
                 affine=block.down,
                 total=total,

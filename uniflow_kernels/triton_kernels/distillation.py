@@ -88,14 +88,11 @@ def cosine_distances(
     if not student[0].numel():
         return
     # layers of other strides cannot share a launch
+    strides = [(s.stride()[:2], t.stride()[:2]) for s, t in zip(student, teacher, strict=True)]
     start = 0
     while start < len(student):
-        strides = (*student[start].stride()[:2], *teacher[start].stride()[:2])
         stop = start + 1
-        while stop < min(len(student), start + _MOST_LAYERS) and strides == (
-            *student[stop].stride()[:2],
-            *teacher[stop].stride()[:2],
-        ):
+        while stop < min(len(student), start + _MOST_LAYERS) and strides[stop] == strides[start]:
             stop += 1
         some = slice(start, stop)
         of_some = None if powers is None else powers[some]

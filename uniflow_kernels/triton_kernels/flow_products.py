@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.triton_kernels.activation import sigmoid
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
@@ -307,8 +308,7 @@ def up_kernel(
         p = _rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
         if p_p is not None:
             _write(p_p, p_s, row, c, M, H, p, TMA)
-        p = p.to(tl.float32)
-        u = p * tl.sigmoid(p)
+        u = p.to(tl.float32) * sigmoid(p, p.to(tl.float32))
         if GATED:
             up = _piece(ups, i, BN // BP)
             if bias_p is not None:
@@ -351,11 +351,11 @@ def down_kernel(
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """sum = x + gate * q and its moments; the gate from a and g [W, W], q from u and w [W, H]. Both may be kept."""
+    """sum = x + gate * q and its moments; the gate from a and the last third of g [3W, W], q from u and w [W, H]."""
     row, col = _place(M, W, BM, BN)
-    gates = _product(a_p, a_s, g_p, g_s, row, col, M, W, W, BM, BN, BK, False, TMA)
+    gates = _product(a_p, a_s, g_p, g_s, row, 2 * W + col, M, 3 * W, W, BM, BN, BK, False, TMA)
     if gbias_p is not None:
-        gates += _columns(gbias_p, col, W, BN)
+        gates += _columns(gbias_p, 2 * W + col, 3 * W, BN)
     gates = _rounded(gates, sum_p, TMA)  # half the registers, while the second product is made
     qs = _product(u_p, u_s, w_p, w_s, row, col, M, W, H, BM, BN, BK, False, TMA)
     for i in tl.static_range(BN // BP):
@@ -411,9 +411,9 @@ def down_backward_kernel(
         c = col + i * BP
         columns = c + tl.arange(0, BP)
         du = _piece(dus, i, BN // BP)  # [BM, BP]
-        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
-        s = tl.sigmoid(p)
-        u = p * s
+        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA)
+        s = sigmoid(p, du)
+        u = p.to(tl.float32) * s
         dp = du * (s + u * (1 - s))
         if GATED:
             up = _read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
@@ -604,7 +604,7 @@ def modulated(
         h_s=h.stride()[0],
         scale_s=0 if scale is None else scale.stride()[0],
         M=rows,
-        eps=eps,
+        eps=float(eps),
         W=width,
         PART=of_x.columns,
         SCALE_FIRST=scale_first,
@@ -658,7 +658,7 @@ def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | N
 def down(
     x: Tensor,
     a: Tensor,
-    gate_affine: tuple[Tensor, Tensor | None],
+    modulation: tuple[Tensor, Tensor | None],
     u: Tensor,
     affine: tuple[Tensor, Tensor | None],
     total: Tensor,
@@ -671,7 +671,7 @@ def down(
     Args:
         x: [R, W].
         a: [R, W].
-        gate_affine: weight [W, W] and bias of the gate.
+        modulation: weight [3W, W] and bias of the modulation, whose last third makes the gate.
         u: [R, H].
         affine: weight [W, H] and bias of the MLP's second layer.
         total: where x + gate * q goes, [R, W]; may be x.
@@ -686,7 +686,7 @@ def down(
     plan = _plan("down", x)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
     values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
-    (gate_weight, gate_bias), (weight, bias) = gate_affine, affine
+    (gate_weight, gate_bias), (weight, bias) = modulation, affine
     _launch_down(
         plan.grid(rows, width),
         plan.describe,

@@ -82,7 +82,7 @@ def to_images(
             velocity=velocity,
             images=images,
             mean_and_std=mean_and_std,
-            dt=dt,
+            dt=float(dt),
             channels=channels,
             down=down,
             width=width,

@@ -42,14 +42,14 @@ class Launch:
     for whatever else of that shape lies there later. Threads may launch at once.
 
     Args:
-        kernel: of triton.jit. What is a number in one launch is one in all of them.
+        kernel: of triton.jit. What is an integer, a float or a tuple in one launch is that in all of them.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel, self.names = kernel, tuple(kernel.arg_names)
         self.values = _getter(self.names)
         self.keeps = _KNOWN and isinstance(kernel, JITFunction)  # which Triton's interpreter's are not
-        self.getters: tuple[Getter, Getter, Getter, Getter] | None = None
+        self.getters: tuple[Getter, ...] | None = None
         self.kept: dict[tuple[Any, ...], _Kept] = {}
 
     def __call__(self, grid: tuple[int, ...], describe: Describe | None = None, /, **arguments: Any) -> None:
@@ -65,7 +65,7 @@ class Launch:
         if not self.keeps or self._is_watched():
             self._as_triton_does(grid, describe, arguments)
             return
-        exact, integers, floats, pointers = self.getters or self._learn(arguments)
+        exact, integers, floats, pointers, tuples = self.getters or self._learn(arguments)
         active = driver.active
         device = active.get_current_device()
         kind: list[Any] = [active, device, exact(arguments)]
@@ -75,11 +75,12 @@ class Launch:
         for tensor in pointers(arguments):
             if tensor is None:
                 kind.append(None)
-            elif type(tensor) is tuple:
-                for each in tensor:
-                    addresses |= each.data_ptr()
-                kind.append(tuple([each.dtype for each in tensor]))
             else:
+                addresses |= tensor.data_ptr()
+                kind.append(tensor.dtype)
+        for tensors in tuples(arguments):
+            kind.append(len(tensors))
+            for tensor in tensors:
                 addresses |= tensor.data_ptr()
                 kind.append(tensor.dtype)
         key = tuple(kind)
@@ -109,19 +110,20 @@ class Launch:
             arguments = {name: _described(describe, name, value) for name, value in arguments.items()}
         return self.kernel[grid](**arguments)
 
-    def _learn(self, arguments: dict[str, Any]) -> tuple[Getter, Getter, Getter, Getter]:
-        """What gets the arguments that count exactly, the integers and the floats that do not, and the tensors."""
+    def _learn(self, arguments: dict[str, Any]) -> tuple[Getter, ...]:
+        """What gets the arguments that count exactly, integers and floats that do not, tensors, and tuples of them."""
         exact = [name for name in arguments if name not in self.names]
         integers: list[str] = []
         floats: list[str] = []
         pointers: list[str] = []
+        tuples: list[str] = []
         for parameter in self.kernel.params:
             name, kind = parameter.name, type(arguments[parameter.name])
             if parameter.is_constexpr or (kind is int and not parameter.do_not_specialize):
                 exact.append(name)
             else:
-                {int: integers, float: floats}.get(kind, pointers).append(name)
-        self.getters = _getter(exact), _getter(integers), _getter(floats), _getter(pointers)
+                {int: integers, float: floats, tuple: tuples}.get(kind, pointers).append(name)
+        self.getters = tuple(map(_getter, (exact, integers, floats, pointers, tuples)))
         return self.getters
 
 

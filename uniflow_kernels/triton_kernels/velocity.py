@@ -154,7 +154,7 @@ def velocity_loss(
             (cdiv(losses.numel(), _TOKENS),),
             velocity=velocity,
             coefficients=each,
-            coefficient=every,
+            coefficient=float(every),
             gradient=gradient,
             losses=losses,
             PER_TOKEN=each is not None,
