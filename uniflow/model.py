@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow.checkpoint import as_dtype, assign_state, outline, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
@@ -22,12 +21,14 @@ from uniflow.pretrained import (
     take_tensors,
 )
 from uniflow.sampler import Decoder, Sampler
+from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer
+from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
 
-class UniFlow(nn.Module):
+class UniFlow(Stored):
     """The tokenizer: images to latents and back.
 
     Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; at another
@@ -49,8 +50,7 @@ class UniFlow(nn.Module):
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.vit_hidden_size
         if pretrained is None and config.encoder is not None:
             pretrained = described_encoder(config)
@@ -288,6 +288,7 @@ class UniFlow(nn.Module):
         temperature: float = 1.0,
         dtype: torch.dtype = torch.uint8,
         max_memory: int | None = None,
+        precision: str | None = None,
     ) -> Decoder:
         """A decoder whose settings are fixed and whose work is prepared: on CUDA it is captured here.
 
@@ -296,18 +297,21 @@ class UniFlow(nn.Module):
             size: (H, W) of the pictures in pixels; the trained size if not given.
             steps, schedule, cfg, cfg_interval, solver, temperature, max_memory: as `decode` takes them.
             dtype: of the pictures: torch.uint8, or a floating one for values in [0, 1].
+            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md); that with
+                which the model was read if not given.
 
         Returns:
             A decoder from latents to pictures, not normalised.
 
         Raises:
             TypeError: for a dtype that pictures cannot have.
-            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, and as
-                `decode`.
+            ValueError: for a batch below 1, a size that is no multiple of the patch, memory that is not enough, a
+                precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
+        check_precision(precision, self.device, self.config.vit_hidden_size)
         size = (self.config.image_size, self.config.image_size) if size is None else size
-        return Decoder(Sampler(self, plan, temperature, max_memory, dtype), batch, size)
+        return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
 
     def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
         plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
@@ -326,57 +330,12 @@ class UniFlow(nn.Module):
         self.flow_head.net.grad_checkpointing = enable
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str | None = None,
-        *,
-        torch_dtype: torch.dtype | str | None = None,
-    ) -> UniFlow:
-        """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
-
-        Args:
-            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
-            device: where the parameters go.
-            dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
-            torch_dtype: the same, by the name that the transformers package had for it.
-
-        Raises:
-            FileNotFoundError: if there is no config.json or no weights.
-            NotADirectoryError: if it is a file.
-            CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
-                of a model that the weights cannot fill, or a file is damaged.
-            ImportError: if its encoder is one of the transformers package, and this is not installed.
-            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have.
-
-        Warns:
-            NotFiniteWarning: if weights are NaN or infinite.
-
-        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded.
-        """
-        chosen = as_dtype(dtype, torch_dtype)
-        config = UniFlowConfig.from_pretrained(folder)
-        state = read_state(folder)
-        model = cls.outlined(config, state, str(folder))
-        assign_state(model, state, str(folder), chosen)
-        return model.to(device, chosen).eval()
-
-    @classmethod
-    def outlined(cls, config: UniFlowConfig, state: Mapping[str, Tensor], source: str) -> UniFlow:
-        """A model whose parameters are on the meta device, to be assigned; errors as of `uniflow.checkpoint.outline`.
-
-        An encoder of another make is on the CPU: some of its tensors are in no checkpoint.
-        """
-        pretrained = None if config.encoder is None else described_encoder(config, state)
-        return outline(lambda: cls(config, pretrained), state, source)
-
-    @classmethod
     def from_encoder(
         cls,
         encoder: str | Path | nn.Module,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        weights: str | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
@@ -385,6 +344,7 @@ class UniFlow(nn.Module):
             encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
             mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
                 still those of `normalize`.
+            weights: which of several models in the folder's file, as `from_pretrained` takes it.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 
@@ -394,35 +354,13 @@ class UniFlow(nn.Module):
 
         It is saved and loaded like any other. The official code reads it if the encoder is of the InternViT kind.
         """
-        pretrained = pretrained_encoder(encoder, mean, std)
+        pretrained = pretrained_encoder(encoder, mean, std, weights)
         for name in decoder:
             if name not in DECODER_FIELDS:
                 raise TypeError(
                     f"from_encoder: expected fields of the decoder ({', '.join(DECODER_FIELDS)}), got {name}"
                 )
         return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors for `from_pretrained`; each file is whole or not there.
-
-        The official code reads them too. Not around an encoder of the transformers package, which is described by the
-        config's `encoder`: then config.json is of another model type.
-
-        Raises:
-            ValueError: if the encoder cannot be made again from a description.
-        """
-        if not isinstance(self.encoder, Encoder) and self.config.encoder is None:
-            raise ValueError(
-                "save_pretrained: expected an encoder of the InternViT kind, or one that transformers makes from its "
-                "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
-            )
-        write_state(self, folder)
-        self.save_config(folder)
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write config.json alone."""
-        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        self.config.save_pretrained(folder)
 
     def _checked_images(self, images: Tensor) -> Tensor:
         _refuse_tracing()

@@ -16,6 +16,7 @@ from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow_kernels import seeded_noise, to_images
 from uniflow_kernels.graphs import GraphCache, Reader, why_not_graph
 from uniflow_kernels.modules.sampling import follow
+from uniflow_kernels.ops.flow_fp8 import bytes_per_row
 from uniflow_kernels.ops.noise import integer_seed, where_drawn
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Plan
@@ -57,6 +58,7 @@ class Sampler:
         temperature, max_memory: as `UniFlow.decode` takes them.
         pictures: the dtype of pictures that are denormalised and clamped, a floating one or torch.uint8; None for
             images as the encoder reads them, in the model's dtype.
+        precision: of the flow head's modulations, "fp8"; that of the head if not given.
     """
 
     model: Tokenizer
@@ -64,6 +66,7 @@ class Sampler:
     temperature: float = 1.0
     max_memory: int | None = None
     pictures: torch.dtype | None = None
+    precision: str | None = None
 
     def start(
         self,
@@ -111,7 +114,13 @@ class Sampler:
             noise = noise * self.temperature
         # nothing is held ahead beside what `decoding_bytes_per_token` counts
         x, velocity, dt = follow(
-            head.net, noise, condition[:, tokens], self.plan, time_scale=head.time_scale, ahead=False
+            head.net,
+            noise,
+            condition[:, tokens],
+            self.plan,
+            time_scale=head.time_scale,
+            ahead=False,
+            precision=self.precision,
         )
         size = (bottom - top) * config.patch_size, across * config.patch_size
         end: dict[str, Any] = {"dtype": dtype}
@@ -128,7 +137,8 @@ class Sampler:
         if self.max_memory is None:
             return batch, grid[0]
         config, tokens = self.model.config, grid[0] * grid[1]
-        in_blocks, in_head = decoding_bytes_per_token(config, self.model.dtype, self.plan.cfg != 1.0)
+        precision = self.precision or self.model.flow_head.net.precision
+        in_blocks, in_head = decoding_bytes_per_token(config, self.model.dtype, self.plan.cfg != 1.0, precision)
         if tokens * max(in_blocks, in_head) <= self.max_memory:
             return self.max_memory // (tokens * max(in_blocks, in_head)), grid[0]
         # the global blocks need a picture whole; its condition stays while its lines are decoded
@@ -143,13 +153,16 @@ class Sampler:
         return 1, min((self.max_memory - kept) // (grid[1] * in_head), grid[0])
 
 
-def decoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype, guided: bool) -> tuple[int, int]:
+def decoding_bytes_per_token(
+    config: UniFlowConfig, dtype: torch.dtype, guided: bool, precision: str | None = None
+) -> tuple[int, int]:
     """At most how many bytes a token decoding holds at a time beside weights, latents and pictures.
 
     Args:
         config: of the model.
         dtype: of its parameters.
         guided: whether there is guidance, whose two branches go through the flow head together.
+        precision: of the flow head's modulations, "fp8" or None.
 
     Returns:
         In the global blocks, and in the flow head with the end of sampling.
@@ -160,6 +173,8 @@ def decoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype, guided: 
     # conditions, three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
     # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
     in_head = (22 if guided else 13) * width * size + 4 * row * (max(4, size) + size)
+    if precision is not None:  # the modulations of all blocks at once
+        in_head += bytes_per_row(width, (3 * config.num_decoder_layers + 2) * width, dtype)
     in_noise = width * size + 40 * row  # in plain PyTorch: the words that noise is made of, eight bytes each
     return in_blocks, max(in_head, in_noise)
 
@@ -306,7 +321,9 @@ class Decoder:
                 return sampler(latents, start, size)
             if noise is not None:
                 start = _moved(start.to(torch.promote_types(model.dtype, torch.float32)), model.device)
-            how = (sampler.plan, sampler.temperature, sampler.max_memory, sampler.pictures, size, model.training)
+            precision = sampler.precision or model.flow_head.net.precision
+            settings = sampler.plan, sampler.temperature, sampler.max_memory, sampler.pictures, precision
+            how = (*settings, size, model.training)
             return self._graphs(partial(sampler, size=size), (latents, start), read.tensors, how, read.structure)
 
     def stream(self, batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Tensor]:

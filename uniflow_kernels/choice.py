@@ -1,4 +1,4 @@
-"""Which implementation an op runs on: plain PyTorch ("eager"), Triton, or the compiled CUDA part."""
+"""Which implementation an op runs on: plain PyTorch ("eager"), Triton, or a compiled part, "cuda" or "cpu"."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-BACKENDS = ("auto", "eager", "triton", "cuda")
+BACKENDS = ("auto", "eager", "triton", "cuda", "cpu")
 
 _chosen: ContextVar[str | None] = ContextVar("uniflow_backend", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run ops on one backend inside the block: "auto", "eager", "triton" or "cuda".
+    """Run ops on one backend inside the block: "auto", "eager", "triton", "cuda" or "cpu".
 
     "auto" takes the fastest that can serve the input; the environment variable UNIFLOW_BACKEND sets what holds outside
     any block. A backend asked for by name that cannot serve an input raises; nothing else is taken instead.

@@ -48,6 +48,10 @@ def before_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(function, "_torchdynamo_orig_callable", function)
 
 
+# torch 2.11 does not find the submodules of an object of a derived class that shares a module's attributes
+TRACES_STAND_INS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def object_of(identity: int) -> Any:
     """The living object whose id() it is. torch 2.11 hands no module to a `constant` function, but its id()."""
     return ctypes.cast(identity, ctypes.py_object).value
@@ -83,8 +87,12 @@ def is_traced() -> bool:
 
 
 def is_dispatch_watched() -> bool:
-    """Whether a dispatch mode or a transform wants to see every op. Cheaper than `is_traced`, which is as strict."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    """Whether a dispatch mode, a transform or torch.jit.trace wants to see every op. Cheaper than `is_traced`."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
 
 
 # --- autograd ---
@@ -145,6 +153,7 @@ def draws(name: str) -> bool:
 # --- many tensors in a few launches ---
 
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 
@@ -173,6 +182,11 @@ BUFFERS = itemgetter("_buffers")
 FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 
+def replica_of(module: nn.Module) -> nn.Module:
+    """A module with the same attributes and submodules, but no parameters: those are for the caller to set."""
+    return module._replicate_for_data_parallel()
+
+
 def is_forward_hooked(module: nn.Module) -> bool:
     """Whether calling the module fires a hook of its own where no gradient is wanted, or a forward put on it."""
     own = module.__dict__
@@ -186,6 +200,26 @@ def is_hooked(module: nn.Module) -> bool:
         bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
         or "forward" in own
     )
+
+
+def plain_parts(parts: list[Any], classes: frozenset[type]) -> list[Any] | None:
+    """The modules and all that is in them, if calling any does nothing but the forward of its class, one of these.
+
+    None is passed over. Returns None if one does more, or is of another class.
+    """
+    found = []
+    for part in parts:  # grows on the way
+        if part is None:
+            continue
+        own = part.__dict__
+        if type(part) not in classes or "forward" in own:
+            return None
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        found.append(part)
+        if own["_modules"]:
+            parts += own["_modules"].values()
+    return None if is_any_hooked() else found
 
 
 def is_any_hooked() -> bool:

@@ -453,3 +453,23 @@ def inside(path: str, head: nn.Module) -> nn.Module:
         outer.add_module(name, head)
         head = outer
     return head
+
+
+def with_blocks(kind: type[nn.Module]) -> type[nn.Module]:
+    """MAR's net with other blocks."""
+    return type("LooksAlike", (Canonical,), {"make_block": kind})
+
+
+def close(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def only_ours(head: nn.Module, monkeypatch: Any) -> None:
+    """From now on the blocks and the last layer of a patched head have no forward of their own."""
+
+    def unused(*_: Any, **__: Any) -> None:
+        raise AssertionError("its own forward ran")
+
+    names = head.forward.recognised.names
+    for part in (*getattr(head, names.blocks), getattr(head, names.last)):
+        monkeypatch.setattr(type(part), "forward", unused)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import derivative_error, randomize
-from tests.dropin.stand_ins import PROJECTS, inside
+from tests.dropin.stand_ins import PROJECTS, inside, only_ours
 from uniflow_kernels import PatchReport, backend, patch, unpatch
 
 EVERY = pytest.mark.parametrize("name", list(PROJECTS))
@@ -57,18 +57,20 @@ def test_is_found_where_it_lies_and_nothing_else_changes(name):
 
 
 @EVERY
+@pytest.mark.usefixtures("served")
 def test_numbers_and_gradients(name, within_twice, monkeypatch):
     head, inputs, kwargs = make(name)
     exact = outputs_and_gradients(copy.deepcopy(head).double(), inputs, kwargs, torch.float64)
     before = outputs_and_gradients(head, inputs, kwargs, torch.float32)
     patch(head, strict=True)
-    monkeypatch.setattr(type(head), "forward", unused)
+    only_ours(head, monkeypatch)
     for training in (False, True):
         after = outputs_and_gradients(head.train(training), inputs, kwargs, torch.float32)
         compare(after, before, exact, within_twice, floor=1e-6)
 
 
 @pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.usefixtures("served")
 def test_half_precision(name):
     """All gradients together: the largest error of five rows is a matter of luck."""
     head, inputs, kwargs = make(name, torch.bfloat16)
@@ -94,14 +96,10 @@ def test_numbers_and_gradients_of_the_kernels(name, within_twice, monkeypatch):
     before = outputs_and_gradients(head, inputs, kwargs, torch.float32)
     report = patch(head)
     assert "Triton where it can serve" in report.patched[""]
-    monkeypatch.setattr(type(head), "forward", unused)
+    only_ours(head, monkeypatch)
     with backend("triton"):
         after = outputs_and_gradients(head, inputs, kwargs, torch.float32)
     compare(after, before, exact, within_twice, floor=2e-6)
-
-
-def unused(*_, **__):
-    raise AssertionError("its own forward ran")
 
 
 def compare(after, before, exact, within_twice, floor):

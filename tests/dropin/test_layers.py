@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.conftest import randomize
 from tests.dropin.stand_ins import PROJECTS, Canonical
-from tests.dropin.test_patching import NaiveAttention
+from tests.dropin.test_attentions import NaiveAttention
 from uniflow_kernels import layers
 
 LAYERS = [layers.SimpleMLPAdaLN, layers.Attention]

@@ -78,6 +78,7 @@ def test_keep_size_rounds_to_the_patch(capsys, picture_folder, tmp_path):
         [],
         ["--steps", 3, "--schedule", "pow_0.5", "--cfg", 1.5, "--cfg-interval", 0.1, 2],
         ["--steps", 2, "--schedule", "shifted_2", "--solver", "heun", "--temperature", 0.5],
+        ["--precision", "fp8"],
     ],
 )
 def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path, keep, sampling):
@@ -106,6 +107,7 @@ def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
         "1": [],
         "4": ["--steps", 4],
         "bf16": ["--dtype", "bfloat16"],
+        "fp8": ["--precision", "fp8"],
         "heun": ["--steps", 4, "--solver", "heun"],
         "cold": ["--temperature", 0.5],
     }
@@ -397,6 +399,7 @@ def pictures(picture_folder, tmp_path):
         (["{p}/pictures", *CHECKPOINT, "--temperature", "inf"], "--temperature: expected a finite number, got inf"),
         (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
+        (["{p}/pictures", *CHECKPOINT, "--precision", "fp4"], "precision: expected one of fp8, got 'fp4'"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
         (["{p}/pictures", *CHECKPOINT, "--bogus"], "No such option"),
         (["{p}/pictures"], "Missing option"),

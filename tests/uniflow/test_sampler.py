@@ -114,7 +114,7 @@ def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
     peaks = []
     for memory in (None, batch // 2 * tokens * per_token, tokens * per_token - 1 if batch < 64 else None):
         decoder = model.compile_decoder(batch, steps=2, cfg=cfg, solver=solver, temperature=0.9, max_memory=memory)
-        with LiveBytes() as live:
+        with LiveBytes() as live, backend("eager"):  # compiled parts hold less
             pictures = decoder(latents, generator=torch.Generator().manual_seed(0))
         peaks.append(live.peak - pictures.nbytes)
         assert peaks[-1] <= (memory or batch * tokens * per_token)
@@ -122,6 +122,41 @@ def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
     assert whole > batch * tokens * per_token / 2  # the estimate is no guess from far above
     assert some < 0.6 * whole
     assert batch == 64 or lines < some
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [({}, torch.float32), (WIDE, torch.bfloat16)])
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_memory_in_fp8(tiny, shape, dtype, cfg):
+    model = tiny(**shape).to(dtype)
+    model.flow_head.net.precision = "fp8"
+    latents = torch.randn(64, model.config.tokens, 8).to(dtype)
+    bound = 64 * model.config.tokens * max(decoding_bytes_per_token(model.config, dtype, cfg != 1.0, "fp8"))
+    outputs, width = 8 * model.config.vit_hidden_size, model.config.vit_hidden_size
+    weights = outputs * width * (4 + 4 + 1 + 1)  # in 8 bits, and while they are made so or multiplied in float32
+    with LiveBytes() as live:
+        pictures = model.compile_decoder(64, steps=2, cfg=cfg)(latents, seed=0)
+    assert bound / 3 < live.peak - pictures.nbytes <= bound + weights
+    few = model.compile_decoder(64, steps=2, cfg=cfg, max_memory=bound // 4)
+    assert few.sampler.at_a_time(64, (4, 4))[0] <= 16
+
+
+def test_precision_of_a_decoder_and_of_a_model(golden_folder, golden_model, golden):
+    latents, noise = golden["out.latent"], golden["in.noise"].view(2, 16, 588)
+    asked = golden_model.compile_decoder(2, steps=2, precision="fp8", dtype=torch.float32)(latents, noise=noise)
+    plain = golden_model.compile_decoder(2, steps=2, dtype=torch.float32)(latents, noise=noise)
+    assert 0 < (asked - plain).abs().max() < 0.1
+    model = type(golden_model).from_pretrained(golden_folder, precision="fp8")
+    assert torch.equal(model.compile_decoder(2, steps=2, dtype=torch.float32)(latents, noise=noise), asked)
+    with torch.inference_mode():
+        assert torch.allclose(denormalize(model.decode(latents, steps=2, noise=noise)).clamp(0, 1), asked, atol=1e-5)
+    with pytest.raises(ValueError, match="precision: 'fp8' cannot serve: it is for inference and has no gradient"):
+        model.decode(latents)
+    for wrong in (
+        golden_model.compile_decoder,
+        lambda _, **how: type(golden_model).from_pretrained(golden_folder, **how),
+    ):
+        with pytest.raises(ValueError, match="precision: expected one of fp8"):
+            wrong(1, precision="int4")
 
 
 @pytest.mark.parametrize("shape", [{}, WIDE, {"intermediate_size": 512}])
@@ -287,6 +322,12 @@ def test_replays_see_new_inputs_and_weights_and_stop_for_hooks(tiny, monkeypatch
         model.chal_unproj.c_fc.bias.add_(1)
     assert not torch.equal(decoder(latents, noise=noise), before)
     assert torch.equal(copy.deepcopy(model).compile_decoder(3)(latents, noise=noise), decoder(latents, noise=noise))
+    before = decoder(latents, noise=noise)
+    model.flow_head.net.precision = "fp8"
+    for _ in range(3):
+        assert not torch.equal(decoder(latents, noise=noise), before)
+    model.flow_head.net.precision = None
+    assert torch.equal(decoder(latents, noise=noise), before)
     # what only encoding calls may change and be watched; what decoding calls may not
     captures, calls = StandIn.captures, []
     model.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))

@@ -15,7 +15,11 @@ app = typer.Typer(
 )
 
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder in the official format.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder, or OWNER/NAME on the Hub.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Which model of a checkpoint that holds several, as in ema.", show_default=False),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 KeepSize = Annotated[
@@ -35,6 +39,9 @@ CfgInterval = Annotated[
 _LARGEST_SEED = 2**63 - 1
 Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
     str | None,
@@ -119,6 +126,7 @@ def reconstruct(
     pictures: Pictures,
     checkpoint: Checkpoint,
     out: OutFolder,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -133,18 +141,20 @@ def reconstruct(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    given = Given(pictures, strict, max_pixels)
-    reconstruct(given, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
+    reconstruct(given, named, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
 
 
 @app.command()
@@ -152,6 +162,7 @@ def encode(
     pictures: Pictures,
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
+    weights: Weights = None,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
@@ -164,11 +175,11 @@ def encode(
 ) -> None:
     """Encode pictures into one file of latents."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import encode
 
     given, memory = Given(pictures, strict, max_pixels), parse_memory(max_memory)
-    encode(given, checkpoint, out, keep_size, batch_size, memory, workers, dtype, device, force)
+    encode(given, Named(checkpoint, weights), out, keep_size, batch_size, memory, workers, dtype, device, force)
 
 
 @app.command()
@@ -176,6 +187,7 @@ def decode(
     latents: Annotated[Path, typer.Argument(help="File that `uniflow encode` wrote.", show_default=False)],
     checkpoint: Checkpoint,
     out: OutFolder,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -187,21 +199,24 @@ def decode(
     max_memory: MaxMemory = None,
     workers: Workers = 2,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
     """Decode a file of latents into pictures."""
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, decode
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    decode(latents, checkpoint, out, sampling, batch_size, workers, dtype, device, force)
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+    decode(latents, Named(checkpoint, weights), out, sampling, batch_size, workers, dtype, device, force)
 
 
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
     checkpoint: Checkpoint,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -219,17 +234,19 @@ def evaluate(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, parse_memory(max_memory))
-    given = Given([folder], strict, max_pixels)
-    evaluate(given, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
+    memory = parse_memory(max_memory)
+    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+    given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
+    evaluate(given, named, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
 
 
 @app.command()
@@ -247,7 +264,7 @@ unifluid = typer.Typer(
 app.add_typer(unifluid, name="unifluid")
 
 UniFluidCheckpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid.", show_default=False)
+    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid, or OWNER/NAME.", show_default=False)
 ]
 
 
@@ -269,6 +286,7 @@ def unifluid_generate(
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
     ],
     out: OutFolder,
+    weights: Weights = None,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
@@ -283,10 +301,11 @@ def unifluid_generate(
     force: Force = False,
 ) -> None:
     """Draw pictures from captions: a PNG each, and a sheet of all."""
+    from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import generate
 
     how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "temperature": temperature}
-    generate(captions, checkpoint, tokenizer, out, count, seed, how, batch_size, dtype, device, force)
+    generate(captions, Named(checkpoint, weights), tokenizer, out, count, seed, how, batch_size, dtype, device, force)
 
 
 @unifluid.command("ask")
@@ -298,6 +317,7 @@ def unifluid_ask(
         Path,
         typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
     ],
+    weights: Weights = None,
     longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
     batch_size: BatchSize = 16,
     strict: Strict = False,
@@ -307,6 +327,8 @@ def unifluid_ask(
 ) -> None:
     """Answer a question about pictures: a line each, the file, a tab and the answer."""
     from uniflow.cli.files import Given
+    from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import ask
 
-    ask(Given(pictures, strict, max_pixels), question, checkpoint, vision, longest, batch_size, dtype, device)
+    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
+    ask(given, question, named, vision, longest, batch_size, dtype, device)

@@ -25,7 +25,7 @@ from uniflow.cli.files import (
     find_pictures,
     picture_suffixes,
 )
-from uniflow.cli.inputs import InputError, check_finite, explained, load_model
+from uniflow.cli.inputs import InputError, Named, check_finite, explained, load_model
 from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.latents import EncodedPicture, read_latents, write_latents
@@ -33,6 +33,7 @@ from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.pictures import save_picture
 from uniflow.sampler import Decoder
+from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.solvers import Interval, Plan
 
 LATENTS = ".safetensors"
@@ -41,7 +42,7 @@ _PSNR, _SSIM = Column("PSNR (dB)", "psnr", ".2f"), Column("SSIM", "ssim", ".4f",
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to decode: the sampler's settings, the seed of its noise, and the memory for it in bytes."""
+    """How to decode: the sampler's settings, the seed of its noise, the memory for it in bytes, and its precision."""
 
     steps: int | None
     schedule: str
@@ -51,11 +52,13 @@ class Sampling:
     temperature: float
     seed: int
     max_memory: int | None
+    precision: str | None
 
     def check(self) -> None:
         """Find a bad value before any work is done."""
         with explained():
             Plan(self.steps or 1, self.schedule, self.solver, self.cfg, self.cfg_interval).check()
+            check_precision(self.precision)
         check_finite("--temperature", self.temperature)
 
     def decoder(self, model: UniFlow, batch: int, size: tuple[int, int]) -> Decoder:
@@ -71,6 +74,7 @@ class Sampling:
                 self.solver,
                 self.temperature,
                 max_memory=self.max_memory,
+                precision=self.precision,
             )
 
     def noise(self) -> torch.Generator:
@@ -80,7 +84,7 @@ class Sampling:
 
 def reconstruct(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     keep_size: bool,
@@ -128,7 +132,7 @@ def reconstruct(
 
 def encode(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     keep_size: bool,
     batch_size: int,
@@ -166,7 +170,7 @@ def encode(
 
 def decode(
     latents: Path,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     batch_size: int,
@@ -206,7 +210,7 @@ def decode(
 
 def evaluate(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     sampling: Sampling,
     fid_weights: Path | None,
     keep_size: bool,

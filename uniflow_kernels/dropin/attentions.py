@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,8 +30,13 @@ class Attention:
     norm: str | None
     first_argument: str
 
+    is_whole: ClassVar[bool] = True
+
     def __str__(self) -> str:
         return f"attention of {self.heads} heads; scaled_dot_product_attention, or flash-attn where it can serve"
+
+    def prepare(self, module: nn.Module) -> None:
+        """Nothing must be done before `forward` can be compiled."""
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What `module(*args, **kwargs)` computes; by its own forward where that drops or is watched."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from types import MethodType
 from typing import Any
@@ -43,12 +43,22 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return before_compilation(forward)
 
 
-def check_untouched(module: nn.Module) -> None:
-    """Raise NotOurs if calling a part of `module` does more than its class's forward, or its numbers cannot be read."""
+def is_decorated(module: nn.Module) -> bool:
+    """Whether a torch.compile decorator stands around its class's forward."""
+    return own_forward(module) is not type(module).forward
+
+
+def check_untouched(module: nn.Module, but: Collection[nn.Module] = ()) -> None:
+    """Raise NotOurs if calling a part of `module` does more than its class's forward, or its numbers cannot be read.
+
+    `but`: parts that are called as they are, whatever that does.
+    """
     if is_any_hooked():
         raise NotOurs("a hook on all modules must fire")
     for name, part in module.named_modules():
         where = name or "the module"
+        if part in but:
+            continue
         if "forward" in vars(part):
             raise NotOurs(f"{where}: its forward was replaced on the instance")
         if name and is_hooked(part):
@@ -109,6 +119,12 @@ class Probe:
     def _put(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, np.float32)).to(self.device)
 
+    def in_mode(self, training: bool, run: Callable[[], Any]) -> Any:
+        """What `run` returns with the module in training mode, or in eval mode."""
+        for part in self.module.modules():
+            part.training = training
+        return run()
+
     def in_both_modes(self, run: Callable[[], Tensor]) -> list[Tensor]:
         """What `run` returns with the module in eval mode, and in training mode.
 
@@ -117,14 +133,12 @@ class Probe:
         """
         results = []
         for training in (False, True):
-            for part in self.module.modules():
-                part.training = training
             try:
-                results.append(run())
+                results.append(self.in_mode(training, run))
             except NotOurs:
                 raise
             except Exception as error:
-                raise NotOurs(f"it does not run on {ROWS} rows: {type(error).__name__}: {error}") from error
+                raise NotOurs(f"what its code was given here does not run: {type(error).__name__}: {error}") from error
         if not all(isinstance(result, Tensor) for result in results):
             raise NotOurs(f"it returns a {type(results[0]).__name__}, not a tensor")
         return results
@@ -171,7 +185,7 @@ class _Copies:
         own = vars(copied)
         own.update({name: self.of(value) for name, value in vars(part).items() if name not in own})
         own.pop("_compiled_call_impl", None)
-        if own_forward(part) is not type(part).forward:  # nothing is compiled to look at it
+        if is_decorated(part):  # nothing is compiled to look at it
             copied.forward = MethodType(own_forward(part), copied)
 
     def of(self, value: Any) -> Any:
@@ -237,9 +251,9 @@ def _see(self: Unseen, *_: object) -> None:
     raise TypeError("the value of this argument is not known")
 
 
-_SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
-_SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
-_SPECIAL -= {
+SPECIAL = {name for kind in (int, float, str, bytes, list, dict, set) for name in dir(kind) if name.startswith("__")}
+SPECIAL |= {"__call__", "__complex__", "__enter__", "__exit__", "__fspath__", "__matmul__", "__next__", "__rmatmul__"}
+SPECIAL -= {
     "__class__",
     "__class_getitem__",
     "__doc__",
@@ -248,7 +262,7 @@ _SPECIAL -= {
     "__new__",
     "__subclasshook__",
 }
-for _name in _SPECIAL:
+for _name in SPECIAL:
     setattr(Unseen, _name, _see)
 
 

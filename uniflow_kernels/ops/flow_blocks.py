@@ -101,8 +101,8 @@ def final_norm(x: Tensor, modulation: Tensor | None, order: str, norm: Callable[
 
 def split_modulation(modulation: Tensor, order: str, parts: int) -> tuple[Tensor, ...]:
     """Shift, scale (and the gate, of three parts), in this order, as views."""
-    first, second, *gate = modulation.chunk(parts, dim=-1)
-    return (first, second, *gate) if order == "shift-scale-gate" else (second, first, *gate)
+    made = modulation.chunk(parts, -1)
+    return made if order == "shift-scale-gate" else (made[1], made[0], *made[2:])
 
 
 def swiglu(p: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     Of those torch's own gives wrong derivatives in a backward pass (pytorch issue 196700).
     """
     if not is_forward_mode():
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = exact - exact.mean(-1, keepdim=True)
     normed = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()

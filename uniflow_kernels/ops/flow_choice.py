@@ -34,7 +34,7 @@ RUNS = {
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"
 
-_MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
+MAX_WIDTH = 4096  # beyond it the backward kernel's row does not fit the registers of 16 warps
 _PRODUCTS_FROM = 4096  # rows
 
 
@@ -130,7 +130,7 @@ def choose_path(call: Call, path: str = "auto", in_op: bool = False) -> str:
         reason = reason or (None if in_op else _why_not_backend()) or _why_not_path(call, path)
         if reason is not None:
             raise ValueError(f"flow_head: path {path!r} cannot serve this input: {reason}")
-    if not in_op and (_backend(reason) == "eager" or call.rows == 0):
+    if not in_op and (backend_for(reason) == "eager" or call.rows == 0):
         return "eager"
     if path != "auto" or call.rows is None:
         return path
@@ -164,10 +164,18 @@ def explain(call: Call) -> tuple[str, str]:
     return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}"
 
 
+@constant
+def is_plain(on_cuda: bool) -> bool:
+    """Whether plain PyTorch serves whatever else: kernels run on CUDA; the interpreter must be asked for by name."""
+    wanted = requested()
+    return wanted == "eager" or (wanted == "auto" and not on_cuda)
+
+
+@constant
 def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot serve a head of this width on this device; None where they can."""
-    if width > _MAX_WIDTH:
-        return f"it holds a row in one program: up to {_MAX_WIDTH} wide, not {width}"
+    if width > MAX_WIDTH:
+        return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
     return why_not_on(device, dtype)
 
 
@@ -192,7 +200,8 @@ def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str |
 
 
 @constant
-def _backend(why_not_kernels: str | None) -> str:
+def backend_for(why_not_kernels: str | None) -> str:
+    """The backend, "triton" or "eager"; a ValueError if the one asked for cannot serve."""
     return choose("flow_head", {"triton": why_not_kernels})
 
 

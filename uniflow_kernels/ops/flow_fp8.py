@@ -29,13 +29,21 @@ LARGEST = 448.0  # of e4m3
 CHUNK_ROWS = 4096
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of rows of zeros
-_OUTPUTS_AT_ONCE = 4096  # of the product on a CPU, whose factors are float32 there
+_OUTPUTS_AT_ONCE = 1024  # of the product on a CPU, whose factors are float32 there
 
 
-def check_precision(precision: str | None) -> None:
-    """Raise a ValueError if it is neither None nor one of those there are."""
+def check_precision(precision: str | None, device: torch.device | None = None, width: int = 0) -> None:
+    """Raise a ValueError if it is neither None nor one of those there are, or not to be had on a device."""
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
+        if device is not None and (reason := why_not_fp8(device, width)) is not None:
+            raise refused(reason)
+
+
+def bytes_per_row(width: int, outputs: int, dtype: torch.dtype) -> int:
+    """At most how many bytes a row holds while its modulations [outputs] are made of SiLU(y) [width], in `dtype`."""
+    made = 2 + (0 if dtype == torch.bfloat16 else dtype.itemsize)
+    return outputs * made + 9 * width + 4 * min(outputs, _OUTPUTS_AT_ONCE)
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +102,8 @@ def multiplied(q: Tensor, scale: Tensor, layers: QuantizedLayers) -> Tensor:
     exact, out = q.float(), q.new_empty(len(q), len(layers.weight), dtype=torch.bfloat16)
     for first in range(0, len(layers.weight), _OUTPUTS_AT_ONCE):
         part = slice(first, first + _OUTPUTS_AT_ONCE)
-        made = F.linear(exact, layers.weight[part].float()) * (scale * layers.scale[:, part])
-        out[:, part] = made if layers.bias is None else made + layers.bias[part]
+        made = F.linear(exact, layers.weight[part].float()).mul_(layers.scale[:, part]).mul_(scale)
+        out[:, part] = made if layers.bias is None else made.add_(layers.bias[part])
     return out
 
 
@@ -153,7 +161,7 @@ def check_fp8(x: Tensor, y: Tensor, tensors: Sequence[Tensor | None]) -> None:
 
 def refused(reason: str) -> ValueError:
     """What says why a call cannot be in fp8."""
-    return ValueError(f"precision: 'fp8' cannot serve this input: {reason}")
+    return ValueError(f"precision: 'fp8' cannot serve: {reason}")
 
 
 def explain_fp8(device: torch.device, width: int, why_not: str | None = None) -> tuple[str, str]:

@@ -99,6 +99,7 @@ def run_flow_blocks(
     recompute: str,
     path: str,
     fits: bool = False,
+    activated: bool = False,
 ) -> Tensor:
     """`fused_flow_blocks` on the path that `choose_path` gave.
 
@@ -106,10 +107,11 @@ def run_flow_blocks(
         x, y, blocks, modulations, final_modulation, form, recompute: as there.
         path: "eager", "rows", "products"; or "auto" in a graph that is compiled for any number of rows.
         fits: whether the shapes were checked; else they are before a kernel reads what they promise.
+        activated: whether y is the condition behind SiLU.
     """
     dtype = dtype_of_products(x)
     x = x.to(dtype)
-    a = F.silu(y)
+    a = y if activated else F.silu(y)
     if path == "eager":  # weights in other dtypes are autocast's to cast
         again = recompute == "block" and torch.is_grad_enabled()
         return flow_blocks(x, blocks, FromLayers(a, modulations, final_modulation), form, again)
