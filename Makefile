@@ -11,7 +11,7 @@ OLDEST_VENV := .venv-oldest
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+$(READY): pyproject.toml constraints.txt setup.py $(wildcard csrc/* csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or newer is needed, {v[0]}.{v[1]} found; say make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

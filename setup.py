@@ -1,14 +1,17 @@
-"""Everything is said in pyproject.toml; the CUDA part is built from here, without torch.
+"""Everything is said in pyproject.toml; the compiled parts are built from here, without torch.
 
-Where nvcc is found the module uniflow_kernels._cuda is built from csrc/, else it is left out: the package works without
-it. Environment variables: UNIFLOW_CUDA=1 insists on it, UNIFLOW_CUDA=0 leaves it out; UNIFLOW_CUDA_ARCHS lists the
-architectures ("80;90", "90a"), by default those of 80, 90 and 100 that nvcc knows, with PTX of the last one for later
-GPUs; CUDA_HOME says where nvcc is.
+Where nvcc is found the module uniflow_kernels._cuda is built from csrc/, and where a C++ compiler is found
+uniflow_kernels._cpu from csrc/cpu; else they are left out: the package works without them. Environment variables:
+UNIFLOW_CUDA=1 insists on the one, UNIFLOW_CUDA=0 leaves it out, UNIFLOW_CPU=1 and 0 the other; UNIFLOW_CUDA_ARCHS
+lists the architectures ("80;90", "90a"), by default those of 80, 90 and 100 that nvcc knows, with PTX of the last one
+for later GPUs; CUDA_HOME says where nvcc is, CXX which C++ compiler is taken.
 """
 
 import importlib.util
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,16 +25,25 @@ ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 ARCHS = ["80", "90", "100"]
 WITHOUT = "To install without the CUDA part, which is optional, say UNIFLOW_CUDA=0."
+WITHOUT_CPU = "To install without the CPU part, which is optional, say UNIFLOW_CPU=0."
+# what each level of instructions is compiled with; the CPU part takes the best that a processor has
+LEVELS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mprefer-vector-width=512",
+}
+# the loops become vector instructions only where no error number and no trap is asked for; what is rounded once is said
+LOOPS = "-fno-math-errno -fno-trapping-math -ffp-contract=off"
 
 # one rule for host and device code: nvcc hands .cpp files on to the host's compiler
 NINJA = """\
-flags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -cudart static {includes}
+flags = -std=c++17 -O3 {flags} {includes}
 rule compile
-  command = {nvcc} $flags $archs -MD -MF $out.d -c $in -o $out
+  command = {compiler} $flags $own -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = {nvcc} -shared -cudart static $in -o $out
+  command = {compiler} {link} $in -o $out
 {objects}
 build {target}: link {names}
 """
@@ -43,14 +55,37 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
+def find_cxx() -> str | None:
+    """The command of CXX, else the compiler that Python was built with, else another on the PATH."""
+    named = os.environ.get("CXX")
+    of_python = (sysconfig.get_config_var("CXX") or "").split()[:1]
+    commands = [named] if named else [*of_python, "c++", "g++", "clang++"]
+    return next((command for command in commands if shutil.which(shlex.split(command)[0])), None)
+
+
+def wish_for(variable: str) -> str:
+    """What an environment variable says: "0", "1" or nothing."""
+    wish = os.environ.get(variable, "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"{variable}: expected 0 or 1, got {wish!r}")
+    return wish
+
+
 def is_wanted() -> bool:
     """Whether to build the CUDA part."""
-    wish = os.environ.get("UNIFLOW_CUDA", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"UNIFLOW_CUDA: expected 0 or 1, got {wish!r}")
+    wish = wish_for("UNIFLOW_CUDA")
     if wish == "1" and find_nvcc() is None:
         sys.exit(f"UNIFLOW_CUDA=1, but there is no nvcc on the PATH or under CUDA_HOME. {WITHOUT}")
     return wish != "0" and find_nvcc() is not None
+
+
+def is_cpu_wanted() -> bool:
+    """Whether to build the CPU part."""
+    wish = wish_for("UNIFLOW_CPU")
+    if wish == "1" and (os.name != "posix" or find_cxx() is None):
+        what = f"there is no C++ compiler: {os.environ.get('CXX') or 'c++, g++ or clang++'}"
+        sys.exit(f"UNIFLOW_CPU=1, but {what if os.name == 'posix' else 'it needs a POSIX system'}. {WITHOUT_CPU}")
+    return wish != "0" and os.name == "posix" and find_cxx() is not None
 
 
 def known_archs() -> list[str]:
@@ -74,6 +109,10 @@ def arch_flags() -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
+class NotBuiltError(Exception):
+    """Why a compiled part could not be built."""
+
+
 def pybind11_headers() -> str:
     """Those of the package, else the copy that torch carries, which is found without importing torch."""
     package, torch = importlib.util.find_spec("pybind11"), importlib.util.find_spec("torch")
@@ -81,7 +120,7 @@ def pybind11_headers() -> str:
         return str(Path(package.origin).parent / "include")
     carried = Path(torch.origin).parent / "include" if torch is not None and torch.origin else ROOT
     if not (carried / "pybind11").is_dir():
-        sys.exit(f"The CUDA part needs pybind11 to be built: pip install pybind11 ninja. {WITHOUT}")
+        raise NotBuiltError("it needs pybind11 to be built: pip install pybind11 ninja")
     return str(carried)
 
 
@@ -89,7 +128,7 @@ def find_ninja() -> str:
     """The program of the package, else the one on the PATH."""
     package = importlib.util.find_spec("ninja")
     if shutil.which("ninja") is None and package is None:
-        sys.exit(f"The CUDA part needs ninja to be built: pip install pybind11 ninja. {WITHOUT}")
+        raise NotBuiltError("it needs ninja to be built: pip install pybind11 ninja")
     if package is None:
         return str(shutil.which("ninja"))
     import ninja
@@ -97,23 +136,59 @@ def find_ninja() -> str:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-class BuildCuda(build_ext):
-    """Builds the CUDA part with ninja."""
+class BuildParts(build_ext):
+    """Builds the compiled parts with ninja."""
 
     def build_extension(self, extension: Extension) -> None:
-        """Write the rules for ninja and run it."""
-        folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(extension.name)).resolve()
+        """Build one part; without the CPU part the package serves as well, so only who insists on it hears an error."""
+        if extension.name.endswith("_cuda"):
+            objects = {
+                f"{source.name}.o": (source, arch_flags() if source.suffix == ".cu" else "")
+                for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
+            }
+            flags = {"flags": "-Xcompiler -fPIC,-fvisibility=hidden -cudart static", "link": "-shared -cudart static"}
+            try:
+                self.run_ninja(extension, escaped(find_nvcc()), objects, **flags)
+            except NotBuiltError as why:
+                sys.exit(f"The CUDA part could not be built: {why}\n{WITHOUT}")
+            return
+        kernels = CSRC / "cpu" / "kernels.cpp"
+        levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+        objects = {f"{level}.o": (kernels, f"{LOOPS} {own} -DUNIFLOW_LEVEL={level}") for level, own in levels.items()}
+        objects["module.o"] = (CSRC / "cpu" / "module.cpp", "")
+        link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+        flags = {"flags": "-fPIC -fvisibility=hidden", "link": link}
+        try:
+            self.run_ninja(extension, re.sub(r"\$", "$$", find_cxx() or ""), objects, **flags)
+        except NotBuiltError as why:
+            if os.environ.get("UNIFLOW_CPU") == "1":
+                sys.exit(f"The CPU part could not be built: {why}\n{WITHOUT_CPU}")
+            print(f"The CPU part is left out, plain PyTorch serves in its place: {why}", file=sys.stderr, flush=True)
+
+    def run_ninja(
+        self, extension: Extension, compiler: str, objects: dict[str, tuple[Path, str]], flags: str, link: str
+    ) -> None:
+        """Write the rules for ninja and run it.
+
+        Args:
+            extension: what is built.
+            compiler: its command, as ninja reads it.
+            objects: name -> the source and flags of its own.
+            flags: of all of them.
+            link: how they are linked.
+        """
+        folder = Path(self.build_temp).resolve() / extension.name
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = " ".join(f'"-I{path}"' for path in (pybind11_headers(), sysconfig.get_paths()["include"]))
-        objects, names = [], []
-        for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")]):
-            names.append(f"{source.name}.o")
-            archs = f"\n  archs = {arch_flags()}" if source.suffix == ".cu" else ""
-            objects.append(f"build {names[-1]}: compile {escaped(source.resolve())}{archs}")
         rules = NINJA.format(
-            nvcc=escaped(find_nvcc()), includes=includes, objects="\n".join(objects), target=escaped(target),
-            names=" ".join(names),
+            compiler=compiler, flags=flags, includes=includes, link=link, target=escaped(target),
+            names=" ".join(objects),
+            objects="\n".join(
+                f"build {name}: compile {escaped(source.resolve())}\n  own = {own}"
+                for name, (source, own) in objects.items()
+            ),
         )  # fmt: skip
         (folder / "build.ninja").write_text(rules)
         command = [find_ninja(), "-C", folder]
@@ -122,9 +197,7 @@ class BuildCuda(build_ext):
         if done.returncode:
             failed = re.search(r"^FAILED:.*\n(.*)$", done.stdout, re.MULTILINE)
             what = failed[1] if failed else " ".join(map(str, command))
-            sys.exit(
-                f"The CUDA part could not be built; its output is above. This command failed:\n  {what}\n{WITHOUT}"
-            )
+            raise NotBuiltError(f"its output is above. This command failed:\n  {what}")
 
 
 def escaped(path: object) -> str:
@@ -141,8 +214,10 @@ def description() -> str:
     return text + "\nThe files that are named here are in the source distribution.\n"
 
 
-ABOUT = {"long_description": description(), "long_description_content_type": "text/markdown"}
-if is_wanted():
-    setup(ext_modules=[Extension("uniflow_kernels._cuda", [])], cmdclass={"build_ext": BuildCuda}, **ABOUT)
-else:
-    setup(**ABOUT)
+parts = [name for name, wanted in (("_cuda", is_wanted), ("_cpu", is_cpu_wanted)) if wanted()]
+setup(
+    ext_modules=[Extension(f"uniflow_kernels.{name}", [], optional=name == "_cpu") for name in parts],
+    cmdclass={"build_ext": BuildParts} if parts else {},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+)

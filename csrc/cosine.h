@@ -9,9 +9,9 @@ struct CosineSums {
   float product = 0.0f, student = 0.0f, teacher = 0.0f;
 
   UNIFLOW_HD void add(float s, float t) {
-    product = fmaf(s, t, product);
-    student = fmaf(s, s, student);
-    teacher = fmaf(t, t, teacher);
+    product = multiply_add(s, t, product);
+    student = multiply_add(s, s, student);
+    teacher = multiply_add(t, t, teacher);
   }
 };
 
@@ -39,7 +39,7 @@ UNIFLOW_HD float gradient_power(float student_least) { return 1024.0f * float_of
 
 // `largest` is the largest finite number of the type that the gradient is stored in
 UNIFLOW_HD float cosine_gradient(const CosineTerms& terms, float s, float t, float largest) {
-  const float gradient = fmaf(terms.along, s, terms.across * t);
+  const float gradient = multiply_add(terms.along, s, terms.across * t);
   return gradient > largest ? largest : gradient < -largest ? -largest : gradient;  // NaN stays NaN
 }
 

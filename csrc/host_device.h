@@ -27,6 +27,15 @@ UNIFLOW_HD uint32_t bits_of_float(float value) {
   return bits;
 }
 
+// a*b + c, rounded once where the target has an instruction for that: the library's function would be many times as slow.
+UNIFLOW_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__aarch64__)
+  return fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Division of numbers below 2^16 by a constant below 2^16: one multiplication. Exact, since the rounding error of the
 // reciprocal, below 2^-32 * divisor, stays below 1 / divisor after multiplication by the number.
 struct SmallDivisor {

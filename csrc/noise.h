@@ -41,22 +41,22 @@ UNIFLOW_HD Words philox(uint64_t number, Seed seed) {
 // sqrt(-2 ln u) with u = (x + 1/2) / 2^32. u = m * 2^e with m in [sqrt(1/2), sqrt(2)), and ln m by a polynomial fitted to
 // be exact in relative terms, since the hardware's logarithm is not near u = 1.
 UNIFLOW_HD float radius(uint32_t x) {
-  const float u = fmaf(static_cast<float>(x), 0x1p-32f, 0x1p-33f);
+  const float u = multiply_add(static_cast<float>(x), 0x1p-32f, 0x1p-33f);
   const uint32_t shifted = bits_of_float(u) - 0x3F3504F3u;
   const float exponent = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
   const float f = float_of_bits((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   float p = 0.07332145422697067f;
-  p = fmaf(p, f, -0.11659753322601318f);
-  p = fmaf(p, f, 0.11634723097085953f);
-  p = fmaf(p, f, -0.12396728992462158f);
-  p = fmaf(p, f, 0.1425115317106247f);
-  p = fmaf(p, f, -0.16669149696826935f);
-  p = fmaf(p, f, 0.2000068873167038f);
-  p = fmaf(p, f, -0.24999980628490448f);
-  p = fmaf(p, f, 0.3333333134651184f);
+  p = multiply_add(p, f, -0.11659753322601318f);
+  p = multiply_add(p, f, 0.11634723097085953f);
+  p = multiply_add(p, f, -0.12396728992462158f);
+  p = multiply_add(p, f, 0.1425115317106247f);
+  p = multiply_add(p, f, -0.16669149696826935f);
+  p = multiply_add(p, f, 0.2000068873167038f);
+  p = multiply_add(p, f, -0.24999980628490448f);
+  p = multiply_add(p, f, 0.3333333134651184f);
   const float square = f * f;
-  const float log_m = fmaf(square, fmaf(p, f, -0.5f), f);
-  const float log_u = fmaf(exponent, 0.6931471805599453f, log_m);
+  const float log_m = multiply_add(square, multiply_add(p, f, -0.5f), f);
+  const float log_u = multiply_add(exponent, 0.6931471805599453f, log_m);
 #ifdef __CUDA_ARCH__
   float root;
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(-2.0f * log_u));  // within 1 ulp, without the slow path
@@ -71,14 +71,14 @@ UNIFLOW_HD void direct(float length, uint32_t x, float& first, float& second) {
   const int32_t within = static_cast<int32_t>(x & 0x3FFFFFFFu) - 0x20000000;
   const float angle = static_cast<float>(within) * 1.4629180792671596e-9f;  // pi / 2^31
   const float square = angle * angle;
-  float s = fmaf(square, 2.725000058489968e-06f, -0.00019840087043121457f);
-  s = fmaf(s, square, 0.008333331905305386f);
-  s = fmaf(s, square, -0.1666666716337204f);
-  const float sine = fmaf(s * square, angle, angle) * length;
-  float c = fmaf(square, -2.7301013005853747e-07f, 2.4800601750030182e-05f);
-  c = fmaf(c, square, -0.00138888880610466f);
-  c = fmaf(c, square, 0.0416666679084301f);
-  const float cosine = fmaf(square, fmaf(c, square, -0.5f), 1.0f) * length;
+  float s = multiply_add(square, 2.725000058489968e-06f, -0.00019840087043121457f);
+  s = multiply_add(s, square, 0.008333331905305386f);
+  s = multiply_add(s, square, -0.1666666716337204f);
+  const float sine = multiply_add(s * square, angle, angle) * length;
+  float c = multiply_add(square, -2.7301013005853747e-07f, 2.4800601750030182e-05f);
+  c = multiply_add(c, square, -0.00138888880610466f);
+  c = multiply_add(c, square, 0.0416666679084301f);
+  const float cosine = multiply_add(square, multiply_add(c, square, -0.5f), 1.0f) * length;
   const bool odd = x & 0x40000000u;
   const uint32_t sign = x & 0x80000000u;
   first = float_of_bits(bits_of_float(odd ? -sine : cosine) ^ sign);

@@ -5,7 +5,7 @@
 
 namespace uniflow {
 
-UNIFLOW_HD float interpolated(float x1, float x0, float t) { return fmaf(x1, t, x0 * (1.0f - t)); }
+UNIFLOW_HD float interpolated(float x1, float x0, float t) { return multiply_add(x1, t, x0 * (1.0f - t)); }
 
 // velocity - (x1 - x0); a token that does not count may hold anything
 UNIFLOW_HD float velocity_error(float velocity, float x1, float x0, float coefficient) {

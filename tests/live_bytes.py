@@ -23,13 +23,18 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __enter__(self) -> LiveBytes:
-        self._directly = patch("uniflow_kernels.ops.registration.is_watched", return_value=False)
-        self._directly.start()
+        self._directly = [  # a mock would keep the tensors that it was called with
+            patch(f"uniflow_kernels.ops.{module}.is_watched", lambda *tensors: False)
+            for module in ("registration", "patches", "images")
+        ]
+        for one in self._directly:
+            one.start()
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
-        self._directly.stop()
+        for one in self._directly:
+            one.stop()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if _is_plain(tensor)}

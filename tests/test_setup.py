@@ -1,4 +1,4 @@
-"""What setup.py decides and says about the CUDA part, where a stand-in for nvcc fails; what a wheel says of itself."""
+"""What setup.py decides and says of the compiled parts, whose compilers are stand-ins; what a wheel says of itself."""
 
 import importlib.util
 import os
@@ -29,7 +29,7 @@ def run(*arguments, **environment):
         capture_output=True,
         text=True,
         check=False,
-        env={**kept, **environment},
+        env={"UNIFLOW_CPU": "0", **kept, **environment},
     )
 
 
@@ -60,6 +60,36 @@ def test_insisting_without_a_compiler_fails(tmp_path):
     assert "UNIFLOW_CUDA=1, but there is no nvcc" in done.stderr
 
 
+@pytest.fixture
+def broken_cxx(tmp_path):
+    """A C++ compiler that fails."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho out of luck >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_insisting_on_the_cpu_part_without_a_compiler_fails(tmp_path):
+    done = run("--version", CXX=str(tmp_path / "none"), UNIFLOW_CUDA="0", UNIFLOW_CPU="1")
+    assert done.returncode != 0
+    assert f"UNIFLOW_CPU=1, but there is no C++ compiler: {tmp_path}" in done.stderr
+    done = run("--version", CXX=str(tmp_path / "none"), UNIFLOW_CUDA="0", UNIFLOW_CPU="")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_ninja
+@pytest.mark.parametrize(("wish", "code"), [("", 0), ("1", 1), ("0", 0)])
+def test_a_cpu_part_that_cannot_be_compiled_is_left_out(tmp_path, broken_cxx, wish, code):
+    """With a word about it, or an error where it was insisted on."""
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    done = run("build_ext", *folders, CXX=broken_cxx, UNIFLOW_CUDA="0", UNIFLOW_CPU=wish)
+    assert done.returncode == code, done.stderr
+    assert ("out of luck" in done.stdout) == (wish != "0")
+    assert ("The CPU part is left out, plain PyTorch serves in its place" in done.stderr) == (wish == "")
+    assert ("say UNIFLOW_CPU=0" in done.stderr) == (wish == "1")
+    assert not list(tmp_path.rglob("*.so"))
+
+
 @needs_ninja
 def test_a_failed_compile_says_what_failed_and_how_to_go_on(tmp_path, broken_nvcc):
     folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
@@ -74,7 +104,11 @@ def test_a_failed_compile_says_what_failed_and_how_to_go_on(tmp_path, broken_nvc
 @needs_ninja
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
-    [("UNIFLOW_CUDA", "yes", "expected 0 or 1, got 'yes'"), ("UNIFLOW_CUDA_ARCHS", "sm_90", "expected a list")],
+    [
+        ("UNIFLOW_CUDA", "yes", "expected 0 or 1, got 'yes'"),
+        ("UNIFLOW_CPU", "2", "expected 0 or 1, got '2'"),
+        ("UNIFLOW_CUDA_ARCHS", "sm_90", "expected a list"),
+    ],
 )
 def test_wrong_settings_are_named(tmp_path, broken_nvcc, name, value, expected):
     folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
@@ -103,7 +137,7 @@ def test_it_is_built_for_what_the_compiler_knows(tmp_path, listed, expected):
     if not expected:
         assert "compiles for none of sm_80, sm_90, sm_100" in done.stderr
         return
-    rules = (tmp_path / "temp" / "build.ninja").read_text()
+    rules = (tmp_path / "temp" / "uniflow_kernels._cuda" / "build.ninja").read_text()
     assert set(re.findall(r"code=sm_(\d+)", rules)) == set(expected)
     assert set(re.findall(r"code=compute_(\d+)", rules)) == {expected[-1]}
 

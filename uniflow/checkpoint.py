@@ -1,4 +1,4 @@
-"""Checkpoint folders in the official format: safetensors, whole or in shards, or a pickle read without executing it."""
+"""Checkpoint folders: safetensors, whole or in shards, or a pickle read without executing it; the models in them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ M = TypeVar("M", bound=nn.Module)
 
 WHOLE = "model.safetensors"
 
+# what torch.compile, FSDP and checkpoint_wrapper put into the keys of a module
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAMED = 4  # keys of each kind in an error, which is one line
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
@@ -61,34 +63,119 @@ class NotFiniteWarning(UserWarning):
     """Weights that hold NaN or infinity, as after training that diverged. The command takes it for an error."""
 
 
-def read_state(folder: str | Path, name: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, on the CPU, in the dtype of the file.
+def read_state(
+    folder: str | Path, name: str | None = None, mark: str | None = None, weights: str | None = None, usual: str = ""
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder, or of one model in it, on the CPU, in the dtype of the file.
 
     Args:
         folder: with NAME.safetensors, its shards and NAME.safetensors.index.json, or NAME.bin, whole or likewise.
         name: of the files; if not given they are model.safetensors or pytorch_model.bin.
+        mark: of a model, see `chosen_weights`; without one the file holds a model's tensors and nothing else.
+        weights, usual: see `chosen_weights`.
 
     Raises:
         FileNotFoundError: if there is no such folder, no weights in it, or a shard that the index names is not there.
         NotADirectoryError: if it is a file.
-        CheckpointError: if a file is damaged, or holds anything but dense tensors.
+        CheckpointError: if a file is damaged, or holds anything but dense tensors; as of `chosen_weights`.
 
     Warns:
         NotFiniteWarning: naming the tensors that hold NaN or infinity.
+        UserWarning: as of `chosen_weights`.
     """
     folder = check_folder(folder)
     wholes = {f"{name or 'model'}.safetensors": _read_safetensors, f"{name or 'pytorch_model'}.bin": _read_pickle}
     for file, read in wholes.items():
-        if (folder / file).exists():
-            state = read(folder / file)
+        path = folder / file
+        if path.exists():
+            found = read(path)
             break
-        if (folder / f"{file}.index.json").exists():
-            state = _read_shards(folder / f"{file}.index.json", read)
+        if (path := folder / f"{file}.index.json").exists():
+            found = _read_shards(path, read)
             break
     else:
         raise FileNotFoundError(f"no weights in {folder}: expected {' or '.join(wholes)}, or shards of it and an index")
+    state = _checked(found if mark is None else chosen_weights(found, mark, path, weights, usual), path)
     warn_of_not_finite(state, folder)
     return state
+
+
+def chosen_weights(
+    values: Mapping[str, Any], mark: str, source: object, weights: str | None = None, usual: str = ""
+) -> Mapping[str, Any]:
+    """The tensors of one model, by its own names, in what a checkpoint holds.
+
+    What torch.compile, DDP, FSDP and checkpointing put into the keys of a module is taken out, and dictionaries in
+    dictionaries are opened. Where a key then has the mark behind a prefix ("module.", "model_ema."), all keys with this
+    prefix are those of a model.
+
+    Args:
+        values: what the file holds, or a state_dict; returned as it is if it is one by the model's names, or if the
+            mark is nowhere.
+        mark: how a key begins that each such model has, as in "chal_proj.c_fc.weight".
+        source: what errors and warnings call it.
+        weights: which model, by its prefix or a word of that, as in "ema" for "model_ema", where there are several.
+        usual: a prefix of which nothing needs to be said.
+
+    Raises:
+        CheckpointError: if there are several models and none is chosen, or not the one that is; they are listed.
+
+    Warns:
+        UserWarning: what was taken off or opened, if it was not chosen.
+    """
+    flat = _flattened(values)
+    plain = {_WRAPPERS.sub("", name): value for name, value in flat.items()}
+    if len(plain) < len(flat):
+        raise CheckpointError(f"{source} holds tensors twice, under keys that differ in what torch puts into them")
+    ends = {name: f".{name}".find(f".{mark}") for name in plain}
+    prefixes = list(dict.fromkeys(name[:end] for name, end in ends.items() if end >= 0))
+    known = {prefix.removesuffix("."): prefix for prefix in prefixes}
+    named = [name for name in known if weights in (name, *re.split(r"[._]", name))]
+    if weights in known:
+        named = [weights]
+    if weights is not None and len(named) != 1:
+        raise CheckpointError(f"{source} holds no one model called {shown(weights)}; it holds {_models(known)}")
+    if len(known) > 1 and weights is None:
+        raise CheckpointError(f"{source} holds several models, {_models(known)}; choose one of them as weights")
+    prefix = known[named[0]] if named else next(iter(prefixes), "")
+    if prefix == "" and plain.keys() == values.keys() and len(known) < 2:
+        return values
+    others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+    chosen = {
+        name.removeprefix(prefix): value
+        for name, value in plain.items()
+        if name.startswith(prefix) and not (others and name.startswith(others))
+    }
+    if weights is None and prefix not in ("", usual):
+        warnings.warn(
+            f"{source} holds the model under {shown(prefix)}, which is taken off its keys; "
+            f"{len(plain) - len(chosen)} other entries are left",
+            stacklevel=3,
+        )
+    elif weights is None and plain.keys() != flat.keys():
+        warnings.warn(f"{source}: what torch.compile and its like put into keys is taken out of them", stacklevel=3)
+    return chosen
+
+
+def _models(known: Iterable[str]) -> str:
+    return ", ".join(shown(name) if name else "one whose keys have no prefix" for name in known) or "none"
+
+
+def _flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With the entries of dictionaries in dictionaries, by the names of both; each is opened once, wherever it is."""
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Mapping[str, Any]]] = [("", values)]
+    opened = {id(values)}
+    while waiting:
+        prefix, part = waiting.pop(0)
+        for name, value in part.items():
+            if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+                if id(value) not in opened:
+                    opened.add(id(value))
+                    waiting.append((f"{prefix}{name}.", value))
+            else:
+                found[f"{prefix}{name}"] = value
+    return found
 
 
 def warn_of_not_finite(state: Mapping[str, Tensor], source: object) -> None:
@@ -256,23 +343,23 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(str(error)) from None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     _check_file(path)
     try:
         state = load_file(path)
     except Exception as error:  # of a dtype that torch has not, the reader raises what Python says to it
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    return _checked(state, path)
+    return state
 
 
-def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     try:
         places = read_json(index).get("weight_map")
     except ValueError as error:
         raise CheckpointError(f"{index} is no index of shards: {error}") from None
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise CheckpointError(f"{index} is no index of shards: expected a weight_map from keys to files")
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names a file outside the folder: {shown(shard)}")
@@ -283,20 +370,20 @@ def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict
     return state
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    state = load_pickle(path)
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
+def _read_pickle(path: Path) -> dict[str, Any]:
+    values = load_pickle(path)
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise CheckpointError(f"{path}: expected a dictionary of tensors")
-    return _checked(dict(state), path)
+    return values
 
 
-def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _checked(state: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: expected a dictionary of tensors, got {printable(name)}: {shown(tensor)}")
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         # a pickle may spread one number over any shape
         if not dense or tensor.nbytes > tensor.untyped_storage().nbytes() or tensor.dtype not in _DTYPES:
             kind = f"{tensor.layout}, {tensor.dtype}, on {tensor.device}".replace("torch.", "")
             raise CheckpointError(f"{path}: {printable(name)}: expected a dense tensor of numbers, got {kind}")
-    return state
+    return dict(state)

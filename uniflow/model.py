@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uniflow.checkpoint import as_dtype, assign_state, outline, read_state, write_state
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
+from uniflow.encoding import ImageEncoder
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
@@ -22,13 +22,14 @@ from uniflow.pretrained import (
     take_tensors,
 )
 from uniflow.sampler import Decoder, Sampler
+from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer
 from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
 
-class UniFlow(nn.Module):
+class UniFlow(Stored):
     """The tokenizer: images to latents and back.
 
     Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; at another
@@ -48,10 +49,10 @@ class UniFlow(nn.Module):
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
     untrained_parts: tuple[str, ...] = ()
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
+    decoding_parts: tuple[str, ...] = ("chal_unproj", "global_blocks", "flow_head")  # and encoding
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.vit_hidden_size
         if pretrained is None and config.encoder is not None:
             pretrained = described_encoder(config)
@@ -131,11 +132,11 @@ class UniFlow(nn.Module):
 
         An encoder of another make (`from_encoder`) has `prefix_tokens` tokens in the place of the one.
         """
-        return self.encoder(self.embeddings(self._checked_images(images)))
+        return self.encoder(self.embeddings(self.checked_images(images)))
 
     def layer_states(self, images: Tensor) -> Iterator[Tensor]:
         """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
-        return self.encoder.states(self.embeddings(self._checked_images(images)))
+        return self.encoder.states(self.embeddings(self.checked_images(images)))
 
     @property
     def prefix_tokens(self) -> int:
@@ -158,7 +159,19 @@ class UniFlow(nn.Module):
         An encoder of another make may have been trained at a size that its patch does not divide (SigLIP's 384 by 14):
         of images of that size the rest is left out, as the encoder itself does.
         """
-        return self.latents(self.encoder.last(self.embeddings(self._checked_images(images))))
+        return self.latents(self.encoder.last(self.embeddings(self.checked_images(images))))
+
+    def compile_encoder(self, batch: int, size: tuple[int, int] | None = None) -> ImageEncoder:
+        """An encoder from images to latents whose work is prepared: on CUDA it is captured here.
+
+        Args:
+            batch: images at a time; it takes others too.
+            size: (H, W) of the images in pixels; the trained size if not given.
+
+        Raises:
+            ValueError: for a batch below 1, or a size that is no multiple of the patch.
+        """
+        return ImageEncoder(self, batch, (self.config.image_size, self.config.image_size) if size is None else size)
 
     def latents(self, last_hidden_state: Tensor) -> Tensor:
         """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
@@ -331,63 +344,12 @@ class UniFlow(nn.Module):
         self.flow_head.net.grad_checkpointing = enable
 
     @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | str | None = None,
-        *,
-        torch_dtype: torch.dtype | str | None = None,
-        precision: str | None = None,
-    ) -> UniFlow:
-        """Read a checkpoint folder, official or of a tokenizer around another encoder, in evaluation mode.
-
-        Args:
-            folder: with config.json and model.safetensors (or its shards and their index) or pytorch_model.bin.
-            device: where the parameters go.
-            dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
-            torch_dtype: the same, by the name that the transformers package had for it.
-            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md): for
-                inference alone, so call the model under torch.inference_mode().
-
-        Raises:
-            FileNotFoundError: if there is no config.json or no weights.
-            NotADirectoryError: if it is a file.
-            CheckpointError: if keys are missing, unexpected or of another shape (with the first of each), the config is
-                of a model that the weights cannot fill, or a file is damaged.
-            ImportError: if its encoder is one of the transformers package, and this is not installed.
-            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have, or a precision that is
-                unknown or that the device does not have.
-
-        Warns:
-            NotFiniteWarning: if weights are NaN or infinite.
-
-        Nothing in the folder is executed (pytorch_model.bin is read with weights_only), and nothing is downloaded.
-        """
-        chosen = as_dtype(dtype, torch_dtype)
-        config = UniFlowConfig.from_pretrained(folder)
-        check_precision(precision, torch.device(device), config.vit_hidden_size)
-        state = read_state(folder)
-        model = cls.outlined(config, state, str(folder))
-        assign_state(model, state, str(folder), chosen)
-        model.flow_head.net.precision = precision
-        return model.to(device, chosen).eval()
-
-    @classmethod
-    def outlined(cls, config: UniFlowConfig, state: Mapping[str, Tensor], source: str) -> UniFlow:
-        """A model whose parameters are on the meta device, to be assigned; errors as of `uniflow.checkpoint.outline`.
-
-        An encoder of another make is on the CPU: some of its tensors are in no checkpoint.
-        """
-        pretrained = None if config.encoder is None else described_encoder(config, state)
-        return outline(lambda: cls(config, pretrained), state, source)
-
-    @classmethod
     def from_encoder(
         cls,
         encoder: str | Path | nn.Module,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        weights: str | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
@@ -396,6 +358,7 @@ class UniFlow(nn.Module):
             encoder: see `uniflow.pretrained.pretrained_encoder`; a module is taken as it is, not copied.
             mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
                 still those of `normalize`.
+            weights: which of several models in the folder's file, as `from_pretrained` takes it.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 
@@ -405,7 +368,7 @@ class UniFlow(nn.Module):
 
         It is saved and loaded like any other. The official code reads it if the encoder is of the InternViT kind.
         """
-        pretrained = pretrained_encoder(encoder, mean, std)
+        pretrained = pretrained_encoder(encoder, mean, std, weights)
         for name in decoder:
             if name not in DECODER_FIELDS:
                 raise TypeError(
@@ -413,29 +376,8 @@ class UniFlow(nn.Module):
                 )
         return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors for `from_pretrained`; each file is whole or not there.
-
-        The official code reads them too. Not around an encoder of the transformers package, which is described by the
-        config's `encoder`: then config.json is of another model type.
-
-        Raises:
-            ValueError: if the encoder cannot be made again from a description.
-        """
-        if not isinstance(self.encoder, Encoder) and self.config.encoder is None:
-            raise ValueError(
-                "save_pretrained: expected an encoder of the InternViT kind, or one that transformers makes from its "
-                "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
-            )
-        write_state(self, folder)
-        self.save_config(folder)
-
-    def save_config(self, folder: str | Path) -> None:
-        """Write config.json alone."""
-        self.config.extra["torch_dtype"] = str(self.dtype).removeprefix("torch.")
-        self.config.save_pretrained(folder)
-
-    def _checked_images(self, images: Tensor) -> Tensor:
+    def checked_images(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the model's dtype, as they are encoded; errors as of `encode`."""
         _refuse_tracing()
         config = self.config
         if images.ndim != 4 or images.shape[1] != config.num_channels:

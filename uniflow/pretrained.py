@@ -22,6 +22,7 @@ from uniflow.checkpoint import CheckpointError, assign_state, outline, read_stat
 from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, check_integer, read_config, vision_config
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.foreign import checked_values, configuration, loaded_model, new_model, transformers_package
+from uniflow.hub import local_folder
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.reading import printable, read_json, shown
 
@@ -39,6 +40,7 @@ _KINDS = (
     "dinov2",
     "dinov2_with_registers",
     "ijepa",
+    "internvl_vision",
     "metaclip_2",
     "pixio",
     "siglip",
@@ -79,17 +81,22 @@ class PretrainedEncoder(NamedTuple):
 
 
 def pretrained_encoder(
-    source: str | Path | nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    source: str | Path | nn.Module,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    weights: str | None = None,
 ) -> PretrainedEncoder:
     """An encoder for `UniFlow.from_encoder` or `EncoderTeacher`.
 
     Args:
-        source: a checkpoint folder, of a UniFlow, of an InternViT, or one that transformers' AutoModel reads; or a
-            vision model of the transformers package, which is taken as it is, but for a mask token: it is taken out,
-            since nothing is masked here.
+        source: a checkpoint folder, or a repository on the Hub (OWNER/NAME, OWNER/NAME@REVISION), of a UniFlow, of an
+            InternViT, of an InternVL, or one that transformers' AutoModel reads; or a vision model of the transformers
+            package, which is taken as it is, but for a mask token: it is taken out, since nothing is masked here.
         mean, std: what the encoder's images are normalised with. It is given those of `uniflow.normalize`, as every
             encoder here, and brings them to its own statistics. If not given they are what the folder says (a UniFlow's
             config.json, or the preprocessor_config.json of the transformers package), else ImageNet's.
+        weights: which of several models in the folder's file, see `uniflow.checkpoint.chosen_weights`; not of a folder
+            of the transformers package.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -98,12 +105,13 @@ def pretrained_encoder(
         ValueError: if it is no vision transformer that gives one token a patch, in raster order behind its prefix; or
             under `torch.device("meta")`.
 
-    Nothing in the folder is executed, and nothing is downloaded.
+    Nothing in the folder is executed, and nothing is downloaded but a repository that is named.
     """
     if torch.get_default_device().type == "meta":
         raise ValueError("encoder: it has weights, which the meta device cannot hold; make it outside of torch.device")
     if isinstance(source, nn.Module):
         return _from_huggingface(source, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+    source = local_folder(source)
     values = read_config(source)
     config = vision_config(values)
     kind = config.get("model_type")
@@ -111,23 +119,25 @@ def pretrained_encoder(
         preprocessor = Path(source) / "preprocessor_config.json"
         said = read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
-        return _from_huggingface(_read_model(Path(source), values), mean, std)
+        # of an InternVL of the transformers package the vision part alone is made
+        alone = kind == "internvl_vision"
+        return _from_huggingface(_read_model(Path(source), config if alone else values, alone), mean, std)
     if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
         which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
         raise ValueError(f"mean, std: expected ImageNet's, since {which}")
     if kind == WITH_ENCODER:
         own = UniFlowConfig.from_dict(config)
-        state = _encoder_state(Path(source))
+        state = _encoder_state(Path(source), weights)
         pretrained = described_encoder(own, state)
         _assign(pretrained, state, source)
         return pretrained
-    return _from_internvit(Path(source), config)
+    return _from_internvit(Path(source), config, weights)
 
 
-def _encoder_state(folder: Path) -> dict[str, Tensor]:
+def _encoder_state(folder: Path, weights: str | None) -> dict[str, Tensor]:
     """An encoder's weights, which the folder holds beside whatever else."""
     # within an InternVL the encoder's keys have a prefix
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in read_state(folder).items()}
+    state = read_state(folder, mark="encoder.layers.0.", weights=weights, usual="vision_model.")
     own = {name: tensor for name, tensor in state.items() if name.startswith(("embeddings.", "encoder."))}
     if not own:
         raise CheckpointError(f"{folder} holds no encoder: no key begins with 'embeddings.' or 'encoder.'")
@@ -142,14 +152,14 @@ def _assign(encoder: PretrainedEncoder, state: dict[str, Tensor], source: str | 
 # --- InternViT: the layers are UniFlow's own ---
 
 
-def _from_internvit(folder: Path, values: dict[str, Any]) -> PretrainedEncoder:
+def _from_internvit(folder: Path, values: dict[str, Any], weights: str | None) -> PretrainedEncoder:
     missing = [name for name in ENCODER_ARCHITECTURE if name not in values]
     if missing:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(missing)}")
     fields = {name: values[name] for name in (*ENCODER_ARCHITECTURE, *_INTERNVIT_CHOICES) if name in values}
     fields["vit_hidden_size"] = fields["hidden_size"]
     config = UniFlowConfig(**fields)
-    state = _encoder_state(folder)
+    state = _encoder_state(folder, weights)
     embeddings = outline(lambda: Embeddings(config), state, str(folder))
     pretrained = PretrainedEncoder(embeddings, outline(lambda: Encoder(config), state, str(folder)), fields)
     _assign(pretrained, state, folder)
@@ -224,10 +234,10 @@ def _is_vision(kind: str, _: Any) -> bool:
     return kind in _KINDS
 
 
-def _read_model(folder: Path, values: dict[str, Any]) -> nn.Module:
-    """The model in a folder of the transformers package, if all that is used of it has its weights."""
+def _read_model(folder: Path, values: dict[str, Any], alone: bool) -> nn.Module:
+    """The model in a folder of the transformers package, or its vision part, if what is used of it has its weights."""
     config = configuration(values, str(folder), _is_vision)
-    state = read_state(folder)
+    state = read_state(folder, mark="encoder.layer.0." if alone else None, usual="model.vision_tower.")
     model, wrong = loaded_model(transformers_package().AutoModel, config, state, str(folder))
     vision = _vision_part(model)
     used = [_part(vision, "embeddings"), _layers(vision), getattr(vision, "pre_layrnorm", None)]
@@ -390,6 +400,8 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
             f"encoder: expected a vision transformer of the transformers package, but {type(model).__name__} has no "
             f"{error.name} in its config"
         ) from None
+    # InternVL has both sides
+    patch, size = (v[0] if isinstance(v, (list, tuple)) and len({*v}) == 1 else v for v in (patch, size))
     for name, value in (("patch_size", patch), ("image_size", size)):
         if not isinstance(value, int):
             raise ValueError(f"encoder: expected a square {name}, got {shown(value)}")

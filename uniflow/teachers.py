@@ -45,10 +45,11 @@ class EncoderTeacher(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
     ) -> EncoderTeacher:
         """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen."""
         chosen = as_dtype(dtype)
-        pretrained = pretrained_encoder(source, mean, std)
+        pretrained = pretrained_encoder(source, mean, std, weights)
         return cls(pretrained.embeddings, pretrained.encoder, chosen)
 
     @property

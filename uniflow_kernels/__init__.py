@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
     from uniflow_kernels.ops.images import to_images
+    from uniflow_kernels.ops.modulated_norm import gated_residual_norm, modulated_norm
     from uniflow_kernels.ops.noise import noise_seed, seeded_noise
     from uniflow_kernels.ops.patches import patchify, unpatchify
     from uniflow_kernels.ops.velocity import interpolate, velocity_loss
@@ -29,8 +30,10 @@ __all__ = [
     "doctor",
     "flow_matching_loss",
     "fused_flow_blocks",
+    "gated_residual_norm",
     "interpolate",
     "layerwise_distillation",
+    "modulated_norm",
     "noise_seed",
     "patch",
     "patched",
@@ -54,8 +57,10 @@ _MODULES = {
     "doctor": "diagnosis",
     "flow_matching_loss": "modules.flow_matching",
     "fused_flow_blocks": "ops.flow_head",
+    "gated_residual_norm": "ops.modulated_norm",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
+    "modulated_norm": "ops.modulated_norm",
     "noise_seed": "ops.noise",
     "patch": "dropin.patching",
     "patched": "dropin.patching",
@@ -73,3 +78,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"uniflow_kernels.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
 from uniflow_kernels.ops.flow_fp8 import explain_fp8
@@ -48,6 +48,7 @@ def doctor() -> DoctorReport:
     environment = {
         "uniflow-kernels": _installed("uniflow-kernels"),
         "CUDA part": (cuda_kernels.why_not_built() or "built").removeprefix("the CUDA part was "),
+        "CPU part": _cpu_part(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "Triton": _installed("triton"),
@@ -58,8 +59,15 @@ def doctor() -> DoctorReport:
     }
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
-    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images")]
+    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images", "modulated_norm")]
     return DoctorReport(environment, [_flow_head(cuda), _fp8(cuda), *losses, *triton_only, _attention(cuda)])
+
+
+def _cpu_part() -> str:
+    if (reason := cpu_kernels.why_not_built()) is not None:
+        return reason.removeprefix("the CPU part was ")
+    threads = "torch's threads" if cpu_kernels.shares_threads() else "one thread: torch's were not found"
+    return f"built; {cpu_kernels.instructions()}, {threads}"
 
 
 def _flow_head(cuda: bool) -> OpReport:
@@ -73,7 +81,9 @@ def _fp8(cuda: bool) -> OpReport:
 
 
 def _loss(name: str, cuda: bool) -> OpReport:
-    some = torch.empty(0, dtype=torch.float32, device="cuda" if cuda else "cpu")
+    if not cuda:
+        return _on_cpu(name)
+    some = torch.empty(0, dtype=torch.float32, device="cuda")
     triton, compiled = triton_kernels.why_not(some), cuda_kernels.why_not(some)
     if triton is None:
         return OpReport(name, "Triton", f"{UNMEASURED}; CUDA: {compiled or 'built, on request'}")
@@ -83,8 +93,17 @@ def _loss(name: str, cuda: bool) -> OpReport:
     return OpReport(name, RUNS["eager"], why)
 
 
+def _on_cpu(name: str) -> OpReport:
+    reason = cpu_kernels.why_not_built()
+    if reason is None:
+        return OpReport(name, "the CPU part", "Triton and CUDA: they run on CUDA, not on cpu")
+    return OpReport(name, RUNS["eager"], reason)
+
+
 def _triton_only(name: str, cuda: bool) -> OpReport:
-    reason = triton_kernels.why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
+    if not cuda:
+        return _on_cpu(name)
+    reason = triton_kernels.why_not_on(torch.device("cuda"), torch.bfloat16)
     if reason is None:
         return OpReport(name, "Triton", UNMEASURED)
     return OpReport(name, RUNS["eager"], f"Triton: {reason}")

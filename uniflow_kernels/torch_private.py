@@ -87,8 +87,12 @@ def is_traced() -> bool:
 
 
 def is_dispatch_watched() -> bool:
-    """Whether a dispatch mode or a transform wants to see every op. Cheaper than `is_traced`, which is as strict."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    """Whether a dispatch mode, a transform or torch.jit.trace wants to see every op. Cheaper than `is_traced`."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )
 
 
 # --- autograd ---
@@ -149,6 +153,7 @@ def draws(name: str) -> bool:
 # --- many tensors in a few launches ---
 
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 
@@ -175,6 +180,11 @@ CHILDREN = itemgetter("_modules")
 PARAMETERS = itemgetter("_parameters")
 BUFFERS = itemgetter("_buffers")
 FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """A module with the same attributes and submodules, but no parameters: those are for the caller to set."""
+    return module._replicate_for_data_parallel()
 
 
 def is_forward_hooked(module: nn.Module) -> bool:

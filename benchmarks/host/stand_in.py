@@ -75,8 +75,16 @@ def count(call: Callable[[], Any]) -> int:
 
 def _is_launch(event: Any) -> bool:
     """Whether what the profiler saw is an op that does its work itself, and is neither a view nor an allocation."""
+    if _is_in_one_launch(event.cpu_parent):
+        return False
+    if event.name in _ONE_LAUNCH:
+        return True
     children = event.cpu_children
     return event.name.startswith("aten::") and _computes(event.name[6:]) and not any(map(_is_launch, children))
+
+
+def _is_in_one_launch(event: Any) -> bool:
+    return event is not None and (event.name in _ONE_LAUNCH or _is_in_one_launch(event.cpu_parent))
 
 
 @lru_cache
@@ -87,6 +95,9 @@ def _computes(name: str) -> bool:
     return found is None or not any(getattr(found, overload).is_view for overload in found.overloads())
 
 
+# what a GPU launches once, whatever a CPU does for it: copies of many tensors too, if all are of one dtype, and all
+# sources of one
+_ONE_LAUNCH = {"aten::linear", "aten::addmm", "aten::addmm_", "aten::mm", "aten::sum", "aten::_foreach_copy_"}
 # they allocate, look or pass on
 _NO_LAUNCH = (
     *("empty", "new_empty", "detach", "lift_fresh", "is_", "set_", "resize_", "resolve_", "promote_types"),

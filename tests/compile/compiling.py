@@ -63,7 +63,8 @@ class Compiled:
 
     `serialised` holds ptxas's C75xx warnings: the wgmma pipeline ran one product at a time; nothing else shows it.
     `spills` counts local stores and loads in the SASS; `wide` counts global accesses by width, `fused`
-    multiplications and additions in one.
+    multiplications and additions in one. `together` is the most global loads that are issued with no store, shuffle or
+    barrier between them.
     """
 
     registers: int
@@ -78,6 +79,7 @@ class Compiled:
     wide: dict[str, int] = field(default_factory=dict)
     fused: int = 0
     instructions: int = 0
+    together: int = 0
 
 
 def compile_all(requests: list[Request], oldest: bool = False) -> list[Compiled]:
@@ -151,8 +153,15 @@ def compile_one(request: Request) -> Compiled:
         tma=len(re.findall(r"\bUTMA(?:LDG|STG)\b", sass)),
         wide=dict(Counter(re.findall(r"\b((?:LDG|STG)\.E[.\w]*)", sass))),
         fused=len(re.findall(r"\bFFMA\b", sass)),
+        together=max(map(len, re.findall(r"L+", "".join(_order(sass)))), default=0),
         instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, re.MULTILINE)),
     )
+
+
+def _order(sass: str) -> list[str]:
+    """L for each global load in the program's order, and a dot for what such a load cannot, or shall not, wait for."""
+    found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/.*?\b(LDG|STG|SHFL|BAR)\b", sass, re.MULTILINE)
+    return ["L" if name == "LDG" else "." for name in found]
 
 
 def _output(*command: object) -> str:

@@ -6,18 +6,25 @@ from tests.compile.compiling import Request, arches, compile_all
 
 MODULES = {"activation": "activation", "activation_backward": "activation"}  # of a kernel; of all others flow_head
 # per thread; no more than these were needed when the kernels were written
-REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 184, "activation": 40, "activation_backward": 136}
+REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 176, "activation": 40, "activation_backward": 136}
+
+# where every row has a condition of its own; with divisions of 64 bits 856 and 1080, with a sigmoid by exp 360 and 776
+INSTRUCTIONS = {"norm_modulate": 600, "norm_modulate_backward": 792, "activation": 224, "activation_backward": 640}
+# loads that wait for no reduction: all of the forward pass; of the backward pass all of a row but x's, on sixteen warps
+# dh and the scale, since 128 registers a thread have no room for more
+TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 2}
 
 
-def norm_modulate(width, arch, dtype, *, residual=True, rms=False):
+def norm_modulate(width, arch, dtype, *, residual=True, rms=False, shared=False):
     pointers = dict.fromkeys(("x_p", "gate_p", "q_p", "shift_p", "scale_p", "sum_p", "h_p"), f"*{dtype}")
     strides = dict.fromkeys(("x_s", "gate_s", "q_s", "modulation_s", "sum_s", "h_s"), "i32")
     sizes = dict.fromkeys(("rows", "conditions", "repeat"), "i32")
     constants = {"W": width, "RESIDUAL": residual, "WEIGHT": True, "BIAS": not rms, "MODULATED": True, "RMS": rms}
+    constants["SHARED"] = shared
     return request("norm_modulate", arch, pointers | norm(dtype) | strides | sizes | {"eps": "fp32"}, constants, 2048)
 
 
-def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False):
+def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False, shared=False):
     names = ("dh_p", "dsum_p", "x_p", "gate_p", "q_p", "scale_p", "dx_p", "dq_p", "dgate_p", "dshift_p", "dscale_p")
     pointers = dict.fromkeys(names, f"*{dtype}") | {"partial_p": "*fp32"}
     strides = ("dh_s", "dsum_s", "x_s", "gate_s", "q_s", "modulation_s", "dx_s", "dq_s", "dgate_s", "dmodulation_s")
@@ -32,6 +39,7 @@ def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False):
         "PER_ROW": True,
         "WRITE_SHIFT": False,
         "RMS": rms,
+        "SHARED": shared,
     }
     signature = pointers | norm(dtype) | dict.fromkeys(strides + sizes, "i32") | {"eps": "fp32"}
     return request("norm_modulate_backward", arch, signature, constants, 1024)
@@ -75,6 +83,7 @@ def compiled(oldest):
     for arch in arches(oldest):
         asked["norm_modulate", arch, 1024] = norm_modulate(1024, arch, "bf16")
         asked["norm_modulate", arch, 1536] = norm_modulate(1536, arch, "fp32", residual=False, rms=True)
+        asked["norm_modulate", arch, 1024, "shared"] = norm_modulate(1024, arch, "bf16", shared=True)
         asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
         asked["norm_modulate_backward", arch, 1536] = norm_modulate_backward(1536, arch, "bf16")
         asked["norm_modulate_backward", arch, 3072] = norm_modulate_backward(3072, arch, "bf16")
@@ -89,6 +98,15 @@ def test_no_spills_and_few_registers(compiled):
         assert result.spills == 0, (kernel, at)
         assert result.registers <= REGISTERS[kernel], (kernel, at, result.registers)
         assert result.shared <= 16384, (kernel, at, result.shared)
+
+
+def test_few_instructions_and_loads_that_do_not_wait(compiled):
+    for (kernel, *at), result in compiled.items():
+        if "shared" in at:  # divisions of 32 bits, and no subroutine
+            assert result.instructions <= 700, (kernel, at, result.instructions)
+            continue
+        assert result.instructions <= INSTRUCTIONS[kernel], (kernel, at, result.instructions)
+        assert result.together >= TOGETHER.get((kernel, at[1]), 0), (kernel, at, result.together)
 
 
 def test_every_access_is_of_16_bytes(compiled):

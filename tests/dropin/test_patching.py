@@ -61,6 +61,17 @@ def test_two_heads_of_different_kinds(head):
     assert "d: left alone: " in str(report)
 
 
+def test_a_report_has_one_line_for_each_kind_of_thing(head):
+    names = [*(f"h{i}" for i in range(3)), *(f"g{i}" for i in range(12)), "own"]
+    heads = [*(Canonical() for _ in range(3)), *(with_blocks(Gelu)() for _ in range(12)), FlowHead(4, 8, 4, 4, 1)]
+    first, second, third = str(patch(nn.ModuleDict(dict(zip(reversed(names), reversed(heads), strict=True))))).split(
+        "\n"
+    )
+    assert first.startswith("h2 ... h0 (3 modules): flow head (2 blocks of 16")
+    assert second == "own: left alone: it is this package's own already"
+    assert third.startswith("g11 ... g0 (12 modules): left alone: res_blocks.0.mlp: its activation is not SiLU")
+
+
 def test_twice_is_once_and_unpatch_restores(head):
     before = dict(vars(head))
     first = patch(head)
@@ -411,6 +422,26 @@ def test_an_adapter_put_in_later_works(head):
     close(ours, head(*INPUTS))
 
 
+def test_layers_that_are_quantised_later_run(head):
+    """Of a dynamic int8 layer `weight` is a method."""
+
+    class Packed(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = [layer]
+
+        def weight(self):
+            return self.layer[0].weight
+
+        def forward(self, h):
+            return self.layer[0](h) + 1
+
+    patch(head)
+    for holder, name in ((head.res_blocks[0].mlp, "0"), (head.final_layer, "linear"), (head, "input_proj")):
+        setattr(holder, name, Packed(getattr(holder, name)))
+        close(head(*INPUTS), type(head).forward(head, *INPUTS))
+
+
 # ---------------------------------------------------------------------------------------------------- where none serve
 
 
@@ -433,8 +464,10 @@ def test_where_no_kernel_serves_its_own_forward_runs(name, monkeypatch):
         assert torch.equal(ours, head(*project.inputs))
 
 
-def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(head, monkeypatch):
-    monkeypatch.undo()
+@pytest.mark.parametrize("kernels_serve", [False, True])
+def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(kernels_serve, head, monkeypatch):
+    if not kernels_serve:
+        monkeypatch.undo()
     graphs = []
     for patch_it in (False, True):
         if patch_it:

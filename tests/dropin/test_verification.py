@@ -78,6 +78,21 @@ def test_a_difference_is_seen(exact, monkeypatch, capsys):
     assert "DIFFERS" in capsys.readouterr().out
 
 
+def test_a_failure_of_the_patched_model_alone_is_reported(monkeypatch, capsys):
+    def fails(self, module, args, kwargs):
+        raise RuntimeError("mat1 and mat2")
+
+    monkeypatch.setattr("uniflow_kernels.dropin.heads.Head.forward", fails)
+    head = randomize(Canonical())
+    report = verify(head, *INPUTS)
+    assert not report.ok
+    assert report.failure == "RuntimeError: mat1 and mat2"
+    assert "FAILS where the model as it was ran: RuntimeError: mat1 and mat2" in capsys.readouterr().out
+    assert "forward" not in vars(head)
+    with pytest.raises(RuntimeError, match="same dtype"):  # its own failures are its own
+        verify(head.bfloat16(), *INPUTS)
+
+
 def test_nothing_to_patch_is_not_ok():
     report = verify(nn.Linear(6, 6), INPUTS[0])
     assert all(comparison.equal for comparison in report.comparisons)

@@ -14,7 +14,7 @@ from torch import nn
 from tests.conftest import check_reset, randomize
 from uniflow import CheckpointError, EncoderTeacher, UniFlow, UniFlowConfig, UniFlowObjective
 from uniflow.cli import explain
-from uniflow.cli.inputs import load_model
+from uniflow.cli.inputs import Named, load_model
 from uniflow.encoder import Embeddings
 from uniflow.latents import EncodedPicture, LatentsError, read_latents, write_latents
 from uniflow.pretrained import pretrained_encoder
@@ -282,7 +282,7 @@ def test_a_saved_tokenizer_without_the_transformers_package(tmp_path, monkeypatc
     with pytest.raises(ImportError, match=r"pip install 'uniflow-kernels\[hf\]'"):
         UniFlow.from_pretrained(tmp_path)
     with pytest.raises(ImportError) as error:
-        load_model(tmp_path, "cpu", "auto")
+        load_model(Named(tmp_path), "cpu", "auto")
     assert "pip install 'uniflow-kernels[hf]'" in explain(error.value)  # the command's line
 
 

@@ -114,7 +114,7 @@ def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
     peaks = []
     for memory in (None, batch // 2 * tokens * per_token, tokens * per_token - 1 if batch < 64 else None):
         decoder = model.compile_decoder(batch, steps=2, cfg=cfg, solver=solver, temperature=0.9, max_memory=memory)
-        with LiveBytes() as live:
+        with LiveBytes() as live, backend("eager"):  # compiled parts hold less
             pictures = decoder(latents, generator=torch.Generator().manual_seed(0))
         peaks.append(live.peak - pictures.nbytes)
         assert peaks[-1] <= (memory or batch * tokens * per_token)

@@ -49,7 +49,7 @@ def test_a_backend_asked_for_serves_or_raises():
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="backend: expected one of auto, eager, triton, cuda, got 'fast'"):
+    with pytest.raises(ValueError, match="backend: expected one of auto, eager, triton, cuda, cpu, got 'fast'"):
         backend("fast").__enter__()
     monkeypatch.setenv("UNIFLOW_BACKEND", "quick")
     with pytest.raises(ValueError, match="UNIFLOW_BACKEND: expected one of"):

@@ -14,8 +14,10 @@ from uniflow_kernels import (
     doctor,
     flow_matching_loss,
     fused_flow_blocks,
+    gated_residual_norm,
     interpolate,
     layerwise_distillation,
+    modulated_norm,
     noise_seed,
     patch,
     patched,
@@ -134,6 +136,12 @@ def of_verify(given):
     return [report.ok, str([(c.mode, c.what, c.error, c.allowed) for c in report.comparisons])]
 
 
+def of_residual(given):
+    x, modulation = given.condition.clone().requires_grad_(), given.condition[:, :1]
+    total, h = gated_residual_norm(x, modulation, x, modulation, modulation)
+    return [total, *with_gradients(h.square().sum(), x)]
+
+
 CALLS = {
     "FlowHead": of_head,
     "LayerwiseDistillation": distilled,
@@ -141,8 +149,10 @@ CALLS = {
     "doctor": lambda given: [str(doctor())],
     "flow_matching_loss": of_loss,
     "fused_flow_blocks": of_blocks,
+    "gated_residual_norm": of_residual,
     "interpolate": of_interpolate,
     "layerwise_distillation": distilled_at_once,
+    "modulated_norm": lambda given: [modulated_norm(given.condition, *[given.condition[:, :1]] * 2)],
     "noise_seed": lambda given: [noise_seed(torch.Generator().manual_seed(4)), torch.manual_seed(4) and noise_seed()],
     "patch": of_patch,
     "patchify": lambda given: [patchify(given.pixels, 4), patchify(given.images, 4)],

@@ -5,7 +5,7 @@ import torch
 
 from uniflow_kernels import LayerwiseDistillation, backend, layerwise_distillation
 
-pytestmark = pytest.mark.usefixtures("on_each_backend")
+pytestmark = pytest.mark.usefixtures("on_all_backends")
 
 
 def layers(count=4, dtype=torch.float32, seed=0):

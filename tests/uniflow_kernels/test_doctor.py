@@ -6,7 +6,17 @@ from uniflow_kernels.diagnosis import DoctorReport
 
 def test_names_the_software_and_every_op():
     report = uniflow_kernels.doctor()
-    assert {"Python", "torch", "Triton", "CUDA", "nvcc", "GPU", "flash-attn"} <= report.environment.keys()
+    assert {
+        "CUDA part",
+        "CPU part",
+        "Python",
+        "torch",
+        "Triton",
+        "CUDA",
+        "nvcc",
+        "GPU",
+        "flash-attn",
+    } <= report.environment.keys()
     ops = {op.op for op in report.ops}
     assert {"flow_head", "patchify", "interpolate", "velocity_loss", "layerwise_distillation", "attention"} <= ops
     assert all(op.runs and op.why for op in report.ops)

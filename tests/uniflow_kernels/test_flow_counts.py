@@ -8,13 +8,14 @@ from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.ops.flow_choice import KERNELS
-from uniflow_kernels.ops.flow_head import _flow_blocks, _modulated_flow_blocks
+from uniflow_kernels.ops.flow_head import _flow_blocks, _flow_blocks_backward, _modulated_flow_blocks
 from uniflow_kernels.triton_kernels import activation, flow_products
 from uniflow_kernels.triton_kernels import flow_head as row_kernels
 
 DEPTH, WIDTH, ROWS = 12, 16, 8
 NO_LAUNCH = (
     "view",
+    "aten.reshape",
     "detach",
     "empty",
     "split",
@@ -31,6 +32,7 @@ NO_LAUNCH = (
 
 FUSED = {
     "uniflow_kernels.flow_blocks.default": _flow_blocks,
+    "uniflow_kernels.flow_blocks_backward.default": _flow_blocks_backward,
     "uniflow_kernels.modulated_flow_blocks.default": _modulated_flow_blocks,
 }
 
@@ -131,6 +133,34 @@ def test_training_launches_no_more_in_its_forward_pass(launched, path, more):
             on(path, head, x, y)
         counts.append(len(fused.names) + len(launched))
     assert counts[1] - counts[0] == more
+
+
+@pytest.mark.parametrize(("path", "products"), [("rows", 6), ("products", 5)])
+def test_launches_of_the_backward_pass(launched, monkeypatch, path, products):
+    """Two kernels a block, and products alone: vectors' gradients of all blocks are copied at once."""
+
+    def through_norm(dh, dsum, x, residual, **others):
+        return torch.empty_like(x), None if residual is None else torch.empty_like(x), x.new_empty(1, 6, WIDTH)
+
+    def through_activation(du, p, *of):
+        return torch.empty_like(p), torch.empty_like(p), p.new_empty(p.shape[1])
+
+    def counting(kernels, name, result):
+        monkeypatch.setattr(kernels, name, lambda *given, **named: launched.append(name) or result(*given, **named))
+
+    counting(row_kernels, "norm_modulate_backward", through_norm)
+    counting(activation, "activation_backward", through_activation)
+    counting(flow_products, "down_backward", lambda dq, weight, p: through_activation(dq, p))
+    head, x, y = make()
+    with backend("triton"):
+        out = on(path, head, x, y)
+        launched.clear()
+        with Launches() as fused:
+            torch.autograd.grad(out.sum(), [y, *head.parameters()], allow_unused=True)
+    assert len(launched) == 2 * DEPTH + 1
+    inside = 4  # the last modulation's two products, zeros for the gradient of SiLU(y), the copies
+    outside = 8  # the sum and its gradient, input and output, SiLU
+    assert len(fused.names) == products * DEPTH + inside + outside
 
 
 def test_launches_of_a_sampler(launched, monkeypatch):

@@ -211,6 +211,18 @@ def test_dtypes_that_are_no_numbers_for_it_name_the_argument(name, change):
         make_head()(**inputs)
 
 
+@pytest.mark.parametrize("name", ["x", "c"])
+@pytest.mark.parametrize(("weights", "given"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_another_dtype_than_the_weights_names_the_argument(name, weights, given):
+    inputs = dict(zip("xtc", make_inputs(5, dtype=weights), strict=True))
+    inputs[name] = inputs[name].to(given)
+    head = make_head().to(weights)
+    with pytest.raises(TypeError, match=f"^{name}: expected {weights}, the dtype of the head's weights, got {given}"):
+        head(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(**inputs).dtype == torch.bfloat16
+
+
 class Int8Linear(torch.nn.Module):
     """A linear layer with an int8 weight and a scale a row, as weight-only quantization has it."""
 

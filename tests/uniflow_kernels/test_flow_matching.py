@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, flow_matching_loss, patchify, seeded_noise
+from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.torch_private import TorchDispatchMode
 
 PATCH, GRID, WIDTH, Z = 4, (2, 3), 32, 24
 NORMALIZATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -92,6 +94,115 @@ def test_half_precision(within_twice, dtype, autocast):
     for ours_, plain_, exact in zip(ours, plain, exactly(head, *batch), strict=True):
         assert ours_.dtype == plain_.dtype
         within_twice(ours_, plain_, exact, floor=2 * torch.finfo(dtype).eps)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation is called, and how often one brings a matrix of a weight's shape to another dtype."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.shapes = {tuple(p.shape) for p in head.parameters() if p.ndim == 2}
+        self.calls, self.casts = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.casts += name == "_to_copy" and tuple(arguments[0].shape) in self.shapes
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.usefixtures("on_each_backend")
+@pytest.mark.parametrize("frozen", [None, "input_proj.weight"])
+def test_weights_are_cast_once_a_step(monkeypatch, frozen):
+    """To the bits of what autocast casts in every chunk, and back; whoever looks meanwhile finds the head as it is."""
+    head, batch = make_head(), make_batch(4, (3, 3))
+    if frozen is not None:
+        head.get_parameter(frozen).requires_grad_(False)
+    wanted, own, loss_of_chunk = [p for p in head.parameters() if p.requires_grad], list(head.parameters()), []
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], time_scale=1000.0, chunk_tokens=9)
+        return [loss.detach(), *torch.autograd.grad(loss, [batch[0], *wanted])]
+
+    real = flow_matching._loss
+
+    def watched(call, *rest):
+        loss_of_chunk.append(1)
+        assert all(mine is before for mine, before in zip(head.parameters(), own, strict=True))
+        return real(call, *rest)
+
+    monkeypatch.setattr(flow_matching, "_loss", watched)
+    with Counted(head) as once:
+        found = step()
+    assert len(loss_of_chunk) == 4
+    assert once.casts == sum(p.ndim == 2 for p in own)
+    monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+    with Counted(head) as each_time:
+        expected = step()
+    assert each_time.casts > 3 * once.casts
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+class Elsewhere(nn.Module):
+    """Computes with a layer that it holds where nobody looks for one."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.layers = layer.weight, (layer,)
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        *((what, "eager") for what in ("forward hook", "backward hook", "own hook", "replaced", "shared")),
+        ("shared", "triton"),
+    ],
+)
+def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
+    head, batch, seen = make_head(), make_batch(), []
+    block = head.res_blocks[0]
+    if what == "forward hook":
+        block.mlp[0].register_forward_hook(lambda module, *_: seen.append(module.weight is block.mlp[0].weight))
+    elif what == "backward hook":
+        block.register_full_backward_hook(lambda module, *_: seen.append(module is block))
+    elif what == "own hook":
+        head.register_forward_hook(lambda module, *_: seen.append(module is head))
+    elif what == "replaced":
+        head.cond_embed = Elsewhere(head.cond_embed)
+    else:
+        head.res_blocks[1].mlp = block.mlp
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16), backend(name):
+            found.append(results(head, *batch, 6))
+        monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert all(seen)
+    assert len(seen) == (0 if what in ("replaced", "shared") else 6)
+
+
+@pytest.mark.parametrize("launches", [True, False])
+def test_sums_of_gradients(monkeypatch, launches):
+    """In float32, to the bits of one addition after the other; two operations a chunk where each costs a launch."""
+    monkeypatch.setattr(flow_matching, "_launches", lambda _: launches)
+    shapes = {torch.bfloat16: [(3, 5), (), (0, 4), (7,)], torch.float32: [(2, 3)], torch.float64: [(4,)]}
+    like = [torch.empty(shape, dtype=dtype) for dtype, each in shapes.items() for shape in each]
+    summed_in = [torch.promote_types(p.dtype, torch.float32) for p in like[::-1]]
+    expected = [torch.zeros(p.shape, dtype=dtype) for p, dtype in zip(like[::-1], summed_in, strict=True)]
+    sums = flow_matching._Sums(like[::-1])
+    for _ in range(3):
+        found = [torch.randn(p.shape).to(p.dtype) for p in like[::-1]]
+        with Counted(nn.Module()) as counted:
+            sums.add(found)
+        halves = {"cat": counted.calls.get("cat"), "add_": counted.calls.get("add_")}
+        assert halves == ({"cat": 1, "add_": 1} if launches else {"cat": None, "add_": None})
+        expected = [total.add_(one) for total, one in zip(expected, found, strict=True)]
+    assert [each.dtype for each in sums.each] == summed_in
+    assert all(torch.equal(*pair) for pair in zip(sums.each, expected, strict=True))
 
 
 def test_float16_gradients_do_not_vanish(within_twice):
@@ -397,6 +508,33 @@ def test_a_head_sharded_in_parts_is_refused(process_group):
         flow_matching_loss(head, *batch[:3], PATCH, batch[3], chunk_tokens=6)
 
 
+def test_chunks_of_a_size_that_was_not_said():
+    head, calls = make_head(depth=1), []
+    head.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    flow_matching_loss(head, *make_batch(5, (32, 32))[:3], PATCH, seed=1)
+    assert calls == [4096, 1024]
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "dtype", "gigabytes", "chunk"),
+    [
+        (1024, 12, torch.bfloat16, None, 4096),
+        *((1024, 12, torch.bfloat16, *each) for each in ((85, 32768), (48, 32768), (42, 16384), (25, 16384))),
+        *((1024, 12, torch.bfloat16, *each) for each in ((16, 8192), (8, 4096), (1, 4096))),
+        (1024, 12, torch.float32, 85, 16384),
+        (2048, 24, torch.bfloat16, 85, 8192),
+        (256, 3, torch.float32, 8, 32768),
+    ],
+)
+def test_a_gpus_chunk_is_what_an_eighth_of_it_holds(width, depth, dtype, gigabytes, chunk):
+    with torch.device("meta"):
+        head = FlowHead(48, width, 48, Z, depth)
+    memory = None if gigabytes is None else gigabytes * 10**9
+    assert flow_matching._tokens_at_once(head, dtype, memory) == chunk
+    if (width, depth) == (1024, 12):
+        assert flow_matching._tokens_at_once(nn.Linear(2, 2), dtype, memory) == chunk
+
+
 def test_what_fits_one_chunk_is_plain_autograd():
     head, (condition, images, t, noise) = make_head(), make_batch()
     condition.requires_grad_()
@@ -418,6 +556,7 @@ def test_what_fits_one_chunk_is_plain_autograd():
         ({"mask": torch.ones(3, 6)}, TypeError, "mask: expected torch.bool"),
         ({"patch_size": 5}, ValueError, "images: height and width"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected at least 1, or None"),
+        ({"chunk_tokens": "all"}, ValueError, "chunk_tokens: expected at least 1, or None .*, got 'all'"),
         (
             {"t": torch.zeros(3, requires_grad=True), "chunk_tokens": 6},
             ValueError,

@@ -12,7 +12,7 @@ from uniflow_kernels.ops.pixels import _per_channel
 
 
 @pytest.fixture(params=["eager", "triton"], autouse=True)
-def on_each_backend(request):
+def on_all_backends(request):
     if request.param == "triton":
         pytest.importorskip("triton")
         if os.environ.get("TRITON_INTERPRET") != "1":
@@ -118,11 +118,11 @@ def test_compiles_whole():
     assert torch.equal(torch.compile(end, fullgraph=True, backend="eager")(rows, velocity), end(rows, velocity))
 
 
-def test_mean_and_std_are_brought_to_the_device_once(on_each_backend):
-    rows, _ = inputs(torch.float64 if on_each_backend == "eager" else torch.float32)
+def test_mean_and_std_are_brought_to_the_device_once(on_all_backends):
+    rows, _ = inputs(torch.float64 if on_all_backends == "eager" else torch.float32)
     exact = denormalize(unpatchify(rows.double(), 4, (8, 12)))
     assert torch.allclose(to_images(rows, 4, (8, 12), **NORMALISED).double(), exact, rtol=0, atol=1e-6)
-    if on_each_backend == "eager":  # float64 is not rounded on the way
+    if on_all_backends == "eager":  # float64 is not rounded on the way
         assert torch.allclose(to_images(rows, 4, (8, 12), **NORMALISED), exact, rtol=0, atol=1e-14)
     made = _per_channel.cache_info().misses
     for _ in range(3):
@@ -130,8 +130,8 @@ def test_mean_and_std_are_brought_to_the_device_once(on_each_backend):
     assert _per_channel.cache_info().misses == made
 
 
-def test_opcheck(on_each_backend):
-    if on_each_backend == "eager":
+def test_opcheck(on_all_backends):
+    if on_all_backends == "eager":
         pytest.skip("plain PyTorch is not behind the op")
     rows, velocity = inputs()
     for wanted in ((velocity, 0.5, IMAGENET_MEAN, IMAGENET_STD, 4, 8, 12, True, torch.uint8),

@@ -39,7 +39,7 @@ SEEDS = torch.tensor([5, 2**62 + 2**40, -1, 0, 9])  # a tensor may hold any 64 b
 
 
 @pytest.mark.parametrize(("columns", "first_row"), [(12, 0), (10, 5), (147, 2**33 + 1)])
-def test_groups_of_rows_have_seeds_of_their_own(on_each_backend, columns, first_row):
+def test_groups_of_rows_have_seeds_of_their_own(on_all_backends, columns, first_row):
     ours = seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row)
     assert ours.is_contiguous()
     assert torch.equal(ours, seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row))
@@ -48,7 +48,7 @@ def test_groups_of_rows_have_seeds_of_their_own(on_each_backend, columns, first_
     assert torch.allclose(ours, torch.cat(each), rtol=0, atol=1e-6)
 
 
-def test_numbers_and_tensors_and_nothing(on_each_backend):
+def test_numbers_and_tensors_and_nothing(on_all_backends):
     held = torch.tensor(7)
     assert torch.equal(seeded_noise(3, 8, held), seeded_noise(3, 8, 7))
     assert torch.equal(seeded_noise(3, 8, held[None]), seeded_noise(3, 8, 7))
@@ -56,7 +56,7 @@ def test_numbers_and_tensors_and_nothing(on_each_backend):
         assert seeded_noise(rows, columns, seed).shape == (rows, columns)
 
 
-def test_opcheck_and_one_node_in_a_graph(on_each_backend):
+def test_opcheck_and_one_node_in_a_graph(on_all_backends):
     torch.library.opcheck(torch.ops.uniflow_kernels.seeded_noise.default, (SEEDS, 10, 12, 3, 1))
     twice = torch.compile(lambda seeds: 2 * seeded_noise_op(seeds, 10, 12, 3, 1), fullgraph=True, backend="eager")
     assert torch.equal(twice(SEEDS), 2 * seeded_noise(10, 12, SEEDS, 3, first_row=1))

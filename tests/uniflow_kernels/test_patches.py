@@ -4,7 +4,7 @@ import torch
 from uniflow_kernels import backend, patchify, unpatchify
 from uniflow_kernels.ops.patches import patchify_op, unpatchify_op
 
-pytestmark = pytest.mark.usefixtures("on_each_backend")
+pytestmark = pytest.mark.usefixtures("on_all_backends")
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.float64, torch.int64]

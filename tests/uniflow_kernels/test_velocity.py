@@ -3,7 +3,7 @@ import torch
 
 from uniflow_kernels import interpolate, noise_seed, patchify, seeded_noise, velocity_loss
 
-pytestmark = pytest.mark.usefixtures("on_each_backend")
+pytestmark = pytest.mark.usefixtures("on_all_backends")
 
 
 def inputs(dtype=torch.float32):
@@ -15,7 +15,7 @@ def inputs(dtype=torch.float32):
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_interpolate(within_twice, per_token, dtype, on_each_backend):
+def test_interpolate(within_twice, per_token, dtype, on_all_backends):
     images, noise, _ = inputs(dtype)
     t = torch.rand((2, 6) if per_token else (2,), generator=torch.Generator().manual_seed(1))
     s = t[..., None] if per_token else t[:, None, None]
@@ -24,7 +24,7 @@ def test_interpolate(within_twice, per_token, dtype, on_each_backend):
     out = interpolate(images, t, 4, noise)
     assert out.dtype == dtype
     # the interpreter cuts off what bfloat16 cannot hold, where a GPU rounds
-    floor = 2**-8 if dtype == torch.bfloat16 and on_each_backend == "triton" else 1e-6
+    floor = 2**-8 if dtype == torch.bfloat16 and on_all_backends == "triton" else 1e-6
     within_twice(out, (s * x1 + (1 - s) * noise).to(dtype), exact, floor)
 
 
@@ -79,7 +79,7 @@ def test_float16_gradients_under_a_scaler(within_twice, scale, how):
         within_twice(ours.grad, gradient, expected, floor=2**-11 if scale == 3 * 2.0**16 else 1e-6)
 
 
-def test_the_largest_error_of_float16_has_a_gradient(on_each_backend):
+def test_the_largest_error_of_float16_has_a_gradient(on_all_backends):
     """What is stored is not the gradient, but less than a quarter of twice the error, which float16 holds."""
     largest = torch.finfo(torch.float16).max
     images, noise = torch.full((1, 3, 28, 42), -largest).half(), torch.zeros(1, 6, 588).half()

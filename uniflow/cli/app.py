@@ -15,7 +15,11 @@ app = typer.Typer(
 )
 
 Pictures = Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)]
-Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder in the official format.", show_default=False)]
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder, or OWNER/NAME on the Hub.", show_default=False)]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Which model of a checkpoint that holds several, as in ema.", show_default=False),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 KeepSize = Annotated[
@@ -122,6 +126,7 @@ def reconstruct(
     pictures: Pictures,
     checkpoint: Checkpoint,
     out: OutFolder,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -143,13 +148,13 @@ def reconstruct(
 ) -> None:
     """Encode and decode pictures; print how close the results are."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, reconstruct
 
     memory = parse_memory(max_memory)
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
-    given = Given(pictures, strict, max_pixels)
-    reconstruct(given, checkpoint, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
+    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
+    reconstruct(given, named, out, sampling, keep_size, batch_size, workers, dtype, device, force, as_json)
 
 
 @app.command()
@@ -157,6 +162,7 @@ def encode(
     pictures: Pictures,
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
+    weights: Weights = None,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
@@ -169,11 +175,11 @@ def encode(
 ) -> None:
     """Encode pictures into one file of latents."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import encode
 
     given, memory = Given(pictures, strict, max_pixels), parse_memory(max_memory)
-    encode(given, checkpoint, out, keep_size, batch_size, memory, workers, dtype, device, force)
+    encode(given, Named(checkpoint, weights), out, keep_size, batch_size, memory, workers, dtype, device, force)
 
 
 @app.command()
@@ -181,6 +187,7 @@ def decode(
     latents: Annotated[Path, typer.Argument(help="File that `uniflow encode` wrote.", show_default=False)],
     checkpoint: Checkpoint,
     out: OutFolder,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -197,18 +204,19 @@ def decode(
     force: Force = False,
 ) -> None:
     """Decode a file of latents into pictures."""
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, decode
 
     memory = parse_memory(max_memory)
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
-    decode(latents, checkpoint, out, sampling, batch_size, workers, dtype, device, force)
+    decode(latents, Named(checkpoint, weights), out, sampling, batch_size, workers, dtype, device, force)
 
 
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
     checkpoint: Checkpoint,
+    weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
     solver: Solver = "euler",
@@ -232,13 +240,30 @@ def evaluate(
 ) -> None:
     """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import parse_memory
+    from uniflow.cli.inputs import Named, parse_memory
     from uniflow.cli.tokenize import Sampling, evaluate
 
     memory = parse_memory(max_memory)
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
-    given = Given([folder], strict, max_pixels)
-    evaluate(given, checkpoint, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
+    given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
+    evaluate(given, named, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    weights: Weights = None,
+    kind: Annotated[str, typer.Option("--format", help="onnx, or pt2 for torch.export.")] = "onnx",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps of the decoder.")] = 1,
+    dtype: Dtype = "auto",
+    force: Force = False,
+) -> None:
+    """Write encoder and decoder as files that run without this package, for every batch and size."""
+    from uniflow.cli.export import export
+    from uniflow.cli.inputs import Named
+
+    export(Named(checkpoint, weights), out, kind, steps, dtype, force)
 
 
 @app.command()
@@ -256,7 +281,7 @@ unifluid = typer.Typer(
 app.add_typer(unifluid, name="unifluid")
 
 UniFluidCheckpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid.", show_default=False)
+    Path, typer.Option("--checkpoint", help="Checkpoint folder of a UniFluid, or OWNER/NAME.", show_default=False)
 ]
 
 
@@ -278,6 +303,7 @@ def unifluid_generate(
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
     ],
     out: OutFolder,
+    weights: Weights = None,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
@@ -292,10 +318,11 @@ def unifluid_generate(
     force: Force = False,
 ) -> None:
     """Draw pictures from captions: a PNG each, and a sheet of all."""
+    from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import generate
 
     how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "temperature": temperature}
-    generate(captions, checkpoint, tokenizer, out, count, seed, how, batch_size, dtype, device, force)
+    generate(captions, Named(checkpoint, weights), tokenizer, out, count, seed, how, batch_size, dtype, device, force)
 
 
 @unifluid.command("ask")
@@ -307,6 +334,7 @@ def unifluid_ask(
         Path,
         typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
     ],
+    weights: Weights = None,
     longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
     batch_size: BatchSize = 16,
     strict: Strict = False,
@@ -316,6 +344,8 @@ def unifluid_ask(
 ) -> None:
     """Answer a question about pictures: a line each, the file, a tab and the answer."""
     from uniflow.cli.files import Given
+    from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import ask
 
-    ask(Given(pictures, strict, max_pixels), question, checkpoint, vision, longest, batch_size, dtype, device)
+    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
+    ask(given, question, named, vision, longest, batch_size, dtype, device)

@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+from uniflow.hub import local_folder
 from uniflow.model import UniFlow
 from uniflow.reading import shown
 
@@ -61,21 +63,29 @@ def _choose_dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def load_model(checkpoint: Path, device: str, dtype: str) -> UniFlow:
+@dataclass(frozen=True)
+class Named:
+    """The folder, or repository on the Hub, that the user names, and which model in it if there are several."""
+
+    folder: Path
+    weights: str | None = None
+
+
+def load_model(checkpoint: Named, device: str, dtype: str) -> UniFlow:
     """Read a UniFlow; the dtype "auto" is that of the file."""
     return load_checkpoint(UniFlow.from_pretrained, checkpoint, device, dtype)
 
 
-def load_checkpoint(
-    read: Callable[[Path, torch.device, torch.dtype | None], M], checkpoint: Path, device: str, dtype: str
-) -> M:
+def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtype: str) -> M:
     """Read a model of any kind by its `from_pretrained`; the dtype "auto" is that of the file."""
     own = _choose_dtype(dtype)
     chosen = choose_device(device)
-    if not checkpoint.is_dir():
-        raise InputError(f"no such checkpoint folder: {checkpoint}")
     with explained():
-        return read(checkpoint, chosen, own)
+        folder = local_folder(checkpoint.folder)
+    if not folder.is_dir():
+        raise InputError(f"no such checkpoint folder: {folder}")
+    with explained():
+        return read(folder, chosen, own, weights=checkpoint.weights)
 
 
 def check_finite(name: str, value: float) -> None:

@@ -25,7 +25,7 @@ from uniflow.cli.files import (
     find_pictures,
     picture_suffixes,
 )
-from uniflow.cli.inputs import InputError, check_finite, explained, load_model
+from uniflow.cli.inputs import InputError, Named, check_finite, explained, load_model
 from uniflow.cli.printing import Column, Table, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.latents import EncodedPicture, read_latents, write_latents
@@ -84,7 +84,7 @@ class Sampling:
 
 def reconstruct(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     keep_size: bool,
@@ -132,7 +132,7 @@ def reconstruct(
 
 def encode(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     keep_size: bool,
     batch_size: int,
@@ -170,7 +170,7 @@ def encode(
 
 def decode(
     latents: Path,
-    checkpoint: Path,
+    checkpoint: Named,
     out: Path,
     sampling: Sampling,
     batch_size: int,
@@ -210,7 +210,7 @@ def decode(
 
 def evaluate(
     given: Given,
-    checkpoint: Path,
+    checkpoint: Named,
     sampling: Sampling,
     fid_weights: Path | None,
     keep_size: bool,

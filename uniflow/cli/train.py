@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from uniflow.cli.files import check_folder, check_outputs, picture_files, picture_suffixes, read_picture
-from uniflow.cli.inputs import InputError, explained, load_model
+from uniflow.cli.inputs import InputError, Named, explained, load_model
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.config import UniFlowConfig, read_config
@@ -72,7 +72,7 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
 
 def _student(model: ModelChoice, device: torch.device) -> UniFlow:
     if model.checkpoint is not None:
-        return load_model(model.checkpoint, str(device), "float32")
+        return load_model(Named(model.checkpoint), str(device), "float32")
     with explained():
         if model.encoder is None:
             return UniFlow(UniFlowConfig.preset(str(model.preset), **model.config)).to(device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import runs
 from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
-from uniflow.cli.inputs import InputError, check_finite, check_text, explained, load_checkpoint
+from uniflow.cli.inputs import InputError, Named, check_finite, check_text, explained, load_checkpoint
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.workers import Workers
@@ -162,7 +162,7 @@ def _first_captions(examples: Examples, count: int) -> list[str]:
 
 def generate(
     captions: Sequence[str],
-    checkpoint: Path,
+    checkpoint: Named,
     tokenizer: Path,
     out: Path,
     count: int,
@@ -211,7 +211,7 @@ def generate(
 def ask(
     given: Given,
     question: str,
-    checkpoint: Path,
+    checkpoint: Named,
     vision: Path,
     longest: int,
     batch_size: int,

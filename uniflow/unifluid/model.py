@@ -18,6 +18,7 @@ from uniflow.checkpoint import (
     CheckpointError,
     as_dtype,
     assign_state,
+    chosen_weights,
     outline,
     read_state,
     refuse_keys,
@@ -25,6 +26,7 @@ from uniflow.checkpoint import (
 )
 from uniflow.config import check_integer, read_config
 from uniflow.foreign import configuration, is_language_model, loaded_model, new_model, transformers_package
+from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
 from uniflow.reading import shown
 from uniflow.unifluid.config import UniFluidConfig
@@ -70,6 +72,7 @@ class UniFluid(nn.Module):
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
     """
 
+    mark = "token_proj.weight"  # see `UniFlow.mark`
     pretrained_parts = ("backbone.",)
     untrained_parts: tuple[str, ...] = ()  # see `train_for`
     time_scale = 1000.0  # the head is trained on 1000 t
@@ -333,6 +336,7 @@ class UniFluid(nn.Module):
         dtype: torch.dtype | str | None = None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
     ) -> UniFluid:
         """Read what `save_pretrained` wrote, in the dtype of the file if none is given; see `UniFlow.from_pretrained`.
 
@@ -346,15 +350,20 @@ class UniFluid(nn.Module):
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
 
-        Nothing in the folder is executed, and nothing is downloaded.
+        Nothing in the folder is executed, and nothing is downloaded but a repository that is named.
         """
         chosen = as_dtype(dtype, torch_dtype)
+        folder = local_folder(folder)
         UniFluidConfig.from_pretrained(folder)  # says what is wrong with a folder before its weights are read
-        state = read_state(folder)
+        state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(folder, state)
         assign_state(model, state, str(folder), chosen)
         model.backbone.tie_weights()
         return model.to(device, chosen).eval()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `UniFlow.load_state_dict`."""
+        return super().load_state_dict(chosen_weights(state_dict, self.mark, "state_dict"), strict, assign)
 
     @classmethod
     def outlined(cls, folder: str | Path, state: Mapping[str, Tensor]) -> UniFluid:

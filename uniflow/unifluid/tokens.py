@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from uniflow.checkpoint import CheckpointError, assign_state, outline, read_state
 from uniflow.config import check_integer
 from uniflow.foreign import checked_values
+from uniflow.hub import local_folder
 from uniflow.latents import fingerprint, hash_weights
 from uniflow.model import UniFlow
 from uniflow.normalization import denormalize, normalize
@@ -199,7 +200,8 @@ def read_image_tokenizer(folder: str | Path, image_size: tuple[int, int] | None 
         ModuleNotFoundError: for an AutoencoderKL without diffusers, naming the extra.
         ValueError: if it is neither, or cannot be read.
     """
-    path = Path(folder) / "config.json"
+    folder = local_folder(folder)
+    path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no image tokenizer in {folder}: no config.json")
     values = read_json(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Attention:
     heads: int
     norm: str | None
     first_argument: str
+
+    is_whole: ClassVar[bool] = True
 
     def __str__(self) -> str:
         return f"attention of {self.heads} heads; scaled_dot_product_attention, or flash-attn where it can serve"

@@ -9,20 +9,22 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from uniflow_kernels.dropin import attentions, heads
+from uniflow_kernels.dropin import attentions, blocks, heads
 from uniflow_kernels.dropin.probe import NotOurs
 from uniflow_kernels.modules.flow_head import FlowHead
 
 _lock = threading.RLock()  # one thread at a time puts forwards in place, or takes them away
-RECOGNISERS = (heads.recognise, attentions.recognise)
+RECOGNISERS = (heads.recognise, attentions.recognise, blocks.recognise)
 
 
 class Recognised(Protocol):
     """How a recognised module is run. It holds no part of the module, so that it can be copied and pickled with it."""
+
+    is_whole: ClassVar[bool]  # whether nothing inside is looked at any more
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """What `module(*args, **kwargs)` computes."""
@@ -67,6 +69,8 @@ class Forward:
 class PatchReport:
     """What `patch` did.
 
+    `str()` is one line for each kind of thing: first what was patched, then what was left alone.
+
     Attributes:
         patched: name of a module -> what it is and what it runs on now. The model itself is called "".
         left_alone: name of a module that looks as if it could be served -> why it is not.
@@ -76,18 +80,31 @@ class PatchReport:
     left_alone: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{name or '(the model)'}: {what}" for name, what in self.patched.items()]
-        lines += [f"{name or '(the model)'}: left alone: {why}" for name, why in self.left_alone.items()]
+        lines = [f"{_listed(names)}: {what}" for what, names in _by_value(self.patched).items()]
+        lines += [f"{_listed(names)}: left alone: {why}" for why, names in _by_value(self.left_alone).items()]
         return "\n".join(lines) or "nothing here looks like a module that could be served"
+
+
+def _by_value(found: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, value in found.items():
+        names.setdefault(value, []).append(name or "(the model)")
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) < 3:
+        return ", ".join(names)
+    return f"{names[0]} ... {names[-1]} ({len(names)} modules)"
 
 
 def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> PatchReport:
     """Find the modules in a model that this package can run faster, and let it.
 
-    Recognised are, by structure and by numbers, the per-token heads of MAR's family, and attention that writes its
-    scores. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict, hooks, modes, copies and
-    pickles stay as they are. Patch after loading and before wrapping, sharding or compiling the model. Patching twice
-    is patching once. Other threads may use or patch the model meanwhile.
+    Recognised are, by what they compute, the per-token heads of MAR's family, attention that writes its scores, and
+    blocks of diffusion transformers. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict,
+    hooks, modes, copies and pickles stay as they are. Patch after loading and before wrapping, sharding or compiling
+    the model. Patching twice is patching once. Other threads may use or patch the model meanwhile.
 
     Args:
         model: any module, itself perhaps such a head.
@@ -126,8 +143,10 @@ def _patch(chosen: list[tuple[str, nn.Module]]) -> PatchReport:
             if recognised is None:
                 continue
             module.forward = Forward(module, recognised)
-        patched[name] = str(vars(module)["forward"].recognised)
-        inside.append(f"{name}." if name else "")
+        recognised = vars(module)["forward"].recognised
+        patched[name] = str(recognised)
+        if recognised.is_whole:
+            inside.append(f"{name}." if name else "")
     return PatchReport(patched, left_alone)
 
 

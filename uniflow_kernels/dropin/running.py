@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,8 @@ class Head:
     places: Places
     rows: Rows | None = None
     decorated: bool = False
+
+    is_whole: ClassVar[bool] = True
 
     def __str__(self) -> str:
         form = f"{self.depth} blocks of {self.width}, {self.form.mlp} MLP, {self.form.modulation_order}"

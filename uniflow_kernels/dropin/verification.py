@@ -59,18 +59,26 @@ class VerifyReport:
         patched: the report of `patch`.
         comparisons: output and gradients in eval and in training mode.
         reference: what errors are measured against.
+        failure: what the patched model raised, if it did; then nothing is compared.
     """
 
     patched: PatchReport
     comparisons: list[Comparison]
     reference: str
+    failure: str | None = None
 
     @property
     def ok(self) -> bool:
         """Whether something was patched, and all numbers are the same up to rounding."""
-        return bool(self.patched.patched) and all(comparison.equal for comparison in self.comparisons)
+        return (
+            self.failure is None
+            and bool(self.patched.patched)
+            and all(comparison.equal for comparison in self.comparisons)
+        )
 
     def __str__(self) -> str:
+        if self.failure is not None:
+            return f"{self.patched}\n\nthe patched model FAILS where the model as it was ran: {self.failure}"
         head = f"{'mode':6}{'what':11}{'error':>10}{'allowed':>10}  {'':7}{'before ms':>10}{'after ms':>10}{'ratio':>7}"
         rows = [
             f"{c.mode:6}{c.what:11}{c.error:10.1e}{c.allowed:10.1e}  {'ok' if c.equal else 'DIFFERS':7}"
@@ -97,7 +105,8 @@ def verify(
         kwargs: what it is called with, by name.
 
     Returns:
-        The report; `report.ok` says whether something was patched and all is equal.
+        The report; `report.ok` says whether something was patched and all is equal. What the patched model alone raises
+        is in it.
 
     Raises:
         ValueError: if the model returns no floating tensor.
@@ -107,7 +116,12 @@ def verify(
         before = {mode: runs.numbers(model, mode) for mode in ("eval", "train")}
         reference = runs.in_float64() if exact else None
         with patched(model, only) as report:
-            after = {mode: runs.numbers(model, mode) for mode in before}
+            try:
+                after = {mode: runs.numbers(model, mode) for mode in before}
+            except Exception as raised:  # whatever it is, the model itself did not raise it
+                result = VerifyReport(report, [], "", f"{type(raised).__name__}: {raised}")
+                print(result)
+                return result
             forwards = _patches(model)
         times = {mode: runs.times(model, mode, forwards) for mode in before}
     comparisons = []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.sampling import check_floating, replayed, sampler, start
+from uniflow_kernels.modules.sampling import check_dtype, replayed, sampler, start
 from uniflow_kernels.ops.flow_blocks import (
     Affine,
     Block,
@@ -294,11 +294,11 @@ class FlowHead(nn.Module):
             [M, out_channels].
 
         Raises:
-            TypeError: if x or c is not floating point, or t complex.
+            TypeError: if x or c is not floating point, or not in the weights' dtype without autocast; or t complex.
             ValueError: if the shapes do not fit together, or the head's `precision` cannot serve.
         """
-        check_floating("x", x)
-        check_floating("c", c)
+        check_dtype("x", x, self.input_proj)
+        check_dtype("c", c, self.cond_embed)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device) if not isinstance(t, Tensor) else t
         if x.ndim != 2 or x.shape[1] not in (self.in_channels, self.padded_columns(x.dtype)):
             raise ValueError(f"x: expected shape [M, {self.in_channels}], got {tuple(x.shape)}")

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from uniflow_kernels.modules.casting import cast_once
 from uniflow_kernels.modules.flow_head import FlowHead
+from uniflow_kernels.ops.flow_choice import dtype_of_products
 from uniflow_kernels.ops.registration import register
 from uniflow_kernels.ops.velocity import check_weights, interpolate_from, source_of, velocity_loss_from
 from uniflow_kernels.source import Source
@@ -52,7 +54,7 @@ def flow_matching_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     time_scale: float = 1.0,
-    chunk_tokens: int | None = 4096,
+    chunk_tokens: int | Literal["auto"] | None = "auto",
 ) -> Tensor:
     """`velocity_loss` of what the head makes of `interpolate`, without keeping the head's activations.
 
@@ -69,7 +71,8 @@ def flow_matching_loss(
         time_scale: what t is multiplied by for the head (1000 in UniFlow).
         chunk_tokens: how many tokens are worked on at a time: whole images, or whole lines of patches of one. None
             takes all at once and keeps the activations for the backward pass, as plain autograd does; so does a number
-            that all tokens fit in.
+            that all tokens fit in. "auto" is 4096 on a CPU, and on a GPU, which waits for Python where there is little
+            to do, up to 32768: as many as an eighth of its memory has room for.
 
     Returns:
         In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
@@ -93,8 +96,11 @@ def flow_matching_loss(
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
     batch = _Batch(source, t, weights, mask, columns, time_scale)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
+    if chunk_tokens == "auto":
+        memory = _memory_of(condition.device.index) if condition.is_cuda else None
+        chunk_tokens = _tokens_at_once(head, dtype_of_products(condition), memory)
+    if isinstance(chunk_tokens, str) or (chunk_tokens is not None and chunk_tokens < 1):
+        raise ValueError(f'chunk_tokens: expected at least 1, or None for all at once, or "auto", got {chunk_tokens!r}')
     if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
         return _loss(head, condition, batch, "mean")  # one chunk: autograd does it with less ado
     for name, value in (("images", images), ("t", t), ("noise", noise)):
@@ -158,6 +164,27 @@ def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tenso
 
 
 # --- chunk by chunk ---
+
+
+@constant
+def _memory_of(gpu: int) -> int:
+    """Its bytes, used or not."""
+    return torch.cuda.get_device_properties(gpu).total_memory
+
+
+def _tokens_at_once(head: nn.Module, dtype: torch.dtype, memory: int | None) -> int:
+    """The chunk of a head that works in a dtype, on a GPU with so many bytes or on a CPU (None): a power of two.
+
+    It depends on nothing that changes from step to step, so that runs are the same.
+    """
+    if memory is None:
+        return 4096
+    chunk = 32768
+    # 7 values a block and channel are kept, counted; of another head as of the release's
+    depth, width = (len(head.res_blocks), head.model_channels) if isinstance(head, FlowHead) else (12, 1024)
+    while chunk > 4096 and chunk * 7 * depth * width * dtype.itemsize > memory // 8:
+        chunk //= 2
+    return chunk
 
 
 def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chunk_tokens: int) -> Tensor:
@@ -234,7 +261,9 @@ class _Step(NamedTuple):
         """
         condition = condition.detach()
         with torch.enable_grad(), _turn(self.head):
-            if self._are_the_heads_own():
+            if (cast := cast_once(self.head, _trained(self.head), self.parameters, condition.device.type)) is not None:
+                loss, gradients = self._replace(call=cast[0])._over_chunks(condition, for_condition, cast[1])
+            elif self._are_the_heads_own():
                 loss, gradients = self._over_chunks(condition, for_condition, self.parameters)
             else:
                 stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
@@ -259,7 +288,7 @@ class _Step(NamedTuple):
     def _over_chunks(
         self, condition: Tensor, for_condition: bool, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        for_parameters = [torch.zeros_like(p, dtype=_accumulated_in(p)) for p in parameters]
+        sums = _Sums(parameters)
         rows = [torch.empty_like(condition)] if for_condition else []
         losses = []
         for images, tokens, part in self.batch.chunks(self.chunk_tokens):
@@ -271,9 +300,8 @@ class _Step(NamedTuple):
             )
             if for_condition:
                 rows[0][images, tokens] = found[0]
-            if for_parameters:
-                foreach_add_(for_parameters, found[-len(for_parameters) :])
-        return torch.stack(losses).sum(), rows + for_parameters
+            sums.add(found[int(for_condition) :])
+        return torch.stack(losses).sum(), rows + sums.each
 
 
 class _HeadOf(nn.Module):
@@ -287,8 +315,51 @@ class _HeadOf(nn.Module):
         return function(*arguments)
 
 
-def _accumulated_in(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+class _Sums:
+    """Sums of gradients that come chunk by chunk, those of half precision in float32.
+
+    On a GPU those of half precision lie side by side, and a chunk's are added in two launches: torch's own addition of
+    many tensors takes no two dtypes together and would make a launch for each. Others it adds in a few.
+
+    Args:
+        like: tensors of which the gradients are.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.each = list(like)  # in whose places they come
+        by_dtype: dict[torch.dtype, list[int]] = {}
+        for i, tensor in enumerate(like):
+            by_dtype.setdefault(tensor.dtype, []).append(i)
+        self._groups: list[tuple[list[int], list[Tensor], Tensor | None]] = []
+        for dtype, places in by_dtype.items():
+            of, whole = [like[i] for i in places], None
+            if _launches(of[0]) and dtype != _accumulated_in(dtype):
+                sizes = [tensor.numel() for tensor in of]
+                whole = torch.zeros(sum(sizes), dtype=_accumulated_in(dtype), device=of[0].device)
+                sums = [part.view(tensor.shape) for part, tensor in zip(whole.split(sizes), of, strict=True)]
+            else:
+                sums = [torch.zeros_like(tensor, dtype=_accumulated_in(dtype)) for tensor in of]
+            self._groups.append((places, sums, whole))
+            for i, tensor in zip(places, sums, strict=True):
+                self.each[i] = tensor
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Those of one more chunk."""
+        for places, sums, whole in self._groups:
+            found = [gradients[i] for i in places]
+            if whole is None:
+                foreach_add_(sums, found)
+            else:
+                whole.add_(torch.cat([gradient.reshape(-1) for gradient in found]))
+
+
+def _launches(tensor: Tensor) -> bool:
+    """Whether an operation costs a launch; on a CPU it costs the memory that it takes, and one copy more is slower."""
+    return tensor.is_cuda
+
+
+def _accumulated_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _keep(ctx: Any, scale: Tensor, gradients: list[Tensor], for_condition: bool, parameters: Sequence[Tensor]) -> None:
@@ -368,7 +439,8 @@ def _flow_matching(
     head = _heads[head_number]
     step = _Step(head, head, parameters, _Batch(source, *fields), chunk_tokens)
     with autograd_inside_op(), torch.autocast(condition.device.type, dtype=autocast, enabled=autocast is not None):
-        return step.run(condition, for_condition)
+        loss, scale, gradients = step.run(condition, for_condition)
+        return loss, scale, list(foreach_mul(gradients, 1.0)) if gradients else []  # that share no memory
 
 
 def _flow_matching_fake(
@@ -377,7 +449,7 @@ def _flow_matching_fake(
     for_condition = rest[-2]
     loss, scale = (condition.new_empty((), dtype=torch.float32) for _ in range(2))
     gradients = [torch.empty_like(condition)] if for_condition else []
-    return loss, scale, gradients + [torch.empty_like(p, dtype=_accumulated_in(p)) for p in parameters]
+    return loss, scale, gradients + [torch.empty_like(p, dtype=_accumulated_in(p.dtype)) for p in parameters]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:

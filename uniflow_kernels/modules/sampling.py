@@ -17,6 +17,7 @@ from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.ops.noise import where_drawn
 from uniflow_kernels.solvers import Plan, Update, guide, last_update
+from uniflow_kernels.torch_private import has_autocast, is_any_hooked, is_forward_hooked, parameters_of
 
 
 class Head(Protocol):
@@ -212,6 +213,17 @@ def check_floating(name: str, tensor: Tensor) -> None:
     """Raise a TypeError if the argument of this name is not floating point."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
+
+
+def check_dtype(name: str, tensor: Tensor, layer: nn.Module) -> None:
+    """The same, and if a linear layer as PyTorch has it would be given another dtype than that of its weight."""
+    check_floating(name, tensor)
+    weight = parameters_of(layer).get("weight") if type(layer) is nn.Linear else None
+    if weight is None or weight.dtype == tensor.dtype or is_any_hooked() or is_forward_hooked(layer):
+        return
+    kind = tensor.device.type
+    if not (has_autocast(kind) and torch.is_autocast_enabled(kind)):
+        raise TypeError(f"{name}: expected {weight.dtype}, the dtype of the head's weights, got {tensor.dtype}")
 
 
 def start(

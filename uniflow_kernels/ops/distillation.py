@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.pieces import chunk, part
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
@@ -243,7 +243,7 @@ def plain_cosine_distances(
 def _kernels(student: list[Tensor], teacher: list[Tensor]) -> Any:
     """The module whose kernels serve such layers, or None for plain PyTorch."""
 
-    def why_not() -> tuple[str | None, str | None]:
+    def why_not(name: str) -> str | None:
         sides, layout, wide = (*student, *teacher), None, None
         if any(side.stride(-1) != 1 and side.shape[-1] > 1 for side in sides):
             layout = "the elements of a token are not neighbours in memory"
@@ -251,7 +251,9 @@ def _kernels(student: list[Tensor], teacher: list[Tensor]) -> Any:
             layout = "the layers differ in dtype"
         if student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
             wide = f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
-        return triton_kernels.why_not(*sides) or layout or wide, cuda_kernels.why_not(*sides) or layout
+        if name == "triton":
+            return triton_kernels.why_not(*sides) or layout or wide
+        return (cpu_kernels if name == "cpu" else cuda_kernels).why_not(*sides) or layout
 
     return kernels_for("layerwise_distillation", "distillation", student[0].device, why_not)
 

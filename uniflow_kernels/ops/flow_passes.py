@@ -16,6 +16,7 @@ from torch import Tensor
 
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers, Given, flat_rows, in_order
 from uniflow_kernels.ops.flow_choice import Call, choose_path, of_products, what_is_shared
+from uniflow_kernels.torch_private import foreach_copy_
 
 if TYPE_CHECKING:
     from uniflow_kernels.triton_kernels.flow_head import Rows
@@ -158,7 +159,7 @@ class Pass:
             moments = products.down(
                 x=x,
                 a=a,
-                gate_affine=self._gate_layer(layer),
+                modulation=layer,
                 u=u,
                 affine=block.down,
                 total=total,
@@ -328,7 +329,7 @@ class Pass:
             dgate=columns[2] if columns else None,
         )
         if final is not None:
-            gradients.modulation(final, dlast, sums[:, 2:4])
+            gradients.modulation(final, dlast, [sums[:, 2:3], sums[:, 3:4]])
         for i in reversed(range(self.depth)):
             block = self.blocks[i]
             assert dq is not None
@@ -336,8 +337,8 @@ class Pass:
                 dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
             else:
                 dp, u, dup = activation_backward(dq @ block.down.weight, now.p)
-            gradients.affine(block.down, dq, u, sums[:, 5].sum(0))
-            gradients.affine(block.up, dp, now.h, dup)
+            gradients.affine(block.down, dq, u, [_over_rows(sums[:, 5])])
+            gradients.affine(block.up, dp, now.h, [dup])
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight
             before = self._activations(i - 1, inputs[i - 1], kept, path) if i else None
             dbefore, columns_before = places(3) if i else (None, [])
@@ -352,9 +353,9 @@ class Pass:
                 dmodulation=(dh, columns[1]) if columns else None,
                 dgate=columns_before[2] if columns_before else None,
             )
-            gradients.norm(block.norm, sums[:, :2].sum(0))
-            layer, summed = self.layers.groups[i // self.per_group], torch.cat([sums[:, 2:4], dgate], 1)
-            gradients.modulation(layer, dmodulation, summed, last_of_group=i % self.per_group == 0)
+            gradients.norm(block.norm, _over_rows(sums[:, :2]))
+            layer, parts = self.layers.groups[i // self.per_group], [sums[:, 2:3], sums[:, 3:4], dgate]
+            gradients.modulation(layer, dmodulation, parts, last_of_group=i % self.per_group == 0)
             dmodulation, columns = dbefore, columns_before
             if before is not None:
                 now = before
@@ -371,49 +372,74 @@ class _Gradients:
         self.pass_, self.which, self.wanted = of, which, wanted
         self.of_a = torch.zeros_like(of.layers.a, memory_format=torch.contiguous_format)
         self.found: dict[int, Affine] = {}
+        # gradients of vectors and what they are copied from, by the gradients' dtype: one launch for all of them
+        self.vectors: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         self.group: tuple[Tensor, Tensor] | None = None
 
-    def affine(self, affine: Affine, dout: Tensor, given: Tensor, dbias: Tensor) -> None:
-        """Of a linear layer with input `given` [R, in]; dout [R, out], and dbias [out] in float32."""
+    def affine(self, affine: Affine, dout: Tensor, given: Tensor, dbias: Sequence[Tensor]) -> None:
+        """Of a linear layer with input `given` [R, in]; dout [R, out], and dbias [out] in float32, in parts."""
         if self.wanted:
-            self._add(affine, dout.t() @ given, dbias)
+            self.found[id(affine)] = Affine(dout.t() @ given, self._vector(affine.bias, dbias))
 
     def norm(self, norm: Affine, sums: Tensor) -> None:
-        """Of a norm; sums [2, W] in float32. Copies, since what an op returns shares no memory."""
+        """Of a norm; sums [2, W] in float32."""
         if self.wanted:
-            self._add(norm, sums[0].to(norm.weight.dtype, copy=True), sums[1].clone())
+            dweight, dbias = sums.unbind()
+            weight = self._vector(norm.weight, [dweight])
+            assert weight is not None
+            self.found[id(norm)] = Affine(weight, self._vector(norm.bias, [dbias]))
 
-    def _add(self, affine: Affine, dweight: Tensor, dbias: Tensor) -> None:
-        self.found[id(affine)] = Affine(dweight, None if affine.bias is None else dbias.to(affine.bias.dtype))
+    def _vector(self, like: Tensor | None, parts: Sequence[Tensor]) -> Tensor | None:
+        """A vector's gradient, of float32 parts side by side. A copy, since what an op returns shares no memory."""
+        if like is None:
+            return None
+        gradient = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        copies, sources = self.vectors.setdefault(like.dtype, ([], []))
+        copies += [gradient] if len(parts) == 1 else gradient.split([len(part) for part in parts])
+        sources += parts
+        return gradient
 
-    def modulation(self, layer: Affine, by_row: Tensor | None, sums: Tensor, last_of_group: bool = True) -> None:
+    def modulation(
+        self, layer: Affine, by_row: Tensor | None, sums: Sequence[Tensor], last_of_group: bool = True
+    ) -> None:
         """Of the linear layer of a modulation, and its part of a's gradient: one product each for all its parts.
 
         Args:
             layer: that makes it.
             by_row: gradient of its output, row by row, [R, parts * W]; None if `sums` holds it summed.
-            sums: of shift, scale (and gate), float32 [C, parts, W]; [1, parts, W] beside `by_row`.
+            sums: of shift, scale (and gate), float32 [C, 1, W] each; [1, 1, W] beside `by_row`.
             last_of_group: whether no further block shares the layer; until then gradients are only summed.
         """
         if self.pass_.form.modulation_order == "scale-shift-gate":
-            sums = torch.cat([sums[:, 1:2], sums[:, :1], sums[:, 2:]], 1)
-        summed = sums.flatten(1)  # [C or 1, parts * W]
-        dmodulation = summed.to(self.pass_.x.dtype) if by_row is None else self.which.to_conditions(by_row)
-        if self.group is not None:
-            dmodulation, summed = dmodulation.add_(self.group[0]), summed.add_(self.group[1])
-        self.group = None if last_of_group else (dmodulation, summed)
+            sums = [sums[1], sums[0], *sums[2:]]
+        if by_row is not None and last_of_group and self.group is None:
+            dmodulation, dbias = self.which.to_conditions(by_row), [part.view(-1) for part in sums]
+        else:
+            summed = torch.cat(list(sums), 1).flatten(1)  # [C or 1, parts * W]
+            dmodulation = summed.to(self.pass_.x.dtype) if by_row is None else self.which.to_conditions(by_row)
+            if self.group is not None:
+                dmodulation, summed = dmodulation.add_(self.group[0]), summed.add_(self.group[1])
+            self.group = None if last_of_group else (dmodulation, summed)
+            dbias = [_over_rows(summed)] if last_of_group else []
         if last_of_group:
             self.of_a.addmm_(dmodulation, layer.weight)
-            self.affine(layer, dmodulation, self.pass_.layers.a, summed.sum(0))
+            self.affine(layer, dmodulation, self.pass_.layers.a, dbias)
 
     def in_order(self) -> list[Tensor]:
         """Those of the weights that are there, in their order; none if they are not wanted."""
         if not self.wanted:
             return []
+        for copies, sources in self.vectors.values():
+            foreach_copy_(copies, sources)
         layers = self.pass_.layers
         affines = in_order(self.pass_.blocks, layers.groups, layers.final)
         gradients = [self.found[id(affine)] for affine in affines if affine[0] is not None]
         return [tensor for pair in gradients for tensor in pair if tensor is not None]
+
+
+def _over_rows(sums: Tensor) -> Tensor:
+    """[C, ...] -> [...]: over what there is of each condition."""
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def _unit_strides(norm: Affine) -> Affine:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniflow_kernels.choice import choose
+from uniflow_kernels import cpu_kernels, triton_kernels
+from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.patches import check_patch_size, patch_grid, unpatchify
 from uniflow_kernels.ops.pixels import check_normalization, per_channel
-from uniflow_kernels.ops.registration import register
-from uniflow_kernels.torch_private import constant, is_transforming
-from uniflow_kernels.triton_kernels import why_not_on
+from uniflow_kernels.ops.registration import is_watched, register
+from uniflow_kernels.torch_private import constant, is_forward_mode, is_transforming
 
 
 def to_images(
@@ -55,7 +56,8 @@ def to_images(
     height, width = _check(rows, patch_size, size, velocity, mean, std, dtype)
     tensors = [rows] if velocity is None else [rows, velocity]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if _served_by(rows.device, tuple(tensor.dtype for tensor in tensors), differentiated) == "eager":
+    read = tuple(tensor.dtype for tensor in tensors)
+    if _served_by(rows.device, read, dtype, differentiated, is_watched(*tensors)) == "eager":
         return plain_to_images(rows, velocity, dt, mean, std, patch_size, (height, width), clamp, dtype)
     return to_images_op(rows, velocity, dt, mean, std, patch_size, height, width, clamp or dtype == torch.uint8, dtype)
 
@@ -110,14 +112,23 @@ def _check(
 
 
 @constant
-def _served_by(device: torch.device, dtypes: tuple[torch.dtype, ...], differentiated: bool) -> str:
-    """The backend, "triton" or "eager"; chosen before the registered op: the plain form stays differentiable."""
-    reason = next((reason for dtype in dtypes if (reason := why_not_on(device, dtype))), None)
-    if reason is None and differentiated:
+def _served_by(
+    device: torch.device, read: tuple[torch.dtype, ...], written: torch.dtype, differentiated: bool, watched: bool
+) -> str:
+    """The backend, "triton", "cpu" or "eager"; chosen before the registered op: the plain form stays differentiable.
+
+    On a CPU it also stays open to whoever looks on (`watched`), unless a backend is asked for.
+    """
+    reason = None
+    if differentiated:
         reason = "a gradient is wanted, and the kernel has none"
-    if reason is None and is_transforming():
-        reason = "the kernel has no rules for the transforms of torch.func"
-    return choose("to_images", {"triton": reason})
+    elif is_transforming() or is_forward_mode():
+        reason = "the kernel has no rules for the transforms of torch.func, nor for dual numbers"
+    triton = next((why for dtype in read if (why := triton_kernels.why_not_on(device, dtype))), None) or reason
+    cpu = cpu_kernels.why_not_images(device, read, written) or reason
+    if requested() == "auto" and watched:
+        cpu = "the plain form can be looked into"
+    return choose("to_images", {"triton": triton, "cpu": cpu})
 
 
 def _to_images(
@@ -134,7 +145,9 @@ def _to_images(
 ) -> Tensor:
     images = _to_images_fake(rows, velocity, dt, mean, std, patch_size, height, width, clamp, dtype)
     affine = None if mean is None or std is None else per_channel(tuple(zip(mean, std, strict=True)), rows)
-    kernels = importlib.import_module("uniflow_kernels.triton_kernels.images")
+    kernels: Any = cpu_kernels
+    if rows.device.type != "cpu" or requested() == "triton":
+        kernels = importlib.import_module("uniflow_kernels.triton_kernels.images")
     kernels.to_images(rows, velocity, dt, affine, patch_size, clamp, images)
     return images
 

@@ -15,7 +15,7 @@ import operator
 import torch
 from torch import Tensor
 
-from uniflow_kernels import triton_kernels
+from uniflow_kernels import cpu_kernels, triton_kernels
 from uniflow_kernels.ops.registration import kernels_for, register
 
 _LOW = 0xFFFFFFFF
@@ -211,7 +211,7 @@ def box_muller(words: list[Tensor], normals: Tensor) -> None:
 
 
 def _seeded_noise(seeds: Tensor, rows: int, columns: int, offset: int, first_row: int) -> Tensor:
-    kernels = kernels_for("seeded_noise", "noise", seeds.device, lambda: _why_not(seeds.device))
+    kernels = kernels_for("seeded_noise", "noise", seeds.device, lambda name: _why_not(name, seeds.device))
     if kernels is None:
         return plain_seeded_noise(rows, columns, seeds, offset, seeds.device, first_row)
     noise = _seeded_noise_fake(seeds, rows, columns, offset, first_row)
@@ -219,8 +219,12 @@ def _seeded_noise(seeds: Tensor, rows: int, columns: int, offset: int, first_row
     return noise
 
 
-def _why_not(device: torch.device) -> tuple[str | None, str | None]:
-    return triton_kernels.why_not_on(device, torch.float32), "the CUDA part makes noise where it is used, not by itself"
+def _why_not(name: str, device: torch.device) -> str | None:
+    if name == "triton":
+        return triton_kernels.why_not_on(device, torch.float32)
+    if name == "cuda":
+        return "the CUDA part makes noise where it is used, not by itself"
+    return cpu_kernels.why_not_on(device)
 
 
 def _seeded_noise_fake(seeds: Tensor, rows: int, columns: int, offset: int, first_row: int) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniflow_kernels import cuda_kernels, triton_kernels
-from uniflow_kernels.ops.registration import kernels_for, register
-from uniflow_kernels.torch_private import constant
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
+from uniflow_kernels.choice import requested
+from uniflow_kernels.ops.registration import is_watched, kernels_for, register
+from uniflow_kernels.torch_private import constant, is_forward_mode
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -35,7 +36,9 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         raise ValueError(
             f"images: height and width must be multiples of the patch ({patch_size}), got {height}x{width}"
         )
-    return plain_patchify(images, patch_size) if _is_plain(images.device) else patchify_op(images, patch_size)
+    if _is_plain(images.device, is_watched(images)):
+        return plain_patchify(images, patch_size)
+    return patchify_op(images, patch_size)
 
 
 def unpatchify(rows: Tensor, patch_size: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -58,7 +61,7 @@ def unpatchify(rows: Tensor, patch_size: int, size: tuple[int, int] | None = Non
     if rows.ndim != 3 or rows.shape[-1] % (patch_size * patch_size):
         raise ValueError(f"rows: expected [B, N, C*{patch_size}*{patch_size}], got shape {tuple(rows.shape)}")
     down, across = patch_grid(rows.shape[1], patch_size, size)
-    if _is_plain(rows.device):
+    if _is_plain(rows.device, is_watched(rows)):
         return plain_unpatchify(rows, patch_size, down, across)
     return unpatchify_op(rows, patch_size, down, across)
 
@@ -128,28 +131,34 @@ def _cut_rows(rows: Tensor, down: int, across: int, patch_size: int) -> Tensor:
 
 
 @constant
-def _is_plain(device: torch.device) -> bool:
+def _is_plain(device: torch.device, watched: bool) -> bool:
     """Whether nothing but plain PyTorch moves patches on this device. A compiled graph keeps the answer.
 
     Asked before the registered op and not inside it, so that the plain form stays open to torch.compile, torch.func and
-    double backward.
+    double backward; on a CPU wherever they look on (`watched`), unless a backend is asked for.
     """
+    if device.type == "cpu" and requested() == "auto" and (watched or is_forward_mode()):
+        return True
     return _kernels("patchify", device) is None
 
 
 def _kernels(op: str, device: torch.device, channels: int = 1, patch_size: int = 1, itemsize: int = 4) -> Any:
     """The module whose kernels move such patches, or None for plain PyTorch. The dtype does not count, but its size."""
 
-    def why_not() -> tuple[str | None, str | None]:
+    def why_not(name: str) -> str | None:
         size = None if itemsize <= 8 else f"it moves elements of up to 8 bytes, not of {itemsize}"
-        triton = triton_kernels.why_not_on(device, torch.float32) or size
-        cuda = cuda_kernels.why_not_on(device) or size
-        return triton, cuda or cuda_kernels.why_not_patch(channels, patch_size, itemsize=itemsize)
+        if name == "cpu":
+            return cpu_kernels.why_not_on(device) or size
+        if name == "triton":
+            return triton_kernels.why_not_on(device, torch.float32) or size
+        reason = cuda_kernels.why_not_on(device) or size
+        return reason or cuda_kernels.why_not_patch(channels, patch_size, itemsize=itemsize)
 
     return kernels_for(op, "patches", device, why_not)
 
 
 def _patchify(images: Tensor, patch_size: int) -> Tensor:
+    images = images.resolve_conj().resolve_neg()  # what moves elements does not see how they are meant
     rows = _patchify_fake(images, patch_size)
     kernels = _kernels("patchify", images.device, images.shape[1], patch_size, images.itemsize)
     if kernels is None:
@@ -184,6 +193,7 @@ patchify_op = register(
 
 
 def _unpatchify(rows: Tensor, patch_size: int, down: int, across: int) -> Tensor:
+    rows = rows.resolve_conj().resolve_neg()
     images = _unpatchify_fake(rows, patch_size, down, across)
     kernels = _kernels("unpatchify", rows.device, images.shape[1], patch_size, rows.itemsize)
     if kernels is None:

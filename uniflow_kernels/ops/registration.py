@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from uniflow_kernels import cuda_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels
 from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.torch_private import argument_types, is_dispatch_watched, number_of_outputs
 
@@ -184,22 +184,22 @@ def is_watched(*tensors: Tensor | None) -> bool:
     return False
 
 
-def kernels_for(
-    op: str, module: str, device: torch.device, why_not: Callable[[], tuple[str | None, str | None]]
-) -> Any:
-    """The module whose kernels serve a call of a loss, or None for plain PyTorch.
+def kernels_for(op: str, module: str, device: torch.device, why_not: Callable[[str], str | None]) -> Any:
+    """The module whose kernels serve a call of an op, or None for plain PyTorch.
 
     Args:
         op: its name.
         module: that of its Triton kernels.
         device: where it is to run.
-        why_not: why the Triton kernels and those of the CUDA part cannot serve; None where they can.
+        why_not: of "triton", "cuda" or "cpu": why its kernels cannot serve; None where they can.
     """
-    if device.type == "cpu" and requested() == "auto":
-        return None  # nothing but Triton's interpreter would run there
-    triton, cuda = why_not()
-    # the order of "auto"; to be turned where a measurement says so
-    chosen = choose(op, {"triton": triton, "cuda": cuda})
+    wanted = requested()
+    if wanted == "eager":
+        return None
+    if wanted == "auto" and device.type == "cpu":  # Triton's interpreter must be asked for
+        return cpu_kernels if why_not("cpu") is None else None
+    # the order of "auto" on a GPU; to be turned where a measurement says so
+    chosen = choose(op, {name: why_not(name) for name in (("triton", "cuda") if wanted == "auto" else (wanted,))})
     if chosen == "triton":
         return importlib.import_module(f"uniflow_kernels.triton_kernels.{module}")
-    return cuda_kernels if chosen == "cuda" else None
+    return {"cuda": cuda_kernels, "cpu": cpu_kernels}.get(chosen)

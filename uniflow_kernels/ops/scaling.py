@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.pieces import chunk
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import is_graph_kept
@@ -63,19 +63,16 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
             some.mul_(by)
         return
+    if gradient.device.type == "cpu" and factor.item() == 1:  # on a GPU the kernels look: to do so here would wait
+        return
     if not gradient.is_contiguous():
         gradient.mul_(factor)
         return
-    # on a GPU looking at the number would wait for the device: the kernels look at it there
-    kernels = kernels_for(
-        "scale_",
-        "distillation",
-        gradient.device,
-        lambda: (triton_kernels.why_not(gradient), cuda_kernels.why_not(gradient)),
-    )
+    made = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}
+    kernels = kernels_for("scale_", "distillation", gradient.device, lambda name: made[name].why_not(gradient))
     if kernels is not None:
         kernels.scale(gradient, factor)
-    elif gradient.device.type != "cpu" or factor.item() != 1:
+    else:
         gradient.mul_(factor)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniflow_kernels import cuda_kernels, triton_kernels
+from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
@@ -316,15 +316,18 @@ def _kernels(op: str, source: Source, columns: int, *rows: Tensor) -> Any:
     """The module whose kernels serve such an input, or None for plain PyTorch."""
     images = source.images
 
-    def why_not() -> tuple[str | None, str | None]:
+    def why_not(name: str) -> str | None:
         # of images in uint8 only the device counts
         pixels = images.new_empty(0, dtype=torch.float32) if images.dtype == torch.uint8 else images
         read = (*rows, source.noise)
         apart = any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in read)
         layout = "the elements of a row are not neighbours in memory" if apart else None
-        triton = triton_kernels.why_not(pixels, *read) or layout
-        cuda = cuda_kernels.why_not(pixels, *read) or layout
-        return triton, cuda or cuda_kernels.why_not_patch(images.shape[1], source.patch_size, columns)
+        if name == "cpu":
+            return cpu_kernels.why_not(pixels, *read) or layout
+        if name == "triton":
+            return triton_kernels.why_not(pixels, *read) or layout
+        reason = cuda_kernels.why_not(pixels, *read) or layout
+        return reason or cuda_kernels.why_not_patch(images.shape[1], source.patch_size, columns)
 
     return kernels_for(op, "velocity", images.device, why_not)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import sysconfig
@@ -21,7 +22,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def unit_of(*numbers: int) -> int:
     """The most elements of which all of these row lengths and strides are multiples: how wide an access may be."""
-    return next(unit for unit in (8, 4, 1) if all(number % unit == 0 for number in numbers))
+    unit = math.gcd(8, *numbers)
+    return 1 if unit == 2 else unit
 
 
 def why_not(*tensors: Tensor | None) -> str | None:

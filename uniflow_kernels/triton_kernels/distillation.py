@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels import unit_of
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 _MOST_LAYERS = 32  # a launch
 _WARPS = 4
@@ -69,6 +70,9 @@ def cosine_kernel(
         tl.store(gradient + to, value.to(gradient.dtype.element_ty), exists[:, None] & inside)
 
 
+_launch_cosine = Launch(cosine_kernel)
+
+
 def cosine_distances(
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
@@ -84,14 +88,11 @@ def cosine_distances(
     if not student[0].numel():
         return
     # layers of other strides cannot share a launch
+    strides = [(s.stride()[:2], t.stride()[:2]) for s, t in zip(student, teacher, strict=True)]
     start = 0
     while start < len(student):
-        strides = (*student[start].stride()[:2], *teacher[start].stride()[:2])
         stop = start + 1
-        while stop < min(len(student), start + _MOST_LAYERS) and strides == (
-            *student[stop].stride()[:2],
-            *teacher[stop].stride()[:2],
-        ):
+        while stop < min(len(student), start + _MOST_LAYERS) and strides[stop] == strides[start]:
             stop += 1
         some = slice(start, stop)
         of_some = None if powers is None else powers[some]
@@ -113,10 +114,11 @@ def _launch(
     batch, length, width = student[0].shape
     of_student, of_teacher = student[0].stride(), teacher[0].stride()
     unit = unit_of(width, *of_student[:2], *of_teacher[:2])
-    columns = triton.next_power_of_2(width)
+    columns = 1 << (width - 1).bit_length()
     tokens = max(1, _ELEMENTS // columns)
     with torch.cuda.device_of(student[0]):
-        cosine_kernel[(triton.cdiv(batch * length, tokens), len(student))](
+        _launch_cosine(
+            (cdiv(batch * length, tokens), len(student)),
             students=student,
             teachers=teacher,
             gradients=gradients or student,
@@ -151,11 +153,19 @@ def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
         tl.store(values + place, some.to(values.dtype.element_ty), place < count)
 
 
+_launch_scale = Launch(scale_kernel)
+
+
 def scale(values: Tensor, factor: Tensor) -> None:
     """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
     block = 8192
     if values.numel():
         with torch.cuda.device_of(values):
-            scale_kernel[(triton.cdiv(values.numel(), block),)](
-                values=values, factor=factor, count=values.numel(), BLOCK=block, num_warps=8
+            _launch_scale(
+                (cdiv(values.numel(), block),),
+                values=values,
+                factor=factor,
+                count=values.numel(),
+                BLOCK=block,
+                num_warps=8,
             )

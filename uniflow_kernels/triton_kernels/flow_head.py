@@ -8,11 +8,14 @@ Names end in _p for a pointer and in _s for the number of elements from one row 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 # tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets more
 FORWARD_TILE = 2048
@@ -33,6 +36,15 @@ def _statistics(x, inside, W: tl.constexpr, eps, RMS: tl.constexpr):
     else:
         centred = tl.where(inside, x - (tl.sum(x, 1) / W)[:, None], 0.0)
     return centred, tl.rsqrt(tl.sum(centred * centred, 1) / W + eps)[:, None]
+
+
+@triton.jit
+def _condition(index, conditions, repeat, SHARED: tl.constexpr):
+    """The condition of each row. A division of 64 bits is a subroutine, so indices have as many as `rows` needs."""
+    if SHARED:
+        return ((index // repeat) % conditions).to(tl.int64)
+    else:
+        return index.to(tl.int64)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -62,31 +74,40 @@ def norm_modulate_kernel(
     BIAS: tl.constexpr,
     MODULATED: tl.constexpr,
     RMS: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
     """sum = x + gate * q, then h = norm(sum) * (1 + scale) + shift. Shift and h may be the same memory."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    index = tl.program_id(0).to(rows.dtype) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
+    row, condition = index.to(tl.int64), _condition(index, conditions, repeat, SHARED)
     col = tl.arange(0, BW)[None, :]  # [1, BW]
-    inside = (row < rows) & (col < W)
-    condition = (row // repeat) % conditions
-    x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+    inside = (index < rows) & (col < W)
+    # all loads before the first reduction, whose barriers none of them could pass
+    x = tl.load(x_p + row * x_s + col, inside, 0.0)
     if RESIDUAL:
-        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
-        x += gate * tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
-        rounded = x.to(sum_p.dtype.element_ty)
+        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+        q = tl.load(q_p + row * q_s + col, inside, 0.0)
+    if MODULATED:
+        scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0)
+        shift = tl.load(shift_p + condition * modulation_s + col, inside, 0.0)
+    if WEIGHT:
+        weight = tl.load(weight_p + col, col < W, 0.0)
+    if BIAS:
+        bias = tl.load(bias_p + col, col < W, 0.0)
+    x = x.to(tl.float32)
+    if RESIDUAL:
+        rounded = (x + gate.to(tl.float32) * q.to(tl.float32)).to(sum_p.dtype.element_ty)
         tl.store(sum_p + row * sum_s + col, rounded, inside)
         x = rounded.to(tl.float32)  # the backward pass and the next block see the rounded sum: so does the norm
     centred, rstd = _statistics(x, inside, W, eps, RMS)
     h = centred * rstd
     if WEIGHT:
-        h *= tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
+        h *= weight.to(tl.float32)
     if BIAS:
-        h += tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
+        h += bias.to(tl.float32)
     if MODULATED:
-        scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
-        shift = tl.load(shift_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
-        h = h * (1 + scale) + shift
+        h = h * (1 + scale.to(tl.float32)) + shift.to(tl.float32)
     tl.store(h_p + row * h_s + col, h.to(h_p.dtype.element_ty), inside)
 
 
@@ -131,6 +152,7 @@ def norm_modulate_backward_kernel(
     PER_ROW: tl.constexpr,
     WRITE_SHIFT: tl.constexpr,
     RMS: tl.constexpr,
+    SHARED: tl.constexpr,
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -140,11 +162,12 @@ def norm_modulate_backward_kernel(
     partial [programs, 6, W] gets the program's sums over its rows of what belongs to the norm's weight and bias, to
     shift, scale and gate, and of dq. PER_ROW writes dgate, dscale (and dshift, if it is not where dh lies) row by row.
     """
-    program = tl.program_id(0).to(tl.int64)
+    WIDE: tl.constexpr = BW > 2048  # sixteen warps, whose 128 registers a thread have no room for so many loads
+    program = tl.program_id(0).to(rows.dtype)
     per_segment = tl.cdiv(segment, per_program)
-    first = (program // per_segment) * segment + (program % per_segment) * per_program
-    last = tl.minimum(first + per_program, (program // per_segment + 1) * segment)
-    last = tl.minimum(last, rows)
+    within = (program % per_segment) * per_program  # the segment, a whole number of which are all rows
+    first = (program // per_segment) * segment + within
+    count = tl.minimum(per_program, segment - within)
     col = tl.arange(0, BW)[None, :]  # [1, BW]
     dweight_sum = tl.zeros((BW,), tl.float32)
     dbias_sum = tl.zeros((BW,), tl.float32)
@@ -156,12 +179,21 @@ def norm_modulate_backward_kernel(
         weight = tl.load(weight_p + col, col < W, 0.0).to(tl.float32)
     if BIAS:
         bias = tl.load(bias_p + col, col < W, 0.0).to(tl.float32)
-    for start in range(first, last, BM):
-        row = start + tl.arange(0, BM)[:, None]  # [BM, 1]
-        inside = (row < last) & (col < W)  # [BM, BW]
-        condition = (row // repeat) % conditions
-        dh = tl.load(dh_p + row * dh_s + col, inside, 0.0).to(tl.float32)
-        x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
+    for start in range(0, count, BM):
+        index = start + tl.arange(0, BM)[:, None]  # [BM, 1]
+        inside = (index < count) & (col < W)  # [BM, BW]
+        row, condition = (first + index).to(tl.int64), _condition(first + index, conditions, repeat, SHARED)
+        # all loads before the first reduction, whose barriers none of them could pass
+        dh = tl.load(dh_p + row * dh_s + col, inside, 0.0)
+        if MODULATED:
+            scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0)
+        if DSUM and not WIDE:
+            dsum = tl.load(dsum_p + row * dsum_s + col, inside, 0.0)
+        if RESIDUAL and not WIDE:
+            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+            q = tl.load(q_p + row * q_s + col, inside, 0.0)
+        x = tl.load(x_p + row * x_s + col, inside, 0.0)
+        x, dh = x.to(tl.float32), dh.to(tl.float32)
         centred, rstd = _statistics(x, inside, W, eps, RMS)
         xhat = centred * rstd
         dn = dh  # of the norm's output
@@ -171,9 +203,8 @@ def norm_modulate_backward_kernel(
                 normed = normed * weight
             if BIAS:
                 normed = normed + bias
-            scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0).to(tl.float32)
             dscale = dh * normed
-            dn = dh * (1 + scale)
+            dn = dh * (1 + scale.to(tl.float32))
             dshift_sum += tl.sum(dh, 0)
             dscale_sum += tl.sum(dscale, 0)
             if PER_ROW:
@@ -191,20 +222,23 @@ def norm_modulate_backward_kernel(
             dx -= (tl.sum(dxhat, 1) / W)[:, None]
         dx *= rstd
         if DSUM:
-            dx += tl.load(dsum_p + row * dsum_s + col, inside, 0.0).to(tl.float32)
+            if WIDE:
+                dsum = tl.load(dsum_p + row * dsum_s + col, inside, 0.0)
+            dx += dsum.to(tl.float32)
         tl.store(dx_p + row * dx_s + col, dx.to(dx_p.dtype.element_ty), inside)
         if RESIDUAL:
+            if WIDE:
+                gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+                q = tl.load(q_p + row * q_s + col, inside, 0.0)
             dx = tl.where(inside, dx, 0.0)
-            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0).to(tl.float32)
-            q = tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
-            dq = dx * gate
-            dgate = dx * q
+            dq = dx * gate.to(tl.float32)
+            dgate = dx * q.to(tl.float32)
             tl.store(dq_p + row * dq_s + col, dq.to(dq_p.dtype.element_ty), inside)
             dq_sum += tl.sum(dq, 0)
             dgate_sum += tl.sum(dgate, 0)
             if PER_ROW:
                 tl.store(dgate_p + row * dgate_s + col, dgate.to(dgate_p.dtype.element_ty), inside)
-    out = partial_p + program * (6 * W) + tl.arange(0, BW)
+    out = partial_p + program.to(tl.int64) * (6 * W) + tl.arange(0, BW)
     within = tl.arange(0, BW) < W
     if WEIGHT:
         tl.store(out, dweight_sum, within)
@@ -216,6 +250,10 @@ def norm_modulate_backward_kernel(
     if RESIDUAL:
         tl.store(out + 4 * W, dgate_sum, within)
         tl.store(out + 5 * W, dq_sum, within)
+
+
+_launch = Launch(norm_modulate_kernel)
+_launch_backward = Launch(norm_modulate_backward_kernel)
 
 
 @dataclass(frozen=True)
@@ -239,6 +277,7 @@ class Rows:
         return each.sum((0, 2), dtype=torch.float32).to(gradient.dtype)
 
 
+@lru_cache
 def tile(width: int, elements: int) -> tuple[int, int, int]:
     """Rows and columns of a tile that holds whole rows, at least `elements` in all, and its warps."""
     columns = triton.next_power_of_2(width)
@@ -275,7 +314,8 @@ def norm_modulate(
     shift, scale = modulation or (x, x)
     total = x if total is None else total
     weight, bias = norm
-    norm_modulate_kernel[(triton.cdiv(which.rows, block_rows),)](
+    _launch(
+        (cdiv(which.rows, block_rows),),
         x_p=x,
         gate_p=gate,
         q_p=q,
@@ -285,22 +325,23 @@ def norm_modulate(
         scale_p=scale,
         sum_p=total,
         h_p=h,
-        x_s=x.stride(0),
-        gate_s=gate.stride(0),
-        q_s=q.stride(0),
-        modulation_s=shift.stride(0),
-        sum_s=total.stride(0),
-        h_s=h.stride(0),
+        x_s=x.stride()[0],
+        gate_s=gate.stride()[0],
+        q_s=q.stride()[0],
+        modulation_s=shift.stride()[0],
+        sum_s=total.stride()[0],
+        h_s=h.stride()[0],
         rows=which.rows,
         conditions=which.conditions,
         repeat=which.repeat,
-        eps=eps,
+        eps=float(eps),
         W=width,
         RESIDUAL=residual is not None,
         WEIGHT=weight is not None,
         BIAS=bias is not None,
         MODULATED=modulation is not None,
         RMS=rms,
+        SHARED=which.conditions != which.rows,
         BM=block_rows,
         BW=columns,
         num_warps=warps,
@@ -344,15 +385,16 @@ def norm_modulate_backward(
     block_rows, columns, warps = tile(width, BACKWARD_TILE)
     segment = which.rows if which.per_row else which.repeat
     segments = which.rows // segment
-    per_program = max(block_rows, triton.cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
-    per_segment = triton.cdiv(segment, per_program)
+    per_program = max(block_rows, cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
+    per_segment = cdiv(segment, per_program)
     partial = torch.empty(segments * per_segment, 6, width, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(dh, memory_format=torch.contiguous_format) if dsum is None else dsum
     dq = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, q = residual or (x, x)
     dshift, dscale = dmodulation or (dh, dh)
     weight, bias = norm
-    norm_modulate_backward_kernel[(segments * per_segment,)](
+    _launch_backward(
+        (segments * per_segment,),
         dh_p=dh,
         dsum_p=dx if dsum is None else dsum,
         x_p=x,
@@ -367,22 +409,22 @@ def norm_modulate_backward(
         dshift_p=dshift,
         dscale_p=dscale,
         partial_p=partial,
-        dh_s=dh.stride(0),
-        dsum_s=dx.stride(0),
-        x_s=x.stride(0),
-        gate_s=gate.stride(0),
-        q_s=q.stride(0),
-        modulation_s=width if scale is None else scale.stride(0),
-        dx_s=dx.stride(0),
+        dh_s=dh.stride()[0],
+        dsum_s=dx.stride()[0],
+        x_s=x.stride()[0],
+        gate_s=gate.stride()[0],
+        q_s=q.stride()[0],
+        modulation_s=width if scale is None else scale.stride()[0],
+        dx_s=dx.stride()[0],
         dq_s=width,
-        dgate_s=width if dgate is None else dgate.stride(0),
-        dmodulation_s=dscale.stride(0),
+        dgate_s=width if dgate is None else dgate.stride()[0],
+        dmodulation_s=dscale.stride()[0],
         rows=which.rows,
         conditions=which.conditions,
         repeat=which.repeat,
         segment=segment,
         per_program=per_program,
-        eps=eps,
+        eps=float(eps),
         W=width,
         RESIDUAL=residual is not None,
         WEIGHT=weight is not None,
@@ -392,6 +434,7 @@ def norm_modulate_backward(
         PER_ROW=which.per_row,
         WRITE_SHIFT=dmodulation is not None and dshift.data_ptr() != dh.data_ptr(),
         RMS=rms,
+        SHARED=which.conditions != which.rows,
         BM=block_rows,
         BW=columns,
         num_warps=warps,

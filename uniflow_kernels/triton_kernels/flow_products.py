@@ -10,6 +10,7 @@ next.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.triton_kernels.activation import sigmoid
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 
 class Tile(NamedTuple):
@@ -305,8 +308,7 @@ def up_kernel(
         p = _rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
         if p_p is not None:
             _write(p_p, p_s, row, c, M, H, p, TMA)
-        p = p.to(tl.float32)
-        u = p * tl.sigmoid(p)
+        u = p.to(tl.float32) * sigmoid(p, p.to(tl.float32))
         if GATED:
             up = _piece(ups, i, BN // BP)
             if bias_p is not None:
@@ -349,11 +351,11 @@ def down_kernel(
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """sum = x + gate * q and its moments; the gate from a and g [W, W], q from u and w [W, H]. Both may be kept."""
+    """sum = x + gate * q and its moments; the gate from a and the last third of g [3W, W], q from u and w [W, H]."""
     row, col = _place(M, W, BM, BN)
-    gates = _product(a_p, a_s, g_p, g_s, row, col, M, W, W, BM, BN, BK, False, TMA)
+    gates = _product(a_p, a_s, g_p, g_s, row, 2 * W + col, M, 3 * W, W, BM, BN, BK, False, TMA)
     if gbias_p is not None:
-        gates += _columns(gbias_p, col, W, BN)
+        gates += _columns(gbias_p, 2 * W + col, 3 * W, BN)
     gates = _rounded(gates, sum_p, TMA)  # half the registers, while the second product is made
     qs = _product(u_p, u_s, w_p, w_s, row, col, M, W, H, BM, BN, BK, False, TMA)
     for i in tl.static_range(BN // BP):
@@ -409,9 +411,9 @@ def down_backward_kernel(
         c = col + i * BP
         columns = c + tl.arange(0, BP)
         du = _piece(dus, i, BN // BP)  # [BM, BP]
-        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
-        s = tl.sigmoid(p)
-        u = p * s
+        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA)
+        s = sigmoid(p, du)
+        u = p.to(tl.float32) * s
         dp = du * (s + u * (1 - s))
         if GATED:
             up = _read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
@@ -466,47 +468,72 @@ def why_not(device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...
     return None
 
 
-class _Launch:
-    """A product's tile on a device, and its operands as the kernel takes them."""
+class _Plan:
+    """How a product is made on a kind of GPU, and what its kernel takes for its tensors."""
 
-    def __init__(self, name: str, like: Tensor) -> None:
-        arch = ARCHITECTURES[architecture(like.device)]
-        self.tile, self.tma = arch.tiles[name], arch.tma
+    def __init__(self, tile: Tile, tma: bool, kinds: dict[str, str]) -> None:
+        self.tile, self.kinds = tile, kinds
+        self.describe = self._describe if tma else None
+        blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BP": tile.piece, "TMA": tma}
+        self.constants: dict[str, Any] = {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
 
     def grid(self, rows: int, columns: int) -> tuple[int]:
-        return (triton.cdiv(rows, self.tile.rows) * triton.cdiv(columns, self.tile.columns),)
+        return (cdiv(rows, self.tile.rows) * cdiv(columns, self.tile.columns),)
 
-    def left(self, matrix: Tensor) -> Any:
-        """A, read in [BM, BK]."""
-        return self._operand(matrix, matrix.shape, matrix.stride(), (self.tile.rows, self.tile.depth))
+    def _describe(self, name: str, matrix: Tensor) -> Any:
+        """The descriptor of an operand of that name, or the tensor itself where the kernel takes a pointer."""
+        if name not in self.kinds:
+            return matrix
+        kind, tile, (stride, one) = self.kinds[name], self.tile, matrix.stride()
+        shape, strides = list(matrix.shape), [stride, one]
+        if kind == "left":
+            block = [tile.rows, tile.depth]
+        elif kind == "weight":
+            block = [tile.columns, tile.depth]
+        elif kind == "turned":
+            block = [tile.depth, tile.columns]
+        elif kind == "rows":
+            block = [tile.rows, tile.piece]
+        else:
+            half = shape[0] // 2 if kind == "pair" else shape[1]
+            shape, strides, block = [2, half, shape[1]], [half * stride, stride, one], [2, tile.columns, tile.depth]
+        return TensorDescriptor(matrix, shape, strides, block)
 
-    def weight(self, matrix: Tensor) -> Any:
-        """B [N, K], read in [BN, BK]."""
-        return self._operand(matrix, matrix.shape, matrix.stride(), (self.tile.columns, self.tile.depth))
 
-    def pair(self, matrix: Tensor, rows: int) -> Any:
-        """The first two times `rows` rows of B [..., K], read as [2, rows, K] in [2, BN, BK]."""
-        shape, strides = (2, rows, matrix.shape[1]), (rows * matrix.stride(0), *matrix.stride())
-        return self._operand(matrix, shape, strides, (2, self.tile.columns, self.tile.depth))
+# how the products' operands are read and written: A "left" in [BM, BK], B [N, K] as a "weight" in [BN, BK], both halves
+# of [2N, K] as a "pair" or the first two thirds of [3K, K] as a "first pair", read as [2, N, K] in [2, BN, BK]; B
+# "turned" [K, N] in [BK, BN]; and "rows", of which the epilogue takes [BM, BP] at a time
+_ROWS = dict.fromkeys(
+    ("x_p", "h_p", "scale_p", "p_p", "up_p", "gate_p", "q_p", "sum_p", "dp_p", "dup_p", "u_p"), "rows"
+)
+_UP = {**_ROWS, "h_p": "left", "w_p": "weight"}
+_DOWN_BACKWARD = {**_ROWS, "dq_p": "left", "w_p": "turned"}
+_KINDS = {
+    "modulated": {**_ROWS, "a_p": "left", "m_p": "first pair"},
+    "up": _UP,
+    "gated up": {**_UP, "w_p": "pair"},
+    "down": {**_ROWS, "a_p": "left", "g_p": "weight", "u_p": "left", "w_p": "weight"},
+    "down backward": _DOWN_BACKWARD,
+    "gated down backward": _DOWN_BACKWARD,
+}
 
-    def turned(self, matrix: Tensor) -> Any:
-        """B transposed [K, N], read in [BK, BN]."""
-        return self._operand(matrix, matrix.shape, matrix.stride(), (self.tile.depth, self.tile.columns))
 
-    def rows(self, matrix: Tensor | None) -> Any:
-        """What the epilogue reads or writes."""
-        if matrix is None:
-            return None
-        return self._operand(matrix, matrix.shape, matrix.stride(), (self.tile.rows, self.tile.piece))
+@lru_cache
+def _plan_of(name: str, tile: Tile, tma: bool) -> _Plan:
+    return _Plan(tile, tma, _KINDS[name])
 
-    def _operand(self, matrix: Tensor, shape: Any, strides: Any, block: tuple[int, ...]) -> Any:
-        return TensorDescriptor(matrix, list(shape), list(strides), list(block)) if self.tma else matrix
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        tile = self.tile
-        blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BP": tile.piece, "TMA": self.tma}
-        return {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
+def _plan(name: str, like: Tensor) -> _Plan:
+    """Of a product of tensors on a device."""
+    made = ARCHITECTURES[architecture(like.device)]
+    return _plan_of(name, made.tiles[name], made.tma)
+
+
+_launch_moments = Launch(moments_kernel)
+_launch_modulated = Launch(modulation_kernel)
+_launch_up = Launch(up_kernel)
+_launch_down = Launch(down_kernel)
+_launch_down_backward = Launch(down_backward_kernel)
 
 
 def moments(x: Tensor, rms: bool) -> Moments:
@@ -514,8 +541,19 @@ def moments(x: Tensor, rms: bool) -> Moments:
     rows, width = x.shape
     values = torch.empty(1, 2, rows, dtype=torch.float32, device=x.device)
     block_rows, columns, warps = tile(width, FORWARD_TILE)
-    grid = (triton.cdiv(rows, block_rows),)
-    moments_kernel[grid](x, values, x.stride(0), rows, W=width, RMS=rms, BM=block_rows, BW=columns, num_warps=warps)
+    grid = (cdiv(rows, block_rows),)
+    _launch_moments(
+        grid,
+        x_p=x,
+        moments_p=values,
+        x_s=x.stride()[0],
+        M=rows,
+        W=width,
+        RMS=rms,
+        BM=block_rows,
+        BW=columns,
+        num_warps=warps,
+    )
     return Moments(values, width)
 
 
@@ -546,30 +584,32 @@ def modulated(
         eps: of the norm.
     """
     rows, width = x.shape
-    launch = _Launch("modulated", x)
+    plan = _plan("modulated", x)
     weight, bias = modulation
-    modulation_kernel[launch.grid(rows, width)](
-        a_p=launch.left(a),
-        m_p=launch.pair(weight, width),
+    _launch_modulated(
+        plan.grid(rows, width),
+        plan.describe,
+        a_p=a,
+        m_p=weight,
         mbias_p=bias,
-        x_p=launch.rows(x),
+        x_p=x,
         moments_p=of_x.values,
         weight_p=norm[0],
         bias_p=norm[1],
-        h_p=launch.rows(h),
-        scale_p=launch.rows(scale),
-        a_s=a.stride(0),
-        m_s=weight.stride(0),
-        x_s=x.stride(0),
-        h_s=h.stride(0),
-        scale_s=0 if scale is None else scale.stride(0),
+        h_p=h,
+        scale_p=scale,
+        a_s=a.stride()[0],
+        m_s=weight.stride()[0],
+        x_s=x.stride()[0],
+        h_s=h.stride()[0],
+        scale_s=0 if scale is None else scale.stride()[0],
         M=rows,
-        eps=eps,
+        eps=float(eps),
         W=width,
         PART=of_x.columns,
         SCALE_FIRST=scale_first,
         RMS=rms,
-        **launch.constants,
+        **plan.constants,
     )
 
 
@@ -592,31 +632,33 @@ def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | N
     rows, hidden = u.shape
     weight, bias = affine
     gated = weight.shape[0] != hidden
-    launch = _Launch("gated up" if gated else "up", h)
+    plan = _plan("gated up" if gated else "up", h)
     gates, ups = _sides(p, hidden)
-    up_kernel[launch.grid(rows, hidden)](
-        h_p=launch.left(h),
-        w_p=launch.pair(weight, hidden) if gated else launch.weight(weight),
+    _launch_up(
+        plan.grid(rows, hidden),
+        plan.describe,
+        h_p=h,
+        w_p=weight,
         bias_p=bias,
-        p_p=launch.rows(gates),
-        up_p=launch.rows(ups),
-        u_p=launch.rows(u),
-        h_s=h.stride(0),
-        w_s=weight.stride(0),
-        p_s=0 if p is None else p.stride(0),
-        u_s=u.stride(0),
+        p_p=gates,
+        up_p=ups,
+        u_p=u,
+        h_s=h.stride()[0],
+        w_s=weight.stride()[0],
+        p_s=0 if p is None else p.stride()[0],
+        u_s=u.stride()[0],
         M=rows,
         H=hidden,
         K=h.shape[1],
         GATED=gated,
-        **launch.constants,
+        **plan.constants,
     )
 
 
 def down(
     x: Tensor,
     a: Tensor,
-    gate_affine: tuple[Tensor, Tensor | None],
+    modulation: tuple[Tensor, Tensor | None],
     u: Tensor,
     affine: tuple[Tensor, Tensor | None],
     total: Tensor,
@@ -629,7 +671,7 @@ def down(
     Args:
         x: [R, W].
         a: [R, W].
-        gate_affine: weight [W, W] and bias of the gate.
+        modulation: weight [3W, W] and bias of the modulation, whose last third makes the gate.
         u: [R, H].
         affine: weight [W, H] and bias of the MLP's second layer.
         total: where x + gate * q goes, [R, W]; may be x.
@@ -641,37 +683,39 @@ def down(
         The sum's moments.
     """
     rows, width = x.shape
-    launch = _Launch("down", x)
-    parts = triton.cdiv(width, launch.tile.columns) * (launch.tile.columns // launch.tile.piece)
+    plan = _plan("down", x)
+    parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
     values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
-    (gate_weight, gate_bias), (weight, bias) = gate_affine, affine
-    down_kernel[launch.grid(rows, width)](
-        a_p=launch.left(a),
-        g_p=launch.weight(gate_weight),
+    (gate_weight, gate_bias), (weight, bias) = modulation, affine
+    _launch_down(
+        plan.grid(rows, width),
+        plan.describe,
+        a_p=a,
+        g_p=gate_weight,
         gbias_p=gate_bias,
-        u_p=launch.left(u),
-        w_p=launch.weight(weight),
+        u_p=u,
+        w_p=weight,
         bias_p=bias,
-        x_p=launch.rows(x),
-        gate_p=launch.rows(gate),
-        q_p=launch.rows(q),
-        sum_p=launch.rows(total),
+        x_p=x,
+        gate_p=gate,
+        q_p=q,
+        sum_p=total,
         moments_p=values,
-        a_s=a.stride(0),
-        g_s=gate_weight.stride(0),
-        u_s=u.stride(0),
-        w_s=weight.stride(0),
-        x_s=x.stride(0),
-        gate_s=0 if gate is None else gate.stride(0),
-        q_s=0 if q is None else q.stride(0),
-        sum_s=total.stride(0),
+        a_s=a.stride()[0],
+        g_s=gate_weight.stride()[0],
+        u_s=u.stride()[0],
+        w_s=weight.stride()[0],
+        x_s=x.stride()[0],
+        gate_s=0 if gate is None else gate.stride()[0],
+        q_s=0 if q is None else q.stride()[0],
+        sum_s=total.stride()[0],
         M=rows,
         W=width,
         H=u.shape[1],
         RMS=rms,
-        **launch.constants,
+        **plan.constants,
     )
-    return Moments(values, launch.tile.piece)
+    return Moments(values, plan.tile.piece)
 
 
 def down_backward(dq: Tensor, weight: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -687,28 +731,30 @@ def down_backward(dq: Tensor, weight: Tensor, p: Tensor) -> tuple[Tensor, Tensor
     """
     rows, hidden = dq.shape[0], weight.shape[1]
     gated = p.shape[1] != hidden
-    launch = _Launch("gated down backward" if gated else "down backward", dq)
+    plan = _plan("gated down backward" if gated else "down backward", dq)
     dp, u = torch.empty_like(p), torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
-    partial = torch.empty(triton.cdiv(rows, launch.tile.rows), p.shape[1], dtype=torch.float32, device=p.device)
+    partial = torch.empty(cdiv(rows, plan.tile.rows), p.shape[1], dtype=torch.float32, device=p.device)
     (gates, ups), (dgates, dups) = _sides(p, hidden), _sides(dp, hidden)
-    down_backward_kernel[launch.grid(rows, hidden)](
-        dq_p=launch.left(dq),
-        w_p=launch.turned(weight),
-        p_p=launch.rows(gates),
-        up_p=launch.rows(ups),
-        dp_p=launch.rows(dgates),
-        dup_p=launch.rows(dups),
-        u_p=launch.rows(u),
+    _launch_down_backward(
+        plan.grid(rows, hidden),
+        plan.describe,
+        dq_p=dq,
+        w_p=weight,
+        p_p=gates,
+        up_p=ups,
+        dp_p=dgates,
+        dup_p=dups,
+        u_p=u,
         partial_p=partial,
-        dq_s=dq.stride(0),
-        w_s=weight.stride(0),
-        p_s=p.stride(0),
-        dp_s=dp.stride(0),
-        u_s=u.stride(0),
+        dq_s=dq.stride()[0],
+        w_s=weight.stride()[0],
+        p_s=p.stride()[0],
+        dp_s=dp.stride()[0],
+        u_s=u.stride()[0],
         M=rows,
         H=hidden,
         K=dq.shape[1],
         GATED=gated,
-        **launch.constants,
+        **plan.constants,
     )
     return dp, u, partial.sum(0)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
+
 _BLOCK = 512  # pixels of an image's row
 # products and sums are rounded one after the other, as in the definition: fused, a tie becomes another byte
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -52,6 +54,9 @@ def to_images_kernel(
         tl.store(target + row * width, value.to(images.dtype.element_ty), inside)
 
 
+_launch = Launch(to_images_kernel)
+
+
 def to_images(
     rows: Tensor,
     velocity: Tensor | None,
@@ -71,12 +76,13 @@ def to_images(
         velocity = velocity.contiguous()
     of_velocity = (0, 0) if velocity is None else velocity.stride()
     with torch.cuda.device_of(rows):
-        to_images_kernel[(batch * down * channels, triton.cdiv(width, _BLOCK))](
+        _launch(
+            (batch * down * channels, cdiv(width, _BLOCK)),
             rows=rows,
             velocity=velocity,
             images=images,
             mean_and_std=mean_and_std,
-            dt=dt,
+            dt=float(dt),
             channels=channels,
             down=down,
             width=width,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels import unit_of
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 _ROWS = 16
 _QUADS = 32  # 128 columns: 588 take five blocks
@@ -113,6 +114,9 @@ def seeded_noise_kernel(
     tl.store(noise + row[:, None] * columns + column[None, :], values, inside)
 
 
+_launch = Launch(seeded_noise_kernel)
+
+
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
     """Write the noise [rows, columns], contiguous."""
     if not noise.numel():
@@ -121,7 +125,8 @@ def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> N
     unit = unit_of(columns)
     words = words_of(seeds, offset)
     with torch.cuda.device_of(noise):
-        seeded_noise_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _QUADS * 4))](
+        _launch(
+            (cdiv(rows, _ROWS), cdiv(columns, _QUADS * 4)),
             seeds=seeds,
             noise=noise,
             rows=rows,

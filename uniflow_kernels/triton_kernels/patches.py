@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels import unit_of
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
 _TOKENS = 16
 _COLUMNS = 128
@@ -63,6 +64,9 @@ def patches_kernel(
         tl.store(pixels, tl.load(places, inside), inside)
 
 
+_launch = Launch(patches_kernel)
+
+
 def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
     """Write `rows` [B, N, C*P*P]."""
     _move(images, rows, patch_size, cut=True)
@@ -80,7 +84,8 @@ def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
     tokens, length = rows.shape[0] * rows.shape[1], rows.shape[2]
     unit = unit_of(length, *rows.stride()[:2])
     with torch.cuda.device_of(images):
-        patches_kernel[(triton.cdiv(tokens, _TOKENS), triton.cdiv(length, _COLUMNS))](
+        _launch(
+            (cdiv(tokens, _TOKENS), cdiv(length, _COLUMNS)),
             images=images,
             rows=rows,
             tokens_in_all=tokens,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from uniflow_kernels.source import Source
 from uniflow_kernels.triton_kernels import unit_of
+from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 from uniflow_kernels.triton_kernels.noise import key_of, normals, words_of
 from uniflow_kernels.triton_kernels.patches import GRID, first_pixels, pixels_of
 
@@ -118,12 +119,17 @@ def velocity_loss_kernel(
     tl.store(losses + tokens, factor * tl.sum(sums, 1), exists)
 
 
+_launch_interpolate = Launch(interpolate_kernel)
+_launch_velocity_loss = Launch(velocity_loss_kernel)
+
+
 def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: Tensor) -> None:
     """Write x_t [k*B, N, columns]."""
     if not x_t.numel():
         return
     with torch.cuda.device_of(x_t):
-        interpolate_kernel[(triton.cdiv(x_t.shape[0] * x_t.shape[1], _TOKENS),)](
+        _launch_interpolate(
+            (cdiv(x_t.shape[0] * x_t.shape[1], _TOKENS),),
             t=t.float().contiguous(),
             x_t=x_t,
             T_PER_TOKEN=t.ndim == 2,
@@ -144,10 +150,11 @@ def velocity_loss(
         return
     each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
     with torch.cuda.device_of(velocity):
-        velocity_loss_kernel[(triton.cdiv(losses.numel(), _TOKENS),)](
+        _launch_velocity_loss(
+            (cdiv(losses.numel(), _TOKENS),),
             velocity=velocity,
             coefficients=each,
-            coefficient=every,
+            coefficient=float(every),
             gradient=gradient,
             losses=losses,
             PER_TOKEN=each is not None,

@@ -1,0 +1,250 @@
+"""The compiled CPU part, where it was built: tensors become addresses and strides, and torch's threads share the work.
+
+csrc/cpu holds the loops. Which inputs they take is said by the `why_not_*` functions; the others rely on these.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniflow_kernels.source import Source
+
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+
+
+def why_not_built() -> str | None:
+    """Why the compiled part is not there; None where it is."""
+    if not _is_built():
+        return "the CPU part was not built: no C++ compiler was found at installation, or UNIFLOW_CPU=0"
+    return None
+
+
+def why_not(*tensors: Tensor | None) -> str | None:
+    """Why the compiled part does not take such tensors: their device or their dtype."""
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not tensor.is_cpu:
+            return why_not_on(tensor.device)
+        if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
+            return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
+        if tensor.is_neg():
+            return "the numbers of a tensor are stored negated"
+    return why_not_built()
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why the compiled part does not work on this device."""
+    return why_not_built() if device.type == "cpu" else f"it runs on CPUs, not on {device.type}"
+
+
+def why_not_images(device: torch.device, read: Sequence[torch.dtype], written: torch.dtype) -> str | None:
+    """Why it does not turn rows of such dtypes into images of such a dtype."""
+    wrong = [dtype for dtype in read if dtype not in _TYPES] + [written] * (written not in _TYPES)
+    return why_not_on(device) or (f"it takes float32, float16 and bfloat16, not {wrong[0]}" if wrong else None)
+
+
+def instructions() -> str:
+    """The level of instructions that is used here: "avx512", "avx2" or "baseline"."""
+    return _level().name
+
+
+def shares_threads() -> bool:
+    """Whether it found torch's threads; else one thread does all."""
+    return _module().SHARES_THREADS
+
+
+def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: Tensor) -> None:
+    """Write x_t [k*B, N, columns]."""
+    if not x_t.numel():
+        return
+    t = t.float().contiguous()
+    made_of = _source(source, scale_and_shift, x_t.shape[-1])
+    _level().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], torch.get_num_threads())
+
+
+def velocity_loss(
+    source: Source,
+    scale_and_shift: Tensor | None,
+    velocity: Tensor,
+    coefficients: Tensor | float,
+    gradient: Tensor | None,
+    losses: Tensor,
+) -> None:
+    """Write each token's loss [k*B, N], and the gradient of their sum unless it is None."""
+    if not velocity.numel():
+        return
+    each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
+    _level().velocity_loss(
+        _source(source, scale_and_shift, velocity.shape[-1]),
+        _rows(velocity),
+        _address(each),
+        every,
+        _address(gradient),
+        losses.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def patchify(images: Tensor, rows: Tensor, patch_size: int) -> None:
+    """Write `rows` [B, N, C*P*P], which are contiguous."""
+    _move(images, rows, patch_size, cut=True)
+
+
+def unpatchify(rows: Tensor, images: Tensor, patch_size: int) -> None:
+    """Write `images` [B, C, H, W]."""
+    _move(images, rows, patch_size, cut=False)
+
+
+def _move(images: Tensor, rows: Tensor, patch_size: int, cut: bool) -> None:
+    if not rows.numel():
+        return
+    _level().move_patches(
+        images.data_ptr(),
+        tuple(images.shape),
+        images.stride(),
+        rows.data_ptr(),
+        rows.stride(),
+        patch_size,
+        images.itemsize,
+        cut,
+        torch.get_num_threads(),
+    )
+
+
+def to_images(
+    rows: Tensor,
+    velocity: Tensor | None,
+    dt: float,
+    mean_and_std: Tensor | None,
+    patch_size: int,
+    clamp: bool,
+    images: Tensor,
+) -> None:
+    """Write `images` [B, C, H, W] of rows + dt * velocity, [B, N, C*P*P] each; `mean_and_std` is [C, 2]."""
+    if not rows.numel():
+        return
+    _level().to_images(
+        _rows(rows),
+        rows.stride(2),
+        _rows(velocity),
+        0 if velocity is None else velocity.stride(2),
+        dt,
+        _address(mean_and_std),
+        clamp,
+        images.data_ptr(),
+        _TYPES[images.dtype],
+        tuple(images.shape),
+        images.stride(),
+        patch_size,
+        torch.get_num_threads(),
+    )
+
+
+def cosine_distances(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    skip_tokens: int,
+    gradients: Sequence[Tensor],
+    powers: Tensor | None,
+    distances: Tensor,
+) -> None:
+    """Write the distances [L, B, S - skip_tokens] of all layers, and their gradients unless there are none.
+
+    With `powers` [L, B, S] each token's gradient is multiplied by a power of two, which is written there.
+    """
+    batch, length, width = student[0].shape
+    if not student[0].numel():
+        return
+    addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
+    of_layers = [None] * len(student) if powers is None else powers.unbind()
+    layers = [
+        (s.data_ptr(), t.data_ptr(), address, _address(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
+        for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
+    ]
+    _level().cosine_distances(
+        layers,
+        batch,
+        length,
+        width,
+        skip_tokens,
+        _TYPES[student[0].dtype],
+        distances.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def scale(values: Tensor, factor: Tensor) -> None:
+    """Multiply contiguous `values` by a scalar tensor, in place."""
+    _level().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.item(), torch.get_num_threads())
+
+
+def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
+    """Write `noise` [rows, columns] in float32, of S seeds [S] for as many groups of rows."""
+    rows, columns = noise.shape
+    if not noise.numel():
+        return
+    groups = len(seeds)
+    _level().seeded_noise(
+        seeds.contiguous().data_ptr(),
+        groups,
+        offset,
+        first_row,
+        rows // groups,
+        columns,
+        noise.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def _is_built() -> bool:
+    return importlib.util.find_spec("uniflow_kernels._cpu") is not None
+
+
+@functools.cache
+def _module() -> Any:
+    return importlib.import_module("uniflow_kernels._cpu")
+
+
+@functools.cache
+def _level() -> Any:
+    """The kernels of the best level that this processor has."""
+    return _module().levels()[0]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(rows: Tensor | None) -> Any:
+    module = _module()
+    if rows is None:
+        return module.Rows(0, 0, 0, 0)
+    return module.Rows(rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), rows.stride(1))
+
+
+def _source(source: Source, scale_and_shift: Tensor | None, columns: int) -> Any:
+    images = source.images
+    return _module().Source(
+        images.data_ptr(),
+        _TYPES[images.dtype],
+        tuple(images.shape),
+        images.stride(),
+        _address(scale_and_shift),
+        source.patch_size,
+        source.repeats,
+        _rows(source.noise),
+        source.number,
+        source.offset,
+        _address(source.held),
+        source.first_row,
+        columns,
+    )

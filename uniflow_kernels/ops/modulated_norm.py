@@ -1,0 +1,333 @@
+"""The adaptive norm and the gated residual of diffusion transformers' blocks, around whatever stands between them.
+
+Source: adaLN-Zero of DiT (Peebles and Xie 2023, figure 3), which SiT, LightningDiT and diffusers took over.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from uniflow_kernels.choice import choose
+from uniflow_kernels.ops.flow_blocks import NORMS, check_choice, conditions_of, flat_rows, layer_norm
+from uniflow_kernels.ops.flow_choice import MAX_WIDTH
+from uniflow_kernels.ops.registration import register
+from uniflow_kernels.torch_private import constant, is_forward_mode, is_transforming
+from uniflow_kernels.triton_kernels import why_not_on
+
+# --- public functions and their plain forms ---
+
+
+def modulated_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift.
+
+    Args:
+        x: [..., W], float; any strides.
+        shift: broadcastable to x's rows: [B, 1, W] for x [B, S, W], [W] for all rows, or x's shape.
+        scale: of shift's shape.
+        weight: of the norm, [W].
+        bias: of a layer norm, [W].
+        norm: "layer" or "rms".
+        eps: of the norm.
+
+    Returns:
+        x's shape, in x's dtype. Statistics are float32 (float64 for x in float64).
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes do not fit together, for an unknown norm, or if the backend asked for cannot serve.
+    """
+    how = _How(weight, bias, norm, eps)
+    how.check(x, {"shift": shift, "scale": scale})
+    if _is_plain(x, shift, scale, weight, bias):
+        return plain_modulated_norm(x, shift, scale, how)
+    return _run(x, None, None, shift, scale, how)[1]
+
+
+def gated_residual_norm(
+    x: Tensor,
+    gate: Tensor,
+    q: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm: str = "layer",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The gated residual, and the adaptive norm of it: s = x + gate * q, and norm(s) * (1 + scale) + shift.
+
+    Args:
+        x: [..., W], float; any strides.
+        gate: broadcastable to x's rows, as shift.
+        q: what attention or an MLP made, of x's shape.
+        shift, scale, weight, bias, norm, eps: as `modulated_norm` takes them.
+
+    Returns:
+        s and its adaptive norm, both of x's shape in x's dtype. The norm is that of s as it is rounded.
+
+    Raises:
+        TypeError, ValueError: as `modulated_norm`.
+    """
+    how = _How(weight, bias, norm, eps)
+    how.check(x, {"gate": gate, "shift": shift, "scale": scale})
+    if q.shape != x.shape or not q.is_floating_point():
+        raise ValueError(f"q: expected x's shape {tuple(x.shape)} in a floating dtype, got {tuple(q.shape)}, {q.dtype}")
+    if _is_plain(x, gate, q, shift, scale, weight, bias):
+        total = _sum(x, gate, q, x.dtype)
+        return total, plain_modulated_norm(total, shift, scale, how)
+    return _run(x, gate, q, shift, scale, how)
+
+
+class _How(NamedTuple):
+    """The norm."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    norm: str
+    eps: float
+
+    def check(self, x: Tensor, modulations: dict[str, Tensor]) -> None:
+        """Raise if something does not fit."""
+        check_choice("norm", self.norm, NORMS)
+        if self.norm == "rms" and self.bias is not None:
+            raise ValueError("bias: an rms norm has none")
+        vectors = {"weight": self.weight, "bias": self.bias}
+        for name, tensor in {"x": x, **modulations, **vectors}.items():
+            if tensor is not None and not tensor.is_floating_point():
+                raise TypeError(f"{name}: expected a floating point dtype, got {tensor.dtype}")
+        if x.ndim == 0:
+            raise ValueError("x: expected [..., W], got a scalar")
+        width = x.shape[-1]
+        for name, tensor in vectors.items():
+            if tensor is not None and tensor.shape != (width,):
+                raise ValueError(f"{name}: expected shape ({width},), got {tuple(tensor.shape)}")
+        for name, tensor in modulations.items():
+            rows = x.shape[x.ndim - tensor.ndim : -1]
+            fits = 0 < tensor.ndim <= x.ndim and tensor.shape[-1] == width
+            if not fits or any(mine not in (1, theirs) for mine, theirs in zip(tensor.shape[:-1], rows, strict=True)):
+                expected = f"[..., {width}], broadcastable to x's {tuple(x.shape)}"
+                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+            if tensor.shape != modulations["shift"].shape:
+                expected = f"shift's shape {tuple(modulations['shift'].shape)}"
+                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+
+
+def plain_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, how: _How) -> Tensor:
+    """`modulated_norm` in plain PyTorch."""
+    if how.norm == "layer":
+        normed = layer_norm(x, _like(how.weight, x), _like(how.bias, x), how.eps)
+    else:
+        normed = F.rms_norm(x, x.shape[-1:], _like(how.weight, x), how.eps)
+    return _sum(shift, normed, scale.to(_widest(x, scale)) + 1, x.dtype)
+
+
+def _like(vector: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if vector is None else vector.to(x.dtype)
+
+
+def _sum(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
+    """a + b * c, in the widest of their dtypes."""
+    wide = _widest(a, b, c)
+    return torch.addcmul(a.to(wide), b.to(wide), c.to(wide)).to(dtype)
+
+
+def _widest(*tensors: Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether plain PyTorch serves: asked before the registered op, so that it stays open to whoever looks into it."""
+    given = [tensor for tensor in (x, *others) if tensor is not None]
+    odd = any(type(tensor) not in (Tensor, Parameter) for tensor in given)
+    dtype = next((t.dtype for t in given if t.dtype == torch.float64), x.dtype)
+    reason = f"up to {MAX_WIDTH} wide, not {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
+    reason = "a tensor is of a subclass with rules of its own" if odd else reason
+    return _backend(x.device, dtype, reason) == "eager" or x.numel() == 0
+
+
+@constant
+def _backend(device: torch.device, dtype: torch.dtype, reason: str | None) -> str:
+    reason = why_not_on(device, dtype) or reason
+    if is_transforming() or is_forward_mode():
+        reason = reason or "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
+    return choose("modulated_norm", {"triton": reason})
+
+
+# --- registered ops ---
+
+
+def _run(
+    x: Tensor, gate: Tensor | None, q: Tensor | None, shift: Tensor, scale: Tensor, how: _How
+) -> tuple[Tensor, Tensor]:
+    conditions, repeat = conditions_of(x, shift)
+
+    def flat(modulation: Tensor) -> Tensor:
+        fits = modulation.shape[:-1].numel() == conditions
+        return flat_rows(modulation if fits else modulation.expand(x.shape))
+
+    residual = (None, None) if gate is None or q is None else (flat(gate), flat_rows(q))
+    vectors = (None if vector is None else vector.contiguous() for vector in how[:2])
+    total, h = _ModulatedNorm.apply(
+        flat_rows(x), *residual, flat(shift), flat(scale), *vectors, repeat, how.norm, how.eps
+    )
+    return total.view(x.shape) if gate is not None else total, h.view(x.shape)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    """Not `register`'s gradient, which is that of one result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, q: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        shift, scale, weight, bias, *how = rest
+        total, h = modulated_norm_op(x, gate, q, shift, scale, weight, bias, *how)
+        ctx.save_for_backward(x if q is None else total, gate, q, scale, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.how, ctx.dtypes = how, (x.dtype, shift.dtype)
+        return total, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, gate, q, scale, weight, bias = ctx.saved_tensors
+        if q is None:
+            dtotal = None  # of nothing
+        if dh is None and dtotal is None:
+            return (None,) * 10
+        dh = torch.zeros_like(total) if dh is None else dh
+        found = modulated_norm_backward_op(dh, dtotal, total, gate, q, scale, weight, bias, *ctx.how)
+        dx, dgate, dq, dshift, dscale, dweight, dbias = found
+        of_q = (None, None) if q is None else (dgate, dq)
+        of_norm = None if weight is None else dweight, None if bias is None else dbias
+        return dx, *of_q, dshift.to(ctx.dtypes[1]), dscale, *of_norm, None, None, None
+
+
+def _modulated_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    q: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    repeat: int,
+    norm: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """x and q [R, W], gate, shift and scale [C, W] -> the sum [R, W], empty without q, and its adaptive norm [R, W]."""
+    from uniflow_kernels.triton_kernels.flow_head import Rows, norm_modulate
+
+    total, h = _modulated_norm_fake(x, gate, q)
+    if shift.stride(0) != scale.stride(0):  # the kernel has one stride for both
+        shift, scale = (t.clone(memory_format=torch.contiguous_format) for t in (shift, scale))
+    norm_modulate(
+        x,
+        None if gate is None or q is None else (gate, q),
+        (weight, bias),
+        (shift, scale),
+        None if q is None else total,
+        h,
+        Rows(x.shape[0], shift.shape[0], repeat),
+        norm == "rms",
+        eps,
+    )
+    return total, h
+
+
+def _modulated_norm_fake(x: Tensor, gate: Tensor | None, q: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0) if q is None else x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _modulated_norm_backward(
+    dh: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    gate: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    repeat: int,
+    norm: str,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of x, gate, q, shift, scale, weight and bias; empty for what is not there."""
+    from uniflow_kernels.triton_kernels.flow_head import Rows, norm_modulate_backward
+
+    which = Rows(total.shape[0], scale.shape[0], repeat)
+    per_row, residual = which.per_row, None if gate is None or q is None else (gate, q)
+    dshift, dscale, dgate = (
+        torch.empty(total.shape, dtype=like.dtype, device=total.device) if per_row and like is not None else None
+        for like in (scale, scale, gate)
+    )
+    dx, dq, sums = norm_modulate_backward(
+        flat_rows(dh),
+        None if dtotal is None else dtotal.clone(memory_format=torch.contiguous_format),  # which is overwritten
+        total,
+        residual,
+        (weight, bias),
+        scale,
+        (dshift, dscale) if dshift is not None and dscale is not None else None,
+        dgate,
+        which,
+        norm == "rms",
+        eps,
+    )
+
+    def of(condition: Tensor | None, by_row: Tensor | None, part: int) -> Tensor:
+        if condition is None:
+            return total.new_empty(0)
+        return sums[:, part].to(condition.dtype, copy=True) if by_row is None else which.to_conditions(by_row)
+
+    vectors = [
+        total.new_empty(0) if vector is None else sums[:, part].sum(0).to(vector.dtype)
+        for part, vector in enumerate((weight, bias))
+    ]
+    nothing = total.new_empty(0)
+    return [dx, of(gate, dgate, 4), nothing if dq is None else dq, of(scale, dshift, 2), of(scale, dscale, 3), *vectors]
+
+
+def _modulated_norm_backward_fake(
+    dh: Tensor,
+    dtotal: Tensor | None,
+    total: Tensor,
+    gate: Tensor | None,
+    q: Tensor | None,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> list[Tensor]:
+    likes = total, gate, q, scale, scale, weight, bias
+    return [total.new_empty(0) if like is None else like.new_empty(like.shape) for like in likes]
+
+
+_NORM = "SymInt repeat, str norm, float eps"
+modulated_norm_op = register(
+    "modulated_norm(Tensor x, Tensor? gate, Tensor? q, Tensor shift, Tensor scale, Tensor? weight, Tensor? bias, "
+    f"{_NORM}) -> (Tensor, Tensor)",
+    _modulated_norm,
+    _modulated_norm_fake,
+)
+modulated_norm_backward_op = register(
+    "modulated_norm_backward(Tensor dh, Tensor? dtotal, Tensor total, Tensor? gate, Tensor? q, Tensor scale, "
+    f"Tensor? weight, Tensor? bias, {_NORM}) -> Tensor[]",
+    _modulated_norm_backward,
+    _modulated_norm_backward_fake,
+)
