@@ -16,6 +16,14 @@ TABLE = ROOT / "uniflow_kernels" / FILE
 CASE = "flow_head_paths"
 PATHS = {"ours": "rows", "products": "products", "plain": "eager"}  # the case's forms: the op's paths
 
+# launches cost what calls of few rows take, which is the wall clock's to tell; a CUDA graph has none to wait for
+ORDERS = {
+    "inference": ("forward", "wall_ms"),
+    "training": ("both", "wall_ms"),
+    "graph_inference": ("forward", "gpu_ms"),
+    "graph_training": ("both", "gpu_ms"),
+}
+
 
 def write(files: list[dict[str, Any]], path: Path) -> int:
     """Write the table of all that `files` measured, the later of two that measured the same; returns its length.
@@ -26,7 +34,7 @@ def write(files: list[dict[str, Any]], path: Path) -> int:
     table: dict[tuple[Any, ...], dict[str, Any]] = {}
     for results in sorted(files, key=lambda results: results["date"]):
         for row in _rows(results):
-            table[row["arch"], row["dtype"], row["width"], row["rows"]] = row
+            table[row["gpu"], row["dtype"], row["width"], row["rows"]] = row
     if not table:
         raise ResultsError(f"no GPU's paths were measured; `python -m benchmarks run --cases {CASE}` does it on one")
     lines = ",\n".join(f"  {json.dumps(table[key])}" for key in sorted(table))
@@ -42,15 +50,14 @@ def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             size = entry["size"]
             yield {
                 **{"arch": int(arch[1]), "dtype": size["dtype"], "width": size["width"], "rows": size["tokens"]},
-                **{"inference": _fastest_first(entry, "forward"), "training": _fastest_first(entry, "both")},
+                **{order: _fastest_first(entry, *by) for order, by in ORDERS.items()},
                 **{"gpu": results["machine"], "date": results["date"], "commit": results["commit"]},
             }
 
 
-def _fastest_first(entry: Entry, name: str) -> list[str]:
-    """By wall time: launches, which a CUDA graph hides, cost what calls of few rows take."""
+def _fastest_first(entry: Entry, name: str, clock: str) -> list[str]:
     times = {
-        path: entry["forms"][form][name]["wall_ms"]["median"]
+        path: entry["forms"][form][name][clock]["median"]
         for form, path in PATHS.items()
         if name in entry["forms"].get(form, {})
     }

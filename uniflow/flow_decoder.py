@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class FlowDecoder(nn.Module):
         t: Tensor,
         patch_size: int,
         noise: Tensor,
-        chunk_tokens: int | None,
+        chunk_tokens: int | Literal["auto"] | None,
     ) -> Tensor:
         """The flow matching loss under the condition [B, N, D]; see `uniflow_kernels.flow_matching_loss`."""
         return flow_matching_loss(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class UniFlowObjective(nn.Module):
         t_distribution: str = "fat_lognormal",
         t_per: str = "token",
         layer_weights: str = "adaptive",
-        chunk_tokens: int | None = 4096,
+        chunk_tokens: int | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         if t_per not in ("token", "image"):

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 BACKENDS = ("auto", "eager", "triton", "cuda", "cpu")
 
 _chosen: ContextVar[str | None] = ContextVar("uniflow_backend", default=None)
+_in_graph: ContextVar[bool] = ContextVar("uniflow_in_graph", default=False)
 
 
 @contextmanager
@@ -35,6 +36,25 @@ def backend(name: str) -> Iterator[None]:
 def requested() -> str:
     """The backend asked for: by the innermost `backend` block, else by UNIFLOW_BACKEND, else "auto"."""
     return _chosen.get() or _checked(os.environ.get("UNIFLOW_BACKEND", "auto"), "UNIFLOW_BACKEND")
+
+
+@contextmanager
+def in_graph() -> Iterator[None]:
+    """Inside the block calls are of a CUDA graph: those that are captured, and those before that compile what they use.
+
+    A replay has no launches to wait for, so there what takes a GPU the least time is the fastest. Whoever captures must
+    say so: a stream knows only that it is being captured, when it is too late to load another kernel.
+    """
+    token = _in_graph.set(True)
+    try:
+        yield
+    finally:
+        _in_graph.reset(token)
+
+
+def is_in_graph() -> bool:
+    """Whether the call is inside an `in_graph` block."""
+    return _in_graph.get()
 
 
 def choose(op: str, why_not: Mapping[str, str | None]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uniflow_kernels.choice import requested
+from uniflow_kernels.choice import in_graph, requested
 from uniflow_kernels.torch_private import (
     BUFFERS,
     CHILDREN,
@@ -157,6 +157,7 @@ class Graph:
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast("cuda", dtype, autocast, cache_enabled=False),
+            in_graph(),
         ):
             self.inputs = [None if given is None else given.clone() for given in inputs]
             place.stream.wait_stream(torch.cuda.current_stream())

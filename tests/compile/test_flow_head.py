@@ -8,8 +8,8 @@ MODULES = {"activation": "activation", "activation_backward": "activation"}  # o
 # per thread; no more than these were needed when the kernels were written
 REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 176, "activation": 40, "activation_backward": 136}
 
-# the loop and what surrounds it, where every row has a condition of its own; with divisions of 64 bits 856 and 1080
-INSTRUCTIONS = {"norm_modulate": 600, "norm_modulate_backward": 792, "activation": 368, "activation_backward": 784}
+# where every row has a condition of its own; with divisions of 64 bits 856 and 1080, with a sigmoid by exp 360 and 776
+INSTRUCTIONS = {"norm_modulate": 600, "norm_modulate_backward": 792, "activation": 224, "activation_backward": 640}
 # loads that wait for no reduction: all of the forward pass; of the backward pass all of a row but x's, on sixteen warps
 # dh and the scale, since 128 registers a thread have no room for more
 TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 2}

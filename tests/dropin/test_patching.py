@@ -464,8 +464,10 @@ def test_where_no_kernel_serves_its_own_forward_runs(name, monkeypatch):
         assert torch.equal(ours, head(*project.inputs))
 
 
-def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(head, monkeypatch):
-    monkeypatch.undo()
+@pytest.mark.parametrize("kernels_serve", [False, True])
+def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(kernels_serve, head, monkeypatch):
+    if not kernels_serve:
+        monkeypatch.undo()
     graphs = []
     for patch_it in (False, True):
         if patch_it:

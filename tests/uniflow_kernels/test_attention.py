@@ -6,6 +6,7 @@ import torch
 
 import uniflow_kernels.ops.attention as module
 from uniflow_kernels import attention
+from uniflow_kernels.triton_kernels import architecture
 
 
 def plain(q, k, v):
@@ -22,7 +23,32 @@ def test_against_the_definition(within_twice, dtype, tokens):
     within_twice(attention(q, k, v), plain(q, k, v), plain(q.double(), k.double(), v.double()))
 
 
-def test_reasons_not_to_use_flash_attn(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes a GPU that is not there, of a compute capability."""
+
+    def pretend(arch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
+        architecture.cache_clear()
+
+    yield pretend
+    architecture.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arch", "serves"), [(80, True), (86, True), (89, True), (90, False), (100, False), (120, True)]
+)
+def test_flash_attn_gives_way_where_pytorch_has_cudnns(monkeypatch, gpu, arch, serves):
+    gpu(arch)
+    monkeypatch.setattr(module, "_FLASH_ATTN_INSTALLED", True)
+    reason = module.why_not_flash_attn(torch.device("cuda"), torch.bfloat16, 64)
+    assert reason is None if serves else "cuDNN" in reason and "unmeasured" in reason
+    asked = torch.compile(lambda: module.why_not_flash_attn(torch.device("cuda"), torch.bfloat16, 64), backend="eager")
+    assert asked() == reason
+
+
+def test_reasons_not_to_use_flash_attn(monkeypatch, gpu):
+    gpu(80)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(module, "_FLASH_ATTN_INSTALLED", False)
     assert "not installed" in module.why_not_flash_attn(cuda, torch.bfloat16, 64)

@@ -1,13 +1,16 @@
 """Which path serves a call of the flow head: by the table of what was measured, by a count, and by what can serve."""
 
 import json
+from contextlib import nullcontext
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.conftest import randomize
-from uniflow_kernels import FlowHead, backend, doctor
+from uniflow_kernels import FlowHead, backend, doctor, graphs
+from uniflow_kernels.choice import in_graph, is_in_graph
 from uniflow_kernels.ops import flow_choice
 from uniflow_kernels.ops.flow_choice import PATHS, RUNS, UNMEASURED, Call, call_of, choose_path, explain
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
@@ -17,6 +20,7 @@ TABLE = [
     {
         **{"arch": 90, "dtype": "bfloat16", "width": 1024, "gpu": "some H100", "rows": rows},
         **{"inference": inference, "training": training},
+        **{"graph_inference": inference[::-1], "graph_training": training[::-1]},
     }
     for rows, inference, training in (
         (8192, ["products", "rows", "eager"], ["rows", "products", "eager"]),
@@ -31,15 +35,18 @@ TABLE = [
 def gpu(monkeypatch):
     """Makes a GPU that is not there, of a compute capability."""
 
-    def pretend(arch):
+    def pretend(arch, name="some H100"):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         flow_choice.architecture.cache_clear()
+        flow_choice._gpu.cache_clear()
 
     monkeypatch.setattr(flow_choice, "_table", lambda: TABLE)
     pretend(90)
     flow_choice.measured.cache_clear()
     yield pretend
     flow_choice.architecture.cache_clear()
+    flow_choice._gpu.cache_clear()
     flow_choice.measured.cache_clear()
 
 
@@ -55,6 +62,45 @@ def test_the_fastest_at_the_next_smaller_number_of_rows_serves(gpu):
     at = (64, 511, 512, 2047, 2048, 8192, 10**6)
     assert [path(rows) for rows in at] == ["eager"] * 2 + ["rows"] * 2 + ["products"] * 3
     assert [path(rows, True) for rows in (64, 511, 2048, 8192)] == ["eager", "eager", "products", "rows"]
+
+
+def test_in_a_graph_the_gpus_own_time_counts(gpu):
+    """Launches do not: "eager" is the fastest of 64 rows where each of them is waited for."""
+    with in_graph():
+        assert [path(rows) for rows in (64, 512)] == ["rows", "eager"]
+        assert path(8192) == "eager"
+        assert path(8192, training=True) == "eager"
+    assert path(64) == "eager"
+
+
+def test_a_captured_call_chooses_for_its_graph_before_it_is_captured(monkeypatch):
+    """What the capture uses was compiled by the call before it."""
+    stream, nothing = SimpleNamespace(wait_stream=lambda other: None), lambda *arguments, **keywords: nullcontext()
+    for name in ("stream", "graph", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    said = []
+    graphs.Graph(lambda x: said.append(is_in_graph()), [torch.zeros(1)], SimpleNamespace(stream=stream, pool=None))
+    assert said == [True, True]
+    assert not is_in_graph()
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("NVIDIA H200", "NVIDIA H200"), ("NVIDIA H200 NVL", "NVIDIA H200"), ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3")],
+)
+def test_each_gpu_has_its_own_measurements_or_the_nearest_ones(gpu, monkeypatch, name, nearest):
+    first = {"NVIDIA H200": "rows", "NVIDIA H20": "products", "NVIDIA H100 80GB HBM3": "eager", "RTX": "products"}
+    fields = ("inference", "training", "graph_inference", "graph_training")
+    entries = [{**TABLE[1], "gpu": kind, **{field: [by] for field in fields}} for kind, by in first.items()]
+    entries[-1]["arch"] = 89
+    monkeypatch.setattr(flow_choice, "_table", lambda: entries)
+    gpu(90, name)
+    assert path(64) == first[nearest]
+    _, why = explain(call(1))
+    other = "" if name == nearest else f", the nearest to {name} that was"
+    assert why == f"measured from 64 to 64 rows on {nearest}{other}"
 
 
 def test_what_was_not_measured_is_counted(gpu):
@@ -138,7 +184,8 @@ def interpreted(monkeypatch):
 
     def order(*paths):
         entry = {"arch": 0, "dtype": "float32", "width": 32, "gpu": "none", "rows": 1}
-        monkeypatch.setattr(flow_choice, "_table", lambda: [{**entry, "inference": paths, "training": paths}])
+        orders = dict.fromkeys(("inference", "training", "graph_inference", "graph_training"), paths)
+        monkeypatch.setattr(flow_choice, "_table", lambda: [{**entry, **orders}])
         monkeypatch.setattr(flow_choice, "why_not_on", lambda device, dtype: None)
         flow_choice.measured.cache_clear()
 
@@ -258,7 +305,8 @@ def test_the_shipped_table():
     assert table.keys() == {"flow_head"}
     for entry in table["flow_head"]:
         assert entry.keys() == {
-            *("arch", "dtype", "width", "rows", "inference", "training"),
+            *("arch", "dtype", "width", "rows", "inference", "training", "graph_inference", "graph_training"),
             *("gpu", "date", "commit"),
         }
-        assert {*entry["inference"], *entry["training"]} <= set(PATHS)
+        orders = ("inference", "training", "graph_inference", "graph_training")
+        assert {path for order in orders for path in entry[order]} <= set(PATHS)

@@ -508,6 +508,33 @@ def test_a_head_sharded_in_parts_is_refused(process_group):
         flow_matching_loss(head, *batch[:3], PATCH, batch[3], chunk_tokens=6)
 
 
+def test_chunks_of_a_size_that_was_not_said():
+    head, calls = make_head(depth=1), []
+    head.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    flow_matching_loss(head, *make_batch(5, (32, 32))[:3], PATCH, seed=1)
+    assert calls == [4096, 1024]
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "dtype", "gigabytes", "chunk"),
+    [
+        (1024, 12, torch.bfloat16, None, 4096),
+        *((1024, 12, torch.bfloat16, *each) for each in ((85, 32768), (48, 32768), (42, 16384), (25, 16384))),
+        *((1024, 12, torch.bfloat16, *each) for each in ((16, 8192), (8, 4096), (1, 4096))),
+        (1024, 12, torch.float32, 85, 16384),
+        (2048, 24, torch.bfloat16, 85, 8192),
+        (256, 3, torch.float32, 8, 32768),
+    ],
+)
+def test_a_gpus_chunk_is_what_an_eighth_of_it_holds(width, depth, dtype, gigabytes, chunk):
+    with torch.device("meta"):
+        head = FlowHead(48, width, 48, Z, depth)
+    memory = None if gigabytes is None else gigabytes * 10**9
+    assert flow_matching._tokens_at_once(head, dtype, memory) == chunk
+    if (width, depth) == (1024, 12):
+        assert flow_matching._tokens_at_once(nn.Linear(2, 2), dtype, memory) == chunk
+
+
 def test_what_fits_one_chunk_is_plain_autograd():
     head, (condition, images, t, noise) = make_head(), make_batch()
     condition.requires_grad_()
@@ -529,6 +556,7 @@ def test_what_fits_one_chunk_is_plain_autograd():
         ({"mask": torch.ones(3, 6)}, TypeError, "mask: expected torch.bool"),
         ({"patch_size": 5}, ValueError, "images: height and width"),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens: expected at least 1, or None"),
+        ({"chunk_tokens": "all"}, ValueError, "chunk_tokens: expected at least 1, or None .*, got 'all'"),
         (
             {"t": torch.zeros(3, requires_grad=True), "chunk_tokens": 6},
             ValueError,

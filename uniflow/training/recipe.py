@@ -172,7 +172,7 @@ class ObjectiveChoice:
     t_distribution: str = "fat_lognormal"
     t_per: Literal["token", "image"] = "token"
     layer_weights: Literal["adaptive", "uniform"] = "adaptive"
-    chunk_tokens: int | None = 4096
+    chunk_tokens: int | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from uniflow_kernels.modules.casting import cast_once
 from uniflow_kernels.modules.flow_head import FlowHead
+from uniflow_kernels.ops.flow_choice import dtype_of_products
 from uniflow_kernels.ops.registration import register
 from uniflow_kernels.ops.velocity import check_weights, interpolate_from, source_of, velocity_loss_from
 from uniflow_kernels.source import Source
@@ -53,7 +54,7 @@ def flow_matching_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     time_scale: float = 1.0,
-    chunk_tokens: int | None = 4096,
+    chunk_tokens: int | Literal["auto"] | None = "auto",
 ) -> Tensor:
     """`velocity_loss` of what the head makes of `interpolate`, without keeping the head's activations.
 
@@ -70,7 +71,8 @@ def flow_matching_loss(
         time_scale: what t is multiplied by for the head (1000 in UniFlow).
         chunk_tokens: how many tokens are worked on at a time: whole images, or whole lines of patches of one. None
             takes all at once and keeps the activations for the backward pass, as plain autograd does; so does a number
-            that all tokens fit in.
+            that all tokens fit in. "auto" is 4096 on a CPU, and on a GPU, which waits for Python where there is little
+            to do, up to 32768: as many as an eighth of its memory has room for.
 
     Returns:
         In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
@@ -94,8 +96,11 @@ def flow_matching_loss(
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
     batch = _Batch(source, t, weights, mask, columns, time_scale)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: expected at least 1, or None for all at once, got {chunk_tokens}")
+    if chunk_tokens == "auto":
+        memory = _memory_of(condition.device.index) if condition.is_cuda else None
+        chunk_tokens = _tokens_at_once(head, dtype_of_products(condition), memory)
+    if isinstance(chunk_tokens, str) or (chunk_tokens is not None and chunk_tokens < 1):
+        raise ValueError(f'chunk_tokens: expected at least 1, or None for all at once, or "auto", got {chunk_tokens!r}')
     if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
         return _loss(head, condition, batch, "mean")  # one chunk: autograd does it with less ado
     for name, value in (("images", images), ("t", t), ("noise", noise)):
@@ -159,6 +164,27 @@ def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tenso
 
 
 # --- chunk by chunk ---
+
+
+@constant
+def _memory_of(gpu: int) -> int:
+    """Its bytes, used or not."""
+    return torch.cuda.get_device_properties(gpu).total_memory
+
+
+def _tokens_at_once(head: nn.Module, dtype: torch.dtype, memory: int | None) -> int:
+    """The chunk of a head that works in a dtype, on a GPU with so many bytes or on a CPU (None): a power of two.
+
+    It depends on nothing that changes from step to step, so that runs are the same.
+    """
+    if memory is None:
+        return 4096
+    chunk = 32768
+    # 7 values a block and channel are kept, counted; of another head as of the release's
+    depth, width = (len(head.res_blocks), head.model_channels) if isinstance(head, FlowHead) else (12, 1024)
+    while chunk > 4096 and chunk * 7 * depth * width * dtype.itemsize > memory // 8:
+        chunk //= 2
+    return chunk
 
 
 def _chunked(head: nn.Module, call: Head, condition: Tensor, batch: _Batch, chunk_tokens: int) -> Tensor:

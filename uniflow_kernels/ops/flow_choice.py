@@ -11,13 +11,14 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from uniflow_kernels.choice import choose, requested
+from uniflow_kernels.choice import choose, is_in_graph, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
 from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
@@ -149,7 +150,8 @@ def explain(call: Call) -> tuple[str, str]:
         return RUNS["eager"], f"Triton: {reason}"
     if (reason := _why_not_backend()) is not None:
         return RUNS["eager"] if requested() == "eager" else "nothing", reason
-    known = measured(architecture(call.device), _name(call.dtype), call.width)
+    gpu = _gpu(call.device)
+    known = measured(gpu, architecture(call.device), _name(call.dtype), call.width)
     served = ""
     last = None
     for rows in sorted({1, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
@@ -161,7 +163,8 @@ def explain(call: Call) -> tuple[str, str]:
             last = now
     if not known:
         return served, UNMEASURED
-    return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}"
+    nearest = "" if known[-1].gpu == gpu else f", the nearest to {gpu} that was"
+    return served, f"measured from {known[0].rows} to {known[-1].rows} rows on {known[-1].gpu}{nearest}"
 
 
 @constant
@@ -229,42 +232,68 @@ def _order(call: Call) -> tuple[str, ...]:
     """
     assert call.rows is not None
     arch = architecture(call.device)
-    found = fastest_first(arch, _name(call.dtype), call.width, call.rows, call.training)
+    known = measured(_gpu(call.device), arch, _name(call.dtype), call.width)
+    found = fastest_first(known, call.rows, call.training, is_in_graph())
     counted = arch == 90 and call.dtype.itemsize == 2 and call.width >= 256 and call.rows >= _PRODUCTS_FROM
     return (*found, *(("products", "rows") if counted else ("rows",)))
 
 
 class Measured(NamedTuple):
-    """The paths at a number of rows, the fastest first; empty where they were not measured."""
+    """The paths at a number of rows, the fastest first; empty where they were not measured.
+
+    By the wall clock; of a replayed CUDA graph, which has no launches to wait for, by the GPU's.
+    """
 
     rows: int
     inference: tuple[str, ...]
     training: tuple[str, ...]
+    graph_inference: tuple[str, ...]
+    graph_training: tuple[str, ...]
     gpu: str
 
-    def paths(self, training: bool) -> tuple[str, ...]:
-        """Of a forward pass that keeps nothing, or of one with its backward pass."""
+    def paths(self, training: bool, graph: bool) -> tuple[str, ...]:
+        """Of a forward pass that keeps nothing, or of one with its backward pass; in a CUDA graph or not."""
+        if graph:
+            return self.graph_training if training else self.graph_inference
         return self.training if training else self.inference
 
 
 @lru_cache
-def measured(arch: int, dtype: str, width: int) -> tuple[Measured, ...]:
-    """All that was measured, by rising number of rows.
+def measured(gpu: str, arch: int, dtype: str, width: int) -> tuple[Measured, ...]:
+    """All that was measured on a GPU, by rising number of rows.
+
+    Of a GPU on which nothing was measured it is what was on the nearest one of its compute capability: the one whose
+    name begins most like its own.
 
     Args:
+        gpu: its name, as PyTorch gives it.
         arch: compute capability times ten.
         dtype: of the products, such as "bfloat16".
         width: of a row.
     """
     entries = [entry for entry in _table() if (entry["arch"], entry["dtype"], entry["width"]) == (arch, dtype, width)]
-    found = [Measured(e["rows"], tuple(e["inference"]), tuple(e["training"]), e["gpu"]) for e in entries]
-    return tuple(sorted(found))
+    names = sorted({entry["gpu"] for entry in entries})
+    nearest = max(names, key=lambda name: (name == gpu, _common(name, gpu)), default=None)
+    found = [{field: entry[field] for field in Measured._fields} for entry in entries if entry["gpu"] == nearest]
+    orders = Measured._fields[1:-1]
+    return tuple(sorted(Measured(**entry | {order: tuple(entry[order]) for order in orders}) for entry in found))
 
 
-def fastest_first(arch: int, dtype: str, width: int, rows: int, training: bool) -> tuple[str, ...]:
+def _common(name: str, other: str) -> int:
+    """With how many of the same letters two names begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, other, strict=False)))
+
+
+def fastest_first(known: Sequence[Measured], rows: int, training: bool, graph: bool) -> tuple[str, ...]:
     """The paths in their order at the largest number of rows measured that is not above `rows`; empty if none is."""
-    known = [entry for entry in measured(arch, dtype, width) if entry.rows <= rows]
-    return known[-1].paths(training) if known else ()
+    below = [entry for entry in known if entry.rows <= rows]
+    return below[-1].paths(training, graph) if below else ()
+
+
+@lru_cache
+def _gpu(device: torch.device) -> str:
+    """A GPU's name; of a CPU, where Triton's interpreter runs, none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.triton_kernels.activation import sigmoid
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
@@ -307,8 +308,7 @@ def up_kernel(
         p = _rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
         if p_p is not None:
             _write(p_p, p_s, row, c, M, H, p, TMA)
-        p = p.to(tl.float32)
-        u = p * tl.sigmoid(p)
+        u = p.to(tl.float32) * sigmoid(p, p.to(tl.float32))
         if GATED:
             up = _piece(ups, i, BN // BP)
             if bias_p is not None:
@@ -411,9 +411,9 @@ def down_backward_kernel(
         c = col + i * BP
         columns = c + tl.arange(0, BP)
         du = _piece(dus, i, BN // BP)  # [BM, BP]
-        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
-        s = tl.sigmoid(p)
-        u = p * s
+        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA)
+        s = sigmoid(p, du)
+        u = p.to(tl.float32) * s
         dp = du * (s + u * (1 - s))
         if GATED:
             up = _read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
@@ -665,6 +665,7 @@ def down(
     gate: Tensor | None,
     q: Tensor | None,
     rms: bool,
+    done: Moments | None = None,
 ) -> Moments:
     """Launch `down_kernel`.
 
@@ -678,6 +679,7 @@ def down(
         gate: where the gate goes if it is wanted, [R, W].
         q: where the MLP's output goes if it is wanted, [R, W].
         rms: whether moments are wanted for an RMS norm.
+        done: moments that nobody needs any more, whose memory is taken if it fits.
 
     Returns:
         The sum's moments.
@@ -685,7 +687,10 @@ def down(
     rows, width = x.shape
     plan = _plan("down", x)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
-    values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
+    if done is not None and done.values.shape == (parts, 2, rows):
+        values = done.values
+    else:
+        values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
     (gate_weight, gate_bias), (weight, bias) = modulation, affine
     _launch_down(
         plan.grid(rows, width),
