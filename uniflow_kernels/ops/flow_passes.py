@@ -166,6 +166,7 @@ class Pass:
                 gate=gate,
                 q=q,
                 rms=self._is_rms,
+                done=moments,
             )
             x = total
             if self.keep != "nothing":
