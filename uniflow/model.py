@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
+from uniflow.encoding import ImageEncoder
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
@@ -48,6 +49,7 @@ class UniFlow(Stored):
     pretrained_parts = ("embeddings.", "encoder.")  # parameters whose names start so may come from a trained encoder
     untrained_parts: tuple[str, ...] = ()
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
+    decoding_parts: tuple[str, ...] = ("chal_unproj", "global_blocks", "flow_head")  # and encoding
 
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__(config)
@@ -130,11 +132,11 @@ class UniFlow(Stored):
 
         An encoder of another make (`from_encoder`) has `prefix_tokens` tokens in the place of the one.
         """
-        return self.encoder(self.embeddings(self._checked_images(images)))
+        return self.encoder(self.embeddings(self.checked_images(images)))
 
     def layer_states(self, images: Tensor) -> Iterator[Tensor]:
         """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
-        return self.encoder.states(self.embeddings(self._checked_images(images)))
+        return self.encoder.states(self.embeddings(self.checked_images(images)))
 
     @property
     def prefix_tokens(self) -> int:
@@ -157,7 +159,19 @@ class UniFlow(Stored):
         An encoder of another make may have been trained at a size that its patch does not divide (SigLIP's 384 by 14):
         of images of that size the rest is left out, as the encoder itself does.
         """
-        return self.latents(self.encoder.last(self.embeddings(self._checked_images(images))))
+        return self.latents(self.encoder.last(self.embeddings(self.checked_images(images))))
+
+    def compile_encoder(self, batch: int, size: tuple[int, int] | None = None) -> ImageEncoder:
+        """An encoder from images to latents whose work is prepared: on CUDA it is captured here.
+
+        Args:
+            batch: images at a time; it takes others too.
+            size: (H, W) of the images in pixels; the trained size if not given.
+
+        Raises:
+            ValueError: for a batch below 1, or a size that is no multiple of the patch.
+        """
+        return ImageEncoder(self, batch, (self.config.image_size, self.config.image_size) if size is None else size)
 
     def latents(self, last_hidden_state: Tensor) -> Tensor:
         """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
@@ -362,7 +376,8 @@ class UniFlow(Stored):
                 )
         return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
 
-    def _checked_images(self, images: Tensor) -> Tensor:
+    def checked_images(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the model's dtype, as they are encoded; errors as of `encode`."""
         _refuse_tracing()
         config = self.config
         if images.ndim != 4 or images.shape[1] != config.num_channels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -93,7 +95,24 @@ def build_objective(preset: str, batch: int, dtype: str) -> Problem:
     )
 
 
+def build_encoder(preset: str, batch: int, dtype: str) -> Problem:
+    """The same by a compiled encoder."""
+    problem = build_encode(preset, batch, dtype)
+    encoder = problem.inputs[0].compile_encoder(batch)
+    return replace(problem, ours=lambda model, images: encoder(images))
+
+
 CASES = (
+    Case(
+        "encoder",
+        "What does a compiled encoder take from images to latents?",
+        build_encoder,
+        cuda=(
+            at(preset="base", batch=1, dtype="bfloat16", quick=True),
+            at(preset="base", batch=2, dtype="bfloat16"),
+        ),
+        cpu=(at(preset="tiny", batch=1, dtype="float32", quick=True),),
+    ),
     Case(
         "encode",
         "What does encoding cost, by batch size?",

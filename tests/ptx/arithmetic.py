@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .conversions import from_bf16, to_bf16
-from .operands import BOOL, SIGNED, TYPES, UNSIGNED, Step, builds, elementwise, uniform
+from .operands import BOOL, SIGNED, TYPES, UNSIGNED, Step, builds, elementwise, reader, uniform, writer
 from .parse import Imm, Instruction, PtxError
 
 _SIMPLE = {"add": np.add, "sub": np.subtract, "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.abs}
@@ -106,19 +106,34 @@ def _div(instruction: Instruction, program: Any) -> Step:
     if instruction.parts[0] == "rem":
         return elementwise(instruction, program, _remainder, *uniform(kind, 2))
     _check(instruction, {"full", "approx", "rn", "ftz"})
-    return elementwise(instruction, program, np.divide if kind.kind == "f" else _quotient, *uniform(kind, 2))
+    if kind != TYPES["f32"] or "rn" in instruction.parts:
+        return elementwise(instruction, program, np.divide if kind.kind == "f" else _quotient, *uniform(kind, 2))
+    to, *sources = instruction.operands
+    put, gets = writer(to, kind), [reader(source, kind, program) for source in sources]
+
+    def step(m: Any) -> None:
+        above, below = (np.broadcast_to(get(m), m.n).astype(np.float64) for get in gets)
+        put(m, approximated(above / below, "div", m.options.inexact))
+
+    return step
 
 
 _FUNCTIONS = {
-    "ex2": _double(np.exp2),
-    "lg2": _double(np.log2),
-    "rcp": _double(lambda x: 1 / x),
-    "sqrt": np.sqrt,
-    "rsqrt": _double(lambda x: 1 / np.sqrt(x)),
-    "sin": _double(np.sin),
-    "cos": _double(np.cos),
-    "tanh": _double(np.tanh),
-}
+    "ex2": np.exp2, "lg2": np.log2, "rcp": lambda x: 1 / x, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sin": np.sin, "cos": np.cos, "tanh": np.tanh,
+}  # fmt: skip
+# how far off the approximate forms may be, by the PTX manual: relative; lg2, sin and cos absolute
+_RELATIVE = {"ex2": 2**-22, "rcp": 2**-23, "sqrt": 2**-23, "rsqrt": 2**-22.9, "tanh": 2**-11, "div": 2**-22}
+_ABSOLUTE = {"lg2": 2**-22, "sin": 2**-20.5, "cos": 2**-20.5}
+
+
+def approximated(exact: np.ndarray, head: str, inexact: bool) -> np.ndarray:
+    """float64 to float32: correctly rounded, or as far off as `head` may be, upwards or downwards by its bits."""
+    if not inexact:
+        return exact.astype(np.float32)
+    bits = exact.astype(np.float32).view(np.uint32)
+    sign = 1.0 - 2.0 * ((bits * np.uint32(0x9E3779B1)) >> np.uint32(31))
+    return (exact * (1 + sign * _RELATIVE.get(head, 0)) + sign * _ABSOLUTE.get(head, 0)).astype(np.float32)
 
 
 @builds(*_FUNCTIONS)
@@ -126,8 +141,14 @@ def _function(instruction: Instruction, program: Any) -> Step:
     _check(instruction, {"approx", "ftz", "rn"})
     if instruction.parts[-1] != "f32":
         raise PtxError(instruction.op)
-    function = _FUNCTIONS[instruction.parts[0]]
-    return elementwise(instruction, program, lambda x: function(np.asarray(x)), *uniform(TYPES["f32"], 1))
+    head, approximate = instruction.parts[0], "approx" in instruction.parts
+    get, put = reader(instruction.operands[1], TYPES["f32"], program), writer(instruction.operands[0], TYPES["f32"])
+
+    def step(m: Any) -> None:
+        exact = _FUNCTIONS[head](np.broadcast_to(get(m), m.n).astype(np.float64))
+        put(m, approximated(exact, head, approximate and m.options.inexact))
+
+    return step
 
 
 @builds("and", "or", "xor", "not", "cnot")

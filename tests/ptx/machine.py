@@ -34,12 +34,14 @@ class Options:
     early: asynchronous copies and products land when they are issued, not when they are waited for.
     races: conflicting accesses to shared and global memory that no barrier separates.
     counters: sectors, bank conflicts, footprints.
+    inexact: approximations are as far off as they may be, above or below by their bits; else correctly rounded.
     batch: so many threads at a time, in whole blocks.
     """
 
     early: bool = False
     races: bool = False
     counters: bool = True
+    inexact: bool = False
     batch: int = 8192
 
 

@@ -56,6 +56,17 @@ def cuda_for_triton() -> Iterator[None]:
         registration.choose, choice._checked = choose, checked
 
 
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Memory that nobody wrote is NaN inside the block."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 class Session:
     """The plugin of a session that emulates. What is found fails the test in which it was found."""
 
@@ -71,7 +82,7 @@ class Session:
         from .launch import emulated
         from .machine import Options
 
-        options = Options(races=True, counters=False)
+        options = Options(races=True, counters=False, inexact=True)
         if self.csrc:
             self.contexts = [emulated_cuda(self.arch, options), cuda_for_triton()]
         else:

@@ -101,10 +101,10 @@ def _listed(names: list[str]) -> str:
 def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> PatchReport:
     """Find the modules in a model that this package can run faster, and let it.
 
-    Recognised are, by structure and by numbers, the per-token heads of MAR's family, and attention that writes its
-    scores. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict, hooks, modes, copies and
-    pickles stay as they are. Patch after loading and before wrapping, sharding or compiling the model. Patching twice
-    is patching once. Other threads may use or patch the model meanwhile.
+    Recognised are, by what they compute, the per-token heads of MAR's family, attention that writes its scores, and
+    blocks of diffusion transformers. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict,
+    hooks, modes, copies and pickles stay as they are. Patch after loading and before wrapping, sharding or compiling
+    the model. Patching twice is patching once. Other threads may use or patch the model meanwhile.
 
     Args:
         model: any module, itself perhaps such a head.

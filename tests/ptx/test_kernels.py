@@ -1,0 +1,28 @@
+"""Every kernel of the flow head as it is compiled: forward and backward, sizes that end inside tiles, the 2x rule."""
+
+import pytest
+import torch
+
+from tests.ptx.session import unwritten_is_nan
+from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "width", "hidden"),
+    [("canonical", torch.bfloat16, 136, 264), ("VibeVoice", torch.float16, 136, 144)],
+)
+def test_products(within_twice, name, dtype, width, hidden):
+    head = make_head(width, 1, **{**OPTIONS[name], "hidden": hidden})
+    floor = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    with unwritten_is_nan():
+        against_definition(within_twice, head, (130,), (130,), dtype, "none", floor, "products")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows", "conditions"),
+    [("canonical", torch.bfloat16, (21,), (21,)), ("VibeVoice", torch.float32, (2, 65), (2, 1))],
+)
+def test_rows(within_twice, name, dtype, rows, conditions):
+    floor = 1e-2 if dtype == torch.bfloat16 else 2e-6
+    with unwritten_is_nan():
+        against_definition(within_twice, make_head(72, 1, **OPTIONS[name]), rows, conditions, dtype, "none", floor)
