@@ -1,4 +1,4 @@
-# make demo | test | oldest | fuzz | lint | dist | setup: each works from a fresh clone and makes .venv if it is not there.
+# make demo | test | oldest | fuzz | lint | docs | dist | setup: each works from a fresh clone and makes .venv if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ OLDEST := $(VENV)/triton-3.6.0
 OLDEST_PYTHON ?= python3.12
 OLDEST_VENV := .venv-oldest
 
-.PHONY: setup demo test oldest fuzz lint dist gpu clean
+.PHONY: setup demo test oldest fuzz lint docs dist gpu clean
 
 setup: $(READY)
 
@@ -46,6 +46,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# docs/ and every public name's docstring as pages in out/site; a warning, as of a link that leads nowhere, is an error
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # source distribution and wheel in dist/, tried where nothing of this folder is
 dist: $(READY)

@@ -1,4 +1,4 @@
-"""The command: python -m benchmarks list | run | host | report | compare | choices | gpu."""
+"""The command: python -m benchmarks list | run | host | precision | report | compare | choices | gpu."""
 
 from __future__ import annotations
 
@@ -71,6 +71,14 @@ def _host(options: argparse.Namespace) -> int:
     return 0
 
 
+def _precision(options: argparse.Namespace) -> int:
+    from benchmarks import precision
+
+    for line in precision.tables(options.checkpoint):
+        print(line, flush=True)
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     if options.files and options.out is None:
         raise results.ResultsError("--out: name a folder for a page of these files alone; docs has one of all of them")
@@ -132,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed, by default 1")
     command.set_defaults(command=_host)
+
+    command = commands.add_parser("precision", help="what a flow head in fp8 loses; needs no GPU")
+    command.add_argument("checkpoint", type=Path, metavar="FOLDER", help="that `uniflow demo` wrote")
+    command.set_defaults(command=_precision)
 
     command = commands.add_parser("report", help="a Markdown page and plots from results files")
     command.add_argument("files", nargs="*", type=Path, metavar="JSON", help="by default all in benchmarks/results")

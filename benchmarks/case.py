@@ -42,7 +42,8 @@ class Problem:
         forward: what the forward pass must do.
         backward: what the backward pass must do, if there is one.
         compiled: makes the compiled rival with the given `torch.compile`; None compiles `plain` whole.
-        libraries: rivals from other packages: name -> a function that imports the package and returns the form.
+        libraries: other rivals, from other packages mostly: name -> a function that imports the package and returns the
+            form.
     """
 
     inputs: tuple[Any, ...]

@@ -147,18 +147,22 @@ def _rows(entry: Entry) -> Iterator[list[str]]:
             continue
         times = ours[name].get("gpu_ms", ours[name].get("wall_ms"))
         least = floor_ms(entry, name)
-        others = [label for label in entry["forms"] if label not in LABELS and ratio(entry, label, name)]
         yield [
             *begin,
             name,
             f"{times['median']:.3g} ({times['q1']:.3g}-{times['q3']:.3g})",
             *(_number(ratio(entry, label, name)) for label in ("plain", *COMPILED)),
-            ", ".join(f"{label} {_number(ratio(entry, label, name))}" for label in others),
+            _others(entry, name),
             f"{least / times['median']:.0%}" if least else "",
             _pair(ours[name].get("peak_bytes"), plain.get(name, {}).get("peak_bytes"), 1e6),
             _pair(ours.get("saved_bytes"), plain.get("saved_bytes"), 1e6) if name == "both" else "",
             _pair(ours[name].get("launches"), plain.get(name, {}).get("launches"), 1),
         ]
+
+
+def _others(entry: Entry, name: str) -> str:
+    others = [label for label in entry["forms"] if label not in LABELS and ratio(entry, label, name)]
+    return ", ".join(f"{label} {_number(ratio(entry, label, name))}" for label in others)
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -169,8 +173,10 @@ def _summary(results: dict[str, Any]) -> str:
         ours, plain = entry["forms"]["ours"], entry["forms"].get("plain", {})
         saved = _pair(ours.get("saved_bytes"), plain.get("saved_bytes"), 1e6)
         ratios = [_number(ratio(entry, label, name)) for label in ("plain", "compile")]
-        rows.append([entry["case"], size_text(entry), name, f"{milliseconds(ours[name]):.3g}", *ratios, saved])
-    header = ["case", "size", "pass", "ours, ms", "plain / ours", "torch.compile / ours", "saved MB: ours / plain"]
+        time = f"{milliseconds(ours[name]):.3g}"
+        rows.append([entry["case"], size_text(entry), name, time, *ratios, _others(entry, name), saved])
+    header = ["case", "size", "pass", "ours, ms", "plain / ours", "torch.compile / ours", "others / ours"]
+    header.append("saved MB: ours / plain")
     runs = {
         f"torch {run['environment'].get('torch')}, {run['date'][:10]}": None for run, _ in _runs(results["entries"])
     }

@@ -21,14 +21,12 @@ __device__ __forceinline__ float butterfly(float value) {
 }
 #endif
 
-// The same on a host.
+// The same on a host, where of all lanes only the first one's sum is wanted.
 inline float butterfly(const float lanes[kLanes]) {
-  float now[kLanes], next[kLanes];
+  float now[kLanes];
   memcpy(now, lanes, sizeof now);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int lane = 0; lane < kLanes; ++lane) next[lane] = now[lane] + now[lane ^ step];
-    memcpy(now, next, sizeof now);
-  }
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    for (int lane = 0; lane < step; ++lane) now[lane] += now[lane + step];
   return now[0];
 }
 

@@ -15,6 +15,7 @@ from uniflow.config import UniFlowConfig
 from uniflow.encoder import Encoder
 from uniflow.flow_decoder import FlowDecoder
 from uniflow.hub import local_folder, model_card, push
+from uniflow.preprocessor import check_preprocessor, write_preprocessor
 from uniflow.pretrained import PretrainedEncoder, described_encoder
 from uniflow_kernels.ops.flow_fp8 import check_precision
 
@@ -76,8 +77,9 @@ class Stored(nn.Module):
                 names none.
             ImportError: if its encoder is one of the transformers package, and this is not installed; without
                 huggingface_hub for a repository.
-            ValueError: if the config describes no UniFlow; for a dtype that weights cannot have, or a precision that is
-                unknown or that the device does not have.
+            ValueError: if the config describes no UniFlow; if preprocessor_config.json is of other images than
+                ImageNet's; for a dtype that weights cannot have, or a precision that is unknown or that the device does
+                not have.
 
         Warns:
             NotFiniteWarning: if weights are NaN or infinite.
@@ -89,6 +91,7 @@ class Stored(nn.Module):
         chosen = as_dtype(dtype, torch_dtype)
         folder = local_folder(folder, revision, cache_dir, local_files_only)
         config = UniFlowConfig.from_pretrained(folder)
+        check_preprocessor(folder)
         check_precision(precision, torch.device(device), config.vit_hidden_size)
         state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(config, state, str(folder))
@@ -118,7 +121,7 @@ class Stored(nn.Module):
         return outline(lambda: cls(config, pretrained), state, source)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors for `from_pretrained`; each file is whole or not there.
+        """Write config.json, model.safetensors and preprocessor_config.json; each file is whole or not there.
 
         The official code reads them too. Not around an encoder of the transformers package, which is described by the
         config's `encoder`: then config.json is of another model type.
@@ -132,6 +135,7 @@ class Stored(nn.Module):
                 "configuration alone; keep state_dict(), and load it into a tokenizer around the same encoder"
             )
         write_state(self, folder)
+        write_preprocessor(folder, self.config.image_size)
         self.save_config(folder)
 
     def push_to_hub(

@@ -181,11 +181,6 @@ def cosine_distances(
     )
 
 
-def scale(values: Tensor, factor: Tensor) -> None:
-    """Multiply contiguous `values` by a scalar tensor, in place."""
-    _level().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.item(), torch.get_num_threads())
-
-
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
     """Write `noise` [rows, columns] in float32, of S seeds [S] for as many groups of rows."""
     rows, columns = noise.shape

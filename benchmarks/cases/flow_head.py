@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks import reference
 from benchmarks.case import Case, Form, Problem, Size, Work, at, linear_flops, randomised
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
-from uniflow_kernels.ops.flow_blocks import FromLayers, flow_blocks
+from uniflow_kernels.ops.flow_blocks import FromLayers, Given, flow_blocks
 
 
 def build(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:
@@ -119,6 +119,43 @@ def _plain(head: FlowHead, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return head.from_embedding(x, y)
 
 
+def build_fp8(tokens: int, width: int, depth: int, row: int, dtype: str) -> Problem:
+    """In inference, with its modulations in fp8; the plain form has the same quantized numbers."""
+    precision = getattr(torch, dtype)
+    head = randomised(FlowHead(row, width, row, width, depth), precision).requires_grad_(False)
+    x, c = (torch.randn(tokens, columns, dtype=precision) for columns in (row, width))
+    t = 1000 * torch.rand(tokens)
+    return Problem(
+        inputs=(head, x, t, c),
+        ours=_in_fp8,
+        plain=_quantized,
+        tokens=tokens,
+        forward=Work.of(linear_flops(tokens, head), head, x, t, c, x),
+    )
+
+
+def _in_fp8(head: FlowHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    y = head.time_embed(t) + head.cond_embed(c)
+    return head.from_embedding(x, y, head.quantized("fp8"))
+
+
+def _quantized(head: FlowHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """The head by its definition, with the modulations' factors rounded to 8-bit floats, and they to bfloat16."""
+
+    def rounded(rows: torch.Tensor) -> torch.Tensor:
+        scale = rows.abs().amax(1, keepdim=True).float() / 448
+        return ((rows / scale).to(torch.float8_e4m3fn).float() * scale).to(rows.dtype)
+
+    a = rounded(F.silu(head.time_embed(t) + head.cond_embed(c)))
+    blocks, modulations, last = head.tensors()
+    made = []
+    for layer in (*modulations, last):
+        assert layer is not None
+        assert layer.bias is not None
+        made.append((F.linear(a, rounded(layer.weight)) + layer.bias.bfloat16()).bfloat16().to(x.dtype))
+    return head.final_layer.linear(flow_blocks(head.input_proj(x), blocks, Given(made[:-1], made[-1]), head.form))
+
+
 def _path_on_cuda(tokens: int, width: int, dtype: str) -> Size:
     quick = dtype == "bfloat16" and width == 1024 and tokens in (512, 4096, 32768)
     return at(tokens=tokens, width=width, depth=12, dtype=dtype, quick=quick)
@@ -162,6 +199,17 @@ CASES = (
         build_paths,
         cuda=tuple(_path_on_cuda(*size) for size in PATHS_AT),
         cpu=(),  # there is but one
+        check_at_most={"tokens": 4096},
+    ),
+    Case(
+        "flow_head_fp8",
+        "What does the flow head cost in inference with its modulations in 8-bit floats?",
+        build_fp8,
+        cuda=tuple(
+            at(tokens=tokens, width=1024, depth=12, row=588, dtype="bfloat16", quick=tokens == 32768, compile=False)
+            for tokens in (1024, 8192, 32768, 131072)
+        ),
+        cpu=(at(tokens=64, width=128, depth=3, row=48, dtype="float32", quick=True),),
         check_at_most={"tokens": 4096},
     ),
 )

@@ -44,6 +44,9 @@ CASES = (
             at(batch=32, image=448, patch=14, dtype="bfloat16", quick=True, compile=True),
             at(batch=32, image=448, patch=14, dtype="float32"),
         ),
-        cpu=(at(batch=8, image=224, patch=14, dtype="float32", quick=True, compile=True),),
+        cpu=(
+            at(batch=1, image=224, patch=14, dtype="float32", quick=True),
+            at(batch=8, image=224, patch=14, dtype="float32", quick=True, compile=True),
+        ),
     ),
 )

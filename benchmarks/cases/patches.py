@@ -61,7 +61,7 @@ CASES = (
         ),
         cpu=(
             at(batch=1, image=224, patch=14, dtype="float32", quick=True),
-            at(batch=8, image=224, patch=14, dtype="float32", compile=True),
+            at(batch=8, image=224, patch=14, dtype="float32", quick=True, compile=True),
         ),
     ),
 )

@@ -46,9 +46,14 @@ Question = Callable[[torch.device], Iterator[Timed]]
 
 def questions() -> dict[str, Question]:
     """All questions; each is given the device of its tensors."""
-    from benchmarks.host import launches, passes
+    from benchmarks.host import launches, passes, replays
 
-    return {"launches": launches.launches, "blocks": passes.blocks, "chunk": passes.chunk}
+    return {
+        "launches": launches.launches,
+        "blocks": passes.blocks,
+        "chunk": passes.chunk,
+        "replays": replays.replays,
+    }
 
 
 def measure(names: Sequence[str], seconds: float, say: Callable[[str], None]) -> list[results.Entry]:

@@ -60,8 +60,9 @@ def _products(device: torch.device) -> Iterator[Timed]:
     )
     yield Timed("up", partial(products.up, h, square, u, None))
     yield Timed("up, p kept", partial(products.up, h, square, u, p))
-    yield Timed("down", partial(products.down, x, a, layer, u, square, total, None, None, False))
-    yield Timed("down, gate and q kept", partial(products.down, x, a, layer, u, square, total, gate, q, False))
+    made = products.down(x, a, layer, u, square, total, None, None, False)
+    yield Timed("down", partial(products.down, x, a, layer, u, square, total, None, None, False, made))
+    yield Timed("down, gate and q kept", partial(products.down, x, a, layer, u, square, total, gate, q, False, made))
     yield Timed("down_backward", partial(products.down_backward, dq, square[0], p))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from benchmarks.case import randomised
 from benchmarks.host import Timed
 from uniflow_kernels import FlowHead, flow_matching_loss
+from uniflow_kernels.modules import flow_matching
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -33,9 +35,12 @@ def blocks(device: torch.device) -> Iterator[Timed]:
 def chunk(device: torch.device) -> Iterator[Timed]:
     """A chunk of `flow_matching_loss` with its gradients, of a head of 12 blocks: four chunks less two, by two."""
     row = 3 * PATCH**2
-    head = randomised(FlowHead(row, WIDTH, row, WIDTH, 12), torch.bfloat16).to(device)
-    four, two = (partial(_loss, head, *_batch(count, device)) for count in (4, 2))
-    yield Timed("chunk of flow_matching_loss", four, two, per=2)
+    dtypes = {"": torch.bfloat16, ", a float32 head under autocast": torch.float32}
+    with patch.object(flow_matching, "_launches", lambda tensor: True):  # gradients are added as on a GPU
+        for under, dtype in dtypes.items():
+            head = randomised(FlowHead(row, WIDTH, row, WIDTH, 12), dtype).to(device)
+            four, two = (partial(_loss, head, *_batch(count, dtype, device)) for count in (4, 2))
+            yield Timed(f"chunk of flow_matching_loss{under}", four, two, per=2)
 
 
 def _a_block(name: str, stack: Callable[[torch.device, int], Callable[[], object]], device: torch.device) -> Timed:
@@ -64,11 +69,12 @@ def _backward(device: torch.device, depth: int, path: str) -> Callable[[], objec
 
 
 def _loss(head: FlowHead, condition: Tensor, images: Tensor, t: Tensor) -> None:
-    loss = flow_matching_loss(head, condition, images, t, PATCH, seed=1, time_scale=1000.0, chunk_tokens=_LINES**2)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=condition.dtype == torch.float32):
+        loss = flow_matching_loss(head, condition, images, t, PATCH, seed=1, time_scale=1000.0, chunk_tokens=_LINES**2)
     loss.backward()
 
 
-def _batch(images: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _batch(images: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     pictures = torch.zeros(images, 3, _LINES * PATCH, _LINES * PATCH, device=device)
-    condition = torch.zeros(images, _LINES**2, WIDTH, dtype=torch.bfloat16, device=device).requires_grad_()
+    condition = torch.zeros(images, _LINES**2, WIDTH, dtype=dtype, device=device).requires_grad_()
     return condition, pictures, torch.zeros(images, _LINES**2, device=device)

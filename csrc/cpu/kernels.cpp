@@ -303,20 +303,8 @@ void distances(const Distances& job, int64_t begin, int64_t end, float* memory) 
   }
 }
 
-void scale(const Scale& job, int64_t begin, int64_t end) {
-  constexpr int64_t kPiece = 512;
-  float here[kPiece], there[kPiece];
-  for (int64_t start = begin; start < end; start += kPiece) {
-    const int64_t count = end - start < kPiece ? end - start : kPiece;
-    void* values = at(job.values, start * bytes_of(job.type));
-    const float* from = floats(values, job.type, count, here);
-    for (int64_t i = 0; i < count; ++i) there[i] = from[i] * job.factor;
-    store(there, job.type, count, values);
-  }
-}
-
 }  // namespace
 
-const Kernels kernels = {noise, interpolate, loss, move, finish, distances, scale};
+const Kernels kernels = {noise, interpolate, loss, move, finish, distances};
 
 }  // namespace uniflow_cpu::UNIFLOW_LEVEL

@@ -94,12 +94,6 @@ struct Distances {  // units: tokens of all layers
   float* distances;  // [L, B, S - skip]
 };
 
-struct Scale {  // units: elements
-  void* values;
-  int32_t type;
-  float factor;
-};
-
 // `scratch` is memory of the thread's own: five rows.
 struct Kernels {
   void (*noise)(const Noise&, int64_t begin, int64_t end);
@@ -108,7 +102,6 @@ struct Kernels {
   void (*move)(const Move&, int64_t begin, int64_t end, float* scratch);
   void (*finish)(const Finish&, int64_t begin, int64_t end, float* scratch);
   void (*distances)(const Distances&, int64_t begin, int64_t end, float* scratch);
-  void (*scale)(const Scale&, int64_t begin, int64_t end);
 };
 
 inline int64_t scratch_row(int64_t length) { return (length + 15) / 16 * 16; }  // whole cache lines

@@ -106,13 +106,6 @@ class Level {
     share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
   }
 
-  void scale(uintptr_t values, int32_t type, int64_t count, float factor, int threads) const {
-    const Scale job{at<void>(values), type, factor};
-    const Threads& all = threads_of_torch();
-    all.run(all.share(threads, count, 2 * kLeast), count,
-            [&](int64_t begin, int64_t end, int) { kernels_.scale(job, begin, end); });
-  }
-
   const std::string name;
 
  private:
@@ -149,7 +142,6 @@ PYBIND11_MODULE(_cpu, module) {
       .def("velocity_loss", &Level::velocity_loss, Released())
       .def("move_patches", &Level::move_patches, Released())
       .def("to_images", &Level::to_images, Released())
-      .def("cosine_distances", &Level::cosine_distances, Released())
-      .def("scale", &Level::scale, Released());
+      .def("cosine_distances", &Level::cosine_distances, Released());
   module.def("levels", &levels);
 }

@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, doctor, flow_matching_loss, fused_flow_blocks
+from uniflow_kernels.ops.flow_blocks import flow_blocks
 from uniflow_kernels.ops.flow_choice import KERNELS, SMALL
 from uniflow_kernels.triton_kernels.flow_products import ARCHITECTURES, architecture
 
@@ -245,3 +246,50 @@ def test_training_step_in_chunks(within_twice):
     plain = results(torch.bfloat16, "eager", None)
     for mine, theirs, true in zip(results(torch.bfloat16, "auto", 128), plain, exact, strict=True):
         within_twice(mine, theirs, true.double(), floor=1e-3)
+
+
+FP8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs compute capability 8.9"
+)
+
+
+@FP8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("conditions", [None, 1])
+@pytest.mark.parametrize("rows", [33, 9000])  # more than are made at a time
+@torch.no_grad()
+def test_modulations_in_fp8(within_twice, rows, conditions, dtype):
+    """The scaled product gives the numbers of the definition on a CPU, and the blocks what they make of these."""
+    head, x, y = make(rows, dtype=dtype, conditions=conditions)
+    layers = head.quantized("fp8")
+    a = torch.nn.functional.silu(y)
+    scaled = layers(a).cpu().double()
+    exact = type(layers)(*(None if part is None else part.cpu() for part in layers))(a.cpu()).double()
+    # each sums in another order, and may round to the next bfloat16
+    assert ((scaled - exact).abs() <= 2.0**-7 * exact.abs() + 1e-3 * exact.abs().mean()).all()
+    assert (scaled != exact).double().mean() < 0.05
+    ours = head.from_embedding(x, y, layers)
+    with backend("eager"):
+        plain = head.from_embedding(x, y, layers)
+    assert torch.equal(head.from_embedding(x, y, layers), ours)
+    given = layers.given(a, torch.float64)
+    blocks, _, _ = copy.deepcopy(head).double().tensors()
+    double = copy.deepcopy(head).double()
+    reference = flow_blocks(double.input_proj(x.double()), blocks, given, head.form)
+    within_twice(ours, plain, double.final_layer.linear(reference), floor=1e-3)
+
+
+@FP8
+@torch.no_grad()
+def test_fp8_in_a_graph_sees_new_weights():
+    head, _, _ = make(1)
+    head.precision = "fp8"
+    condition = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+    noise = torch.randn(64, 588, device="cuda")
+    results = [head.sample(condition, 3, noise=noise) for _ in range(3)]  # the second is captured
+    assert torch.equal(results[0], results[2])
+    head.res_blocks[0].adaLN_modulation[1].weight.mul_(1.5)
+    changed = head.sample(condition, 3, noise=noise)
+    head.precision = None
+    assert not torch.equal(changed, results[0])
+    assert not torch.equal(head.sample(condition, 3, noise=noise), changed)

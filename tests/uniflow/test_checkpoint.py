@@ -19,7 +19,8 @@ from uniflow.atomic import replacing
 from uniflow.checkpoint import NotFiniteWarning
 from uniflow.cli import run
 from uniflow.latents import EncodedPicture, write_latents
-from uniflow.pictures import save_picture
+from uniflow.normalization import normalize
+from uniflow.pictures import save_picture, to_tensor
 
 PICTURE = EncodedPicture("a.png", 56, 56)
 
@@ -46,7 +47,11 @@ def assert_same(model, state):
 
 def test_round_trip_writes_what_the_official_code_reads(golden_model, golden_folder, state, tmp_path):
     golden_model.save_pretrained(tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
     with safe_open(tmp_path / "new" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     written = load_file(tmp_path / "new" / "model.safetensors")
@@ -176,7 +181,7 @@ def test_files_have_the_mode_that_the_umask_leaves(tmp_path, golden_model, umask
         save_picture(torch.zeros(3, 8, 8, dtype=torch.uint8), tmp_path / "a.png")
     finally:
         os.umask(before)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
@@ -356,3 +361,19 @@ def test_a_file_in_the_place_of_a_folder(golden_folder):
         UniFlow.from_pretrained(golden_folder / "model.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no such folder: some/older/model; expected one with config.json"):
         UniFlow.from_pretrained("some/older/model")
+
+
+def test_an_image_processor_does_what_the_package_does(golden_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    golden_model.save_pretrained(tmp_path)
+    size = golden_model.config.image_size
+    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
+    picture = smooth_picture((size, size), 0)
+    made = torch.as_tensor(processor(picture)["pixel_values"][0])
+    assert torch.allclose(made, normalize(to_tensor(picture)), atol=1e-5)
+
+    path = tmp_path / "preprocessor_config.json"
+    for wrong in ([0.5, 0.5, 0.5], [0.485, 0.456], "x", ["a", "b", "c"], None):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": wrong}))
+        with pytest.raises(ValueError, match=r"preprocessor_config.json: image_mean: expected ImageNet's .*, got "):
+            UniFlow.from_pretrained(tmp_path)

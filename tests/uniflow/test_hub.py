@@ -150,7 +150,7 @@ def test_a_model_is_pushed_with_its_card(tiny, tmp_path, monkeypatch):
     assert where == "https://hub/one/mine/commit/1"
     assert (pushed["token"], pushed["made"]) == ("t", ("one/mine", True, True))
     assert pushed["to"] == ("one/mine", None, "Upload a UniFlow")
-    assert sorted(pushed["files"]) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(pushed["files"]) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
     for name, data in pushed["files"].items():
         (tmp_path / name).write_bytes(data)
     assert same(UniFlow.from_pretrained(tmp_path), model)

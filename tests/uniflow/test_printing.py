@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 from rich.console import Console
 
+import uniflow
 import uniflow_kernels
 from tests.conftest import smooth_picture
 from tests.uniflow.test_cli import CHECKPOINT, fails, files, ok
@@ -219,3 +220,9 @@ def test_memory_that_is_not_there_is_one_line(capsys, monkeypatch, picture_folde
     monkeypatch.setattr(UniFlow, "encode", encode)
     assert run(["reconstruct", str(picture_folder), *CHECKPOINT, "--out", str(tmp_path / "out")]) == 2
     assert "\nuniflow: this machine's memory does not hold this" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", [uniflow, uniflow_kernels], ids=lambda package: package.__name__)
+def test_completion_lists_the_names_that_are_loaded_on_first_use(package):
+    assert set(package.__all__) <= set(dir(package))
+    assert "__version__" in dir(uniflow_kernels)

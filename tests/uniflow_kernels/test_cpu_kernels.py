@@ -279,7 +279,6 @@ def test_loops_are_vector_instructions_of_their_level():
         "loss": ("vfm",),
         "finish": ("vfm",),
         "distances": ("vfm",),
-        "scale": ("vmulps",),
     }
     for level, register in (("avx2", "%ymm"), ("avx512", "%zmm")):
         own = f"uniflow_cpu::{level}::(anonymous namespace)::"

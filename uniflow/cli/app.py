@@ -250,6 +250,23 @@ def evaluate(
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    weights: Weights = None,
+    kind: Annotated[str, typer.Option("--format", help="onnx, or pt2 for torch.export.")] = "onnx",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps of the decoder.")] = 1,
+    dtype: Dtype = "auto",
+    force: Force = False,
+) -> None:
+    """Write encoder and decoder as files that run without this package, for every batch and size."""
+    from uniflow.cli.export import export
+    from uniflow.cli.inputs import Named
+
+    export(Named(checkpoint, weights), out, kind, steps, dtype, force)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed here, what each op would run on, and why not something faster."""
     from uniflow.cli.doctor import doctor

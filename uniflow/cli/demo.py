@@ -59,7 +59,7 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     check_outputs([*outputs, out / "checkpoint" / "model.safetensors"], force)
     chosen = choose_device(device)
 
-    trained_on, held_out = _load(TRAINED_ON), _load(HELD_OUT)
+    trained_on, held_out = load_pictures(TRAINED_ON), load_pictures(HELD_OUT)
     torch.manual_seed(seed)
     model = UniFlow(UniFlowConfig.preset("tiny")).to(chosen)
     size = model.config.image_size
@@ -90,7 +90,8 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     say(f"written to {out}: reconstruction.png, loss.png, metrics.json, checkpoint/")
 
 
-def _load(names: Mapping[str, tuple[str, ...]]) -> dict[str, Image.Image]:
+def load_pictures(names: Mapping[str, tuple[str, ...]]) -> dict[str, Image.Image]:
+    """Pictures by name, of packages that are installed, none of their sides longer than LARGEST_SIDE."""
     pictures = {}
     for folder, files in names.items():
         package, *below = folder.split("/")

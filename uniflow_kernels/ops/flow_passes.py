@@ -167,6 +167,7 @@ class Pass:
                 gate=gate,
                 q=q,
                 rms=self._is_rms,
+                done=moments,
                 small=small,
             )
             x = total

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
+from uniflow_kernels.choice import requested
 from uniflow_kernels.ops.pieces import chunk
 from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import is_graph_kept
@@ -63,7 +64,9 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
             some.mul_(by)
         return
-    if gradient.device.type == "cpu" and factor.item() == 1:  # on a GPU the kernels look: to do so here would wait
+    if gradient.device.type == "cpu" and requested() != "triton":  # where looking at the number waits for nothing
+        if factor.item() != 1:
+            gradient.mul_(factor)
         return
     if not gradient.is_contiguous():
         gradient.mul_(factor)

@@ -688,6 +688,7 @@ def down(
     gate: Tensor | None,
     q: Tensor | None,
     rms: bool,
+    done: Moments | None = None,
     small: bool = False,
 ) -> Moments:
     """Launch `down_kernel`.
@@ -702,6 +703,7 @@ def down(
         gate: where the gate goes if it is wanted, [R, W].
         q: where the MLP's output goes if it is wanted, [R, W].
         rms: whether moments are wanted for an RMS norm.
+        done: moments that nobody needs any more, whose memory is taken if it fits.
 
     Returns:
         The sum's moments.
@@ -709,7 +711,10 @@ def down(
     rows, width = x.shape
     plan = _plan("down", x, small)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
-    values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
+    if done is not None and done.values.shape == (parts, 2, rows):
+        values = done.values
+    else:
+        values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
     (gate_weight, gate_bias), (weight, bias) = modulation, affine
     _launch_down(
         plan.grid(rows, width),

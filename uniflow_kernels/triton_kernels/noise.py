@@ -147,12 +147,15 @@ def words_of(seed: int | Tensor, offset: int) -> dict[str, Any]:
 
     The size of a word makes no other kernel.
     """
-    held = seed if isinstance(seed, Tensor) else None
-    number = seed if held is None else 0
-    words = {
-        "key0": number & 0xFFFFFFFF,
-        "key1": number >> 32,
-        "offset0": offset & 0xFFFFFFFF,
-        "offset1": offset >> 32,
+    held, number = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
+    return {
+        "seed": held,
+        "key0": _signed(number & 0xFFFFFFFF),
+        "key1": _signed(number >> 32),
+        "offset0": _signed(offset & 0xFFFFFFFF),
+        "offset1": _signed(offset >> 32),
     }
-    return {"seed": held, **{name: word - (word >> 31 << 32) for name, word in words.items()}}
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 31 << 32)

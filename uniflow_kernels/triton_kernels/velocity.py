@@ -149,6 +149,7 @@ def velocity_loss(
     if not velocity.numel():
         return
     each, every = (coefficients.contiguous(), 0.0) if isinstance(coefficients, Tensor) else (None, coefficients)
+    of_row, of_token, _ = velocity.stride()
     with torch.cuda.device_of(velocity):
         _launch_velocity_loss(
             (cdiv(losses.numel(), _TOKENS),),
@@ -159,31 +160,31 @@ def velocity_loss(
             losses=losses,
             PER_TOKEN=each is not None,
             GRADIENT=gradient is not None,
-            **_arguments(source, scale_and_shift, velocity, velocity=velocity),
+            **_arguments(source, scale_and_shift, velocity, velocity_row=of_row, velocity_token=of_token),
         )
 
 
-def _arguments(source: Source, scale_and_shift: Tensor | None, rows: Tensor, **read: Tensor) -> dict[str, Any]:
+def _arguments(source: Source, scale_and_shift: Tensor | None, rows: Tensor, **strides: int) -> dict[str, Any]:
     """What both kernels are given by name: tensors and numbers of the source, row lengths and strides in units.
 
-    `rows` has the shape that is written or read; of `read` the strides are wanted too.
+    `rows` has the shape that is written or read; `strides` are further ones.
     """
-    noise, (lines, across) = source.noise, source.grid
-    numbers = {"length": source.length, "columns": rows.shape[2]}
-    for name, tensor in {"noise": noise, **read}.items():
-        strides = (0, 0) if tensor is None else tensor.stride()
-        numbers |= {f"{name}_row": strides[0], f"{name}_token": strides[1]}
+    images, noise, (lines, across) = source.images, source.noise, source.grid
+    count, tokens, columns = rows.shape
+    noise_row, noise_token = (0, 0) if noise is None else noise.stride()[:2]
+    numbers = {"length": source.length, "columns": columns, "noise_row": noise_row, "noise_token": noise_token}
+    numbers.update(strides)
     unit = unit_of(*numbers.values())
-    stride_image, stride_channel, stride_row, stride_column = source.images.stride()
+    stride_image, stride_channel, stride_row, stride_column = images.stride()
     return {
         **{name: number // unit for name, number in numbers.items()},
         **words_of(source.seed, source.offset),
-        "images": source.images,
+        "images": images,
         "scale_and_shift": scale_and_shift,
         "noise": noise,
         "first_row": source.first_row,
-        "tokens_in_all": rows.shape[0] * rows.shape[1],
-        "batch": source.images.shape[0],
+        "tokens_in_all": count * tokens,
+        "batch": len(images),
         "down": lines,
         "across": across,
         "stride_image": stride_image,
