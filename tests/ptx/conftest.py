@@ -2,7 +2,7 @@
 
 import pytest
 
-INSIDE = ["test_emulator.py", "test_kernels.py", "test_losses.py"]
+INSIDE = ["test_emulator.py", "test_faults.py", "test_kernels.py", "test_losses.py"]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -9,9 +9,10 @@ from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "width", "hidden"),
-    [("canonical", torch.bfloat16, 136, 264), ("VibeVoice", torch.float16, 136, 144)],
+    [("canonical", torch.bfloat16, 136, 264), ("VibeVoice", torch.float16, 144, 136)],
 )
 def test_products(within_twice, name, dtype, width, hidden):
+    """Rows of 144 are aligned enough for cp.async, those of 136 not."""
     head = make_head(width, 1, **{**OPTIONS[name], "hidden": hidden})
     floor = 1e-2 if dtype == torch.bfloat16 else 1e-3
     with unwritten_is_nan():

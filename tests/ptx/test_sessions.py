@@ -32,13 +32,13 @@ def run(target, *files):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 class TestAmpere:
     def test_triton(self):
-        run("80", "test_kernels.py", "test_losses.py")
+        run("80", "test_faults.py", "test_kernels.py", "test_losses.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 class TestHopper:
     def test_triton(self):
-        run("90", "test_kernels.py", "test_losses.py")
+        run("90", "test_faults.py", "test_kernels.py", "test_losses.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
