@@ -14,7 +14,12 @@ from uniflow_kernels.ops.flow_choice import FILE
 
 TABLE = ROOT / "uniflow_kernels" / FILE
 CASE = "flow_head_paths"
-PATHS = {"ours": "rows", "products": "products", "plain": "eager"}  # the case's forms: the op's paths
+PATHS = {
+    "ours": "rows",
+    "products": "products",
+    "small products": "small products",
+    "plain": "eager",
+}  # the case's forms: the op's paths
 
 # launches cost what calls of few rows take, which is the wall clock's to tell; a CUDA graph has none to wait for
 ORDERS = {

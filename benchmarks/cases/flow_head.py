@@ -104,7 +104,7 @@ def build_paths(tokens: int, width: int, depth: int, dtype: str) -> Problem:
         tokens=tokens,
         forward=Work.of(flops, head, x, y, x),
         backward=Work.of(2 * flops - linear_flops(tokens, head.input_proj), head, x, y, x, head, y),
-        libraries={"products": lambda: partial(_on_path, path="products")},
+        libraries={path: partial(partial, _on_path, path=path) for path in ("products", "small products")},
     )
 
 

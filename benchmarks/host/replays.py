@@ -23,7 +23,7 @@ def replays(device: torch.device) -> Iterator[Timed]:
         on = torch.device("meta") if device.type == "cpu" else device
         with on:
             model = UniFlow(UniFlowConfig.preset("base")).to(torch.bfloat16).eval()
-            images, latents = torch.empty(1, 3, 448, 448), torch.empty(1, 1024, 64)
+            images, latents = (torch.empty(shape, dtype=model.dtype) for shape in ((1, 3, 448, 448), (1, 1024, 64)))
             seeds = torch.zeros(1, dtype=torch.int64)
         head = FlowHead(16, 1024, 16, 1024, 12).to(device)
         condition, noise = torch.zeros(1, 1024, device=device), torch.zeros(1, 16, device=device)

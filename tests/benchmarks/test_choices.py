@@ -87,7 +87,12 @@ def test_the_case_holds_every_form_to_its_path(monkeypatch):
     forward, backward = Pass.forward, Pass.backward
     monkeypatch.setattr(Pass, "forward", lambda self, path: taken.append(path) or forward(self, path))
     monkeypatch.setattr(Pass, "backward", lambda self, *given: taken.append(given[-1]) or backward(self, *given))
-    expected = {"ours": ["rows", "rows"], "products": ["products", "products"], "plain": []}
+    expected = {
+        "ours": ["rows", "rows"],
+        "products": ["products"] * 2,
+        "small products": ["small products"] * 2,
+        "plain": [],
+    }
     libraries = {label: load() for label, load in problem.libraries.items()}
     for label, form in {"ours": problem.ours, "plain": problem.plain, **libraries}.items():
         form(*problem.inputs).sum().backward()

@@ -27,9 +27,10 @@ INSTRUCTIONS = {"up": 1824, "gated up": 1552, "down backward": 2920, "gated down
 PAIRS = ("modulated", "gated up")
 
 
-def request(name, arch):
+def request(name, arch, small=False):
     """A product of a canonical head of width 1024 in bfloat16, which keeps all that training wants."""
-    tma, _, tiles = products.ARCHITECTURES[arch]
+    made = products.ARCHITECTURES[arch]
+    tma, tiles = made.tma, made.small if small else made.tiles
     tile = tiles[name]
     gated = name.startswith("gated")
     left, rows = (tile.rows, tile.depth), (tile.rows, tile.piece)
@@ -40,7 +41,7 @@ def request(name, arch):
             "modulation_kernel",
             {"a_p": left, "m_p": weight, **dict.fromkeys(("x_p", "h_p", "scale_p"), rows)},
             {**dict.fromkeys(("mbias_p", "weight_p", "bias_p"), "*bf16"), "moments_p": "*fp32"},
-            {"W": W, "PART": 64, "SCALE_FIRST": False, "RMS": False},
+            {"W": W, "PART": tiles["down"].piece, "SCALE_FIRST": False, "RMS": False},
         ),
         "up": (
             "up_kernel",
@@ -98,6 +99,20 @@ def test_no_spills_few_registers_and_room_in_shared_memory(compiled):
         assert result.spills == result.stack == 0, what
         assert result.registers <= REGISTERS[name], what
         assert result.shared <= SHARED[arch] << 10, what
+
+
+def test_two_blocks_of_small_tiles_fit_a_multiprocessor(oldest):
+    """Its registers and its shared memory, of which each block also needs 1 KiB for the system."""
+    small = products.ARCHITECTURES[90].small
+    asked = [request(name, 90, small=True) for name in small]
+    for name, result in zip(small, compile_all(asked, oldest), strict=True):
+        what = name, result
+        assert result.spills == result.stack == 0, what
+        assert not result.serialised, what
+        assert 2 * (result.shared + 1024) <= 228 << 10, what
+        assert 2 * 32 * small[name].warps * (-(-result.registers // 8) * 8) <= 65536, what
+        assert result.shared <= 97 << 10, what
+        assert result.registers <= (176 if small[name].warps == 4 else 128), what
 
 
 def test_few_instructions_around_the_activation(compiled):

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
+from uniflow_kernels.ops.flow_choice import KERNELS
 from uniflow_kernels.triton_kernels import activation as kernels
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests/gpu runs the instruction")
@@ -49,7 +50,7 @@ def test_the_worst_tanh_stays_within_the_2x_rule_in_bfloat16(within_twice, worst
         within_twice(*triple)
 
 
-@pytest.mark.parametrize("path", ["rows", "products"])
+@pytest.mark.parametrize("path", KERNELS)
 @pytest.mark.parametrize("mlp", ["silu", "swiglu"])
 def test_a_head_with_the_worst_tanh_stays_within_the_2x_rule(within_twice, worst, path, mlp):
     head = randomize(FlowHead(16, 32, 16, 16, 1, mlp=mlp)).bfloat16()

@@ -10,7 +10,6 @@ from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.ops import flow_head
 from uniflow_kernels.ops.flow_blocks import Affine, Block, in_order
-from uniflow_kernels.ops.flow_choice import KERNELS
 from uniflow_kernels.ops.flow_head import RECOMPUTE
 from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.triton_kernels import flow_products
@@ -29,6 +28,7 @@ OPTIONS = {
     "SphereAR": {"mlp": "swiglu", "hidden": 96, "modulation_order": "scale-shift-gate", "modulation_groups": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+KERNELS = ("rows", "products")  # of which the small products are those in other tiles
 paths = pytest.mark.parametrize("path", KERNELS)
 
 
@@ -260,6 +260,7 @@ def test_recomputing(within_twice, name, recompute, path):
     [
         *[(1, 1536, "rows"), (17, 588, "rows"), (129, 100, "rows"), (1000, 40, "rows"), (5, 768, "rows")],
         *[(1, 588, "products"), (129, 100, "products"), (1000, 40, "products")],
+        *[(1, 588, "small products"), (129, 100, "small products")],
     ],
 )
 def test_kernels_at_odd_sizes(within_twice, rows, width, path):

@@ -64,6 +64,14 @@ def test_the_fastest_at_the_next_smaller_number_of_rows_serves(gpu):
     assert [path(rows, True) for rows in (64, 511, 2048, 8192)] == ["eager", "eager", "products", "rows"]
 
 
+def test_small_products_serve_where_they_have_tiles(gpu):
+    assert choose_path(call(64), "small products") == "small products"
+    gpu(80)
+    with pytest.raises(ValueError, match="it has no small tiles for compute capability 8"):
+        choose_path(call(64), "small products")
+    assert choose_path(call(64), "products") == "products"
+
+
 def test_in_a_graph_the_gpus_own_time_counts(gpu):
     """Launches do not: "eager" is the fastest of 64 rows where each of them is waited for."""
     with in_graph():
@@ -145,7 +153,7 @@ def test_a_path_asked_for_serves_or_says_why_not(gpu):
     for reason in ("shared", "why_not"):
         with pytest.raises(ValueError, match="flow_head: path 'products' cannot serve this input: it is so"):
             choose_path(call(64, **{reason: "it is so"}), "products")
-    with pytest.raises(ValueError, match="path: expected one of auto, rows, products, got 'eager'"):
+    with pytest.raises(ValueError, match="path: expected one of auto, rows, products, small products, got 'eager'"):
         choose_path(call(64), "eager")
 
 
@@ -272,7 +280,7 @@ def test_the_table_is_read_once(gpu, monkeypatch):
 
 
 def test_what_is_said(gpu):
-    plain, by_rows, products = (RUNS[name] for name in PATHS)
+    plain, by_rows, products, _ = (RUNS[name] for name in PATHS)
     runs, why = explain(call(1))
     assert runs == (
         f"{by_rows}; from 64 rows {plain}; from 512 rows {by_rows}; from 2048 rows {products}; "

@@ -150,7 +150,7 @@ def test_launches_of_the_backward_pass(launched, monkeypatch, path, products):
 
     counting(row_kernels, "norm_modulate_backward", through_norm)
     counting(activation, "activation_backward", through_activation)
-    counting(flow_products, "down_backward", lambda dq, weight, p: through_activation(dq, p))
+    counting(flow_products, "down_backward", lambda dq, weight, p, small: through_activation(dq, p))
     head, x, y = make()
     with backend("triton"):
         out = on(path, head, x, y)

@@ -250,6 +250,27 @@ def evaluate(
 
 
 @app.command()
+def show(
+    picture: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="File to write, sheet.png.", show_default=False)],
+    weights: Weights = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of an encoder, to see its features beside.", show_default=False)
+    ] = None,
+    cfg: Cfg = 2.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw a sheet: reconstructions, errors, guidance, latents and features of a picture."""
+    from uniflow.cli.inputs import Named
+    from uniflow.cli.show import show
+
+    show(picture, Named(checkpoint, weights), out, teacher, cfg, seed, device, force)
+
+
+@app.command()
 def export(
     checkpoint: Checkpoint,
     out: OutFolder,

@@ -1,7 +1,8 @@
 """Which path serves a call of the flow head, by what was measured; where nothing was, by a count.
 
-Three can: plain PyTorch ("eager"), row kernels around the library's products ("rows"), and products that do the row
-kernels' work ("products"). What was measured stands in measured.json, which `python -m benchmarks choices` makes.
+Four can: plain PyTorch ("eager"), row kernels around the library's products ("rows"), and products that do the row
+kernels' work ("products"), or those in tiles of which a multiprocessor holds two ("small products"). What was measured
+stands in measured.json, which `python -m benchmarks choices` makes.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
-PATHS = ("eager", "rows", "products")
-KERNELS = ("rows", "products")
+PATHS = ("eager", "rows", "products", "small products")
+KERNELS = PATHS[1:]
+SMALL = PATHS[3:]
 
 RUNS = {
     "eager": "plain PyTorch",
     "rows": "Triton row kernels, cuBLAS products",
     "products": "Triton products with the row kernels' work in them",
+    "small products": "such Triton products, two blocks a multiprocessor",
 }
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"
@@ -94,7 +97,7 @@ def dtype_of_products(x: Tensor) -> torch.dtype:
 
 
 def what_is_shared(conditions: int, rows: int, groups: int, blocks: int) -> str | None:
-    """What is shared that the path "products" cannot share; None if each row and each block has its own."""
+    """What is shared that the products cannot share; None if each row and each block has its own."""
     if conditions != rows:
         return "rows share a condition"
     return "blocks share a modulation" if groups != blocks else None
@@ -116,11 +119,11 @@ def choose_path(call: Call, path: str = "auto", in_op: bool = False) -> str:
 
     Args:
         call: its facts.
-        path: "rows" or "products" where no other may serve, as in tests and benchmarks; else "auto".
+        path: one of KERNELS where no other may serve, as in tests and benchmarks; else "auto".
         in_op: whether the op asks, which is called where kernels serve.
 
     Returns:
-        "eager", "rows" or "products"; "auto" for a graph that is compiled for any number of rows.
+        One of PATHS; "auto" for a graph that is compiled for any number of rows.
 
     Raises:
         ValueError: for an unknown path, or if the path or the backend asked for cannot serve, saying why.
@@ -215,13 +218,14 @@ def _why_not_backend() -> str | None:
 
 def _why_not_path(call: Call, path: str) -> str | None:
     """Why a path cannot serve what the kernels can; in a graph of any number of rows the op finds it out."""
-    if path != "products" or call.rows is None:
+    if path not in ("products", *SMALL) or call.rows is None:
         return None
     from uniflow_kernels.triton_kernels import flow_products as products
 
     # y is not looked at: what the products are given is SiLU(y), in memory of its own
     x = [flat_rows(x) for x in call.inputs[:1]]
-    return call.shared or products.why_not(call.device, call.dtype, (call.width, call.hidden), [*x, *call.tensors])
+    widths, small = (call.width, call.hidden), path in SMALL
+    return call.shared or products.why_not(call.device, call.dtype, widths, [*x, *call.tensors], small)
 
 
 def _order(call: Call) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers, Given, flat_rows, in_order
-from uniflow_kernels.ops.flow_choice import Call, choose_path, of_products, what_is_shared
+from uniflow_kernels.ops.flow_choice import SMALL, Call, choose_path, of_products, what_is_shared
 from uniflow_kernels.torch_private import foreach_copy_
 
 if TYPE_CHECKING:
@@ -134,10 +134,11 @@ class Pass:
 
     def forward(self, path: str) -> tuple[Tensor, list[Tensor]]:
         """The output [R, W] and what is kept, flat; on a path, or on one that is chosen now ("auto")."""
-        out, kept = self._forward_by_rows() if self.path(path) == "rows" else self._forward_by_products()
+        path = self.path(path)
+        out, kept = self._forward_by_rows() if path == "rows" else self._forward_by_products(path in SMALL)
         return out, [tensor for kind in kept for tensor in kind]
 
-    def _forward_by_products(self) -> tuple[Tensor, Kept]:
+    def _forward_by_products(self, small: bool) -> tuple[Tensor, Kept]:
         """Three launches a block; shift, scale and gate are written only where they are kept."""
         from uniflow_kernels.triton_kernels import flow_products as products
 
@@ -153,8 +154,8 @@ class Pass:
                 kept.q.append(self.empty(self.rows, self.width))
                 h, scale, gate = self.split(kept.modulations[-1])  # h where shift would be
                 p, q = kept.p[-1], kept.q[-1]
-            self._modulated(x, moments, layer, block.norm, h, scale)
-            products.up(h=h, affine=block.up, u=u, p=p)
+            self._modulated(x, moments, layer, block.norm, h, scale, small)
+            products.up(h=h, affine=block.up, u=u, p=p, small=small)
             total = self.empty(self.rows, self.width) if x is self.x or self.keep != "nothing" else x
             moments = products.down(
                 x=x,
@@ -167,6 +168,7 @@ class Pass:
                 q=q,
                 rms=self._is_rms,
                 done=moments,
+                small=small,
             )
             x = total
             if self.keep != "nothing":
@@ -179,7 +181,7 @@ class Pass:
             kept.modulations.append(self.empty(self.rows, 2 * self.width))
             shift, scale = self.split(kept.modulations[-1])
             shift.zero_()  # nobody reads it; but what an op returns is the same in every run
-        self._modulated(x, moments, final, (None, None), out, scale)
+        self._modulated(x, moments, final, (None, None), out, scale, small)
         return out, kept
 
     def _forward_by_rows(self) -> tuple[Tensor, Kept]:
@@ -243,6 +245,7 @@ class Pass:
         norm: tuple[Tensor | None, Tensor | None],
         h: Tensor,
         scale: Tensor | None,
+        small: bool,
     ) -> None:
         """h = norm(x) * (1 + scale) + shift by a product of a; `of_x`: the moments of x."""
         from uniflow_kernels.triton_kernels import flow_products as products
@@ -258,6 +261,7 @@ class Pass:
             scale_first=self.form.modulation_order == "scale-shift-gate",
             rms=self._is_rms,
             eps=self.form.eps,
+            small=small,
         )
 
     def _gate_layer(self, layer: Affine) -> Affine:
@@ -273,12 +277,12 @@ class Pass:
         if self.keep == "all":
             shift, scale, gate = self.split(kept.modulations[group])
             return _Activations(shift if self.in_place else kept.h[i], scale, gate, kept.p[i], kept.q[i])
-        if path == "products":
+        if path != "rows":
             layer = self.layers.groups[group]
             h, scale = self.empty(self.rows, self.width), self.empty(self.rows, self.width)
             p, u = self.empty(self.rows, block.up.weight.shape[0]), self.empty(self.rows, self.hidden)
-            self._modulated(x, products.moments(x, self._is_rms), layer, block.norm, h, scale)
-            products.up(h=h, affine=block.up, u=u, p=p)
+            self._modulated(x, products.moments(x, self._is_rms), layer, block.norm, h, scale, path in SMALL)
+            products.up(h=h, affine=block.up, u=u, p=p, small=path in SMALL)
             gate = F.linear(self.layers.a, *self._gate_layer(layer))
             return _Activations(h, scale, gate, p, F.linear(u, *block.down))
         shift, scale, gate = self.split(self.modulations.of_group(group))
@@ -334,8 +338,8 @@ class Pass:
         for i in reversed(range(self.depth)):
             block = self.blocks[i]
             assert dq is not None
-            if path == "products":
-                dp, u, dup = products.down_backward(dq, block.down.weight, now.p)
+            if path != "rows":
+                dp, u, dup = products.down_backward(dq, block.down.weight, now.p, path in SMALL)
             else:
                 dp, u, dup = activation_backward(dq @ block.down.weight, now.p)
             gradients.affine(block.down, dq, u, [_over_rows(sums[:, 5])])

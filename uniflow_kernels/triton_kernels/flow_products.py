@@ -46,6 +46,7 @@ class Architecture(NamedTuple):
     tma: bool
     dtypes: tuple[torch.dtype, ...]
     tiles: dict[str, Tile]
+    small: dict[str, Tile] | None = None  # of which a multiprocessor holds two, if there are such tiles
 
 
 # tensor cores multiply no float32; whether TF32 may stand in is the caller's choice, which the library's products heed
@@ -58,14 +59,28 @@ _HOPPER = {
     "down backward": Tile(128, 256, 64, 8, 3),
     "gated down backward": Tile(128, 128, 64, 8, 4),
 }
+# one block's product runs while the other's epilogue does: at most 113 KiB of shared memory and half the registers
+_HALF_OF_HOPPER = {
+    "modulated": Tile(128, 64, 64, 8, 3),
+    "up": Tile(128, 128, 64, 8, 3),
+    "gated up": Tile(128, 64, 64, 8, 3),
+    "down": Tile(128, 64, 64, 4, 4),
+    "down backward": Tile(128, 128, 64, 8, 3),
+    "gated down backward": Tile(128, 64, 64, 8, 3),
+}
 _SHALLOW = {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}  # at most 99 KiB of shared memory
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
 ARCHITECTURES = {
-    0: Architecture(False, (torch.float32, *_HALF), dict.fromkeys(_HOPPER, Tile(128, 128, 128, 4, 1))),
+    0: Architecture(
+        False,
+        (torch.float32, *_HALF),
+        dict.fromkeys(_HOPPER, Tile(128, 128, 128, 4, 1)),
+        dict.fromkeys(_HOPPER, Tile(128, 64, 128, 4, 1)),
+    ),
     80: Architecture(False, _HALF, _SHALLOW),
     86: Architecture(False, _HALF, _SHALLOW),
     89: Architecture(False, _HALF, _SHALLOW),
-    90: Architecture(True, _HALF, _HOPPER),
+    90: Architecture(True, _HALF, _HOPPER, _HALF_OF_HOPPER),
     100: Architecture(True, _HALF, _HOPPER),
     120: Architecture(True, _HALF, _SHALLOW),
 }
@@ -442,7 +457,9 @@ class Moments(NamedTuple):
     columns: int
 
 
-def why_not(device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...], tensors: list[Tensor]) -> str | None:
+def why_not(
+    device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...], tensors: list[Tensor], small: bool = False
+) -> str | None:
     """Why these products cannot be made of such tensors, None if they can.
 
     Args:
@@ -450,11 +467,14 @@ def why_not(device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...
         dtype: of the products' operands.
         row_widths: lengths of all matrices' rows.
         tensors: what is given as an operand, vectors too.
+        small: whether in tiles of which a multiprocessor holds two.
     """
     arch = architecture(device)
     if arch not in ARCHITECTURES:
         return f"it has no tiles for compute capability {arch / 10}"
-    tma, dtypes, _ = ARCHITECTURES[arch]
+    tma, dtypes, *_ = ARCHITECTURES[arch]
+    if small and ARCHITECTURES[arch].small is None:
+        return f"it has no small tiles for compute capability {arch / 10}"
     if dtype not in dtypes:
         return f"it takes {' and '.join(map(str, dtypes))}, not {dtype}"
     if any(tensor.stride(-1) != 1 for tensor in tensors):
@@ -523,10 +543,11 @@ def _plan_of(name: str, tile: Tile, tma: bool) -> _Plan:
     return _Plan(tile, tma, _KINDS[name])
 
 
-def _plan(name: str, like: Tensor) -> _Plan:
+def _plan(name: str, like: Tensor, small: bool) -> _Plan:
     """Of a product of tensors on a device."""
     made = ARCHITECTURES[architecture(like.device)]
-    return _plan_of(name, made.tiles[name], made.tma)
+    tiles = made.small if small and made.small else made.tiles
+    return _plan_of(name, tiles[name], made.tma)
 
 
 _launch_moments = Launch(moments_kernel)
@@ -568,6 +589,7 @@ def modulated(
     scale_first: bool,
     rms: bool,
     eps: float,
+    small: bool = False,
 ) -> None:
     """Launch `modulation_kernel`.
 
@@ -582,9 +604,10 @@ def modulated(
         scale_first: whether the rows of scale come first.
         rms: RMS norm instead of LayerNorm.
         eps: of the norm.
+        small: whether in tiles of which a multiprocessor holds two, as everywhere below.
     """
     rows, width = x.shape
-    plan = _plan("modulated", x)
+    plan = _plan("modulated", x, small)
     weight, bias = modulation
     _launch_modulated(
         plan.grid(rows, width),
@@ -620,7 +643,7 @@ def _sides(p: Tensor | None, hidden: int) -> tuple[Tensor | None, Tensor | None]
     return p[:, :hidden], p[:, hidden:] if p.shape[1] != hidden else None
 
 
-def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | None) -> None:
+def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | None, small: bool = False) -> None:
     """Launch `up_kernel`.
 
     Args:
@@ -632,7 +655,7 @@ def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | N
     rows, hidden = u.shape
     weight, bias = affine
     gated = weight.shape[0] != hidden
-    plan = _plan("gated up" if gated else "up", h)
+    plan = _plan("gated up" if gated else "up", h, small)
     gates, ups = _sides(p, hidden)
     _launch_up(
         plan.grid(rows, hidden),
@@ -666,6 +689,7 @@ def down(
     q: Tensor | None,
     rms: bool,
     done: Moments | None = None,
+    small: bool = False,
 ) -> Moments:
     """Launch `down_kernel`.
 
@@ -685,7 +709,7 @@ def down(
         The sum's moments.
     """
     rows, width = x.shape
-    plan = _plan("down", x)
+    plan = _plan("down", x, small)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
     if done is not None and done.values.shape == (parts, 2, rows):
         values = done.values
@@ -723,7 +747,7 @@ def down(
     return Moments(values, plan.tile.piece)
 
 
-def down_backward(dq: Tensor, weight: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward(dq: Tensor, weight: Tensor, p: Tensor, small: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `down_backward_kernel`.
 
     Args:
@@ -736,7 +760,7 @@ def down_backward(dq: Tensor, weight: Tensor, p: Tensor) -> tuple[Tensor, Tensor
     """
     rows, hidden = dq.shape[0], weight.shape[1]
     gated = p.shape[1] != hidden
-    plan = _plan("gated down backward" if gated else "down backward", dq)
+    plan = _plan("gated down backward" if gated else "down backward", dq, small)
     dp, u = torch.empty_like(p), torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
     partial = torch.empty(cdiv(rows, plan.tile.rows), p.shape[1], dtype=torch.float32, device=p.device)
     (gates, ups), (dgates, dups) = _sides(p, hidden), _sides(dp, hidden)
