@@ -15,9 +15,10 @@ wavefronts are passes over the banks of shared memory, over the least. "Bound" i
 over the measured copy rate of an H100 (3.0 TB/s) and the tensor FLOPs over its rate on a large product (790 TFLOP/s):
 no launch of these sizes can be shorter, and most will be longer.
 
-Sectors above 1.2 are in kernels that turn pixels into rows of patches or back: where both sides are in runs, one
-warp's access covers several short runs (14 pixels of 2 or 4 bytes), and the next accesses find the rest of their
-sectors in L1; what memory moves is what is touched once.
+Sectors above 1.2 are in kernels that turn pixels into rows of patches or back: one access of a warp covers several
+short runs (14 pixels of 1 to 4 bytes, a row of a patch), and the rest of their sectors is wanted by the accesses
+after it, which find it in L1 if it stays there; memory moves what is touched once. moments_kernel stores four floats
+a program, half of a sector, of which a row has one or two.
 """
 COLUMNS = ["kernel", "registers", "shared, KB", "warp instructions", "load sectors", "store sectors", "wavefronts"]
 COLUMNS += ["tensor MFLOP", "MB touched", "bound, us"]
