@@ -28,8 +28,8 @@ from uniflow.training.checkpoints import check, newest_first, newest_whole, rest
 from uniflow.training.lock import held
 from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard
 from uniflow.training.processes import Processes, joined
-from uniflow.training.recipe import AnyRun, read_run
-from uniflow.training.state import read_progress
+from uniflow.training.recipe import AnyRun, Recipe, read_run
+from uniflow.training.state import read_progress, read_settings
 from uniflow.training.validation import Validator
 
 R = TypeVar("R", bound=AnyRun)
@@ -85,12 +85,15 @@ def train_as_written(
         with _alone(out, processes):
             start = processes.from_first(lambda: _start(out, resume, force))
             with explained():
+                recipe = run.recipe.on(own_device.type, None if start is None else _precision_of(start))
+                if own_device.type == "cuda" and processes.first and (costs := costs_of(recipe)):
+                    notice(f"a GPU would be faster with {costs}")
                 trained = build(run, own_device, processes)
                 trained.samples[0]  # nothing can be trained on if no picture can be read
                 trainer = Trainer(
                     trained.objective,
                     trained.samples,
-                    run.recipe,
+                    recipe,
                     out,
                     validator=trained.validator,
                     processes=processes,
@@ -99,6 +102,21 @@ def train_as_written(
                 if start is not None:
                     _resume(trainer, start)
             _train(run, out, start, trainer)
+
+
+def costs_of(recipe: Recipe) -> str:
+    """What else a recipe may say to train faster on a GPU; empty if there is nothing."""
+    faster = {
+        "precision: bfloat16 (float32 products run without TF32)": recipe.precision == "float32",
+        "compile: true (what lies between products is not fused)": not recipe.compile,
+        "workers: 4 or more (pictures are read between the steps)": recipe.workers == 0,
+    }
+    return ", ".join(key for key, applies in faster.items() if applies)
+
+
+def _precision_of(start: Path) -> str | None:
+    """What a run had that is gone on with, so that it stays so where the file leaves it open."""
+    return read_settings(start, read_progress(start))["recipe"].get("precision")
 
 
 def _resume(trainer: Trainer, start: Path) -> None:

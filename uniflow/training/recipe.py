@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,6 +70,7 @@ class Recipe:
         max_gradient_norm: gradients are scaled down to it.
         ema_decay: of an exponential moving average of the parameters, kept and validated where given.
         precision: "bfloat16" runs the forward pass under autocast; parameters and their updates stay in their dtype.
+            "auto" is bfloat16 on CUDA and float32 elsewhere, see `on`.
         compile: run the objective through torch.compile.
         parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
         seed: of what the objective draws, times and noise (that of crops belongs to the data).
@@ -87,7 +88,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float = 1.0
     ema_decay: float | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
@@ -107,12 +108,19 @@ class Recipe:
         _at_most(self, 2**10, "workers")
         _at_most(self, 2**63 - 1, "seed")
         _above_zero(self, "max_gradient_norm")
-        _one_of(self, "precision", ("float32", "bfloat16"))
+        _one_of(self, "precision", ("auto", "float32", "bfloat16"))
         _one_of(self, "parallel", ("ddp", "fsdp"))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected numbers from 0 and below 1, got {self.betas}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
+
+    def on(self, device: str, before: str | None = None) -> Recipe:
+        """The recipe with what "auto" stands for: what a run had `before`, or else the choice for a kind of device."""
+        if self.precision != "auto":
+            return self
+        half = before == "bfloat16" if before in ("float32", "bfloat16") else device == "cuda"
+        return replace(self, precision="bfloat16" if half else "float32")
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number and size of the micro-batches that each of `world` processes goes through in a step.

@@ -62,7 +62,7 @@ class Trainer:
         objective: a module with a `student`, on the device to train on; called with what `samples` collates, brought to
             that device, it gives `Losses`. See `uniflow.training.interfaces`, and `UniFlowObjective` for one.
         samples: see `uniflow.data.Samples`.
-        recipe: see `Recipe`.
+        recipe: see `Recipe`; checkpoints hold it with what "auto" stood for.
         out: folder for checkpoints and what is left of failures; nothing is written without one.
         logs: told of every `recipe.log_every`-th step and of a stage's last.
         validator: scores the student every `recipe.validate_every` steps.
@@ -89,7 +89,7 @@ class Trainer:
         self.objective = objective
         self.student = student_of(objective)
         self.samples = samples
-        self.recipe = recipe
+        recipe = self.recipe = recipe.on(self.student.device.type)
         self.out = out
         self.logs = list(logs)
         self.validator = validator

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from uniflow.cli.runs import costs_of
 from uniflow.training import Recipe, Stage
 from uniflow.training.recipe import Run, read_run
 
@@ -96,3 +97,22 @@ def test_micro_batches_of_the_processes():
         recipe.micro_batches(5)
     with pytest.raises(ValueError, match="micro_batch_size: expected a divisor"):
         recipe.micro_batches(3 * 2)
+
+
+def test_what_auto_stands_for():
+    recipe = Recipe((Stage(1),))
+    assert recipe.precision == "auto"
+    assert [recipe.on(device).precision for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
+    assert recipe.on("cuda", before="float32").precision == "float32"  # a run goes on as it was
+    said = Recipe((Stage(1),), precision="float32")
+    assert said.on("cuda", before="bfloat16") is said
+
+
+def test_what_a_gpu_would_gain_is_said():
+    slow = Recipe((Stage(1),), precision="float32")
+    assert [part.split(" (")[0] for part in costs_of(slow).split(", ")] == [
+        "precision: bfloat16",
+        "compile: true",
+        "workers: 4 or more",
+    ]
+    assert costs_of(Recipe((Stage(1),), compile=True, workers=4).on("cuda")) == ""

@@ -108,6 +108,14 @@ def test_what_changed_is_said(capsys, run_file, out):
     assert progress["samples"] == 2 + 2 + 4
 
 
+def test_a_run_stays_in_the_precision_that_it_has(capsys, run_file, out):
+    ok(capsys, "train", run_file(precision="bfloat16"))
+    assert run(["train", str(run_file("[{steps: 3}]")), "--resume", "auto"]) == 0  # which says nothing of precision
+    assert "with another recipe.stages.0.steps (3, was 2)\n" in capsys.readouterr().err
+    settings = [json.loads(path.read_text()) for path in sorted(out.glob("checkpoints/step-*/run.json"))]
+    assert [its["recipe"]["precision"] for its in settings] == ["bfloat16", "bfloat16"]
+
+
 def test_skipped_pictures_are_said(capfd, run_file, out, tmp_path):
     folder = tmp_path / "some"
     folder.mkdir()
