@@ -226,3 +226,17 @@ def test_memory_that_is_not_there_is_one_line(capsys, monkeypatch, picture_folde
 def test_completion_lists_the_names_that_are_loaded_on_first_use(package):
     assert set(package.__all__) <= set(dir(package))
     assert "__version__" in dir(uniflow_kernels)
+
+
+def test_without_a_terminal_a_bar_is_one_line_and_an_error_another(capsys, tmp_path):
+    smooth_picture((56, 56), 0).save(tmp_path / "a.png")
+    command = ["encode", str(tmp_path / "a.png"), *map(str, CHECKPOINT), "--out", str(tmp_path / "a.safetensors")]
+    assert run(command) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("encoding ")
+    assert " 1/1 " in line
+    assert run(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("uniflow: ")
+    assert run([*command[:1], "none.png", *command[2:], "--force"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -16,10 +16,24 @@ from rich.progress import (
 )
 
 
+class _Bars(Progress):
+    """Where there is no terminal, a line at the end for what was counted, without the empty ones that rich adds."""
+
+    def stop(self) -> None:
+        """End the display."""
+        if self.console.is_interactive:
+            super().stop()
+            return
+        self.live.transient = self.live.transient or not self.tasks
+        self.live.stop()
+        if not self.live.transient:
+            self.console.print()  # ends the line
+
+
 def progress(*columns: ProgressColumn, transient: bool = False) -> Progress:
     """A bar on stderr. What is printed meanwhile stands above it, unless it does not go to the terminal at all."""
     shared = sys.stdout is not None and sys.stdout.isatty()
-    return Progress(*columns, console=Console(stderr=True, soft_wrap=True), transient=transient, redirect_stdout=shared)
+    return _Bars(*columns, console=Console(stderr=True, soft_wrap=True), transient=transient, redirect_stdout=shared)
 
 
 def picture_bar(description: str, transient: bool = False) -> Progress:
