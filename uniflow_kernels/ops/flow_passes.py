@@ -71,7 +71,8 @@ class Pass:
         self.hidden = blocks[0].down.weight.shape[1]
         self.depth, self.groups = len(blocks), len(modulations.groups)
         self.per_group = self.depth // self.groups
-        self.conditions = len(modulations.a if isinstance(modulations, FromLayers) else modulations.groups[0])
+        # len() would fix the sizes of a graph of any number of rows
+        self.conditions = (modulations.a if isinstance(modulations, FromLayers) else modulations.groups[0]).shape[0]
         # h takes the place of shift, which nobody needs any more, where no other row or block shares it
         self.in_place = isinstance(modulations, FromLayers) and self.conditions == self.rows and self.per_group == 1
 
