@@ -7,7 +7,7 @@ OLDEST := $(VENV)/triton-3.6.0
 OLDEST_PYTHON ?= python3.12
 OLDEST_VENV := .venv-oldest
 
-.PHONY: setup demo test oldest fuzz lint docs dist gpu clean
+.PHONY: emulate setup demo test oldest fuzz lint docs dist gpu clean
 
 setup: $(READY)
 
@@ -40,6 +40,12 @@ oldest:
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
 	UNIFLOW_CUDA=0 PYTHONWARNINGS=ignore $(OLDEST_VENV)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
 	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadscope -m "not gpu"
+
+# what the compilers made, executed on the CPU: its tests, and counts for docs/kernels.md
+emulate: $(READY)
+	for target in 80 90 csrc80 csrc90; do $(BIN)/python -m pytest -q tests/ptx --emulate $$target || exit 1; done
+	$(BIN)/python -m tests.ptx.count
+	$(BIN)/python -m benchmarks report
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernels
 from benchmarks.host import CASE as HOST
-from benchmarks.results import Entry, ResultsError, latest, milliseconds, size_text, slug
+from benchmarks.results import FOLDER, ROOT, Entry, ResultsError, latest, milliseconds, size_text, slug
 from benchmarks.run import COMPILED
 from uniflow.atomic import replacing
 
@@ -77,6 +78,9 @@ def write(files: list[dict[str, Any]], out: Path, flat: bool = False, readme: Pa
     out.mkdir(parents=True, exist_ok=True)
     _replace(out / "benchmarks.md", "\n".join(sections))
     print(f"written: {out / 'benchmarks.md'}")
+    if out == ROOT / "docs" and (counted := kernels.page(FOLDER)) is not None:
+        _replace(out / "kernels.md", counted)
+        print(f"written: {out / 'kernels.md'}")
     if readme is not None:
         _fill(readme, "\n".join(_summary(results) for results in machines))
 

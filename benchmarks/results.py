@@ -85,7 +85,8 @@ def load_all(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ResultsError: if there are none.
     """
-    files = [load(path) for path in sorted(folder.glob("*.json"))]
+    # counts of an emulated GPU lie beside them, which are no measurements: benchmarks/kernels.py reads those
+    files = [load(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith("emulated-")]
     if not files:
         raise ResultsError(f"no results file in {folder}; make one with `python -m benchmarks run`")
     return files

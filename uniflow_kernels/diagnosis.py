@@ -101,9 +101,9 @@ def _on_cpu(name: str) -> OpReport:
 
 
 def _triton_only(name: str, cuda: bool) -> OpReport:
-    if not cuda:
+    if not cuda and name != "modulated_norm":  # which the CPU part does not have
         return _on_cpu(name)
-    reason = triton_kernels.why_not_on(torch.device("cuda"), torch.bfloat16)
+    reason = triton_kernels.why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
     if reason is None:
         return OpReport(name, "Triton", UNMEASURED)
     return OpReport(name, RUNS["eager"], f"Triton: {reason}")

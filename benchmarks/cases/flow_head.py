@@ -161,6 +161,31 @@ def _path_on_cuda(tokens: int, width: int, dtype: str) -> Size:
     return at(tokens=tokens, width=width, depth=12, dtype=dtype, quick=quick)
 
 
+def build_last(tokens: int, width: int, row: int, dtype: str) -> Problem:
+    """The head's last product, to rows as long as patches have them, and to rows of a multiple of 16 bytes."""
+    precision = getattr(torch, dtype)
+    layer = randomised(torch.nn.Linear(width, row), precision)
+    x = torch.randn(tokens, width, dtype=precision).requires_grad_()
+    out = torch.empty(tokens, row, dtype=precision)
+    flops = linear_flops(tokens, layer)
+    return Problem(
+        inputs=(layer, x),
+        ours=torch.nn.Linear.__call__,
+        plain=torch.nn.Linear.__call__,
+        tokens=tokens,
+        forward=Work.of(flops, layer, x, out),
+        backward=Work.of(2 * flops, layer, x, out, layer, x),
+        libraries={"padded": lambda: _padded},
+    )
+
+
+def _padded(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Of a weight with rows of zeros behind, and a view of the result: what a loss that knows of it would read."""
+    row = layer.out_features
+    more = -row % (16 // x.element_size())
+    return F.linear(x, F.pad(layer.weight, (0, 0, 0, more)), F.pad(layer.bias, (0, more)))[:, :row]
+
+
 PATHS_AT = (
     *product((64, 512, 4096, 32768, 131072), (768, 1024, 1280, 1536), ("bfloat16",)),
     *product((64, 512, 4096, 32768, 131072), (1024,), ("float16", "float32")),
@@ -210,6 +235,17 @@ CASES = (
             for tokens in (1024, 8192, 32768, 131072)
         ),
         cpu=(at(tokens=64, width=128, depth=3, row=48, dtype="float32", quick=True),),
+        check_at_most={"tokens": 4096},
+    ),
+    Case(
+        "flow_head_last_product",
+        "Is the head's last product faster with rows of a multiple of 16 bytes?",
+        build_last,
+        cuda=tuple(
+            at(tokens=tokens, width=1024, row=588, dtype="bfloat16", quick=tokens == 32768)
+            for tokens in (4096, 32768, 131072)
+        ),
+        cpu=(),  # there it is the same
         check_at_most={"tokens": 4096},
     ),
 )

@@ -35,7 +35,7 @@ def pretend(arch: int) -> None:
     def architecture(device: torch.device) -> int:
         return arch
 
-    old = triton_kernels.architecture
+    old = triton_kernels.architecture  # or an earlier pretence
     for name, module in list(sys.modules.items()):
         if name.startswith("uniflow") and getattr(module, "architecture", None) is old:
             module.architecture = architecture

@@ -341,6 +341,7 @@ def test_demo_in_seconds(capsys, tmp_path):
     assert files(out) == [
         "checkpoint/config.json",
         "checkpoint/model.safetensors",
+        "checkpoint/preprocessor_config.json",
         "loss.png",
         "metrics.json",
         "reconstruction.png",

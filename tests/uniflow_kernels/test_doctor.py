@@ -24,6 +24,24 @@ def test_names_the_software_and_every_op():
     assert all(op in text for op in ops)
 
 
+def test_the_cpu_part_is_said_to_run_what_it_has(monkeypatch):
+    monkeypatch.setattr(uniflow_kernels.diagnosis.torch.cuda, "is_available", lambda: False)
+    own = {
+        "interpolate",
+        "velocity_loss",
+        "layerwise_distillation",
+        "patchify",
+        "unpatchify",
+        "seeded_noise",
+        "to_images",
+    }
+    for built in (True, False):
+        monkeypatch.setattr(uniflow_kernels.diagnosis.cpu_kernels, "_is_built", lambda built=built: built)
+        monkeypatch.setattr(uniflow_kernels.diagnosis, "_cpu_part", lambda: "")
+        served = {op.op for op in uniflow_kernels.doctor().ops if op.runs == "the CPU part"}
+        assert served == (own if built else set())
+
+
 def test_works_without_nvcc_and_triton(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
