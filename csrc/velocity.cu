@@ -71,6 +71,18 @@ __device__ __forceinline__ void noise_at(const Source& source, int64_t image, in
   }
 }
 
+// x1 of the same columns of the tile's token `g`, in one access where all exist: four would meet in a bank.
+__device__ __forceinline__ void pixels_at(const Tiling& tiling, const float* rows, uint32_t g, uint32_t quad, float x1[4]) {
+  const float* from = rows + (g * tiling.quads + quad) * 4;
+  const int valid = tiling.length - 4 * static_cast<int>(quad);
+  if (valid >= 4) {
+    load<float, 4>(from, x1);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x1[k] = k < valid ? from[k] : 0.0f;
+  }
+}
+
 __device__ __forceinline__ float coefficient_of(const Coefficients& coefficients, int64_t row) {
   return coefficients.each == nullptr ? coefficients.all : coefficients.each[row];
 }
@@ -122,13 +134,14 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
-        float x0[4];
+        float x0[4], x1[4];
         noise_at(source, image, token + g, quad, wide.noise, x0);
+        pixels_at(tiling, rows, g, quad, x1);
         const float time = t[t_per_token ? first + g : image];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const bool inside = 4 * quad + k < tiling.length;
-          out[4 * q + k] = inside ? interpolated(rows[g * 4 * tiling.quads + 4 * quad + k], x0[k], time) : 0.0f;
+          out[4 * q + k] = inside ? interpolated(x1[k], x0[k], time) : 0.0f;
         }
       }
       const uint32_t g = by_quads.quotient(i), column = 4 * (i - g * row_quads);
@@ -170,14 +183,14 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < QUADS; ++q) {
         const uint32_t g = by_quads.quotient(i + q), quad = i + q - g * row_quads;
         const float coefficient = coefficient_of(coefficients, first + g);
-        float x0[4];
+        float x0[4], x1[4];
         noise_at(source, image, token + g, quad, wide.noise, x0);
+        pixels_at(tiling, rows, g, quad, x1);
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const bool inside = 4 * quad + k < tiling.length;
-          const float x1 = inside ? rows[g * 4 * tiling.quads + 4 * quad + k] : 0.0f;
-          const float error = inside ? velocity_error(v[4 * q + k], x1, x0[k], coefficient) : 0.0f;
+          const float error = inside ? velocity_error(v[4 * q + k], x1[k], x0[k], coefficient) : 0.0f;
           sum = fmaf(error, error, sum);
           v[4 * q + k] = velocity_gradient(error, coefficient);
         }
