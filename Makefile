@@ -28,7 +28,7 @@ $(OLDEST): | $(READY)
 	mv $@.part $@
 
 test: $(READY) $(OLDEST)
-	$(BIN)/python -m pytest -n auto --dist loadscope -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not gpu"
 
 # what hypothesis makes up, for minutes in place of the second that it has in `make test`; other examples in each run
 fuzz: $(READY)
@@ -39,7 +39,7 @@ oldest:
 	test -x $(OLDEST_VENV)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip
 	UNIFLOW_CUDA=0 PYTHONWARNINGS=ignore $(OLDEST_VENV)/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[test]"
-	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadscope -m "not gpu"
+	$(OLDEST_VENV)/bin/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not gpu"
 
 # what the compilers made, executed on the CPU: its tests, and counts for docs/kernels.md
 emulate: $(READY)

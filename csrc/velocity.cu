@@ -185,11 +185,13 @@ __global__ void __launch_bounds__(kThreads)
         const float coefficient = coefficient_of(coefficients, first + g);
         float x0[4], x1[4];
         noise_at(source, image, token + g, quad, wide.noise, x0);
-        pixels_at(tiling, rows, g, quad, x1);
+        if constexpr (VECTOR) pixels_at(tiling, rows, g, quad, x1);
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const bool inside = 4 * quad + k < tiling.length;
+          // one by one where columns are odd: sm_80 has no registers left for four
+          if constexpr (!VECTOR) x1[k] = inside ? rows[g * 4 * tiling.quads + 4 * quad + k] : 0.0f;
           const float error = inside ? velocity_error(v[4 * q + k], x1[k], x0[k], coefficient) : 0.0f;
           sum = fmaf(error, error, sum);
           v[4 * q + k] = velocity_gradient(error, coefficient);
