@@ -46,7 +46,7 @@ def built() -> Path:
     """A folder with the module `_cuda.so` and the PTX of its kernels, made once of what csrc/ holds now."""
     sources = [*sorted(_CSRC.glob("*.cu")), _CSRC / "module.cpp", _SHIM]
     known = hashlib.sha256(str(nvcc()).encode() + sysconfig.get_config_var("EXT_SUFFIX").encode())
-    for path in [*sources, *sorted(_CSRC.glob("*.h")), *sorted(_CSRC.glob("*.cuh"))]:
+    for path in [*sources, Path(__file__), *sorted(_CSRC.glob("*.h")), *sorted(_CSRC.glob("*.cuh"))]:
         known.update(path.read_bytes())
     folder = ROOT / "build" / f"ptx-{known.hexdigest()[:16]}"
     if not folder.is_dir():
@@ -75,7 +75,8 @@ def _build(sources: list[Path], folder: Path) -> None:
             else:
                 command = ["g++", "-std=c++17", "-O0", "-fPIC", *headers]
             _run(*command, "-c", str(source), "-o", str(out))
-        _run("g++", "-shared", *map(str, Path(kept).glob("*.o")), "-o", str(folder / "_cuda.so"))
+        # its own runtime, whatever CUDA's own one a torch with CUDA has loaded before
+        _run("g++", "-shared", "-Wl,-Bsymbolic", *map(str, Path(kept).glob("*.o")), "-o", str(folder / "_cuda.so"))
         for text in Path(kept).glob("*.ptx"):
             shutil.copy(text, folder)
 
