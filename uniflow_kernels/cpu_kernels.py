@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniflow_kernels.addresses import TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
-
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 
 def why_not_built() -> str | None:
@@ -33,7 +32,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             continue
         if not tensor.is_cpu:
             return why_not_on(tensor.device)
-        if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
+        if not tensor.is_floating_point() or tensor.dtype not in TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
         if tensor.is_neg():
             return "the numbers of a tensor are stored negated"
@@ -47,7 +46,7 @@ def why_not_on(device: torch.device) -> str | None:
 
 def why_not_images(device: torch.device, read: Sequence[torch.dtype], written: torch.dtype) -> str | None:
     """Why it does not turn rows of such dtypes into images of such a dtype."""
-    wrong = [dtype for dtype in read if dtype not in _TYPES] + [written] * (written not in _TYPES)
+    wrong = [dtype for dtype in read if dtype not in TYPES] + [written] * (written not in TYPES)
     return why_not_on(device) or (f"it takes float32, float16 and bfloat16, not {wrong[0]}" if wrong else None)
 
 
@@ -67,7 +66,7 @@ def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: 
         return
     t = t.float().contiguous()
     made_of = _source(source, scale_and_shift, x_t.shape[-1])
-    _level().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], torch.get_num_threads())
+    _level().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), TYPES[x_t.dtype], torch.get_num_threads())
 
 
 def velocity_loss(
@@ -85,9 +84,9 @@ def velocity_loss(
     _level().velocity_loss(
         _source(source, scale_and_shift, velocity.shape[-1]),
         _rows(velocity),
-        _address(each),
+        address_of(each),
         every,
-        _address(gradient),
+        address_of(gradient),
         losses.data_ptr(),
         torch.get_num_threads(),
     )
@@ -137,10 +136,10 @@ def to_images(
         _rows(velocity),
         0 if velocity is None else velocity.stride(2),
         dt,
-        _address(mean_and_std),
+        address_of(mean_and_std),
         clamp,
         images.data_ptr(),
-        _TYPES[images.dtype],
+        TYPES[images.dtype],
         tuple(images.shape),
         images.stride(),
         patch_size,
@@ -163,19 +162,14 @@ def cosine_distances(
     batch, length, width = student[0].shape
     if not student[0].numel():
         return
-    addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
-    of_layers = [None] * len(student) if powers is None else powers.unbind()
-    layers = [
-        (s.data_ptr(), t.data_ptr(), address, _address(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
-        for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
-    ]
+    layers = layers_of(student, teacher, gradients, powers)
     _level().cosine_distances(
         layers,
         batch,
         length,
         width,
         skip_tokens,
-        _TYPES[student[0].dtype],
+        TYPES[student[0].dtype],
         distances.data_ptr(),
         torch.get_num_threads(),
     )
@@ -215,31 +209,12 @@ def _level() -> Any:
     return _module().levels()[0]
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _rows(rows: Tensor | None) -> Any:
     module = _module()
     if rows is None:
         return module.Rows(0, 0, 0, 0)
-    return module.Rows(rows.data_ptr(), _TYPES[rows.dtype], rows.stride(0), rows.stride(1))
+    return module.Rows(rows.data_ptr(), TYPES[rows.dtype], rows.stride(0), rows.stride(1))
 
 
 def _source(source: Source, scale_and_shift: Tensor | None, columns: int) -> Any:
-    images = source.images
-    return _module().Source(
-        images.data_ptr(),
-        _TYPES[images.dtype],
-        tuple(images.shape),
-        images.stride(),
-        _address(scale_and_shift),
-        source.patch_size,
-        source.repeats,
-        _rows(source.noise),
-        source.number,
-        source.offset,
-        _address(source.held),
-        source.first_row,
-        columns,
-    )
+    return source_of(_module(), _rows, source, scale_and_shift, columns)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniflow_kernels.addresses import TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
-
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
 
 
 def why_not_built() -> str | None:
@@ -34,7 +33,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             return reason
         if tensor.device != given[0].device:
             return "the tensors are on different devices"
-        if not tensor.is_floating_point() or tensor.dtype not in _TYPES:
+        if not tensor.is_floating_point() or tensor.dtype not in TYPES:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
     return None
 
@@ -64,7 +63,7 @@ def interpolate(source: Source, scale_and_shift: Tensor | None, t: Tensor, x_t: 
     t = t.float().contiguous()
     made_of = _source(source, scale_and_shift, x_t.shape[-1])
     with torch.cuda.device(x_t.device):
-        _module().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), _TYPES[x_t.dtype], _stream())
+        _module().interpolate(made_of, t.data_ptr(), t.ndim == 2, x_t.data_ptr(), TYPES[x_t.dtype], _stream())
 
 
 def velocity_loss(
@@ -82,7 +81,7 @@ def velocity_loss(
     made_of = _source(source, scale_and_shift, velocity.shape[-1])
     with torch.cuda.device(velocity.device):
         _module().velocity_loss(
-            made_of, _rows(velocity), _address(each), every, _address(gradient), losses.data_ptr(), _stream()
+            made_of, _rows(velocity), address_of(each), every, address_of(gradient), losses.data_ptr(), _stream()
         )
 
 
@@ -128,15 +127,10 @@ def cosine_distances(
     batch, length, width = student[0].shape
     if not student[0].numel():
         return
-    addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
-    of_layers = [None] * len(student) if powers is None else powers.unbind()
-    layers = [
-        (s.data_ptr(), t.data_ptr(), address, _address(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
-        for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
-    ]
+    layers = layers_of(student, teacher, gradients, powers)
     with torch.cuda.device(student[0].device):
         _module().cosine_distances(
-            layers, batch, length, width, skip_tokens, _TYPES[student[0].dtype], distances.data_ptr(), _stream()
+            layers, batch, length, width, skip_tokens, TYPES[student[0].dtype], distances.data_ptr(), _stream()
         )
 
 
@@ -144,7 +138,7 @@ def scale(values: Tensor, factor: Tensor) -> None:
     """Multiply contiguous `values` by a scalar tensor, in place; nothing is written where it is 1."""
     factor = factor.float()
     with torch.cuda.device(values.device):
-        _module().scale(values.data_ptr(), _TYPES[values.dtype], values.numel(), factor.data_ptr(), _stream())
+        _module().scale(values.data_ptr(), TYPES[values.dtype], values.numel(), factor.data_ptr(), _stream())
 
 
 @functools.cache
@@ -160,30 +154,11 @@ def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _rows(rows: Tensor | None) -> Any:
     if rows is None:
         return _module().Rows(0, 0, (0, 0))
-    return _module().Rows(rows.data_ptr(), _TYPES[rows.dtype], (rows.stride(0), rows.stride(1)))
+    return _module().Rows(rows.data_ptr(), TYPES[rows.dtype], (rows.stride(0), rows.stride(1)))
 
 
 def _source(source: Source, scale_and_shift: Tensor | None, columns: int) -> Any:
-    images = source.images
-    return _module().Source(
-        images.data_ptr(),
-        _TYPES[images.dtype],
-        tuple(images.shape),
-        images.stride(),
-        _address(scale_and_shift),
-        source.patch_size,
-        source.repeats,
-        _rows(source.noise),
-        source.number,
-        source.offset,
-        _address(source.held),
-        source.first_row,
-        columns,
-    )
+    return source_of(_module(), _rows, source, scale_and_shift, columns)
