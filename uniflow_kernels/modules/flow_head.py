@@ -38,7 +38,8 @@ from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward
 class TimestepEmbedding(nn.Module):
     """Sinusoids of t through a two-layer MLP.
 
-    Source: `TimestepEmbedder` of the official release: 256 frequencies as cat(cos, sin), max_period 1e4, in float32.
+    Source: `TimestepEmbedder` of the official release: 256 frequencies as cat(cos, sin), max_period 1e4, in float32
+    (of t in float64 in float64).
     """
 
     frequencies = 256
@@ -69,9 +70,9 @@ class TimestepEmbedding(nn.Module):
         """
         if t.is_complex():
             raise TypeError(f"t: expected real numbers, got {t.dtype}")
-        half = self.frequencies // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(self.max_period) * exponents)
+        exponents = torch.arange(self.frequencies // 2, dtype=torch.float32, device=t.device) / (self.frequencies // 2)
+        times = t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(-1)
+        angles = times * torch.exp(-math.log(self.max_period) * exponents)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
 
 
