@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.flow_head import LayerNorm
+from uniflow_kernels.modules.flow_layers import LayerNorm
 from uniflow_kernels.ops.attention import attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
