@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from uniflow import UniFlow, UniFlowObjective
 from uniflow.transformer import Attention
 from uniflow_kernels import FlowHead
-from uniflow_kernels.modules.flow_head import TimestepEmbedding
+from uniflow_kernels.modules.flow_layers import TimestepEmbedding
 
 # ------------------------------------------------------------------------------------------------ patches and losses
 

@@ -81,6 +81,16 @@ def is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def carries_tangents(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode derivatives are carried along by one of these; of tensors that a transform wraps, may be."""
+    if not is_forward_mode():
+        return False
+    floating = [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
+    if is_transforming():  # of nested ones only the innermost would say
+        return any(map(torch._C._functorch.is_functorch_wrapped_tensor, floating))
+    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in floating)
+
+
 def is_traced() -> bool:
     """Whether a dispatch mode or a transform of torch.func is at work: what is made then must not be kept."""
     return is_in_torch_dispatch_mode() or is_transforming()

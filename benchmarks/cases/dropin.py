@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.case import Case, Problem, Size, Work, at, linear_flops, randomised
 from uniflow_kernels import patch
-from uniflow_kernels.modules.flow_head import TimestepEmbedding
+from uniflow_kernels.modules.flow_layers import TimestepEmbedding
 
 
 class Block(nn.Module):

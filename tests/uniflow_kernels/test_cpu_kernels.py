@@ -13,7 +13,8 @@ import torch
 from uniflow_kernels import backend, cpu_kernels, interpolate, patchify, seeded_noise, to_images, velocity_loss
 from uniflow_kernels.ops.distillation import plain_cosine_distances
 from uniflow_kernels.ops.noise import plain_seeded_noise
-from uniflow_kernels.ops.velocity import pixel_scale_and_shift, plain_interpolate, plain_velocity_loss
+from uniflow_kernels.ops.velocity import plain_interpolate, plain_velocity_loss
+from uniflow_kernels.ops.velocity_definition import pixel_scale_and_shift
 from uniflow_kernels.source import Source
 
 pytestmark = pytest.mark.skipif(cpu_kernels.why_not_built() is not None, reason=str(cpu_kernels.why_not_built()))

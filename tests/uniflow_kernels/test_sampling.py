@@ -14,7 +14,7 @@ from tests.uniflow_kernels.test_flow_blocks import OPTIONS
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
 from uniflow_kernels import FlowHead, backend
 from uniflow_kernels.modules import sampling
-from uniflow_kernels.modules.flow_head import FlowBlock
+from uniflow_kernels.modules.flow_layers import FlowBlock
 from uniflow_kernels.modules.sampling import Conditioned
 from uniflow_kernels.solvers import SOLVERS, Plan, schedule_steps
 

@@ -39,6 +39,7 @@ from uniflow_kernels.ops.flow_blocks import (
     final_norm,
     flow_block,
     flow_blocks,
+    layer_norm,
     swiglu,
 )
 from uniflow_kernels.torch_private import children_of, parameters_of, tree_leaves
@@ -61,7 +62,7 @@ class Norm(NamedTuple):
         """What it computes, of the weight that it has in this part."""
         weight, bias = (None, None) if self.path is None else affine_of(at(part, self.path))
         if self.kind == "layer":
-            return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, self.eps)
+            return lambda x: layer_norm(x, weight, bias, self.eps)
         return lambda x: F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 

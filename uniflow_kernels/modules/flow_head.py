@@ -6,184 +6,23 @@ many rows (the time embedding of a shared t, the modulation of a shared conditio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniflow_kernels.modules.flow_layers import FinalLayer, FlowBlock, LayerNorm, TimestepEmbedding, modulation_of
 from uniflow_kernels.modules.sampling import check_dtype, replayed, sampler, start
-from uniflow_kernels.ops.flow_blocks import (
-    Affine,
-    Block,
-    Form,
-    block_after_block,
-    check_choice,
-    final_norm,
-    flow_block,
-    layer_norm,
-    swiglu,
-)
+from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, block_after_block, check_choice
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain, what_is_shared
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_precision, explain_fp8, refused
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks, run_quantized
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
-from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked, parameters_of
-
-
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of t through a two-layer MLP.
-
-    Source: `TimestepEmbedder` of the official release: 256 frequencies as cat(cos, sin), max_period 1e4, in float32.
-    """
-
-    frequencies = 256
-    max_period = 10000.0
-
-    def __init__(self, width: int, bias: bool = True) -> None:
-        super().__init__()
-        first, second = nn.Linear(self.frequencies, width, bias), nn.Linear(width, width, bias)
-        self.mlp = nn.Sequential(first, nn.SiLU(), second)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what the first layer computes with, to which the sinusoids are rounded.
-
-        Of its weight; where that is quantized, of its bias or another layer's numbers; else float32.
-        """
-        first: Any = self.mlp[0]  # replicas of DataParallel have no parameters()
-        for held in (first.weight, getattr(first, "bias", None)):
-            if isinstance(held, Tensor) and held.is_floating_point():
-                return held.dtype
-        return next((p.dtype for p in self.mlp.parameters() if p.is_floating_point()), torch.float32)
-
-    def forward(self, t: Tensor) -> Tensor:
-        """t [...] as the network was trained with (UniFlow: 1000 times the time in [0, 1]) -> [..., W].
-
-        Raises:
-            TypeError: if t is complex.
-        """
-        if t.is_complex():
-            raise TypeError(f"t: expected real numbers, got {t.dtype}")
-        half = self.frequencies // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(self.max_period) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
-
-
-class SwiGLU(nn.Module):
-    """Linear(SiLU(gate) * up), gate and up side by side from one product. Source: the MLP of Ming-UniVision's head."""
-
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
-        super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden, bias)
-        self.w3 = nn.Linear(hidden, width, bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """[..., W] -> [..., W]."""
-        return self.w3(swiglu(self.w12(h)))
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's, with the right derivatives of forward-mode derivatives."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., W] -> [..., W]."""
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-def _norm(form: Form, width: int, affine: bool) -> nn.Module:
-    kind = LayerNorm if form.norm == "layer" else nn.RMSNorm
-    return kind(width, eps=form.eps, elementwise_affine=affine)
-
-
-def _affine(layer: nn.Module) -> Affine:
-    # not layer.weight: a module finds its attributes slowly. Replicas of DataParallel hold them as plain ones
-    own = parameters_of(layer)
-    held = own if "weight" in own else vars(layer)
-    return Affine(cast(Tensor, held["weight"]), held.get("bias"))
-
-
-class FlowBlock(nn.Module):
-    """x + gate * MLP(norm(x) * (1 + scale) + shift), with shift, scale, gate = Linear(SiLU(condition)).
-
-    Source: `ResBlock` of the official release.
-
-    Args:
-        width: W.
-        form: the kind of norm and MLP, and the order of the modulations.
-        hidden: size of the MLP's hidden layer; W by default.
-        bias: whether linear layers have one.
-        modulated: whether it has modulations of its own; else it is given those of another block.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        form: Form = Form(),  # noqa: B008 - a NamedTuple does not change
-        hidden: int | None = None,
-        bias: bool = True,
-        modulated: bool = True,
-    ) -> None:
-        super().__init__()
-        self.form = form
-        hidden = width if hidden is None else hidden
-        self.in_ln = _norm(form, width, affine=True)
-        self.mlp: nn.Sequential | SwiGLU
-        if form.mlp == "silu":
-            self.mlp = nn.Sequential(nn.Linear(width, hidden, bias), nn.SiLU(), nn.Linear(hidden, width, bias))
-        else:
-            self.mlp = SwiGLU(width, hidden, bias)
-        if modulated:
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width, bias))
-
-    def tensors(self) -> Block:
-        """Its tensors, without its modulations, as `fused_flow_blocks` takes them."""
-        parts: Any = children_of(self)
-        layers: Any = list(children_of(parts["mlp"]).values())
-        return Block(_affine(parts["in_ln"]), _affine(layers[0]), _affine(layers[-1]))
-
-    def forward(self, x: Tensor, y: Tensor, modulation: Tensor | None = None) -> Tensor:
-        """x [..., W] -> [..., W].
-
-        Args:
-            x: [..., W].
-            y: the condition, [..., W] or broadcastable to x.
-            modulation: [..., 3W], computed by the first block of the group; by default it is computed here, from y.
-        """
-        if modulation is None:
-            modulation = self.adaLN_modulation(y)
-        return flow_block(x, modulation, self.form.modulation_order, self.in_ln, self.mlp)
-
-
-class FinalLayer(nn.Module):
-    """Linear(norm(x) * (1 + scale) + shift). Source: `FinalLayer` of the official release (from DiT).
-
-    Without a modulation (pixel DeCo) it is Linear(norm(x)).
-    """
-
-    def __init__(
-        self,
-        width: int,
-        out_channels: int,
-        form: Form = Form(),  # noqa: B008 - a NamedTuple does not change
-        bias: bool = True,
-        modulated: bool = True,
-    ) -> None:
-        super().__init__()
-        self.form = form
-        self.norm_final = _norm(form, width, affine=False)
-        self.linear = nn.Linear(width, out_channels, bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width, bias)) if modulated else None
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., W] and the condition y, [..., W] or broadcastable to x -> [..., out_channels]."""
-        modulation = None if self.adaLN_modulation is None else self.adaLN_modulation(y)
-        return self.linear(final_norm(x, modulation, self.form.modulation_order, self.norm_final))
+from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked
 
 
 class FlowHead(nn.Module):
@@ -433,8 +272,8 @@ class FlowHead(nn.Module):
     def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
         blocks, last = self._blocks(), self.final_layer
-        modulations = [_modulation(block) for block in blocks[:: self.blocks_per_group]]
-        final = None if last.adaLN_modulation is None else _modulation(last)
+        modulations = [modulation_of(block) for block in blocks[:: self.blocks_per_group]]
+        final = None if last.adaLN_modulation is None else modulation_of(last)
         return [block.tensors() for block in blocks], modulations, final
 
     def explain(self) -> str:
@@ -491,9 +330,3 @@ class FlowHead(nn.Module):
 
 _NORMS = (LayerNorm, nn.RMSNorm)
 _CHANGED = "a submodule was replaced, wrapped or given a hook"
-
-
-def _modulation(module: nn.Module) -> Affine:
-    """Of a block or the last layer: the linear layer behind SiLU."""
-    sequence: Any = children_of(module)["adaLN_modulation"]
-    return _affine(cast(nn.Module, children_of(sequence)["1"]))

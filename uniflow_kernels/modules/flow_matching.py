@@ -30,8 +30,10 @@ from uniflow_kernels.torch_private import (
     foreach_add_,
     foreach_mul,
     foreach_mul_,
+    is_forward_mode,
     is_graph_kept,
     is_tensor_hooked,
+    is_transforming,
     object_of,
 )
 
@@ -72,7 +74,8 @@ def flow_matching_loss(
         chunk_tokens: how many tokens are worked on at a time: whole images, or whole lines of patches of one. None
             takes all at once and keeps the activations for the backward pass, as plain autograd does; so does a number
             that all tokens fit in. "auto" is 4096 on a CPU, and on a GPU, which waits for Python where there is little
-            to do, up to 32768: as many as an eighth of its memory has room for.
+            to do, up to 32768: as many as an eighth of its memory has room for; inside the transforms of torch.func and
+            for forward-mode derivatives all at once, and a number that they do not fit in raises.
 
     Returns:
         In float32: the mean over the tokens that count; a scalar. Differentiable, once, in `condition` and the head's
@@ -96,13 +99,16 @@ def flow_matching_loss(
     # on a CPU it gains nothing
     columns = head.padded_columns(condition.dtype) if isinstance(head, FlowHead) and images.is_cuda else rows[2]
     batch = _Batch(source, t, weights, mask, columns, time_scale)
+    transformed = is_transforming() or is_forward_mode()
     if chunk_tokens == "auto":
         memory = _memory_of(condition.device.index) if condition.is_cuda else None
-        chunk_tokens = _tokens_at_once(head, dtype_of_products(condition), memory)
+        chunk_tokens = None if transformed else _tokens_at_once(head, dtype_of_products(condition), memory)
     if isinstance(chunk_tokens, str) or (chunk_tokens is not None and chunk_tokens < 1):
         raise ValueError(f'chunk_tokens: expected at least 1, or None for all at once, or "auto", got {chunk_tokens!r}')
     if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
         return _loss(head, condition, batch, "mean")  # one chunk: autograd does it with less ado
+    if transformed:
+        raise ValueError("chunk_tokens: expected None inside torch.func's transforms and for forward-mode derivatives")
     for name, value in (("images", images), ("t", t), ("noise", noise)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected constants; chunk_tokens=None gives them a gradient")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniflow_kernels.torch_private import constant
+from uniflow_kernels.torch_private import constant, is_forward_mode
 from uniflow_kernels.triton_kernels import architecture
 
 _FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
@@ -60,9 +60,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, allow_flash
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating point dtype, got {x.dtype}")
-    if allow_flash_attn and why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None:
+    forward_mode = is_forward_mode()
+    if allow_flash_attn and not forward_mode and why_not_flash_attn(q.device, q.dtype, q.shape[-1]) is None:
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, dropout_p=dropout)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if forward_mode:  # for which the fused kernels have no rule
+        scores = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+        return (F.dropout(scores, dropout) @ v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.pieces import chunk, part
-from uniflow_kernels.ops.registration import kernels_for, register
+from uniflow_kernels.ops.registration import is_left_to_torch, kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
 
 LAYER_WEIGHTS = ("adaptive", "uniform")
@@ -149,8 +150,10 @@ def _check_layer(layer: int, student: Tensor, teacher: Tensor, skip_tokens: int)
 
 def _alphas(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> Tensor:
     """The mean cosine distance of each layer, [L] in float32, differentiable in the student."""
-    with_gradient = torch.is_grad_enabled() and any(s.requires_grad for s in student)
+    if is_left_to_torch("layerwise_distillation", student[0].device):
+        return defined_distances(student, [t.detach() for t in teacher], skip_tokens)
     constants = [t.detach() if t.requires_grad else t for t in teacher]
+    with_gradient = torch.is_grad_enabled() and any(s.requires_grad for s in student)
     return cosine_distances_op(student, constants, skip_tokens, with_gradient)
 
 
@@ -172,6 +175,17 @@ def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple
 
 
 # --- in plain PyTorch ---
+
+
+def defined_distances(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> Tensor:
+    """The mean cosine distance of each layer, [L] in float32: where PyTorch must see each operation."""
+
+    def counted(side: Tensor) -> Tensor:
+        return side[:, skip_tokens:].to(torch.promote_types(side.dtype, torch.float32))
+
+    pairs = ((counted(s), counted(t)) for s, t in zip(student, teacher, strict=True))
+    distances = [1 - F.cosine_similarity(s, t, dim=-1, eps=EPS) for s, t in pairs]
+    return torch.stack([layer.sum() / max(1, layer.numel()) for layer in distances]).float()
 
 
 def plain_cosine_distances(

@@ -12,7 +12,14 @@ from torch.nn import Parameter
 
 from uniflow_kernels import cpu_kernels, cuda_kernels
 from uniflow_kernels.choice import choose, requested
-from uniflow_kernels.torch_private import argument_types, is_dispatch_watched, number_of_outputs
+from uniflow_kernels.torch_private import (
+    argument_types,
+    carries_tangents,
+    is_dispatch_watched,
+    is_forward_mode,
+    is_transforming,
+    number_of_outputs,
+)
 
 _LIBRARY = torch.library.Library("uniflow_kernels", "FRAGMENT")
 _OWN = (Tensor, Parameter, type(None))  # classes without rules of their own; a tensor may be missing
@@ -50,6 +57,8 @@ def register(
 
     Returns:
         A function of the op's arguments, all by position, that gives the first output; without a gradient all outputs.
+        It raises a RuntimeError where forward-mode derivatives are carried along, for which the op has no rule and
+        torch would take zeros.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=tuple(tags))
@@ -62,6 +71,7 @@ def register(
 
     def call(*arguments: Any) -> Any:
         tensors = form.tensors(arguments)
+        _refuse_tangents(name, tensors)
         if is_watched(*tensors) or wants_gradient(tensors):
             return op(*form.flat(arguments))
         return implementation(*arguments)
@@ -119,7 +129,7 @@ def _with_gradient(
     backward: Callable[..., Any],
     linear: bool,
 ) -> Callable[..., Any]:
-    others = number_of_outputs(op) - 1
+    others, name = number_of_outputs(op) - 1, op.name().rpartition(":")[2]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # outputs that are not the result have no gradient: not one of zeros either
@@ -143,17 +153,17 @@ def _with_gradient(
         @staticmethod
         def backward(ctx: Any, incoming: Tensor) -> Any:
             if torch.is_grad_enabled() and not linear:
-                name = op.name().rpartition(":")[2]
                 raise RuntimeError(f"{name}: it has no second derivative, which create_graph=True asks for")
             found = backward(ctx, incoming, *[None] * others)
             gradients: list[Any] = [None]  # of the arguments as a whole
-            for name in form.with_tensors:
-                of_one = found.get(name)
+            for argument in form.with_tensors:
+                of_one = found.get(argument)
                 gradients.extend(of_one if isinstance(of_one, list) else (of_one,))
             return tuple(gradients)
 
     def call(*arguments: Any) -> Any:
         tensors = form.tensors(arguments)
+        _refuse_tangents(name, tensors)
         if is_watched(*tensors):
             outputs = op(*form.flat(arguments))
         elif wants_gradient(tensors):
@@ -163,6 +173,11 @@ def _with_gradient(
         return outputs[0] if others else outputs
 
     return call
+
+
+def _refuse_tangents(name: str, tensors: Sequence[Tensor | None]) -> None:
+    if is_forward_mode() and carries_tangents(*tensors):
+        raise RuntimeError(f"{name}: it has no forward-mode derivative")
 
 
 def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
@@ -182,6 +197,17 @@ def is_watched(*tensors: Tensor | None) -> bool:
         if type(tensor) not in _OWN:
             return True
     return False
+
+
+def is_left_to_torch(op: str, device: torch.device) -> bool:
+    """Whether the transforms of torch.func or forward-mode derivatives are at work: then the definition must serve.
+
+    Raises a ValueError if a backend was asked for by name.
+    """
+    if not (is_transforming() or is_forward_mode()):
+        return False
+    reason = "the kernels have no rules for the transforms of torch.func, nor for dual numbers"
+    return kernels_for(op, "", device, lambda _: reason) is None
 
 
 def kernels_for(op: str, module: str, device: torch.device, why_not: Callable[[str], str | None]) -> Any:

@@ -17,9 +17,15 @@ from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
-from uniflow_kernels.ops.pixels import check_normalization, per_channel
-from uniflow_kernels.ops.registration import kernels_for, register, wants_gradient
+from uniflow_kernels.ops.pixels import check_normalization
+from uniflow_kernels.ops.registration import is_left_to_torch, kernels_for, register, wants_gradient
 from uniflow_kernels.ops.scaling import power_of, scaled, split
+from uniflow_kernels.ops.velocity_definition import (
+    coefficients_of,
+    defined_interpolate,
+    defined_velocity_loss,
+    pixel_scale_and_shift,
+)
 from uniflow_kernels.source import Source
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -88,7 +94,10 @@ def interpolate_from(source: Source, t: Tensor, columns: int | None, dtype: torc
         dtype = images.dtype if images.is_floating_point() else torch.float32 if x0 is None else x0.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
-    return interpolate_op(source, t, _check_columns(columns, rows), dtype)
+    columns = _check_columns(columns, rows)
+    if is_left_to_torch("interpolate", images.device):
+        return defined_interpolate(source, t, columns, dtype)
+    return interpolate_op(source, t, columns, dtype)
 
 
 def velocity_loss(
@@ -163,6 +172,8 @@ def velocity_loss_from(
         raise ValueError(
             'weights: expected constants; to learn them, multiply the losses of reduction="none" with them'
         )
+    if is_left_to_torch("velocity_loss", velocity.device):
+        return defined_velocity_loss(source, velocity, weights, mask, reduction)
     with_gradient = wants_gradient((velocity, source.images, source.noise))
     return velocity_loss_op(source, velocity, weights, mask, reduction, with_gradient)
 
@@ -221,17 +232,6 @@ def _check_columns(columns: int | None, rows: tuple[int, int, int]) -> int:
 
 
 # --- in plain PyTorch ---
-
-
-def pixel_scale_and_shift(source: Source) -> Tensor | None:
-    """[C, 2] in float32, on the images' device: a pixel p becomes scale*p + shift. None where nothing is to do."""
-    images, mean, std = source.images, source.mean, source.std
-    if mean is None and images.dtype != torch.uint8:
-        return None
-    channels = images.shape[1]
-    unit = 255.0 if images.dtype == torch.uint8 else 1.0
-    normalization = zip(mean or [0.0] * channels, std or [1.0] * channels, strict=True)
-    return per_channel(tuple((1 / (unit * s), -m / s) for m, s in normalization), images)
 
 
 def plain_interpolate(source: Source, t: Tensor, x_t: Tensor) -> None:
@@ -386,7 +386,7 @@ interpolate_op = register(
 def _velocity_loss(
     source: Source, velocity: Tensor, weights: Tensor | None, mask: Tensor | None, reduction: str, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    coefficients = _coefficients(source.rows, weights, mask, reduction)
+    coefficients = coefficients_of(source.rows, weights, mask, reduction)
     kept_small = with_gradient and velocity.dtype == torch.float16
     if kept_small:
         coefficients, power = split(coefficients)
@@ -401,25 +401,6 @@ def _velocity_loss(
     if kept_small:
         losses.mul_(power)
     return losses if reduction == "none" else losses.sum(), gradient
-
-
-def _coefficients(
-    rows: tuple[int, int, int], weights: Tensor | None, mask: Tensor | None, reduction: str
-) -> Tensor | float:
-    """What each token's sum of squared errors is multiplied by: [k*B, N] in float32, or one number for all."""
-    batch, tokens, length = rows
-    each = 1 / max(1, length)
-    if weights is None and mask is None:
-        over = batch * tokens if reduction == "mean" else 1
-        return each / max(1, over)
-    if mask is None:
-        assert weights is not None
-        over = max(1, weights.numel()) if reduction == "mean" else 1
-        return weights.float() * (each / over)
-    # where, since a token that does not count may have any weight
-    coefficients = mask.float() if weights is None else weights.float().where(mask, 0)
-    coefficients = coefficients * each
-    return coefficients / mask.sum().clamp(min=1) if reduction == "mean" else coefficients
 
 
 def _velocity_loss_fake(
@@ -443,7 +424,7 @@ def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
 def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     gradient, images, weights, mask = ctx.saved_tensors
     if ctx.in_float16:
-        coefficients = _coefficients(ctx.rows, weights, mask, ctx.reduction)
+        coefficients = coefficients_of(ctx.rows, weights, mask, ctx.reduction)
         if not isinstance(coefficients, Tensor):
             coefficients = incoming.new_full((), coefficients)
         incoming = incoming * power_of(coefficients)
