@@ -127,6 +127,8 @@ def saved_bytes(trial: Trial) -> int:
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        if tensor._is_zerotensor():  # of forward-mode derivatives: it has no memory
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()

@@ -60,4 +60,4 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type == "cpu"
+    return isinstance(value, Tensor) and value.device.type == "cpu" and not value._is_zerotensor()  # of no memory

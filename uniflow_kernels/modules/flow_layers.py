@@ -6,12 +6,14 @@ Everything is applied to the last dimension; the others may have any number and 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, final_norm, flow_block, layer_norm, swiglu
+from uniflow_kernels.ops.flow_tangents import Dual, Rules
 from uniflow_kernels.torch_private import children_of, parameters_of
 
 
@@ -48,12 +50,48 @@ class TimestepEmbedding(nn.Module):
         Raises:
             TypeError: if t is complex.
         """
+        angles = self._angles(t)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
+
+    def with_tangent(self, t: Tensor, dt: Tensor, rules: Rules) -> Dual:
+        """The same with its derivative along dt, of t's shape."""
+        angles = self._angles(t)
+        cos, sin = angles.cos(), angles.sin()
+        along = torch.cat([-sin, cos], dim=-1) * self._angles(dt).repeat((1,) * dt.ndim + (2,))
+        first, last = (affine_of(cast(nn.Module, children_of(self.mlp)[place])) for place in ("0", "2"))
+        sinusoids = Dual(torch.cat([cos, sin], dim=-1).to(self.dtype), along.to(self.dtype))
+        return rules.linear(rules.silu(rules.linear(sinusoids, first)), last)
+
+    def _angles(self, t: Tensor) -> Tensor:
+        """Every frequency times t [...]: [..., 128]."""
         if t.is_complex():
             raise TypeError(f"t: expected real numbers, got {t.dtype}")
         exponents = torch.arange(self.frequencies // 2, dtype=torch.float32, device=t.device) / (self.frequencies // 2)
         times = t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(-1)
-        angles = times * torch.exp(-math.log(self.max_period) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
+        return times * torch.exp(-math.log(self.max_period) * exponents)
+
+
+class IntervalEmbedding(nn.ModuleList):
+    """The mean of two embeddings: of the time where a step begins and of the one where it ends.
+
+    Source: `SimpleMLPAdaLN` with two time conditions of pocket-tts (Kyutai), whose parameter names it has.
+    """
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__(TimestepEmbedding(width, bias) for _ in range(2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [..., 2] -> [..., W]."""
+        begin, end = (embed(at) for embed, at in zip(self, t.unbind(-1), strict=True))
+        return (begin + end) / 2
+
+    def with_tangent(self, t: Tensor, dt: Tensor, rules: Rules) -> Dual:
+        """The same with its derivative along dt, of t's shape."""
+        both = zip(cast(Iterable[TimestepEmbedding], self), t.unbind(-1), dt.unbind(-1), strict=True)
+        begin, end = (embed.with_tangent(at, along, rules) for embed, at, along in both)
+        total = rules.sum(begin, end)
+        assert total.tangent is not None
+        return Dual(total.value / 2, total.tangent / 2)
 
 
 class SwiGLU(nn.Module):

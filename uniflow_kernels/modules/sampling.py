@@ -16,7 +16,7 @@ from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 from uniflow_kernels.ops.noise import where_drawn
-from uniflow_kernels.solvers import Plan, Update, guide, last_update
+from uniflow_kernels.solvers import Plan, Update, guide, last_update, schedule_steps
 from uniflow_kernels.torch_private import has_autocast, is_any_hooked, is_forward_hooked, parameters_of
 
 
@@ -27,6 +27,7 @@ class Head(Protocol):
     out_channels: int
     z_channels: int
     form: Form
+    times: int
     precision: str | None
     cond_embed: nn.Linear
     input_proj: nn.Linear
@@ -34,7 +35,7 @@ class Head(Protocol):
 
     @property
     def time_embed(self) -> nn.Module:
-        """t [...] -> [..., W]."""
+        """t [...], or [..., 2] of a head of two times -> [..., W]."""
         ...
 
     @property
@@ -69,6 +70,8 @@ class _FinalLayer(Protocol):
     linear: nn.Linear
 
 
+Time = float | tuple[float, float]  # of a head of two times where a step begins and ends
+
 # At most so many rows of modulations are made at a time: products of more rows gain nothing, and memory is bounded
 # whatever the steps. At width W and depth D it is 256 * (3 D + 2) * W values, a seventh of the weights at W = 1024.
 ROWS_AHEAD = 256
@@ -83,7 +86,7 @@ class Conditioned:
     Args:
         head: what is sampled.
         condition: [..., z_channels].
-        times: as the head takes them, in the order in which they come or the other way round.
+        times: as the head takes them, in the order in which they come or the other way round; pairs for two times.
         null_condition: what guidance leads away from: [..., z_channels], or [1, z_channels] for all rows, whose
             modulations are then one row; None without guidance.
         ahead: False where no memory is to be held for modulations made together.
@@ -94,7 +97,7 @@ class Conditioned:
         self,
         head: Head,
         condition: Tensor,
-        times: Sequence[float],
+        times: Sequence[Time],
         null_condition: Tensor | None = None,
         ahead: bool = True,
         precision: str | None = None,
@@ -104,19 +107,20 @@ class Conditioned:
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
-        on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=condition.device) for t in times])
-        self.embedded = head.time_embed(on_device)
+        numbers = [number for time in times for number in (time if isinstance(time, tuple) else (time,))]
+        on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=condition.device) for t in numbers])
+        self.embedded = head.time_embed(on_device.unflatten(0, (-1, 2)) if head.times == 2 else on_device)
         self.index = {time: i for i, time in enumerate(times)}
         self.ahead = _Ahead.of(head, self.embedded, self.c, self.null, self.quantized) if ahead else None
 
-    def __call__(self, x: Tensor, time: float) -> Tensor:
+    def __call__(self, x: Tensor, time: Time) -> Tensor:
         """The head's output at x [..., in_channels], which is brought to the head's dtype, and one of the times."""
         x, i = x.to(self.c.dtype), self.index[time]
         if self.ahead is not None and self.ahead.serves(x):
             return self.ahead.alone(x, i)
         return self.head.from_embedding(x, self.embedded[i] + self.c, self.quantized)
 
-    def both(self, x: Tensor, time: float) -> list[Tensor]:
+    def both(self, x: Tensor, time: Time) -> list[Tensor]:
         """The outputs under the condition and under the null condition, in one pass."""
         assert self.null is not None
         x, i = x.to(self.c.dtype), self.index[time]
@@ -241,6 +245,8 @@ def start(
         TypeError, ValueError: as `FlowHead.sample` says.
     """
     plan.check()
+    if head.times == 2 and plan.solver != "euler":
+        raise ValueError(f"solver: expected euler, since the head knows where a step ends, got {plan.solver}")
     if condition.ndim == 0 or condition.shape[-1] != head.z_channels:
         raise ValueError(f"condition: expected shape [..., {head.z_channels}], got {tuple(condition.shape)}")
     if head.out_channels != head.in_channels:
@@ -298,13 +304,15 @@ def follow(
         null_condition = None
     elif null_condition is None:
         null_condition = condition.new_zeros(1, condition.shape[-1])
-    times = [time_scale * t for t in plan.times()]
-    conditioned = Conditioned(head, condition, times, null_condition, ahead, precision)
+    times: dict[float, Time] = {t: time_scale * t for t in plan.times()}
+    if head.times == 2:
+        times = {t: (time_scale * t, time_scale * (t + dt)) for t, dt in schedule_steps(plan.steps, plan.schedule)}
+    conditioned = Conditioned(head, condition, list(times.values()), null_condition, ahead, precision)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if not plan.guides_at(t):
-            return conditioned(x, time_scale * t)
-        v, null_velocity = conditioned.both(x, time_scale * t)
+            return conditioned(x, times[t])
+        v, null_velocity = conditioned.both(x, times[t])
         return guide(v, null_velocity, plan.cfg)
 
     return last_update(velocity, noise, plan.steps, plan.schedule, plan.solver)
