@@ -7,14 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-BEGAN = time.monotonic()  # importing torch takes part of the minutes that a machine is lent for
-
 try:
     import torch
 except ModuleNotFoundError:
     sys.exit("benchmarks: this Python has no torch; name one that has it, as in `make gpu PYTHON=.venv/bin/python`")
 
-from benchmarks import choices, gpu, report, results
+from benchmarks import BEGAN, choices, gpu, report, results
 from benchmarks.cases import UnknownCaseError, select
 from benchmarks.compare import compare
 from benchmarks.run import Plan, run
