@@ -87,6 +87,14 @@ class UniFlowObjective(nn.Module):
         self.layer_weights = check_layer_weights(layer_weights)
         self.chunk_tokens = chunk_tokens
 
+    def lower_frozen(self, dtype: torch.dtype) -> None:
+        """Let the teacher run in a lower precision than float32, if it is an `EncoderTeacher` in that.
+
+        The teacher that was given stays as it is: see `EncoderTeacher.lowered`.
+        """
+        if isinstance(self.teacher, EncoderTeacher) and self.teacher.dtype == torch.float32:
+            self.teacher = self.teacher.lowered(dtype)
+
     def forward(self, images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
         """The losses of a batch.
 

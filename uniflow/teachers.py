@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from uniflow.checkpoint import as_dtype
 from uniflow.encoder import LayerStack
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
+from uniflow.transformer import TransformerLayer
+from uniflow_kernels.torch_private import has_autocast
 
 
 class EncoderTeacher(nn.Module):
-    """A frozen encoder; always in evaluation mode.
+    """A frozen encoder; always in evaluation mode, and in its own precision under autocast if it has a lower one.
 
     Any module with a `states(images)` that yields the outputs of layers 1..L, [B, prefix_tokens + N, D], and with
     `prefix_tokens` can stand in for it.
@@ -35,8 +38,9 @@ class EncoderTeacher(nn.Module):
 
     @classmethod
     def copy_of(cls, model: UniFlow, dtype: torch.dtype | None = None) -> EncoderTeacher:
-        """The encoder of a UniFlow as it is now."""
-        return cls(copy.deepcopy(model.embeddings), copy.deepcopy(model.encoder), dtype)
+        """The encoder of a UniFlow as it is now; for `dtype` see `lowered`."""
+        made = cls(copy.deepcopy(model.embeddings), copy.deepcopy(model.encoder))
+        return made if dtype is None else made._lower(dtype)
 
     @classmethod
     def from_pretrained(
@@ -52,6 +56,21 @@ class EncoderTeacher(nn.Module):
         pretrained = pretrained_encoder(source, mean, std, weights)
         return cls(pretrained.embeddings, pretrained.encoder, chosen)
 
+    def lowered(self, dtype: torch.dtype) -> EncoderTeacher:
+        """A copy in another dtype, its weights cast once, LayerScale folded into the projections before it."""
+        return copy.deepcopy(self)._lower(dtype)
+
+    def _lower(self, dtype: torch.dtype) -> EncoderTeacher:
+        for layer in self.encoder.layers:
+            if isinstance(layer, TransformerLayer):
+                layer.fold_layer_scale()
+        return self.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.encoder.parameters()).dtype
+
     @property
     def prefix_tokens(self) -> int:
         """How many tokens come before those of the patches."""
@@ -63,17 +82,31 @@ class EncoderTeacher(nn.Module):
 
     def states(self, images: Tensor) -> Iterator[Tensor]:
         """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient."""
-        return self.encoder.states(self._embed(images))
+        with self._own_precision(images):
+            states = self.encoder.states(self._embed(images))
+        for _ in self.encoder.layers:
+            with self._own_precision(images):
+                state = next(states)
+            yield state
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, C, H, W] to the L+1 states [B, prefix_tokens + N, D] of the encoder."""
-        return self.encoder(self._embed(images))
+        with self._own_precision(images):
+            return self.encoder(self._embed(images))
 
     @torch.no_grad()
     def last(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] to the output of the last layer."""
-        return self.encoder.last(self._embed(images))
+        with self._own_precision(images):
+            return self.encoder.last(self._embed(images))
 
     def _embed(self, images: Tensor) -> Tensor:
-        return self.embeddings(images.to(next(self.encoder.parameters()).dtype))
+        return self.embeddings(images.to(self.dtype))
+
+    def _own_precision(self, images: Tensor) -> AbstractContextManager[object]:
+        """No autocast for what is in a lower precision already: it would make norms in float32 and cast them back."""
+        kind = images.device.type
+        if self.dtype == torch.float32 or not has_autocast(kind):
+            return nullcontext()
+        return torch.autocast(kind, enabled=False)

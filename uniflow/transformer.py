@@ -54,8 +54,9 @@ class DropPath(nn.Module):
         """[B, ...] -> [B, ...], the kept samples scaled by 1/(1 - rate)."""
         if not self.training or self.rate == 0:
             return x
-        kept = x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * (kept / (1 - self.rate))
+        # compared and divided: of bernoulli_(rate) torch.compile would make a graph for every layer's rate
+        drawn = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), dtype=torch.float32, device=x.device)
+        return x * ((drawn >= self.rate) / (1 - self.rate)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -144,6 +145,16 @@ class TransformerLayer(nn.Module):
             self.ls2 = nn.Parameter(torch.full((width,), layer_scale))
         self.drop_path1 = DropPath(drop_path)
         self.drop_path2 = DropPath(drop_path)
+
+    @torch.no_grad()
+    def fold_layer_scale(self) -> None:
+        """Multiply LayerScale into the weights of the projection before it: the same function without a scale."""
+        for name, projection in (("ls1", self.attn.proj), ("ls2", self.mlp.fc2)):
+            scale = getattr(self, name)
+            if scale is not None:
+                projection.weight.mul_(scale[:, None])
+                projection.bias.mul_(scale)
+                setattr(self, name, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import GOLDEN, smooth_picture
 from uniflow import UniFlow
 from uniflow.cli import run
+from uniflow.cli.inputs import Named, load_checkpoint
 from uniflow.pictures import center_crop, open_picture
 
 CHECKPOINT = ["--checkpoint", str(GOLDEN)]
@@ -114,6 +116,22 @@ def test_the_options_reach_the_model(capsys, picture_folder, tmp_path):
     for name, options in variants.items():
         ok(capsys, "reconstruct", *one, *options, "--out", tmp_path / name)
     assert len({(tmp_path / name / "a.png").read_bytes() for name in variants}) == len(variants)
+
+
+def test_what_float32_costs_is_said_on_a_gpu(capsys):
+    """Unless float32 is asked for; here of models that only say where they are."""
+
+    def said(device, stored, dtype="auto"):
+        model = SimpleNamespace(device=torch.device(device), dtype=stored)
+        load_checkpoint(lambda *_, **__: model, Named(GOLDEN), "cpu", dtype)
+        return capsys.readouterr().err
+
+    assert said("cuda", torch.float32).startswith(
+        "uniflow: computes in float32, as the checkpoint is: --dtype bfloat16"
+    )
+    assert not said("cuda", torch.bfloat16)
+    assert not said("cuda", torch.float32, "float32")
+    assert not said("cpu", torch.float32)
 
 
 def test_pictures_in_less_memory_are_the_same(capsys, picture_folder, tmp_path):

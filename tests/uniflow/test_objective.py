@@ -131,6 +131,42 @@ def test_a_teacher_in_bfloat16(tiny):
     assert next(rounded.teacher.parameters()).dtype == torch.bfloat16
 
 
+def test_a_lowered_teacher_has_its_layer_scale_in_the_projections(tiny, within_twice):
+    """The same function, as good in bfloat16 as the layers as they were; the teacher that was given stays as it is."""
+    student = tiny(num_hidden_layers=6)
+    images = batch()[0]
+    exact = student.double().hidden_states(images.double())
+    folded = EncoderTeacher.copy_of(student, torch.float64)
+    assert not any(name.endswith((".ls1", ".ls2")) for name in folded.state_dict())
+    for ours, theirs in zip(folded(images), exact, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-13 * theirs.abs().max()
+
+    teacher = EncoderTeacher.copy_of(student.float())
+    before = copy.deepcopy(teacher.state_dict())
+    lowered = teacher.lowered(torch.bfloat16)
+    plain = student.bfloat16().hidden_states(images)
+    for found, rounded, state in zip(lowered(images), plain, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        within_twice(found, rounded, state)
+    assert teacher.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_lowered_teacher_has_no_part_in_autocast(tiny):
+    """In which its norms would be made in float32 and cast back."""
+    teacher = EncoderTeacher.copy_of(tiny(), torch.bfloat16)
+    seen = []
+    teacher.encoder.layers[1].norm1.register_forward_hook(lambda *values: seen.append(values[-1].dtype))
+    images = batch()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [*teacher.states(images), teacher.last(images), teacher(images)[-1]]
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [torch.bfloat16] * 3
+    expected = [*teacher.states(images)]
+    for ours, theirs in zip(found, [*expected, expected[-1], expected[-1]], strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(("layers", "message"), [(2, "gives 1 layers, expected"), (4, "gives more layers than")])
 def test_a_teacher_of_another_depth(tiny, layers, message):
     with pytest.raises(ValueError, match=f"^teacher: {message} the student's 2"):

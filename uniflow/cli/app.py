@@ -260,6 +260,7 @@ def show(
     ] = None,
     cfg: Cfg = 2.0,
     seed: Seed = 0,
+    dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -267,7 +268,7 @@ def show(
     from uniflow.cli.inputs import Named
     from uniflow.cli.show import show
 
-    show(picture, Named(checkpoint, weights), out, teacher, cfg, seed, device, force)
+    show(picture, Named(checkpoint, weights), out, teacher, cfg, seed, dtype, device, force)
 
 
 @app.command()

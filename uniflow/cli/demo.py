@@ -64,7 +64,8 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
     model = UniFlow(UniFlowConfig.preset("tiny")).to(chosen)
     size = model.config.image_size
     crops = RandomCrops(PictureList(trained_on), size, seed)
-    recipe = Recipe((Stage(steps=20_000, seconds=seconds, learning_rate=4e-3),), batch_size=BATCH, seed=seed)
+    stage = Stage(steps=20_000, seconds=seconds, learning_rate=4e-3)
+    recipe = Recipe((stage,), batch_size=BATCH, seed=seed, compile=False)  # which takes some of so few seconds
     with TrainingBar() as bar:
         losses = Trainer(UniFlowObjective(model, distill_weight=0.0), crops, recipe, logs=[bar]).run()
 

@@ -8,15 +8,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
+from uniflow.cli.printing import notice
 from uniflow.hub import local_folder
 from uniflow.model import UniFlow
 from uniflow.reading import shown
 
-M = TypeVar("M")
+
+class _Model(Protocol):
+    """UniFlow, UniFluid."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+M = TypeVar("M", bound=_Model)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_MESSAGE = 600
@@ -77,7 +88,10 @@ def load_model(checkpoint: Named, device: str, dtype: str) -> UniFlow:
 
 
 def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtype: str) -> M:
-    """Read a model of any kind by its `from_pretrained`; the dtype "auto" is that of the file."""
+    """Read a model of any kind by its `from_pretrained`; the dtype "auto" is that of the file.
+
+    Where that is float32 on a GPU, what it costs is said.
+    """
     own = _choose_dtype(dtype)
     chosen = choose_device(device)
     with explained():
@@ -85,7 +99,13 @@ def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtyp
     if not folder.is_dir():
         raise InputError(f"no such checkpoint folder: {folder}")
     with explained():
-        return read(folder, chosen, own, weights=checkpoint.weights)
+        model = read(folder, chosen, own, weights=checkpoint.weights)
+    if own is None and model.device.type == "cuda" and model.dtype == torch.float32:
+        notice(
+            "computes in float32, as the checkpoint is: --dtype bfloat16 takes half the memory and lets a GPU multiply "
+            "on its tensor cores, at bfloat16's precision; --dtype float32 keeps this line away"
+        )
+    return model
 
 
 def check_finite(name: str, value: float) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -85,7 +85,7 @@ def train_as_written(
         with _alone(out, processes):
             start = processes.from_first(lambda: _start(out, resume, force))
             with explained():
-                recipe = run.recipe.on(own_device.type, None if start is None else _precision_of(start))
+                recipe = run.recipe.on(own_device.type, None if start is None else _recipe_of(start))
                 if own_device.type == "cuda" and processes.first and (costs := costs_of(recipe)):
                     notice(f"a GPU would be faster with {costs}")
                 trained = build(run, own_device, processes)
@@ -114,9 +114,9 @@ def costs_of(recipe: Recipe) -> str:
     return ", ".join(key for key, applies in faster.items() if applies)
 
 
-def _precision_of(start: Path) -> str | None:
+def _recipe_of(start: Path) -> dict[str, Any]:
     """What a run had that is gone on with, so that it stays so where the file leaves it open."""
-    return read_settings(start, read_progress(start))["recipe"].get("precision")
+    return read_settings(start, read_progress(start))["recipe"]
 
 
 def _resume(trainer: Trainer, start: Path) -> None:

@@ -24,7 +24,15 @@ _STEPS = (1, 4)
 
 
 def show(
-    picture: Path, checkpoint: Named, out: Path, teacher: Path | None, cfg: float, seed: int, device: str, force: bool
+    picture: Path,
+    checkpoint: Named,
+    out: Path,
+    teacher: Path | None,
+    cfg: float,
+    seed: int,
+    dtype: str,
+    device: str,
+    force: bool,
 ) -> None:
     """Write the sheet to `out`."""
     if find_spec("matplotlib") is None:
@@ -33,7 +41,7 @@ def show(
         raise InputError(f"--out: expected a file called *{', *'.join(_SUFFIXES)}, got {out}")
     check_outputs([out], force)
     opened = read_picture(picture)
-    model = load_model(checkpoint, device, "auto")
+    model = load_model(checkpoint, device, dtype)
     original = to_tensor(center_crop(opened, model.config.image_size))
     images = normalize(original[None].to(model.device))
     with explained(), torch.inference_mode():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from uniflow.reading import read_yaml, shown
+from uniflow_kernels.triton_kernels import why_not_launched
 
 # read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
 NO_UNKNOWN_KEYS = {"extra": "forbid"}
@@ -69,9 +71,11 @@ class Recipe:
         betas: of AdamW.
         max_gradient_norm: gradients are scaled down to it.
         ema_decay: of an exponential moving average of the parameters, kept and validated where given.
-        precision: "bfloat16" runs the forward pass under autocast; parameters and their updates stay in their dtype.
-            "auto" is bfloat16 on CUDA and float32 elsewhere, see `on`.
-        compile: run the objective through torch.compile.
+        precision: "bfloat16" runs the forward pass under autocast, and what is frozen beside the student in bfloat16;
+            parameters and their updates stay in their dtype. "auto" is bfloat16 on CUDA and float32 elsewhere, see
+            `on`.
+        compile: run the student's layers and those of their kind (the teacher's) through torch.compile, which makes one
+            of all that are alike. "auto" does where Triton can start kernels on CUDA.
         parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
         seed: of what the objective draws, times and noise (that of crops belongs to the data).
         workers: processes that read samples, for each process that trains.
@@ -89,7 +93,7 @@ class Recipe:
     max_gradient_norm: float = 1.0
     ema_decay: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     workers: int = 0
@@ -109,18 +113,27 @@ class Recipe:
         _at_most(self, 2**63 - 1, "seed")
         _above_zero(self, "max_gradient_norm")
         _one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        _one_of(self, "compile", ("auto", False, True))
         _one_of(self, "parallel", ("ddp", "fsdp"))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected numbers from 0 and below 1, got {self.betas}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected a number between 0 and 1, got {self.ema_decay}")
 
-    def on(self, device: str, before: str | None = None) -> Recipe:
-        """The recipe with what "auto" stands for: what a run had `before`, or else the choice for a kind of device."""
-        if self.precision != "auto":
-            return self
-        half = before == "bfloat16" if before in ("float32", "bfloat16") else device == "cuda"
-        return replace(self, precision="bfloat16" if half else "float32")
+    def on(self, device: str, before: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe with what "auto" stands for.
+
+        Args:
+            device: kind of device, "cuda" or another.
+            before: recipe of the run that is gone on with, as its checkpoint has it: what was chosen stays.
+        """
+        on_gpu = device == "cuda"
+        chosen: dict[str, Any] = {
+            "precision": "bfloat16" if on_gpu else "float32",
+            "compile": on_gpu and why_not_launched() is None,
+        }
+        chosen |= {name: value for name, value in (before or {}).items() if name in chosen and value != "auto"}
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) == "auto"})
 
     def micro_batches(self, world: int) -> tuple[int, int]:
         """Number and size of the micro-batches that each of `world` processes goes through in a step.
@@ -277,6 +290,6 @@ def _above_zero(recipe: object, name: str) -> None:
         raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
-def _one_of(recipe: object, name: str, allowed: tuple[str, ...]) -> None:
+def _one_of(recipe: object, name: str, allowed: tuple[str | bool, ...]) -> None:
     if getattr(recipe, name) not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(recipe, name)!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(recipe, name)!r}")

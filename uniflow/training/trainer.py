@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from uniflow.checkpoint import CheckpointError
 from uniflow.data import Batch, Positions, Samples, load
 from uniflow.training.changes import check_alike, described, differences, place_in, settings_of
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
@@ -89,13 +90,15 @@ class Trainer:
         self.objective = objective
         self.student = student_of(objective)
         self.samples = samples
+        self._asked = recipe
         recipe = self.recipe = recipe.on(self.student.device.type)
         self.out = out
         self.logs = list(logs)
         self.validator = validator
         self.processes = processes or Processes()
         self.device = self.student.device
-        self.settings = settings_of(recipe, settings or {})
+        self._others = settings or {}
+        self.settings = settings_of(recipe, self._others)
         check_alike(self.settings, self.processes)
         self.micro_batches, self.micro_batch_size = recipe.micro_batches(self.processes.world)
         self.checkpoints = Checkpoints(out / "checkpoints", recipe.keep, self.processes) if out else None
@@ -110,12 +113,10 @@ class Trainer:
             (), dtype=torch.float32, device=self.device
         )  # 1 from the first step that is not finite
         self._stop = False
-        self._peak = peak_flops(self.device) if recipe.precision == "bfloat16" else None
+        self._peak = peak_flops(self.device)  # in bfloat16
         self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of a sample
         if recipe.parallel == "fsdp":
             shard(objective, recipe.precision, self.processes)
-        if recipe.compile:
-            objective.compile()
         self.average = MovingAverage(self.student, recipe.ema_decay) if recipe.ema_decay is not None else None
         self._start_stage()
 
@@ -127,6 +128,7 @@ class Trainer:
                 the random states are then in `out`/failure-STEP.
             ProcessLostError: if a process that reads samples has been killed.
         """
+        self._prepare()
         self._images, self._since = 0, time.perf_counter()
         self._stage_began = self._since - self.progress.stage_seconds
         positions = Positions(
@@ -156,6 +158,19 @@ class Trainer:
     def stop(self) -> None:
         """Finish the step under way, save, and return from `run`; for signal handlers."""
         self._stop = True
+
+    def _prepare(self) -> None:
+        """What waits until it is known how the run goes on: the precision of what is frozen, and compiled layers."""
+        lower: Any = getattr(self.objective, "lower_frozen", None)
+        if self.recipe.precision != "bfloat16":
+            self._peak = None
+        elif lower is not None:
+            lower(torch.bfloat16)
+        if self.recipe.compile:
+            kinds = {type(layer) for layer in self.student.layers()}
+            for module in self.objective.modules():
+                if type(module) in kinds:
+                    module.compile()
 
     def _advance(self) -> bool:
         """A step and what is due after it, or False if the run shall stop."""
@@ -351,7 +366,8 @@ class Trainer:
     def resume(self, folder: Path) -> str:
         """Go on from a checkpoint when `run` is called.
 
-        The stage under way, or the last one of a finished run, goes on to the end of the budget that it has now.
+        The stage under way, or the last one of a finished run, goes on to the end of the budget that it has now. What
+        the recipe leaves open ("auto") stays as it was.
 
         Returns:
             What else the checkpoint's run was made with, as in "recipe.stages.0.steps (9, was 6)"; empty if it was the
@@ -363,6 +379,7 @@ class Trainer:
         """
         progress = read_progress(folder)
         there = read_settings(folder, progress)
+        self._keep_choices(there, folder)
         differing = differences(there, self.settings)
         stages = len(there["recipe"]["stages"])
         self.progress, begun = place_in(self.recipe, differing, progress, stages, folder)
@@ -372,11 +389,23 @@ class Trainer:
         self.latest, self._saved = folder, self.progress.step
         return described(differing)
 
+    def _keep_choices(self, there: dict[str, Any], folder: Path) -> None:
+        recipe = self._asked.on(self.device.type, there["recipe"])
+        if recipe.parallel == "fsdp" and recipe.precision != self.recipe.precision:
+            raise CheckpointError(
+                f"{folder} is of a run in {recipe.precision}, and the parameters are sharded for one in "
+                f"{self.recipe.precision}: say recipe.precision"
+            )
+        self.recipe, self.settings = recipe, settings_of(recipe, self._others)
+
     def validate(self) -> None:
         """Score the student, with its averaged parameters where they are kept, and tell the logs."""
         if self.validator is None:
             return
-        with self._off_the_clock(), averaged(self.average), gathered(self.objective), torch.no_grad(), self._autocast():
+        # compiled layers would be compiled again for pictures that are scored once in a while
+        eager = torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext()
+        off, averages, whole = self._off_the_clock(), averaged(self.average), gathered(self.objective)
+        with off, averages, whole, eager, torch.no_grad(), self._autocast():
             self.student.eval()
             validation = self.validator.score(self.student, self.progress.step, self.processes)
             self.student.train()

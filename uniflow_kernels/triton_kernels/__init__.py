@@ -59,6 +59,8 @@ def why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
 @lru_cache
 def why_not_launched() -> str | None:
     """Why Triton can start no kernel here: before 3.8 it compiles what starts each in C. None where it can."""
+    if not _INSTALLED:
+        return "Triton is not installed"
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):

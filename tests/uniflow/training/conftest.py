@@ -14,7 +14,7 @@ from uniflow.training.logs import Log
 WIDTH = 48
 
 
-def small_objective(seed: int = 0, **options: object) -> UniFlowObjective:
+def small_objective(seed: int = 0, layers: int = 1, drop_path: float = 0.0, **options: object) -> UniFlowObjective:
     """A model of one layer each, 16 px in patches of 4."""
     torch.manual_seed(seed)
     config = UniFlowConfig.preset(
@@ -23,8 +23,9 @@ def small_objective(seed: int = 0, **options: object) -> UniFlowObjective:
         hidden_size=WIDTH,
         vit_hidden_size=WIDTH,
         intermediate_size=WIDTH,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_decoder_layers=1,
+        drop_path_rate=drop_path,
     )
     return UniFlowObjective(UniFlow(config), **{"distill_weight": 0.5, **options})
 

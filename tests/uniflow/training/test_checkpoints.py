@@ -51,6 +51,21 @@ def test_a_resumed_run_is_the_one_that_never_stopped(make, tmp_path, options):
         assert again.progress.samples == whole.progress.samples == 28
 
 
+def test_a_run_in_float32_goes_on_in_it_where_a_new_one_would_not(make, tmp_path, monkeypatch):
+    """As on CUDA, where a recipe that leaves precision and compilation open means bfloat16 and compiled layers."""
+    stages = Stage(4, warmup_steps=0)
+    make(stages, out=tmp_path, save_every=2, precision="float32", compile=False).run()
+    whole = make(stages, precision="float32").run()
+    on = Recipe.on
+    monkeypatch.setattr(Recipe, "on", lambda recipe, _, before=None: on(recipe, "cuda", before))
+    trainer = make(stages, out=tmp_path)
+    assert trainer.recipe.precision == "bfloat16"
+    assert trainer.resume(tmp_path / "checkpoints" / "step-00000002") == "recipe.save_every (1000, was 2)"
+    assert trainer.run() == whole[2:]
+    settings = json.loads((tmp_path / "checkpoints" / "step-00000004" / "run.json").read_text())
+    assert (settings["recipe"]["precision"], settings["recipe"]["compile"]) == ("float32", False)
+
+
 def test_the_files_of_a_checkpoint(make, tmp_path):
     trainer = make(*STAGES, out=tmp_path, ema_decay=0.9, save_every=5)
     trainer.run()

@@ -100,9 +100,13 @@ def test_one_goes_on_from_the_shards_of_two(folder, monkeypatch):
             made, heard = two.trainer(processes, folder / f"fsdp-alone-{step}", parallel="fsdp")
             made.resume(folder / "fsdp" / "checkpoints" / f"step-{step:08}")
             assert two.results(made, heard)["losses"] == pytest.approx(read(folder, "alone")["losses"][step:], rel=1e-5)
+        half = folder / "half" / "checkpoints" / "step-00000006"
+        with pytest.raises(CheckpointError, match=r"of a run in bfloat16, and .* for one in float32: say recipe.prec"):
+            made.resume(half)
+        made, _ = two.trainer(processes, folder / "half-alone", parallel="fsdp", precision="bfloat16")
         # averages that were not kept cannot go on
         with pytest.raises(CheckpointError, match=r"another recipe.ema_decay .0.9, was none.: it has no"):
-            made.resume(folder / "half" / "checkpoints" / "step-00000006")
+            made.resume(half)
 
 
 def test_mixed_precision(folder):

@@ -6,6 +6,7 @@ import pytest
 
 from uniflow.cli.runs import costs_of
 from uniflow.training import Recipe, Stage
+from uniflow.training import recipe as module
 from uniflow.training.recipe import Run, read_run
 
 RUN = """
@@ -72,6 +73,7 @@ def test_errors_name_the_key(tmp_path, old, new, message):
         {"batch_size": 0},
         {"precision": "float16"},
         {"parallel": "tp"},
+        {"compile": "whole"},
         {"max_gradient_norm": 0},
         {"max_gradient_norm": float("inf")},
         {"weight_decay": float("inf")},
@@ -99,20 +101,32 @@ def test_micro_batches_of_the_processes():
         recipe.micro_batches(3 * 2)
 
 
-def test_what_auto_stands_for():
-    recipe = Recipe((Stage(1),))
-    assert recipe.precision == "auto"
-    assert [recipe.on(device).precision for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
-    assert recipe.on("cuda", before="float32").precision == "float32"  # a run goes on as it was
-    said = Recipe((Stage(1),), precision="float32")
-    assert said.on("cuda", before="bfloat16") is said
+def test_what_auto_stands_for(monkeypatch):
+    def chosen(recipe, device, before=None):
+        made = recipe.on(device, before)
+        return made.precision, made.compile
+
+    left_open = Recipe((Stage(1),))
+    assert (left_open.precision, left_open.compile) == ("auto", "auto")
+    monkeypatch.setattr(module, "why_not_launched", lambda: None)
+    assert chosen(left_open, "cpu") == ("float32", False)
+    assert chosen(left_open, "cuda") == ("bfloat16", True)
+    # a run goes on as it was
+    assert chosen(left_open, "cuda", {"precision": "float32", "compile": False, "seed": 3}) == ("float32", False)
+    assert chosen(left_open, "cpu", {"precision": "bfloat16", "compile": True}) == ("bfloat16", True)
+    assert left_open.on("cuda", {"seed": 3}).seed == 0
+    said = Recipe((Stage(1),), precision="float32", compile=False)
+    assert said.on("cuda", {"precision": "bfloat16", "compile": True}) == said
+    monkeypatch.setattr(module, "why_not_launched", lambda: "Triton is not installed")
+    assert chosen(left_open, "cuda") == ("bfloat16", False)
 
 
-def test_what_a_gpu_would_gain_is_said():
-    slow = Recipe((Stage(1),), precision="float32")
+def test_what_a_gpu_would_gain_is_said(monkeypatch):
+    slow = Recipe((Stage(1),), precision="float32", compile=False)
     assert [part.split(" (")[0] for part in costs_of(slow).split(", ")] == [
         "precision: bfloat16",
         "compile: true",
         "workers: 4 or more",
     ]
-    assert costs_of(Recipe((Stage(1),), compile=True, workers=4).on("cuda")) == ""
+    monkeypatch.setattr(module, "why_not_launched", lambda: None)
+    assert costs_of(Recipe((Stage(1),), workers=4).on("cuda")) == ""

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from tests.conftest import smooth_picture
 from tests.uniflow.training.conftest import Heard, small_crops, small_objective
-from uniflow import UniFlow
+from uniflow import EncoderTeacher, UniFlow
 from uniflow.data import PictureList, RandomCrops, Sample
 from uniflow.metrics import psnr, ssim
 from uniflow.normalization import normalize, to_uint8
@@ -175,12 +175,39 @@ def test_autocast_and_its_dtypes(make):
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
 
 
-def test_compile_runs_the_objective_compiled(make, monkeypatch):
+def test_layers_are_compiled_once_for_all_that_are_alike(make, monkeypatch, picture_folder):
+    """Whatever their number and their drop path; the scores are computed without."""
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
-    counters.clear()
-    losses = make(steps=2, compile=True).run()
-    assert counters["stats"]["unique_graphs"] >= 1
-    assert losses == pytest.approx(make(steps=2).run(), rel=1e-5)
+
+    def run(layers, **options):
+        torch._dynamo.reset()
+        counters.clear()
+        validator = ReconstructionValidator(sorted(picture_folder.glob("*.png")), batch_size=1)
+        objective = small_objective(layers=layers, drop_path=0.2)
+        losses = make(steps=2, objective=objective, validator=validator, validate_every=1, **options).run()
+        return losses, counters["stats"]["unique_graphs"]
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        losses, graphs = run(9, compile=True)
+    assert graphs == run(3, compile=True)[1] > 0
+    assert losses == run(9, compile=False)[0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_teacher_is_in_the_runs_precision(make, precision):
+    objective = small_objective()
+    given = objective.teacher
+    make(steps=1, objective=objective, precision=precision).run()
+    assert objective.teacher.dtype == getattr(torch, precision)
+    assert given.dtype == torch.float32  # whoever else has it finds it as it was
+    assert all(parameter.requires_grad is False for parameter in objective.teacher.parameters())
+
+
+def test_a_teacher_of_a_precision_of_its_own_stays_in_it(make):
+    own = small_objective()
+    own.teacher = EncoderTeacher.copy_of(own.student, torch.float16)
+    make(steps=1, objective=own, precision="bfloat16").run()
+    assert own.teacher.dtype == torch.float16
 
 
 def test_the_recipe_must_fit(make):
