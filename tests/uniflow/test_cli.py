@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import traceback
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.conftest import GOLDEN, smooth_picture
 from uniflow import UniFlow
-from uniflow.cli import main, run
+from uniflow.cli import run
 from uniflow.cli.inputs import Named, load_checkpoint
 from uniflow.pictures import center_crop, open_picture
 
@@ -529,37 +528,6 @@ def test_an_extra_that_is_missing_later_is_named(capsys, monkeypatch, picture_fo
 
 
 # as processes: a full disk, an interrupt
-
-
-@pytest.fixture
-def forked(tmp_path):
-    """Run the command as a process, after `prepare`; gives its status and what it said on stderr.
-
-    It is forked, so that what takes seconds to import is imported once, and has one thread, as this process meanwhile.
-    """
-
-    def start(prepare, *arguments):
-        said = tmp_path / "stderr"
-        if not (process := os.fork()):
-            status = 1
-            try:
-                sys.stderr = said.open("w", buffering=1)
-                sys.stdout = open(os.devnull, "w")
-                prepare()
-                main([str(argument) for argument in arguments])
-            except SystemExit as end:
-                status = end.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        return status, said.read_text()
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield start
-    torch.set_num_threads(threads)
 
 
 def limit_file_size():
