@@ -12,7 +12,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("benchmarks: this Python has no torch; name one that has it, as in `make gpu PYTHON=.venv/bin/python`")
 
-from benchmarks import choices, gpu, report, results
+from benchmarks import BEGAN, choices, gpu, report, results
 from benchmarks.cases import UnknownCaseError, select
 from benchmarks.compare import compare
 from benchmarks.run import Plan, run
@@ -103,7 +103,7 @@ def _choices(options: argparse.Namespace) -> int:
 
 def _gpu(options: argparse.Namespace) -> int:
     select(options.cases)  # a wrong name is said now, not minutes later
-    return gpu.session(options.cases, options.rehearse)
+    return gpu.session(options.cases, BEGAN, options.rehearse)
 
 
 def _device() -> str:

@@ -9,6 +9,7 @@ that checks every case and times none.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -28,6 +29,7 @@ from benchmarks.results import FOLDER, ROOT, begin, default_path, load, save
 from uniflow_kernels import doctor
 
 BUDGET = 520  # seconds for everything; the command promises 540
+LINGER = 2  # seconds that are waited for the end of what was killed, and for the last of what it said
 GRACE = 10  # seconds between the interrupt, at which a program says what it has, and the kill
 PROCESSES = 6  # of the tests; most of their time is compiling, on the host
 OPTIONAL = ("pytest", "xdist", "matplotlib", "pytest_benchmark", "liger_kernel", "quack", "flash_attn", "pybind11")
@@ -53,9 +55,9 @@ class Step:
 class Session:
     """Runs steps under one time budget, every line to the terminal and to the log at once."""
 
-    def __init__(self, log: IO[str]) -> None:
+    def __init__(self, log: IO[str], began: float) -> None:
         self.log = log
-        self.end = time.monotonic() + BUDGET
+        self.end = began + BUDGET
 
     def say(self, line: str) -> None:
         """One line to the terminal and to the log."""
@@ -87,12 +89,16 @@ class Session:
         )
         ends = {signal.SIGINT: max(0.75 * seconds, seconds - GRACE), signal.SIGKILL: seconds}
         timers = [threading.Timer(after, os.killpg, (process.pid, end)) for end, after in ends.items()]
-        for timer in timers:
-            timer.start()
+        # in a thread, and waited for so long: what left the group keeps the pipe open, and a driver that hangs keeps
+        # a process that was killed
+        reader = threading.Thread(target=self._copy, args=(process.stdout,), daemon=True)
+        status = None
+        for thread in (*timers, reader):
+            thread.start()
         try:
-            for line in process.stdout or ():
-                self.say(line.rstrip("\n"))
-            status = process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(seconds + LINGER)
+            reader.join(LINGER)
         finally:
             stopped = not timers[0].is_alive()
             for timer in timers:
@@ -103,12 +109,17 @@ class Session:
         self.say(f"== {step.name}: {ended} after {time.monotonic() - began:.0f} s")
         return None if stopped else status
 
+    def _copy(self, lines: IO[str]) -> None:
+        for line in lines:
+            self.say(line.rstrip("\n"))
 
-def session(cases: str, rehearse: float = 0.0) -> int:
+
+def session(cases: str, began: float, rehearse: float = 0.0) -> int:
     """Go through all steps; returns 0 if everything went well, else 1.
 
     Args:
         cases: names of those to measure; all if none is given.
+        began: the `time.monotonic()` from which the time is counted.
         rehearse: without a GPU, the seconds for which every test is pretended to run; 0 only collects them.
     """
     on_gpu = torch.cuda.is_available()
@@ -119,7 +130,7 @@ def session(cases: str, rehearse: float = 0.0) -> int:
         path = default_path(file, out)
         save(file, path)
         with path.with_suffix(".log").open("w", encoding="utf-8", buffering=1) as log:
-            return _steps(Session(log), cases, path, on_gpu, rehearse)
+            return _steps(Session(log, began), cases, path, on_gpu, rehearse)
 
 
 def _steps(here: Session, cases: str, path: Path, on_gpu: bool, rehearse: float) -> int:

@@ -144,7 +144,8 @@ def test_a_call_leaves_no_garbage(name):
     project = PROJECTS[name]
     head = randomize(project.make())
     patch(head, strict=True)
-    gc.collect()
+    while gc.collect():  # on torch 2.11 what a compilation leaves is found only after its graph is gone
+        pass
     gc.disable()
     try:
         with torch.no_grad():

@@ -280,7 +280,8 @@ class FlowHead(nn.Module):
             [..., in_channels], in the condition's dtype.
 
         Raises:
-            TypeError: if condition or noise is not floating point.
+            TypeError: if condition, null condition or noise is not floating point; or one of the first two is not in
+                the weights' dtype without autocast.
             ValueError: if the shapes do not fit together, or for an unknown schedule or solver.
         """
         plan = Plan(steps, schedule, solver, cfg, cfg_interval)
