@@ -24,8 +24,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-# not all with all, since each is a kernel to be compiled, for half a second or more: any two values of two parameters of
-# FLOW meet once, and every dtype has two sizes of PATCHES, every size two dtypes
+# not all with all, since each is a kernel to be compiled, for half a second or more: any two values of two parameters
+# of FLOW meet, and every dtype has two sizes of PATCHES, every size two dtypes
 SHAPES = [((448, 448), 14, 588), ((448, 448), 14, 592), ((21, 35), 7, 147)]
 FLOW = [(a, b, *SHAPES[(i + j) % 3]) for i, a in enumerate([torch.uint8, *DTYPES]) for j, b in enumerate(DTYPES)]
 SIZES = [((448, 448), 14), ((224, 336), 16), ((21, 35), 7), ((6, 10), 1), ((9, 15), 3)]

@@ -344,7 +344,7 @@ class FlowHead(nn.Module):
         return F.linear(x, _padded(layer.weight, (0, behind)), layer.bias)
 
     def _velocity(self, x: Tensor, padded: bool) -> Tensor:
-        """`final_layer.linear` of x [..., W], with columns of zeros behind, by a weight with as many rows, if padded."""
+        """`final_layer.linear` of x [..., W], with columns of zeros behind, if padded, by a weight of as many."""
         layer = self.final_layer.linear
         behind = _behind(layer.out_features, dtype_of_products(x)) if padded else 0
         if not behind:

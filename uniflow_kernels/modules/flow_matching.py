@@ -96,8 +96,9 @@ def flow_matching_loss(
     if t.shape != rows[:1] and t.shape != rows[:2]:  # torch.compile takes "not in" wrongly
         raise ValueError(f"t: expected shape {rows[:1]} or {rows[:2]}, got {tuple(t.shape)}")
     check_weights(weights, mask, rows[:2])
-    padded = isinstance(head, FlowHead) and _wants_whole_lines(images)
-    columns = head.padded_columns(dtype_of_products(condition)) if padded else rows[2]
+    columns = rows[2]
+    if isinstance(head, FlowHead) and _wants_whole_lines(images):
+        columns = head.padded_columns(dtype_of_products(condition))
     batch = _Batch(source, t, weights, mask, columns, time_scale)
     transformed = is_transforming() or is_forward_mode()
     if chunk_tokens == "auto":
