@@ -96,6 +96,35 @@ def test_half_precision(within_twice, dtype, autocast):
         within_twice(ours_, plain_, exact, floor=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize(("autocast", "columns"), [(False, 28), (True, 32)])
+def test_rows_of_whole_lines_change_nothing(monkeypatch, chunk_tokens, autocast, columns):
+    """As on a GPU: x_t and the velocity are as long as products want them, in the products' dtype."""
+    head = randomize(FlowHead(27, WIDTH, 27, Z, 2))
+    images, t, c = torch.randn(2, 3, 6, 9), torch.rand(2, 6), torch.randn(2, 6, Z, requires_grad=True)
+    seen, real = [], flow_matching.velocity_loss_from
+
+    def watched(source, velocity, *rest):
+        seen.append(velocity.shape[-1])
+        return real(source, velocity, *rest)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = flow_matching_loss(head, c, images, t, 3, seed=1, chunk_tokens=chunk_tokens)
+        return [loss.detach(), *torch.autograd.grad(loss, [c, *head.parameters()])]
+
+    monkeypatch.setattr(flow_matching, "velocity_loss_from", watched)
+    plain = found()
+    monkeypatch.setattr(flow_matching, "_wants_whole_lines", lambda images: True)
+    same(found(), plain, 2e-2 if autocast else 2e-6)
+    assert seen == [27] * (len(seen) // 2) + [columns] * (len(seen) // 2)
+    monkeypatch.setattr(FlowHead, "forward", lambda self, x, t, c: FlowHead.from_embedding(
+        self, x[:, :27], self.time_embed(t) + self.cond_embed(c)
+    ))  # fmt: skip
+    same(found(), plain, 2e-2 if autocast else 2e-6)
+    assert seen[-1] == 27
+
+
 class Counted(TorchDispatchMode):
     """How often each operation is called, and how often one brings a matrix of a weight's shape to another dtype."""
 
