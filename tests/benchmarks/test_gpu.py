@@ -83,7 +83,7 @@ def test_the_sanitizer_sees_every_tensors_end(tmp_path, monkeypatch):
     sanitizer.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     under_sanitizer("racecheck", "pass")
-    with pytest.raises(AssertionError, match="--tool memcheck --error-exitcode 9 .* -c pass 1 beyond"):
+    with pytest.raises(AssertionError, match=r"--tool memcheck --error-exitcode 9 .* -c pass 1 beyond"):
         under_sanitizer("memcheck", "pass")
 
 
