@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, flow_matching_loss, patchify, seeded_noise
-from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.modules import chunks, flow_matching
 from uniflow_kernels.torch_private import TorchDispatchMode
 
 PATCH, GRID, WIDTH, Z = 4, (2, 3), 32, 24
@@ -154,19 +154,19 @@ def test_weights_are_cast_once_a_step(monkeypatch, frozen):
             loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], time_scale=1000.0, chunk_tokens=9)
         return [loss.detach(), *torch.autograd.grad(loss, [batch[0], *wanted])]
 
-    real = flow_matching._loss
+    real = flow_matching._Batch.loss
 
-    def watched(call, *rest):
+    def watched(*given):
         loss_of_chunk.append(1)
         assert all(mine is before for mine, before in zip(head.parameters(), own, strict=True))
-        return real(call, *rest)
+        return real(*given)
 
-    monkeypatch.setattr(flow_matching, "_loss", watched)
+    monkeypatch.setattr(flow_matching._Batch, "loss", watched)
     with Counted(head) as once:
         found = step()
     assert len(loss_of_chunk) == 4
     assert once.casts == sum(p.ndim == 2 for p in own)
-    monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+    monkeypatch.setattr(chunks, "cast_once", lambda *_: None)
     with Counted(head) as each_time:
         expected = step()
     assert each_time.casts > 3 * once.casts
@@ -208,7 +208,7 @@ def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16), backend(name):
             found.append(results(head, *batch, 6))
-        monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+        monkeypatch.setattr(chunks, "cast_once", lambda *_: None)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     assert all(seen)
     assert len(seen) == (0 if what in ("replaced", "shared") else 6)
@@ -217,12 +217,12 @@ def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
 @pytest.mark.parametrize("launches", [True, False])
 def test_sums_of_gradients(monkeypatch, launches):
     """In float32, to the bits of one addition after the other; two operations a chunk where each costs a launch."""
-    monkeypatch.setattr(flow_matching, "_launches", lambda _: launches)
+    monkeypatch.setattr(chunks, "_launches", lambda _: launches)
     shapes = {torch.bfloat16: [(3, 5), (), (0, 4), (7,)], torch.float32: [(2, 3)], torch.float64: [(4,)]}
     like = [torch.empty(shape, dtype=dtype) for dtype, each in shapes.items() for shape in each]
     summed_in = [torch.promote_types(p.dtype, torch.float32) for p in like[::-1]]
     expected = [torch.zeros(p.shape, dtype=dtype) for p, dtype in zip(like[::-1], summed_in, strict=True)]
-    sums = flow_matching._Sums(like[::-1])
+    sums = chunks._Sums(like[::-1])
     for _ in range(3):
         found = [torch.randn(p.shape).to(p.dtype) for p in like[::-1]]
         with Counted(nn.Module()) as counted:
@@ -559,9 +559,9 @@ def test_a_gpus_chunk_is_what_an_eighth_of_it_holds(width, depth, dtype, gigabyt
     with torch.device("meta"):
         head = FlowHead(48, width, 48, Z, depth)
     memory = None if gigabytes is None else gigabytes * 10**9
-    assert flow_matching._tokens_at_once(head, dtype, memory) == chunk
+    assert chunks.rows_at_once(head, dtype, memory) == chunk
     if (width, depth) == (1024, 12):
-        assert flow_matching._tokens_at_once(nn.Linear(2, 2), dtype, memory) == chunk
+        assert chunks.rows_at_once(nn.Linear(2, 2), dtype, memory) == chunk
 
 
 def test_what_fits_one_chunk_is_plain_autograd():

@@ -176,7 +176,7 @@ class FlowHead(nn.Module):
         x: Tensor,
         t: Tensor | float,
         c: Tensor,
-        dx: Tensor,
+        dx: Tensor | None,
         dt: Tensor | float,
         dc: Tensor | None = None,
         *,
@@ -188,7 +188,7 @@ class FlowHead(nn.Module):
 
         Args:
             x, t, c: as `forward` takes them.
-            dx: the direction of x, of its shape and dtype.
+            dx: the direction of x, of its shape and dtype; None for zeros.
             dt: that of t: of its shape, or a number for all.
             dc: that of c, of its shape and dtype; zeros if not given.
             stop_tangent: the derivative is a constant for gradients, and nothing is kept for it.
@@ -210,12 +210,13 @@ class FlowHead(nn.Module):
             if direction is not None and value is not t and direction.dtype != value.dtype:
                 raise TypeError(f"{name}: expected {value.dtype}, got {direction.dtype}")
         if self._why_not_fused() is not None or self.why_not_captured() is not None:
-            along = dx, dt, torch.zeros_like(c) if dc is None else dc
+            along = torch.zeros_like(x) if dx is None else dx, dt, torch.zeros_like(c) if dc is None else dc
             velocity, tangent = cast(tuple[Tensor, Tensor], torch.func.jvp(self, (x, t.to(dt.dtype), c), along))
             return velocity, tangent.detach() if stop_tangent else tangent
         rules, blocks = Rules(recorded=not stop_tangent), self.tensors()
         y = rules.sum(self.time_embed.with_tangent(t, dt, rules), rules.linear(Dual(c, dc), affine_of(self.cond_embed)))
-        rows = Dual(x[:, : self.in_channels], dx[:, : self.in_channels])  # the columns behind are zeros
+        columns = slice(self.in_channels)  # zeros are behind
+        rows = Dual(x[:, columns], None if dx is None else dx[:, columns])
         projected = rules.linear(rows, affine_of(self.input_proj))
         out = flow_blocks_with_tangents(projected, rules.silu(y), *blocks, self.form, rules)
         made = rules.linear(out, affine_of(self.final_layer.linear))
