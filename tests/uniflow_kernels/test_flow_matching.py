@@ -118,24 +118,24 @@ def test_weights_are_cast_once_a_step(monkeypatch, frozen):
     head, batch = make_head(), make_batch(4, (3, 3))
     if frozen is not None:
         head.get_parameter(frozen).requires_grad_(False)
-    wanted, own, loss_of_chunk = [p for p in head.parameters() if p.requires_grad], list(head.parameters()), []
+    wanted, own, chunks_seen = [p for p in head.parameters() if p.requires_grad], list(head.parameters()), []
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
             loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], time_scale=1000.0, chunk_tokens=9)
         return [loss.detach(), *torch.autograd.grad(loss, [batch[0], *wanted])]
 
-    real = flow_matching._loss
+    real = flow_matching._velocity
 
     def watched(call, *rest):
-        loss_of_chunk.append(1)
+        chunks_seen.append(1)
         assert all(mine is before for mine, before in zip(head.parameters(), own, strict=True))
         return real(call, *rest)
 
-    monkeypatch.setattr(flow_matching, "_loss", watched)
+    monkeypatch.setattr(flow_matching, "_velocity", watched)
     with Counted(head) as once:
         found = step()
-    assert len(loss_of_chunk) == 4
+    assert len(chunks_seen) == 4
     assert once.casts == sum(p.ndim == 2 for p in own)
     monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
     with Counted(head) as each_time:

@@ -22,7 +22,13 @@ from uniflow_kernels.modules.casting import cast_once
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.ops.flow_choice import dtype_of_products
 from uniflow_kernels.ops.registration import register
-from uniflow_kernels.ops.velocity import check_weights, interpolate_from, source_of, velocity_loss_from
+from uniflow_kernels.ops.velocity import (
+    check_weights,
+    interpolate_from,
+    source_of,
+    velocity_loss_and_gradient,
+    velocity_loss_from,
+)
 from uniflow_kernels.source import Source
 from uniflow_kernels.torch_private import (
     autograd_inside_op,
@@ -130,6 +136,10 @@ class _Batch(NamedTuple):
     columns: int
     time_scale: float
 
+    def times(self) -> Tensor:
+        """What the head is given as t: [B, N], or [B, 1] where an image has one."""
+        return self.time_scale * (self.t if self.t.ndim == 2 else self.t[:, None])
+
     def scale(self) -> Tensor:
         """One over the number of tokens that count; a scalar in float32."""
         if self.mask is not None:
@@ -162,11 +172,14 @@ class _Batch(NamedTuple):
 
 def _loss(head: Head, condition: Tensor, batch: _Batch, reduction: str) -> Tensor:
     """The definition: interpolate, head, velocity loss."""
-    x_t = interpolate_from(batch.source, batch.t, batch.columns, condition.dtype)
-    t = batch.time_scale * (batch.t if batch.t.ndim == 2 else batch.t[:, None])
-    tokens = condition.shape[:2]
-    velocity = head(x_t.flatten(0, 1), t.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
+    velocity = _velocity(head, condition, batch, batch.times())
     return velocity_loss_from(batch.source, velocity, None, batch.weights, batch.mask, reduction)
+
+
+def _velocity(head: Head, condition: Tensor, batch: _Batch, times: Tensor) -> Tensor:
+    """What the head makes of the batch, at `batch.times()`."""
+    x_t, tokens = interpolate_from(batch.source, batch.t, batch.columns, condition.dtype), condition.shape[:2]
+    return head(x_t.flatten(0, 1), times.expand(tokens).flatten(), condition.flatten(0, 1)).unflatten(0, tokens)
 
 
 # --- chunk by chunk ---
@@ -296,14 +309,15 @@ class _Step(NamedTuple):
     ) -> tuple[Tensor, list[Tensor]]:
         sums = _Sums(parameters)
         rows = [torch.empty_like(condition)] if for_condition else []
-        losses = []
+        losses, times = [], self.batch.times()
         for images, tokens, part in self.batch.chunks(self.chunk_tokens):
             c = condition[images, tokens].requires_grad_(for_condition)
-            loss = _loss(self.call, c, part, "sum")
-            losses.append(loss.detach())
-            found = torch.autograd.grad(
-                loss, [c, *parameters] if for_condition else parameters, allow_unused=True, materialize_grads=True
-            )
+            of_part = times[images, tokens] if times.shape[1] > 1 else times[images]
+            velocity = _velocity(self.call, c, part, of_part)
+            loss, gradient = velocity_loss_and_gradient(part.source, velocity, part.weights, part.mask)
+            losses.append(loss)
+            inputs = [c, *parameters] if for_condition else parameters
+            found = torch.autograd.grad(velocity, inputs, gradient, allow_unused=True, materialize_grads=True)
             if for_condition:
                 rows[0][images, tokens] = found[0]
             sums.add(found[int(for_condition) :])
