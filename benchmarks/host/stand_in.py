@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import launches
-from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.modules import chunks
 
 ARCHITECTURE = 90
 _SOURCE = Path(__file__).with_name("libcuda.c")
@@ -57,7 +57,7 @@ def launching() -> Iterator[torch.device]:
                 pretended.enter_context(patch.object(module, name, value))
         pretended.enter_context(patch.dict(os.environ, {"UNIFLOW_BACKEND": "triton"}))
         # how gradients are added up where an operation costs a launch
-        pretended.enter_context(patch.object(flow_matching, "_launches", lambda tensor: True))
+        pretended.enter_context(patch.object(chunks, "_launches", lambda tensor: True))
         active.set_active(driver)
         try:
             yield torch.device("cpu")

@@ -18,7 +18,7 @@ from uniflow_kernels.ops.noise import plain_seeded_noise, seed_of
 from uniflow_kernels.ops.patches import check_patch_size, patches_into, unpatchify
 from uniflow_kernels.ops.pieces import Place, chunk, head, part
 from uniflow_kernels.ops.pixels import check_normalization
-from uniflow_kernels.ops.registration import is_left_to_torch, is_watched, kernels_for, register, wants_gradient
+from uniflow_kernels.ops.registration import is_left_to_torch, kernels_for, register, wants_gradient
 from uniflow_kernels.ops.scaling import power_of, scaled, split
 from uniflow_kernels.ops.velocity_definition import (
     coefficients_of,
@@ -153,41 +153,6 @@ def velocity_loss_from(
     reduction: str,
 ) -> Tensor:
     """`velocity_loss` of a source."""
-    _check_velocity(source, velocity, columns, weights, mask, reduction)
-    if is_left_to_torch("velocity_loss", velocity.device):
-        return defined_velocity_loss(source, velocity, weights, mask, reduction)
-    with_gradient = wants_gradient((velocity, source.images, source.noise))
-    return velocity_loss_op(source, velocity, weights, mask, reduction, with_gradient)
-
-
-def velocity_loss_and_gradient(
-    source: Source, velocity: Tensor, weights: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The "sum" of `velocity_loss` of constant images and noise, and its gradient in the velocity, both at once.
-
-    What autograd gives, without its launches: ones that come in, and a look whether they are.
-    """
-    velocity = velocity.detach()
-    if is_watched(velocity, source.images, source.noise, source.held, weights, mask):
-        velocity.requires_grad_()
-        loss = velocity_loss_from(source, velocity, None, weights, mask, "sum")
-        return loss.detach(), torch.autograd.grad(loss, velocity)[0]
-    _check_velocity(source, velocity, None, weights, mask, "sum")
-    loss, gradient = _velocity_loss(source, velocity, weights, mask, "sum", True)
-    if velocity.dtype == torch.float16:
-        gradient = scaled(gradient, _power_beside(source.rows, weights, mask, "sum", loss))
-    return loss, gradient
-
-
-def _check_velocity(
-    source: Source,
-    velocity: Tensor,
-    columns: int | None,
-    weights: Tensor | None,
-    mask: Tensor | None,
-    reduction: str,
-) -> None:
-    """Raise what `velocity_loss` raises."""
     rows = source.rows
     row_length = _check_columns(columns, rows)
     if velocity.shape != (*rows[:2], row_length):
@@ -207,6 +172,10 @@ def _check_velocity(
         raise ValueError(
             'weights: expected constants; to learn them, multiply the losses of reduction="none" with them'
         )
+    if is_left_to_torch("velocity_loss", velocity.device):
+        return defined_velocity_loss(source, velocity, weights, mask, reduction)
+    with_gradient = wants_gradient((velocity, source.images, source.noise))
+    return velocity_loss_op(source, velocity, weights, mask, reduction, with_gradient)
 
 
 def check_weights(weights: Tensor | None, mask: Tensor | None, tokens: tuple[int, int]) -> None:
@@ -452,20 +421,13 @@ def _velocity_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.noise_dtype = noise.dtype if noise is not None and noise.requires_grad else None
 
 
-def _power_beside(
-    rows: tuple[int, int, int], weights: Tensor | None, mask: Tensor | None, reduction: str, like: Tensor
-) -> Tensor:
-    """The power of two that a gradient in float16 was made without: a scalar, or one a token."""
-    coefficients = coefficients_of(rows, weights, mask, reduction)
-    if not isinstance(coefficients, Tensor):
-        coefficients = like.new_full((), coefficients)
-    return power_of(coefficients)
-
-
 def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     gradient, images, weights, mask = ctx.saved_tensors
     if ctx.in_float16:
-        incoming = incoming * _power_beside(ctx.rows, weights, mask, ctx.reduction, incoming)
+        coefficients = coefficients_of(ctx.rows, weights, mask, ctx.reduction)
+        if not isinstance(coefficients, Tensor):
+            coefficients = incoming.new_full((), coefficients)
+        incoming = incoming * power_of(coefficients)
     gradient, length = scaled(gradient, incoming), ctx.rows[2]
     found = {"velocity": gradient}
     if images is not None:
