@@ -82,14 +82,15 @@ def compiled(oldest):
     asked = {}
     for arch in arches(oldest):
         asked["norm_modulate", arch, 1024] = norm_modulate(1024, arch, "bf16")
-        asked["norm_modulate", arch, 1536] = norm_modulate(1536, arch, "fp32", residual=False, rms=True)
-        asked["norm_modulate", arch, 1024, "shared"] = norm_modulate(1024, arch, "bf16", shared=True)
         asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
-        asked["norm_modulate_backward", arch, 1536] = norm_modulate_backward(1536, arch, "bf16")
-        asked["norm_modulate_backward", arch, 3072] = norm_modulate_backward(3072, arch, "bf16")
-        asked["norm_modulate_backward", arch, 768] = norm_modulate_backward(768, arch, "fp32", residual=False, rms=True)
         asked["activation", arch, 1024] = activation(1024, arch, "bf16", swiglu=True)
         asked["activation_backward", arch, 1024] = activation_backward(1024, arch, "bf16", swiglu=True)
+    # other widths and forms, in which nothing depends on the architecture
+    asked["norm_modulate", 90, 1536] = norm_modulate(1536, 90, "fp32", residual=False, rms=True)
+    asked["norm_modulate", 90, 1024, "shared"] = norm_modulate(1024, 90, "bf16", shared=True)
+    asked["norm_modulate_backward", 90, 1536] = norm_modulate_backward(1536, 90, "bf16")
+    asked["norm_modulate_backward", 90, 3072] = norm_modulate_backward(3072, 90, "bf16")
+    asked["norm_modulate_backward", 90, 768] = norm_modulate_backward(768, 90, "fp32", residual=False, rms=True)
     return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
 
 
