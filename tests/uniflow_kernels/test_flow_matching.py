@@ -214,6 +214,30 @@ def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
     assert len(seen) == (0 if what in ("replaced", "shared") else 6)
 
 
+def test_gradients_that_share_a_buffer_are_apart(monkeypatch):
+    """Of float32 weights under autocast on a GPU: whoever adds to one, or clears it, changes no other."""
+    monkeypatch.setattr(chunks, "_launches", lambda _: True)
+    head, batch = make_head(), make_batch()
+    weights = [p for p in head.parameters() if p.ndim == 2]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], chunk_tokens=6)
+        loss.backward()
+        return [p.grad for p in weights]
+
+    first = step()
+    assert len({p.grad.untyped_storage().data_ptr() for p in weights}) == 1
+    values = [gradient.clone() for gradient in first]
+    assert all(torch.equal(twice, 2 * once) for twice, once in zip(step(), values, strict=True))
+    weights[1].grad.zero_()
+    assert all(torch.equal(p.grad, 2 * once) for p, once in zip(weights[2:], values[2:], strict=True))
+    head.zero_grad()
+    again = step()  # while the first are held
+    assert all(torch.equal(*pair) for pair in zip(again, values, strict=True))
+    assert all(torch.equal(kept, 2 * once) for kept, once in zip(first[2:], values[2:], strict=True))
+
+
 @pytest.mark.parametrize("launches", [True, False])
 def test_sums_of_gradients(monkeypatch, launches):
     """In float32, to the bits of one addition after the other; two operations a chunk where each costs a launch."""
