@@ -501,9 +501,16 @@ def test_no_gpu(capsys, pictures):
     )
 
 
-def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "doctor"):
-        assert "--help" in ok(capsys, command, "--help")
+def test_help_of_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = ["demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "show", "export", "doctor"]
+    unifluid = [["unifluid", command] for command in ("train", "generate", "ask")]
+    for command in [[], ["unifluid"], *([command] for command in commands), *unifluid]:
+        said = ok(capsys, *command, "--help")
+        assert "Show this message and exit." in " ".join(said.replace("│", " ").split())
+        assert f"uniflow {' '.join(command)}".strip() in said
+        assert max(map(len, said.splitlines())) <= 80
+        assert "[0<=x<=9223372036854" not in said  # which left the texts a third of the width
 
 
 def test_missing_extras_are_named(capsys, monkeypatch):
