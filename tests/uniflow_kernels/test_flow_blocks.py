@@ -308,7 +308,7 @@ def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch, nam
     ],
 )
 def test_shared_conditions(within_twice, rows, conditions):
-    for name, recompute in (("canonical", "none"), ("SphereAR", "none"), ("SphereAR", "block")):
+    for name, recompute in (("canonical", "none"), ("SphereAR", "block")):
         head = make_head(24, depth=2, **{**OPTIONS[name], "hidden": 20})
         against_definition(within_twice, head, rows, conditions, recompute=recompute)
 
@@ -592,9 +592,9 @@ def test_compiles_whole_without_recompiling_for_another_number_of_rows(monkeypat
 @pytest.mark.parametrize(
     ("options", "keep", "path"),
     [
-        *[(OPTIONS["canonical"], keep, "rows") for keep in ("nothing", "all", "inputs")],
+        *[(OPTIONS["canonical"], keep, "rows") for keep in ("all", "inputs")],
         *[(OPTIONS["SphereAR"], keep, "auto") for keep in ("nothing", "all", "inputs")],
-        *[(OPTIONS["canonical"], keep, "products") for keep in ("nothing", "all")],
+        (OPTIONS["canonical"], "all", "products"),
     ],
 )
 def test_registered_ops(options, keep, path):

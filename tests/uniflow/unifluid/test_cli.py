@@ -503,7 +503,7 @@ def test_bfloat16(capsys, run_file, place):
 @pytest.mark.slow
 def test_compiled(capsys, run_file, place, monkeypatch):
     # what Inductor would generate takes a minute and a half to compile here, and is not this project's
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     config = CONFIG.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
     model = f"{{config: {config}, head_width: 32, head_depth: 1, vocabulary: 300}}"
     recipe = "stages: [{steps: 1}], batch_size: 4"
