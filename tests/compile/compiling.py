@@ -145,7 +145,7 @@ def compile_one(request: Request) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = _output(tools / "cuobjdump", "-sass", cubin)
+        sass = _output(tools / "nvdisasm", "-c", "-ndf", cubin)  # cuobjdump takes half as long again to say the same
     return Compiled(
         registers=int(registers[1]),
         stack=int(stack[1]),

@@ -419,7 +419,7 @@ def pictures(picture_folder, tmp_path):
         (["{p}/pictures", *CHECKPOINT, "--seed", str(2**64)], "Invalid value for '--seed'"),
         (["{p}/pictures", *CHECKPOINT, "--cfg", "nan"], "cfg: expected a finite number, got nan"),
         (["{p}/pictures", *CHECKPOINT, "--temperature", "inf"], "--temperature: expected a finite number, got inf"),
-        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "MB, got 0.001 MB"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--precision", "fp4"], "precision: expected one of fp8, got 'fp4'"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
@@ -501,9 +501,16 @@ def test_no_gpu(capsys, pictures):
     )
 
 
-def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "doctor"):
-        assert "--help" in ok(capsys, command, "--help")
+def test_help_of_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = ["demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "show", "export", "doctor"]
+    unifluid = [["unifluid", command] for command in ("train", "generate", "ask")]
+    for command in [[], ["unifluid"], *([command] for command in commands), *unifluid]:
+        said = ok(capsys, *command, "--help")
+        assert "Show this message and exit." in " ".join(said.replace("│", " ").split())
+        assert f"uniflow {' '.join(command)}".strip() in said
+        assert max(map(len, said.splitlines())) <= 80
+        assert "[0<=x<=9223372036854" not in said  # which left the texts a third of the width
 
 
 def test_missing_extras_are_named(capsys, monkeypatch):

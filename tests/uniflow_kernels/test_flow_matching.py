@@ -214,6 +214,30 @@ def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
     assert len(seen) == (0 if what in ("replaced", "shared") else 6)
 
 
+def test_gradients_that_share_a_buffer_are_apart(monkeypatch):
+    """Of float32 weights under autocast on a GPU: whoever adds to one, or clears it, changes no other."""
+    monkeypatch.setattr(chunks, "_launches", lambda _: True)
+    head, batch = make_head(), make_batch()
+    weights = [p for p in head.parameters() if p.ndim == 2]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], chunk_tokens=6)
+        loss.backward()
+        return [p.grad for p in weights]
+
+    first = step()
+    assert len({p.grad.untyped_storage().data_ptr() for p in weights}) == 1
+    values = [gradient.clone() for gradient in first]
+    assert all(torch.equal(twice, 2 * once) for twice, once in zip(step(), values, strict=True))
+    weights[1].grad.zero_()
+    assert all(torch.equal(p.grad, 2 * once) for p, once in zip(weights[2:], values[2:], strict=True))
+    head.zero_grad()
+    again = step()  # while the first are held
+    assert all(torch.equal(*pair) for pair in zip(again, values, strict=True))
+    assert all(torch.equal(kept, 2 * once) for kept, once in zip(first[2:], values[2:], strict=True))
+
+
 @pytest.mark.parametrize("launches", [True, False])
 def test_sums_of_gradients(monkeypatch, launches):
     """In float32, to the bits of one addition after the other; two operations a chunk where each costs a launch."""
@@ -255,15 +279,15 @@ def test_seeded_noise_is_the_same_in_chunks(grid):
 
 
 @pytest.mark.usefixtures("on_each_backend")
-@pytest.mark.parametrize("grid", [(2, 3), (5, 1)])
-def test_chunks_of_seeded_noise_are_those_of_the_whole_to_the_bit(grid):
+@pytest.mark.parametrize(("grid", "chunks"), [((2, 3), (4, 14)), ((5, 1), (1,))])
+def test_chunks_of_seeded_noise_are_those_of_the_whole_to_the_bit(grid, chunks):
     """At t = 0 the head sees nothing else."""
     condition, images, t, _ = make_batch(grid=grid)
     options = {"seed": 11, "offset": 2, "first_row": 2**33 + 1}
     head, rows = make_head(), []
     head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
     seen = {}
-    for chunk_tokens in (None, 1, 4, 14):
+    for chunk_tokens in (None, *chunks):
         rows.clear()
         flow_matching_loss(head, condition, images, 0 * t, PATCH, chunk_tokens=chunk_tokens, **options)
         seen[chunk_tokens] = torch.cat(rows)

@@ -161,14 +161,13 @@ class Step(NamedTuple):
     ) -> tuple[Tensor, list[Tensor]]:
         sums = _Sums(parameters)
         rows = [torch.empty_like(condition)] if for_condition else []
-        losses = []
+        losses, one = [], condition.new_ones((), dtype=torch.float32)  # what autograd would make for every chunk
         for place, part in self.batch.chunks(self.most):
             c = condition[place].requires_grad_(for_condition)
             loss = part.loss(self.call, c, "sum")
             losses.append(loss.detach())
-            found = torch.autograd.grad(
-                loss, [c, *parameters] if for_condition else parameters, allow_unused=True, materialize_grads=True
-            )
+            inputs = [c, *parameters] if for_condition else parameters
+            found = torch.autograd.grad(loss, inputs, one, allow_unused=True, materialize_grads=True)
             if for_condition:
                 rows[0][place] = found[0]
             sums.add(found[int(for_condition) :])
