@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels import FlowHead
-from uniflow_kernels.modules.sampling import Conditioned, normal, replayed
+from uniflow_kernels.modules.sampling import Conditioned, check_dtype, check_floating, normal, replayed
 from uniflow_kernels.solvers import guide
 
 METHODS = ("ddpm", "ddim", "dpm-solver++")
@@ -105,7 +105,7 @@ def sample(
 
     Raises:
         ModuleNotFoundError: for "dpm-solver++" without diffusers, naming the extra.
-        TypeError: if condition or noise is not floating point.
+        TypeError: as of `FlowHead.sample`.
         ValueError: for an unknown method, a head of other channels, guidance without a null condition, eta out of
             range, shapes that do not fit.
 
@@ -127,9 +127,10 @@ def sample(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
-    for name, given in (("condition", condition), ("noise", noise)):
-        if not given.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point dtype, got {given.dtype}")
+    check_floating("noise", noise)
+    check_dtype("condition", condition, head.cond_embed)
+    if null_condition is not None:
+        check_dtype("null_condition", null_condition, head.cond_embed)
     x = noise.to(torch.promote_types(condition.dtype, torch.float32))
     null_condition = None if cfg == 1.0 else null_condition
     if method == "dpm-solver++":

@@ -265,6 +265,13 @@ def test_what_is_of_another_kind_is_refused(draw):
         draw(head, condition.to(torch.complex64), steps)
     with pytest.raises(TypeError, match=r"^noise: expected a floating point dtype, got torch.complex64"):
         draw(head, condition, steps, noise=torch.zeros(5, 6, dtype=torch.complex64))
+    null = torch.zeros(1, 20)
+    with pytest.raises(TypeError, match=r"^condition: expected torch.float32, the dtype of .* got torch.bfloat16"):
+        draw(head, condition.bfloat16(), steps)
+    with pytest.raises(TypeError, match=r"^null_condition: expected torch.float32, the dtype of .* got torch.float64"):
+        draw(head, condition, steps, cfg=2.0, null_condition=null.double())
+    with torch.autocast("cpu", torch.bfloat16):  # which brings all of them to one dtype
+        assert draw(head, condition.bfloat16(), steps, cfg=2.0, null_condition=null).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -261,9 +261,10 @@ def start(
         noise = normal(shape, condition.device, generator)
     elif noise.shape != shape:
         raise ValueError(f"noise: expected shape {shape}, got {tuple(noise.shape)}")
-    for name, given in (("condition", condition), ("noise", noise), ("null_condition", null_condition)):
-        if given is not None:
-            check_floating(name, given)
+    check_floating("noise", noise)
+    check_dtype("condition", condition, head.cond_embed)
+    if null_condition is not None:
+        check_dtype("null_condition", null_condition, head.cond_embed)
     noise = noise.to(condition.device, torch.promote_types(condition.dtype, torch.float32)) * temperature
     return noise, condition, null_condition if plan.cfg != 1.0 else None
 
