@@ -9,6 +9,7 @@ import signal
 import sys
 import tarfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -230,6 +231,54 @@ def same_bits(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[[],
     yield check
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
+
+
+def fork(act: Callable[[], int | None], said: Path) -> int:
+    """Start a process that acts and exits with what comes back; its stderr goes to a file. Returns its number.
+
+    What takes seconds to import is there; threads and GPUs do not outlive a fork.
+    """
+    if process := os.fork():
+        return process
+    status: object = 1
+    try:
+        signal.alarm(300)  # the end, should it hang
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        torch.set_num_threads(1)
+        torch.cuda.is_available = lambda: False
+        status = act() or 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status if isinstance(status, int) else 1)
+
+
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Run `uniflow` as a process, after `prepare`; gives its status and what it said on stderr.
+
+    This process meanwhile computes as that one does.
+    """
+
+    from uniflow.cli import main
+
+    def start(prepare: Callable[[], object], *arguments: object) -> tuple[int, str]:
+        def act() -> None:
+            prepare()
+            main([str(argument) for argument in arguments])
+
+        process = fork(act, tmp_path / "stderr")
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        return status, (tmp_path / "stderr").read_text()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield start
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

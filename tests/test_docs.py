@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 SNIPPET = re.compile(r"^```python\n(.*?)^```$|^    ((?:uniflow|ln) [^\n]*)$", re.DOTALL | re.MULTILINE)
 # what would take hours, and the step at which a run of examples/ ends
-SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
+SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "Stage(steps=300)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
 LAST_STEP = re.compile(r"step-\d{8}")
 # its checkpoint is one of several GPUs
 NOT_RUN = ("uniflow gather ",)

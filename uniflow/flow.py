@@ -54,3 +54,31 @@ def sample_t(
     if distribution not in T_DISTRIBUTIONS:
         raise ValueError(f"t_distribution: expected one of {', '.join(T_DISTRIBUTIONS)}, got {distribution!r}")
     return T_DISTRIBUTIONS[distribution](shape, device, generator)
+
+
+def sample_intervals(
+    shape: tuple[int, ...],
+    share_equal: float = 0.75,
+    distribution: str = "lognormal",
+    device: torch.device | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Where steps begin and end, to train heads of two times at: [*shape, 2], float32, the earlier one first.
+
+    Args:
+        shape: of the result but for its last dimension.
+        share_equal: how likely both are the same, where the objective is flow matching; 0.75 in the paper.
+        distribution: of each time, see `sample_t`.
+        device: where the times are wanted.
+        generator: of that device.
+
+    Raises:
+        ValueError: for an unknown distribution, or a share that is none.
+
+    Source: Geng et al. 2025, Mean Flows for One-step Generative Modeling, with its share of r = t.
+    """
+    if not 0 <= share_equal <= 1:
+        raise ValueError(f"share_equal: expected a number in [0, 1], got {share_equal}")
+    begin, end = sample_t((*shape, 2), distribution, device, generator).sort(-1).values.unbind(-1)
+    equal = _uniform(shape, device, generator) < share_equal
+    return torch.stack([begin, torch.where(equal, begin, end)], dim=-1)

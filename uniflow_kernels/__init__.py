@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.diagnosis import doctor
     from uniflow_kernels.dropin.patching import PatchReport, patch, patched, unpatch
     from uniflow_kernels.dropin.verification import VerifyReport, verify
+    from uniflow_kernels.modules.few_steps import mean_flow_loss, self_distillation_loss
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.modules.flow_matching import flow_matching_loss
     from uniflow_kernels.ops.attention import attention
@@ -33,12 +34,14 @@ __all__ = [
     "gated_residual_norm",
     "interpolate",
     "layerwise_distillation",
+    "mean_flow_loss",
     "modulated_norm",
     "noise_seed",
     "patch",
     "patched",
     "patchify",
     "seeded_noise",
+    "self_distillation_loss",
     "to_images",
     "unpatch",
     "unpatchify",
@@ -60,12 +63,14 @@ _MODULES = {
     "gated_residual_norm": "ops.modulated_norm",
     "interpolate": "ops.velocity",
     "layerwise_distillation": "ops.distillation",
+    "mean_flow_loss": "modules.few_steps",
     "modulated_norm": "ops.modulated_norm",
     "noise_seed": "ops.noise",
     "patch": "dropin.patching",
     "patched": "dropin.patching",
     "patchify": "ops.patches",
     "seeded_noise": "ops.noise",
+    "self_distillation_loss": "modules.few_steps",
     "to_images": "ops.images",
     "unpatch": "dropin.patching",
     "unpatchify": "ops.patches",

@@ -91,11 +91,12 @@ def _lasts(sources: list[Tensor]) -> bool:
         return False
     if any(type(source) is not Parameter or source.is_inference() for source in sources):
         return False
-    return not sources[0].is_cuda or _on_the_default_stream(sources[0].device)
+    return may_last(sources[0].device)
 
 
-def _on_the_default_stream(device: torch.device) -> bool:
-    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+def may_last(device: torch.device) -> bool:
+    """Whether what is made on a device now may be kept: on CUDA only what the default stream makes, see `packed`."""
+    return device.type != "cuda" or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def _state(source: Tensor) -> Hashable:

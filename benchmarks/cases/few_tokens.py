@@ -55,7 +55,7 @@ def _large_on_cpu(rows: int, steps: int, guidance: int = 1) -> Size:
 
 
 def _small_head_on_cpu(rows: int, steps: int, depth: int, width: int, dtype: str) -> Size:
-    """Such heads people do run on CPUs: of the sizes of pocket-tts's (6 of 512, a row) and VibeVoice's (4 of 896, two)."""
+    """Of the sizes of heads that people run on CPUs: pocket-tts's (6 of 512, a row) and VibeVoice's (4 of 896, two)."""
     return Size(_values(rows, steps, 1, depth, width, dtype), quick=dtype == "float32", compile=False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.case import randomised
 from benchmarks.host import Timed
 from uniflow_kernels import FlowHead, flow_matching_loss
-from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.modules import chunks
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -36,7 +36,7 @@ def chunk(device: torch.device) -> Iterator[Timed]:
     """A chunk of `flow_matching_loss` with its gradients, of a head of 12 blocks: four chunks less two, by two."""
     row = 3 * PATCH**2
     dtypes = {"": torch.bfloat16, ", a float32 head under autocast": torch.float32}
-    with patch.object(flow_matching, "_launches", lambda tensor: True):  # gradients are added as on a GPU
+    with patch.object(chunks, "_launches", lambda tensor: True):  # gradients are added as on a GPU
         for under, dtype in dtypes.items():
             head = randomised(FlowHead(row, WIDTH, row, WIDTH, 12), dtype).to(device)
             four, two = (partial(_loss, head, *_batch(count, dtype, device)) for count in (4, 2))

@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import launches
-from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.modules import chunks
 
 ARCHITECTURE = 90
 _SOURCE = Path(__file__).with_name("libcuda.c")
@@ -57,7 +57,7 @@ def launching() -> Iterator[torch.device]:
                 pretended.enter_context(patch.object(module, name, value))
         pretended.enter_context(patch.dict(os.environ, {"UNIFLOW_BACKEND": "triton"}))
         # how gradients are added up where an operation costs a launch
-        pretended.enter_context(patch.object(flow_matching, "_launches", lambda tensor: True))
+        pretended.enter_context(patch.object(chunks, "_launches", lambda tensor: True))
         active.set_active(driver)
         try:
             yield torch.device("cpu")
@@ -98,9 +98,12 @@ def _computes(name: str) -> bool:
     return found is None or not any(getattr(found, overload).is_view for overload in found.overloads())
 
 
-# what a GPU launches once, whatever a CPU does for it: copies of many tensors too, if all are of one dtype, and all
-# sources of one
-_ONE_LAUNCH = {"aten::linear", "aten::addmm", "aten::addmm_", "aten::mm", "aten::sum", "aten::_foreach_copy_"}
+# what a GPU launches once, whatever a CPU does for it, such as a cast before a product: copies and sums of many tensors
+# too, if all are of one dtype, and all sources of one
+_ONE_LAUNCH = {
+    *("aten::linear", "aten::addmm", "aten::addmm_", "aten::mm", "aten::sum", "aten::_foreach_copy_"),
+    *("aten::_foreach_add_", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div", "aten::div_"),
+}
 # they allocate, look or pass on
 _NO_LAUNCH = (
     *("empty", "new_empty", "detach", "lift_fresh", "is_", "set_", "resize_", "resolve_", "promote_types"),

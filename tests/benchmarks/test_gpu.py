@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu, results
 from benchmarks.__main__ import main
+from tests.gpu.conftest import under_sanitizer
 
 
 @pytest.fixture
@@ -19,8 +20,9 @@ def session(tmp_path):
 
 def test_the_rehearsal_goes_through_every_step(tmp_path):
     """As a program, since that is how it is started; on a machine without a GPU."""
-    # the CUDA part is not built here: that takes a minute, and tests/compile has compiled its kernels
-    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "UNIFLOW_CUDA": "0"}
+    # nothing is built: that takes a minute, and other tests are running what it would write over
+    environment = {**os.environ, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"UNIFLOW_CUDA": "0", "UNIFLOW_CPU": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "gpu", "--cases", "patchify"],
         cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False,
@@ -72,6 +74,17 @@ def test_a_failing_gpu_test_is_told_at_once_and_in_full(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 9
     assert "assert (2 + 2) == 5" in done.stdout
+
+
+def test_the_sanitizer_sees_every_tensors_end(tmp_path, monkeypatch):
+    """As torch then keeps no memory; one that finds something fails with what it says."""
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$@" $PYTORCH_NO_CUDA_MEMORY_CACHING beyond; [ "$2" = racecheck ]\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    under_sanitizer("racecheck", "pass")
+    with pytest.raises(AssertionError, match=r"--tool memcheck --error-exitcode 9 .* -c pass 1 beyond"):
+        under_sanitizer("memcheck", "pass")
 
 
 def test_a_step_keeps_back_what_later_steps_need(session):

@@ -83,8 +83,8 @@ class Launcher:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
+    if isinstance(value, tuple):  # of tensors, or of their addresses, which a kept launch hands over
+        return [each.data_ptr() if isinstance(each, Tensor) else each for each in value]
     return value.data_ptr() if isinstance(value, Tensor) else (type(value).__name__, value)
 
 

@@ -24,6 +24,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZATION = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
+# not all with all, since each is a kernel to be compiled, for half a second or more: any two values of two parameters
+# of FLOW meet, and every dtype has two sizes of PATCHES, every size two dtypes
+SHAPES = [((448, 448), 14, 588), ((448, 448), 14, 592), ((21, 35), 7, 147)]
+FLOW = [(a, b, *SHAPES[(i + j) % 3]) for i, a in enumerate([torch.uint8, *DTYPES]) for j, b in enumerate(DTYPES)]
+SIZES = [((448, 448), 14), ((224, 336), 16), ((21, 35), 7), ((6, 10), 1), ((9, 15), 3)]
+PATCHES = [
+    (dtype, *SIZES[(i + k) % 5]) for i, dtype in enumerate([torch.uint8, *DTYPES, torch.float64]) for k in (0, 1)
+]
+
+
 @pytest.fixture(params=["triton", "cuda"])
 def kernels(request):
     if request.param == "cuda" and cuda_kernels.why_not_built():
@@ -43,11 +53,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("image_dtype", [torch.uint8, *DTYPES])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("size", "patch", "columns"), [((448, 448), 14, 588), ((448, 448), 14, 592), ((21, 35), 7, 147)]
-)
+@pytest.mark.parametrize(("image_dtype", "dtype", "size", "patch", "columns"), FLOW)
 @pytest.mark.parametrize("source", ["seed", "noise"])
 def test_flow(within_twice, kernels, image_dtype, dtype, size, patch, columns, source):
     images = pictures(2, size, image_dtype, strided=source == "noise")
@@ -134,10 +140,7 @@ def test_a_batch_in_pieces_has_the_noise_of_the_whole(kernels, first_row):
     assert (noise.cpu().view(-1, 588) - expected).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, *DTYPES, torch.float64])
-@pytest.mark.parametrize(
-    ("size", "patch"), [((448, 448), 14), ((224, 336), 16), ((21, 35), 7), ((6, 10), 1), ((9, 15), 3)]
-)
+@pytest.mark.parametrize(("dtype", "size", "patch"), PATCHES)
 def test_patches(kernels, dtype, size, patch):
     """To the bit, of images of any strides and rows of any strides, and as each other's gradient."""
     dense = torch.randint(0, 256, (3, 3, size[0] + 2, size[1] + 6), device="cuda").to(dtype)

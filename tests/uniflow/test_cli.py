@@ -1,9 +1,11 @@
 """The command as a person uses it: results, errors as one line with status 2, interrupts, a full disk."""
 
+import itertools
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.conftest import GOLDEN, smooth_picture
 from uniflow import UniFlow
@@ -416,7 +419,7 @@ def pictures(picture_folder, tmp_path):
         (["{p}/pictures", *CHECKPOINT, "--seed", str(2**64)], "Invalid value for '--seed'"),
         (["{p}/pictures", *CHECKPOINT, "--cfg", "nan"], "cfg: expected a finite number, got nan"),
         (["{p}/pictures", *CHECKPOINT, "--temperature", "inf"], "--temperature: expected a finite number, got inf"),
-        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "max_memory: a picture of 56x56 needs at least"),
+        (["{p}/pictures", *CHECKPOINT, "--max-memory", "1KB"], "MB, got 0.001 MB"),
         (["{p}/pictures", *CHECKPOINT, "--dtype", "int8"], "--dtype: expected auto, float32, bfloat16, float16"),
         (["{p}/pictures", *CHECKPOINT, "--precision", "fp4"], "precision: expected one of fp8, got 'fp4'"),
         (["{p}/pictures", *CHECKPOINT, "--device", "tpu"], "--device: expected auto, cpu, cuda"),
@@ -498,9 +501,16 @@ def test_no_gpu(capsys, pictures):
     )
 
 
-def test_help_of_every_command(capsys):
-    for command in ("demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "doctor"):
-        assert "--help" in ok(capsys, command, "--help")
+def test_help_of_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = ["demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "show", "export", "doctor"]
+    unifluid = [["unifluid", command] for command in ("train", "generate", "ask")]
+    for command in [[], ["unifluid"], *([command] for command in commands), *unifluid]:
+        said = ok(capsys, *command, "--help")
+        assert "Show this message and exit." in " ".join(said.replace("│", " ").split())
+        assert f"uniflow {' '.join(command)}".strip() in said
+        assert max(map(len, said.splitlines())) <= 80
+        assert "[0<=x<=9223372036854" not in said  # which left the texts a third of the width
 
 
 def test_missing_extras_are_named(capsys, monkeypatch):
@@ -526,21 +536,19 @@ def test_an_extra_that_is_missing_later_is_named(capsys, monkeypatch, picture_fo
 
 # as processes: a full disk, an interrupt
 
-COMMAND = [sys.executable, "-m", "uniflow"]
-
 
 def limit_file_size():
-    # writing past the limit fails as it would on a full disk
+    # writing past the limit fails as it would on a full disk; Python would keep half of a module that it compiles
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["encode", "train", "reconstruct"])
-def test_a_full_disk_leaves_nothing(tmp_path, command):
+def test_a_full_disk_leaves_nothing(forked, tmp_path, command):
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
     for i in range(40):
-        noise = np.random.default_rng(i).integers(0, 256, (448, 448, 3), dtype=np.uint8)
+        noise = np.random.default_rng(i).integers(0, 256, (224, 224, 3), dtype=np.uint8)
         (Image.fromarray(noise) if command == "reconstruct" else smooth_picture((60, 60), i)).save(
             pictures / f"{i}.png"
         )
@@ -555,65 +563,58 @@ def test_a_full_disk_leaves_nothing(tmp_path, command):
         "train": ["train", config, "--out", out],
         "reconstruct": ["reconstruct", pictures, *CHECKPOINT, "--keep-size", "--out", out],
     }[command]
-    done = subprocess.run(
-        [*COMMAND, *arguments], preexec_fn=limit_file_size, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("uniflow: ")
+    status, said = forked(limit_file_size, *arguments)
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("uniflow: ")
+    assert "File too large" in said
     assert not out.exists() or set(files(out)) <= {"log.jsonl"}
 
 
-# each sends the interrupt to its own process at one exact moment, however slow the machine is
+# each sends the signal to its own process at one exact moment, however slow the machine is
 WHILE_IMPORTING = """
+import importlib.abc, signal, sys
+from uniflow.cli import main
+
 class Interrupting(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "uniflow.training":
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
-"""
-WHILE_TRAINING = """
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
-steps = itertools.count(1)
-
-def interrupt(*_):
-    if next(steps) == 3:
-        signal.raise_signal(signal.SIGNAL)
-
-register_optimizer_step_post_hook(interrupt)
+main()
 """
 
 
-def interrupted(prepared, *arguments):
-    """Run the command in a process that first executes `prepared`."""
-    program = f"import importlib.abc, itertools, signal, sys\n{prepared}\nfrom uniflow.cli import main\nmain()"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prepared", [WHILE_IMPORTING, WHILE_TRAINING], ids=["importing", "training"])
-def test_an_interrupt_ends_with_130(train_file, picture_folder, tmp_path, prepared):
-    config = train_file(data=f"{{folder: {picture_folder}}}")
-    done = interrupted(prepared.replace("SIGNAL", "SIGINT"), "train", config)
+def test_an_interrupt_while_importing_ends_with_130(train_file, tmp_path):
+    command = [sys.executable, "-c", WHILE_IMPORTING, "train", str(train_file())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    if prepared is WHILE_IMPORTING:
-        assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(capsys, train_file, picture_folder, tmp_path, name):
+def in_the_third_step(end):
+    steps = itertools.count(1)
+    return lambda: register_optimizer_step_post_hook(lambda *_: next(steps) == 3 and signal.raise_signal(end))
+
+
+def test_an_interrupt_in_training_ends_with_130(forked, train_file, picture_folder):
+    config = train_file(data=f"{{folder: {picture_folder}}}")
+    status, said = forked(in_the_third_step(signal.SIGINT), "train", config)
+    assert status == 130, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=lambda end: end.name)
+def test_a_killed_run_goes_on_as_if_it_had_not_been(forked, capsys, train_file, picture_folder, tmp_path, end):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     config = train_file(data=f"{{folder: {picture_folder}}}")
-    done = interrupted(WHILE_TRAINING.replace("SIGNAL", name), "train", config, "--out", killed)
-    assert done.returncode == {"SIGKILL": -9, "SIGTERM": 0}[name], done.stderr
+    status, said = forked(in_the_third_step(end), "train", config, "--out", killed)
+    assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}[end], said
     # killed, the checkpoint before the third step is the last; ended, the third step is saved
     saved = sorted(path.name for path in (killed / "checkpoints").iterdir())
-    assert saved[-1] == {"SIGKILL": "step-00000002", "SIGTERM": "step-00000003"}[name]
+    assert saved[-1] == {signal.SIGKILL: "step-00000002", signal.SIGTERM: "step-00000003"}[end]
     ok(capsys, "train", config, "--out", killed, "--resume", "auto")
     ok(capsys, "train", config, "--out", whole)
     assert losses(killed) == losses(whole)

@@ -15,7 +15,7 @@ def test_the_sheet(tiny, tmp_path, capsys):
     command = ["show", str(tmp_path / "a.png"), "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(sheet)]
     assert run([*command, "--teacher", str(tmp_path / "checkpoint")]) == 0
     said = capsys.readouterr().out
-    for panel in ("original", "1 step, ", "4 steps, ", "guidance 2", "error at 1 step", "latents, 3 of 8", "teacher"):
+    for panel in ("original; 1 step, ", "; 4 steps, ", "guidance 2", "error at 1 step", "latents, 3 of 8", "teacher"):
         assert panel in said
     first = sheet.read_bytes()
     assert Image.open(sheet).size == (1248, 696)
@@ -25,6 +25,10 @@ def test_the_sheet(tiny, tmp_path, capsys):
     assert sheet.read_bytes() == first
     assert run([*command[:-1], "sheet.txt"]) == 2
     assert "--out: expected a file called *.png" in capsys.readouterr().err
+    assert run([*command, "--force", "--size", "18"]) == 2
+    assert "--size: expected a multiple of the patch, 4 pixels, got 18" in capsys.readouterr().err
+    assert run([*command, "--force", "--size", "24"]) == 0
+    assert sheet.read_bytes() != first
 
 
 def test_colours_are_principal_components():

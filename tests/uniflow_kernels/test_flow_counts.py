@@ -26,6 +26,7 @@ NO_LAUNCH = (
     "alias",
     "expand",
     "transpose",
+    "unsqueeze",
     "aten.t.",
 )
 
@@ -137,20 +138,21 @@ def test_training_launches_no_more_in_its_forward_pass(launched, path, more):
 
 @pytest.mark.parametrize(("path", "products"), [("rows", 6), ("products", 5)])
 def test_launches_of_the_backward_pass(launched, monkeypatch, path, products):
-    """Two kernels a block, and products alone: vectors' gradients of all blocks are copied at once."""
+    """Two kernels a block, and products alone: vectors' gradients of all blocks are summed and copied at once."""
 
-    def through_norm(dh, dsum, x, residual, **others):
-        return torch.empty_like(x), None if residual is None else torch.empty_like(x), x.new_empty(1, 6, WIDTH)
+    def through_norm(dh, dsum, x, residual, sums, **others):
+        _, total = sums.of_launch(3, (6, WIDTH), x.device)
+        return torch.empty_like(x), None if residual is None else torch.empty_like(x), total.unsqueeze(0)
 
-    def through_activation(du, p, *of):
-        return torch.empty_like(p), torch.empty_like(p), p.new_empty(p.shape[1])
+    def through_activation(du, p, sums):
+        return torch.empty_like(p), torch.empty_like(p), sums.of_launch(3, p.shape[1:], p.device)[1]
 
     def counting(kernels, name, result):
         monkeypatch.setattr(kernels, name, lambda *given, **named: launched.append(name) or result(*given, **named))
 
     counting(row_kernels, "norm_modulate_backward", through_norm)
     counting(activation, "activation_backward", through_activation)
-    counting(flow_products, "down_backward", lambda dq, weight, p, small: through_activation(dq, p))
+    counting(flow_products, "down_backward", lambda dq, weight, p, small, sums: through_activation(dq, p, sums))
     head, x, y = make()
     with backend("triton"):
         out = on(path, head, x, y)
@@ -158,7 +160,7 @@ def test_launches_of_the_backward_pass(launched, monkeypatch, path, products):
         with Launches() as fused:
             torch.autograd.grad(out.sum(), [y, *head.parameters()], allow_unused=True)
     assert len(launched) == 2 * DEPTH + 1
-    inside = 4  # the last modulation's two products, zeros for the gradient of SiLU(y), the copies
+    inside = 5  # the last modulation's two products, two sums, the copies
     outside = 8  # the sum and its gradient, input and output, SiLU
     assert len(fused.names) == products * DEPTH + inside + outside
 

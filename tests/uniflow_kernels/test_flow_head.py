@@ -370,13 +370,19 @@ def test_rows_with_columns_of_zeros_behind(trained):
     for _ in range(2):
         with torch.set_grad_enabled(trained):
             ours, plain = head(padded, t, c), head(x, t, c)
-        torch.testing.assert_close(ours, plain)
+        assert ours.shape == (x.shape[0], 24)
+        assert not ours[:, 21:].any()
+        torch.testing.assert_close(ours[:, :21], plain)
+        last = head.final_layer.linear
         if trained:
-            weight = head.input_proj.weight
-            found = [torch.autograd.grad(out.square().sum(), weight)[0] for out in (ours, plain)]
-            torch.testing.assert_close(*found)
+            weights = head.input_proj.weight, last.weight, last.bias
+            found = [torch.autograd.grad(out.square().sum(), weights) for out in (ours, plain)]
+            for pair in zip(*found, strict=True):
+                torch.testing.assert_close(*pair)
         with torch.no_grad():
             head.input_proj.weight.mul_(2)
+            last.weight.mul_(0.5)
+            last.bias.add_(1)
     with pytest.raises(ValueError, match=r"x: expected shape \[M, 21\]"):
         head(F.pad(x, (0, 2)), t, c)
 
@@ -386,8 +392,9 @@ def test_hooks_see_rows_without_the_columns_behind():
     x, t, c = make_inputs(rows=21)
     seen = []
     head.input_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    torch.testing.assert_close(head(F.pad(x, (0, 3)), t, c), head(x, t, c))
-    assert seen == [x.shape, x.shape]
+    head.final_layer.linear.register_forward_hook(lambda *values: seen.append(values[-1].shape))
+    torch.testing.assert_close(head(F.pad(x, (0, 3)), t, c), F.pad(head(x, t, c), (0, 3)))
+    assert seen == [x.shape] * 4
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, flow_matching_loss, patchify, seeded_noise
-from uniflow_kernels.modules import flow_matching
+from uniflow_kernels.modules import chunks, flow_matching
 from uniflow_kernels.torch_private import TorchDispatchMode
 
 PATCH, GRID, WIDTH, Z = 4, (2, 3), 32, 24
@@ -96,6 +96,35 @@ def test_half_precision(within_twice, dtype, autocast):
         within_twice(ours_, plain_, exact, floor=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize(("autocast", "columns"), [(False, 28), (True, 32)])
+def test_rows_of_whole_lines_change_nothing(monkeypatch, chunk_tokens, autocast, columns):
+    """As on a GPU: x_t and the velocity are as long as products want them, in the products' dtype."""
+    head = randomize(FlowHead(27, WIDTH, 27, Z, 2))
+    images, t, c = torch.randn(2, 3, 6, 9), torch.rand(2, 6), torch.randn(2, 6, Z, requires_grad=True)
+    seen, real = [], flow_matching.velocity_loss_from
+
+    def watched(source, velocity, *rest):
+        seen.append(velocity.shape[-1])
+        return real(source, velocity, *rest)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = flow_matching_loss(head, c, images, t, 3, seed=1, chunk_tokens=chunk_tokens)
+        return [loss.detach(), *torch.autograd.grad(loss, [c, *head.parameters()])]
+
+    monkeypatch.setattr(flow_matching, "velocity_loss_from", watched)
+    plain = found()
+    monkeypatch.setattr(flow_matching, "_wants_whole_lines", lambda images: True)
+    same(found(), plain, 2e-2 if autocast else 2e-6)
+    assert seen == [27] * (len(seen) // 2) + [columns] * (len(seen) // 2)
+    monkeypatch.setattr(FlowHead, "forward", lambda self, x, t, c: FlowHead.from_embedding(
+        self, x[:, :27], self.time_embed(t) + self.cond_embed(c)
+    ))  # fmt: skip
+    same(found(), plain, 2e-2 if autocast else 2e-6)
+    assert seen[-1] == 27
+
+
 class Counted(TorchDispatchMode):
     """How often each operation is called, and how often one brings a matrix of a weight's shape to another dtype."""
 
@@ -125,19 +154,19 @@ def test_weights_are_cast_once_a_step(monkeypatch, frozen):
             loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], time_scale=1000.0, chunk_tokens=9)
         return [loss.detach(), *torch.autograd.grad(loss, [batch[0], *wanted])]
 
-    real = flow_matching._loss
+    real = flow_matching._Batch.loss
 
-    def watched(call, *rest):
+    def watched(*given):
         loss_of_chunk.append(1)
         assert all(mine is before for mine, before in zip(head.parameters(), own, strict=True))
-        return real(call, *rest)
+        return real(*given)
 
-    monkeypatch.setattr(flow_matching, "_loss", watched)
+    monkeypatch.setattr(flow_matching._Batch, "loss", watched)
     with Counted(head) as once:
         found = step()
     assert len(loss_of_chunk) == 4
     assert once.casts == sum(p.ndim == 2 for p in own)
-    monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+    monkeypatch.setattr(chunks, "cast_once", lambda *_: None)
     with Counted(head) as each_time:
         expected = step()
     assert each_time.casts > 3 * once.casts
@@ -179,21 +208,45 @@ def test_what_casting_would_hide_is_left_to_autocast(monkeypatch, what, name):
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16), backend(name):
             found.append(results(head, *batch, 6))
-        monkeypatch.setattr(flow_matching, "cast_once", lambda *_: None)
+        monkeypatch.setattr(chunks, "cast_once", lambda *_: None)
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     assert all(seen)
     assert len(seen) == (0 if what in ("replaced", "shared") else 6)
 
 
+def test_gradients_that_share_a_buffer_are_apart(monkeypatch):
+    """Of float32 weights under autocast on a GPU: whoever adds to one, or clears it, changes no other."""
+    monkeypatch.setattr(chunks, "_launches", lambda _: True)
+    head, batch = make_head(), make_batch()
+    weights = [p for p in head.parameters() if p.ndim == 2]
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_matching_loss(head, *batch[:3], PATCH, batch[3], chunk_tokens=6)
+        loss.backward()
+        return [p.grad for p in weights]
+
+    first = step()
+    assert len({p.grad.untyped_storage().data_ptr() for p in weights}) == 1
+    values = [gradient.clone() for gradient in first]
+    assert all(torch.equal(twice, 2 * once) for twice, once in zip(step(), values, strict=True))
+    weights[1].grad.zero_()
+    assert all(torch.equal(p.grad, 2 * once) for p, once in zip(weights[2:], values[2:], strict=True))
+    head.zero_grad()
+    again = step()  # while the first are held
+    assert all(torch.equal(*pair) for pair in zip(again, values, strict=True))
+    assert all(torch.equal(kept, 2 * once) for kept, once in zip(first[2:], values[2:], strict=True))
+
+
 @pytest.mark.parametrize("launches", [True, False])
 def test_sums_of_gradients(monkeypatch, launches):
     """In float32, to the bits of one addition after the other; two operations a chunk where each costs a launch."""
-    monkeypatch.setattr(flow_matching, "_launches", lambda _: launches)
+    monkeypatch.setattr(chunks, "_launches", lambda _: launches)
     shapes = {torch.bfloat16: [(3, 5), (), (0, 4), (7,)], torch.float32: [(2, 3)], torch.float64: [(4,)]}
     like = [torch.empty(shape, dtype=dtype) for dtype, each in shapes.items() for shape in each]
     summed_in = [torch.promote_types(p.dtype, torch.float32) for p in like[::-1]]
     expected = [torch.zeros(p.shape, dtype=dtype) for p, dtype in zip(like[::-1], summed_in, strict=True)]
-    sums = flow_matching._Sums(like[::-1])
+    sums = chunks._Sums(like[::-1])
     for _ in range(3):
         found = [torch.randn(p.shape).to(p.dtype) for p in like[::-1]]
         with Counted(nn.Module()) as counted:
@@ -226,15 +279,15 @@ def test_seeded_noise_is_the_same_in_chunks(grid):
 
 
 @pytest.mark.usefixtures("on_each_backend")
-@pytest.mark.parametrize("grid", [(2, 3), (5, 1)])
-def test_chunks_of_seeded_noise_are_those_of_the_whole_to_the_bit(grid):
+@pytest.mark.parametrize(("grid", "chunks"), [((2, 3), (4, 14)), ((5, 1), (1,))])
+def test_chunks_of_seeded_noise_are_those_of_the_whole_to_the_bit(grid, chunks):
     """At t = 0 the head sees nothing else."""
     condition, images, t, _ = make_batch(grid=grid)
     options = {"seed": 11, "offset": 2, "first_row": 2**33 + 1}
     head, rows = make_head(), []
     head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
     seen = {}
-    for chunk_tokens in (None, 1, 4, 14):
+    for chunk_tokens in (None, *chunks):
         rows.clear()
         flow_matching_loss(head, condition, images, 0 * t, PATCH, chunk_tokens=chunk_tokens, **options)
         seen[chunk_tokens] = torch.cat(rows)
@@ -530,9 +583,9 @@ def test_a_gpus_chunk_is_what_an_eighth_of_it_holds(width, depth, dtype, gigabyt
     with torch.device("meta"):
         head = FlowHead(48, width, 48, Z, depth)
     memory = None if gigabytes is None else gigabytes * 10**9
-    assert flow_matching._tokens_at_once(head, dtype, memory) == chunk
+    assert chunks.rows_at_once(head, dtype, memory) == chunk
     if (width, depth) == (1024, 12):
-        assert flow_matching._tokens_at_once(nn.Linear(2, 2), dtype, memory) == chunk
+        assert chunks.rows_at_once(nn.Linear(2, 2), dtype, memory) == chunk
 
 
 def test_what_fits_one_chunk_is_plain_autograd():

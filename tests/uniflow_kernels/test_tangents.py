@@ -102,7 +102,7 @@ def test_hooks_adapters_and_autocast_see_it():
 
 def test_it_compiles_whole():
     head, values, directions = make(torch.float32, times=2)
-    compiled = torch.compile(head.jvp, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(head.jvp, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*values, *directions), head.jvp(*values, *directions))
 
 

@@ -34,10 +34,18 @@ Solver = Annotated[str, typer.Option(help="euler, heun or midpoint; the last two
 Temperature = Annotated[float, typer.Option(min=0, help="What the noise is multiplied by.")]
 Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is none.")]
 CfgInterval = Annotated[
-    tuple[float, float] | None, typer.Option(help="Lowest and highest sigma at which to guide.", show_default=False)
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="Lowest and highest sigma at which to guide.", show_default=False),
 ]
-_LARGEST_SEED = 2**63 - 1
-Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise.")]
+
+
+def _check_seed(seed: int) -> int:  # said in an error alone: a range of 19 digits would take the help's columns
+    if not 0 <= seed < 1 << 63:
+        raise typer.BadParameter(f"expected a number from 0 to {2**63 - 1}, got {seed}")
+    return seed
+
+
+Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Precision = Annotated[
     str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
@@ -88,7 +96,7 @@ def options(
 def demo(
     out: OutFolder = Path("out/demo"),
     seconds: Annotated[float, typer.Option(min=1, help="Time to train for.")] = 170,
-    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the weights, the crops and the noise.")] = 0,
+    seed: Annotated[int, typer.Option(callback=_check_seed, help="Of the weights, the crops and the noise.")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -161,7 +169,7 @@ def reconstruct(
 def encode(
     pictures: Pictures,
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", help="File to write, latents.safetensors.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File to write, as in latents.safetensors.", show_default=False)],
     weights: Weights = None,
     keep_size: KeepSize = False,
     batch_size: BatchSize = 8,
@@ -253,10 +261,15 @@ def evaluate(
 def show(
     picture: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", help="File to write, sheet.png.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="File to write, as in sheet.png.", show_default=False)],
     weights: Weights = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of an encoder, to see its features beside.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of an encoder, or OWNER/NAME, to see its features beside.", show_default=False),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the square that is shown; the checkpoint's own if not given."),
     ] = None,
     cfg: Cfg = 2.0,
     seed: Seed = 0,
@@ -268,7 +281,7 @@ def show(
     from uniflow.cli.inputs import Named
     from uniflow.cli.show import show
 
-    show(picture, Named(checkpoint, weights), out, teacher, cfg, seed, dtype, device, force)
+    show(picture, Named(checkpoint, weights), out, teacher, size, cfg, seed, dtype, device, force)
 
 
 @app.command()

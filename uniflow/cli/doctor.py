@@ -14,7 +14,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         say_json(asdict(report))
         return
-    _print(("environment", ""), list(report.environment.items()))
+    _print(("environment", "what is here"), list(report.environment.items()))
     say("")
     _print(("op", "runs on", "why not something faster"), [(op.op, op.runs, op.why) for op in report.ops])
 

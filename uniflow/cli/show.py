@@ -28,6 +28,7 @@ def show(
     checkpoint: Named,
     out: Path,
     teacher: Path | None,
+    size: int | None,
     cfg: float,
     seed: int,
     dtype: str,
@@ -42,7 +43,10 @@ def show(
     check_outputs([out], force)
     opened = read_picture(picture)
     model = load_model(checkpoint, device, dtype)
-    original = to_tensor(center_crop(opened, model.config.image_size))
+    patch, side = model.config.patch_size, size or model.config.image_size
+    if side % patch:
+        raise InputError(f"--size: expected a multiple of the patch, {patch} pixels, got {size}")
+    original = to_tensor(center_crop(opened, side))
     images = normalize(original[None].to(model.device))
     with explained(), torch.inference_mode():
         taught = None if teacher is None else EncoderTeacher.from_pretrained(teacher).to(model.device)
@@ -56,12 +60,12 @@ def show(
         panels[f"{_STEPS[-1]} steps, guidance {cfg:g}"] = guided
         error = (drawn[_STEPS[0]].float() - original.float()).abs().mean(0)
         panels[f"error at 1 step, mean {error.mean().item():.1f} of 255"] = error
-        panels[f"latents, 3 of {latents.shape[-1]} directions"] = principal_colours(latents[0])
+        panels[f"latents, 3 of {latents.shape[-1]} components"] = principal_colours(latents[0])
         panels["features of its encoder"] = principal_colours(model.hidden_states(images)[-1][0, model.prefix_tokens :])
         if taught is not None:
             panels["features of the teacher"] = principal_colours(taught.last(images)[0, taught.prefix_tokens :])
     _draw(panels, out)
-    say(f"written to {out}: {', '.join(panels)}")
+    say(f"written to {out}: {'; '.join(panels)}")
 
 
 def principal_colours(tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
 from uniflow.reading import printable, shown
 
-HEADS = ("flow", "ddpm")
+HEADS = ("flow", "ddpm", "mean_flow", "self_distillation")
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
 _LONGEST_LINE = 1 << 10  # tokens
@@ -26,7 +26,8 @@ class UniFluidConfig:
         grid: lines of image tokens, and tokens a line.
         head_width: W of the head.
         head_depth: its blocks.
-        head: "flow", which predicts a velocity, or "ddpm", which predicts noise and its variance (MAR).
+        head: "flow", which predicts a velocity; "ddpm", noise and its variance (MAR); "mean_flow" or
+            "self_distillation", the mean velocity between two times, for few steps.
         order: in which the image tokens come: "random", for every picture another one, or "raster".
         vision_channels: size of a feature of the pictures that are read; None for a model that only draws.
         tokenizer: fingerprint of the image tokenizer it was trained with, if known.

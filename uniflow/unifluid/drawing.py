@@ -73,7 +73,7 @@ def draw_tokens(
         head_steps: of the head's sampler.
         cfg: guidance scale; 1 is none. It leads away from what the model expects without the text.
         temperature: of the head's noise, see `FlowHead.sample` and, for a "ddpm" head, `uniflow.diffusion.sample`.
-        schedule, solver: of a "flow" head, see `FlowHead.sample`.
+        schedule, solver: see `FlowHead.sample`; not of a "ddpm" head.
         order: int64 [B, N], the places in the order in which they are drawn; drawn itself if not given.
         generator: for the order and the noise, on any device.
 
@@ -131,7 +131,7 @@ class _Head(NamedTuple):
     def draw(self, model: UniFluid, states: Tensor) -> Tensor:
         """Tokens [B, K, C], normalised, under states [B, K, D], or [2B, K, D] with guidance."""
         condition, null = states.chunk(2) if self.cfg != 1.0 else (states, None)
-        if model.config.head == "flow":
+        if model.config.head != "ddpm":
             tokens = model.head.sample(
                 condition,
                 self.head_steps,

@@ -104,8 +104,9 @@ class UniFluid(nn.Module):
         self.place_embedding = nn.Parameter(torch.empty(config.tokens, width))
         self.query_embedding = nn.Parameter(torch.empty(width))
         self.vision_proj = None if config.vision_channels is None else nn.Linear(config.vision_channels, width)
-        out_channels = channels if config.head == "flow" else 2 * channels
-        self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth)
+        out_channels = 2 * channels if config.head == "ddpm" else channels
+        times = 1 if config.head in ("flow", "ddpm") else 2
+        self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth, times=times)
         self.register_buffer("token_mean", torch.zeros(channels))
         self.register_buffer("token_std", torch.ones(channels))
         self._tied = "backbone.lm_head.weight" if own.tie_word_embeddings else None

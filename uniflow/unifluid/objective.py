@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniflow.diffusion import Diffusion, noise_loss
-from uniflow.flow import sample_t
+from uniflow.flow import sample_intervals, sample_t
 from uniflow.normalization import normalize
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
-from uniflow_kernels import interpolate, velocity_loss
+from uniflow_kernels import interpolate, mean_flow_loss, self_distillation_loss, velocity_loss
 
 if TYPE_CHECKING:
     from uniflow.unifluid.captions import Drawings, Readings
@@ -49,7 +49,7 @@ class UniFluidObjective(nn.Module):
         vision: makes the features of pictures that are read; frozen. None for a model that only draws.
         image_weight: lambda, what the loss of the image tokens is multiplied by.
         head_repeats: k, how many times and noises the head is trained on for each token.
-        t_distribution: of the times of a "flow" head, see `uniflow.flow.sample_t`.
+        t_distribution: of the times, but for a "ddpm" head, see `uniflow.flow.sample_t` and `sample_intervals`.
 
     Raises:
         ValueError: if tokenizer or vision do not fit the student, or are others than it was trained with.
@@ -111,6 +111,11 @@ class UniFluidObjective(nn.Module):
         """Of condition [B, N, D] and tokens [B, N, C]; the repeats share the embedded condition."""
         head, k = self.student.head, self.head_repeats
         batch, count, channels = tokens.shape
+        if head.times == 2:
+            repeated, data = (given.expand(k, -1, -1, -1).flatten(0, 1) for given in (condition, tokens.float()))
+            times = sample_intervals((k * batch, count), distribution=self.t_distribution, device=tokens.device)
+            loss = mean_flow_loss if self.student.config.head == "mean_flow" else self_distillation_loss
+            return loss(head, repeated, data, times, torch.randn_like(data), time_scale=self.student.time_scale)
         embedded = head.cond_embed(condition)
         if self.student.config.head == "ddpm":
             return noise_loss(head, embedded, tokens.expand(k, -1, -1, -1), Diffusion())

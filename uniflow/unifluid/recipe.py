@@ -32,7 +32,7 @@ class ModelChoice:
     vocabulary: int = 4096
     head_width: int = 1024
     head_depth: int = 6
-    head: Literal["flow", "ddpm"] = "flow"
+    head: Literal["flow", "ddpm", "mean_flow", "self_distillation"] = "flow"
     order: Literal["random", "raster"] = "random"
 
     def __post_init__(self) -> None:

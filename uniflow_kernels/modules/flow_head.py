@@ -26,7 +26,7 @@ from uniflow_kernels.modules.flow_layers import (
 )
 from uniflow_kernels.modules.sampling import check_dtype, replayed, sampler, start
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, block_after_block, check_choice
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, explain, what_is_shared
+from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, explain, what_is_shared
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_precision, explain_fp8, refused
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks, run_quantized
 from uniflow_kernels.ops.flow_tangents import Dual, Rules, flow_blocks_with_tangents
@@ -156,7 +156,8 @@ class FlowHead(nn.Module):
         """Velocity at x and t under the condition c.
 
         Args:
-            x: [M, in_channels], or [M, `padded_columns`] with zeros in the columns behind.
+            x: [M, in_channels], or [M, `padded_columns`] with zeros in the columns behind, and then the result has as
+                many behind its own as make its rows a multiple of 16 bytes too.
             t: [M], or one t for all rows: a number, a 0-d tensor or [1].
             c: [M, z_channels], or [1, z_channels]: one condition for all rows (its modulations are computed once).
 
@@ -175,7 +176,7 @@ class FlowHead(nn.Module):
         x: Tensor,
         t: Tensor | float,
         c: Tensor,
-        dx: Tensor,
+        dx: Tensor | None,
         dt: Tensor | float,
         dc: Tensor | None = None,
         *,
@@ -187,7 +188,7 @@ class FlowHead(nn.Module):
 
         Args:
             x, t, c: as `forward` takes them.
-            dx: the direction of x, of its shape and dtype.
+            dx: the direction of x, of its shape and dtype; None for zeros.
             dt: that of t: of its shape, or a number for all.
             dc: that of c, of its shape and dtype; zeros if not given.
             stop_tangent: the derivative is a constant for gradients, and nothing is kept for it.
@@ -209,12 +210,13 @@ class FlowHead(nn.Module):
             if direction is not None and value is not t and direction.dtype != value.dtype:
                 raise TypeError(f"{name}: expected {value.dtype}, got {direction.dtype}")
         if self._why_not_fused() is not None or self.why_not_captured() is not None:
-            along = dx, dt, torch.zeros_like(c) if dc is None else dc
+            along = torch.zeros_like(x) if dx is None else dx, dt, torch.zeros_like(c) if dc is None else dc
             velocity, tangent = cast(tuple[Tensor, Tensor], torch.func.jvp(self, (x, t.to(dt.dtype), c), along))
             return velocity, tangent.detach() if stop_tangent else tangent
         rules, blocks = Rules(recorded=not stop_tangent), self.tensors()
         y = rules.sum(self.time_embed.with_tangent(t, dt, rules), rules.linear(Dual(c, dc), affine_of(self.cond_embed)))
-        rows = Dual(x[:, : self.in_channels], dx[:, : self.in_channels])  # the columns behind are zeros
+        columns = slice(self.in_channels)  # zeros are behind
+        rows = Dual(x[:, columns], None if dx is None else dx[:, columns])
         projected = rules.linear(rows, affine_of(self.input_proj))
         out = flow_blocks_with_tangents(projected, rules.silu(y), *blocks, self.form, rules)
         made = rules.linear(out, affine_of(self.final_layer.linear))
@@ -226,7 +228,7 @@ class FlowHead(nn.Module):
         check_dtype("x", x, self.input_proj)
         check_dtype("c", c, self.cond_embed)
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device) if not isinstance(t, Tensor) else t
-        if x.ndim != 2 or x.shape[1] not in (self.in_channels, self.padded_columns(x.dtype)):
+        if x.ndim != 2 or x.shape[1] not in (self.in_channels, self.padded_columns(dtype_of_products(x))):
             raise ValueError(f"x: expected shape [M, {self.in_channels}], got {tuple(x.shape)}")
         if self.times == 2 and t.shape not in ((2,), (1, 2), (x.shape[0], 2)):
             raise ValueError(f"t: expected shape [2] or [{x.shape[0]}, 2], begin and end, got {tuple(t.shape)}")
@@ -292,14 +294,14 @@ class FlowHead(nn.Module):
         """The head behind its embeddings.
 
         Args:
-            x: [..., in_channels].
+            x: [..., in_channels], or with columns of zeros behind, as `forward` takes them.
             y: time embedding plus condition embedding, before SiLU: [..., W], broadcastable to x's rows.
             quantized: what `quantized` gave before, which is else asked here.
 
         Returns:
             [..., out_channels].
         """
-        return self._from_projection(self._projected(x), y, quantized)
+        return self._from_projection(self._projected(x), y, quantized, x.shape[-1] > self.in_channels)
 
     def from_embeddings(
         self, x: Tensor, ys: Sequence[Tensor], quantized: QuantizedLayers | None = None
@@ -328,37 +330,43 @@ class FlowHead(nn.Module):
     def padded_columns(self, dtype: torch.dtype) -> int:
         """in_channels, rounded up so that rows of this dtype are a multiple of 16 bytes (588 in bfloat16: 592).
 
-        On a GPU products of rows of other lengths take slower kernels; `interpolate(columns=...)` writes such rows.
+        On a GPU products of rows of other lengths take slower kernels; `interpolate(columns=...)` writes such rows, and
+        `velocity_loss(columns=...)` reads them.
         """
-        unit = max(1, 16 // dtype.itemsize)
-        return -(-self.in_channels // unit) * unit
+        return self.in_channels + _behind(self.in_channels, dtype)
 
     def _projected(self, x: Tensor) -> Tensor:
         """`input_proj` of x [..., in_channels], or of x with columns of zeros behind, by a weight with as many."""
         layer, behind = self.input_proj, x.shape[-1] - self.in_channels
         if not behind:
             return layer(x)
-        if type(layer) is not nn.Linear or is_any_hooked() or is_hooked(layer):
+        if not _is_plain(layer):
             return layer(x[..., : self.in_channels])
+        return F.linear(x, _padded(layer.weight, (0, behind)), layer.bias)
 
-        def pad(weight: Tensor) -> Tensor:
-            return F.pad(weight, (0, behind))
+    def _velocity(self, x: Tensor, padded: bool) -> Tensor:
+        """`final_layer.linear` of x [..., W], with columns of zeros behind, if padded, by a weight of as many."""
+        layer = self.final_layer.linear
+        behind = _behind(layer.out_features, dtype_of_products(x)) if padded else 0
+        if not behind:
+            return layer(x)
+        if not _is_plain(layer):
+            return F.pad(layer(x), (0, behind))
+        bias = None if layer.bias is None else _padded(layer.bias, (0, behind))
+        return F.linear(x, _padded(layer.weight, (0, 0, 0, behind)), bias)
 
-        trained = torch.is_grad_enabled() and layer.weight.requires_grad
-        weight = pad(layer.weight) if trained else packed(("padded", behind), [layer.weight], pad)
-        return F.linear(x, weight, layer.bias)
-
-    def _from_projection(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None) -> Tensor:
+    def _from_projection(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None, padded: bool = False) -> Tensor:
         quantized = quantized or self.quantized()
         if quantized is not None:
-            return self.final_layer.linear(run_quantized(x, y, *self.tensors(), self.form, quantized=quantized))
+            return self._velocity(run_quantized(x, y, *self.tensors(), self.form, quantized=quantized), padded)
         recompute = "block" if self.grad_checkpointing else self.recompute
         if (reason := self._why_not_fused()) is not None:
             choose_path(Call(x.device, x.dtype, self.model_channels, 0, rows=None, why_not=reason))  # raises, or eager
-            return self._by_modules(x, y, recompute == "block" and torch.is_grad_enabled())
+            out = self._by_modules(x, y, recompute == "block" and torch.is_grad_enabled())
+            return F.pad(out, (0, _behind(out.shape[-1], dtype_of_products(x)))) if padded else out
         tensors = self.tensors()
         path = choose_path(call_of(x, y, *tensors))
-        return self.final_layer.linear(run_flow_blocks(x, y, *tensors, self.form, recompute, path))
+        return self._velocity(run_flow_blocks(x, y, *tensors, self.form, recompute, path), padded)
 
     def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
@@ -421,3 +429,24 @@ class FlowHead(nn.Module):
 
 _NORMS = (LayerNorm, nn.RMSNorm)
 _CHANGED = "a submodule was replaced, wrapped or given a hook"
+
+
+def _behind(columns: int, dtype: torch.dtype) -> int:
+    """How many columns more make rows of a dtype a multiple of 16 bytes."""
+    return -columns % max(1, 16 // dtype.itemsize)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but its product."""
+    return type(layer) is nn.Linear and not is_any_hooked() and not is_hooked(layer)
+
+
+def _padded(parameter: Tensor, zeros: tuple[int, ...]) -> Tensor:
+    """With zeros behind; without a gradient made once, until the parameter changes."""
+
+    def pad(given: Tensor) -> Tensor:
+        return F.pad(given, zeros)
+
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        return pad(parameter)
+    return packed(("padded", zeros), [parameter], pad)

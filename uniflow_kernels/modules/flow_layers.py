@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, final_norm, flow_block, layer_norm, swiglu
 from uniflow_kernels.ops.flow_tangents import Dual, Rules
-from uniflow_kernels.torch_private import children_of, parameters_of
+from uniflow_kernels.ops.registration import is_watched, wants_gradient
+from uniflow_kernels.packing import may_last
+from uniflow_kernels.torch_private import children_of, is_forward_mode, parameters_of
 
 
 class TimestepEmbedding(nn.Module):
@@ -51,7 +54,13 @@ class TimestepEmbedding(nn.Module):
             TypeError: if t is complex.
         """
         angles = self._angles(t)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
+        if is_watched(t) or is_forward_mode() or wants_gradient((t,)):
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
+        sinusoids = angles.new_empty(*t.shape, self.frequencies, dtype=self.dtype)
+        cos, sin = sinusoids.chunk(2, dim=-1)
+        torch.cos(angles, out=cos)  # rounded on the way: two launches less
+        torch.sin(angles, out=sin)
+        return self.mlp(sinusoids)
 
     def with_tangent(self, t: Tensor, dt: Tensor, rules: Rules) -> Dual:
         """The same with its derivative along dt, of t's shape."""
@@ -66,9 +75,21 @@ class TimestepEmbedding(nn.Module):
         """Every frequency times t [...]: [..., 128]."""
         if t.is_complex():
             raise TypeError(f"t: expected real numbers, got {t.dtype}")
-        exponents = torch.arange(self.frequencies // 2, dtype=torch.float32, device=t.device) / (self.frequencies // 2)
         times = t.to(torch.promote_types(t.dtype, torch.float32)).unsqueeze(-1)
-        return times * torch.exp(-math.log(self.max_period) * exponents)
+        kept = not is_watched(t) and may_last(t.device)  # they are four launches
+        made = _kept_frequencies if kept else _frequencies
+        return times * made(self.frequencies // 2, self.max_period, t.device)
+
+
+def _frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
+    exponents = torch.arange(count, dtype=torch.float32, device=device) / count
+    return torch.exp(-math.log(max_period) * exponents)
+
+
+@lru_cache(16)
+def _kept_frequencies(count: int, max_period: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
+        return _frequencies(count, max_period, device)
 
 
 class IntervalEmbedding(nn.ModuleList):

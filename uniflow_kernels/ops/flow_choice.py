@@ -196,11 +196,15 @@ def is_plain(on_cuda: bool) -> bool:
     return wanted == "eager" or (wanted == "auto" and not on_cuda)
 
 
-@constant
 def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot serve a head of this width on this device; None where they can."""
-    if width > MAX_WIDTH:
+    if width > MAX_WIDTH:  # not `constant`: with torch.compile(dynamic=True) a number that a module holds is none yet
         return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
+    return _why_not_on(device, dtype)
+
+
+@constant
+def _why_not_on(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not_on(device, dtype)
 
 
@@ -248,7 +252,6 @@ def _why_not_few(call: Call) -> str | None:
     return reason
 
 
-@constant
 def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     transforming = None
     if is_transforming() or is_forward_mode():

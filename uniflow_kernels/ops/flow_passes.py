@@ -335,11 +335,15 @@ class Pass:
         from uniflow_kernels.triton_kernels import flow_products as products
         from uniflow_kernels.triton_kernels.activation import activation_backward
         from uniflow_kernels.triton_kernels.flow_head import norm_modulate_backward
+        from uniflow_kernels.triton_kernels.sums import ProgramSums
 
         path = self.path(path)
         which, final = self._which(), self.layers.final
-        through_norm = partial(norm_modulate_backward, which=which, rms=self._is_rms, eps=self.form.eps)
         inputs = [self.x, *kept.sums]
+        # of vectors' gradients, which nobody needs before the last block; those of modulations may be
+        of_activations = ProgramSums(self.depth)
+        of_norms = ProgramSums(self.depth + 1) if which.per_row and self.per_group == 1 else None
+        through_norm = partial(norm_modulate_backward, which=which, rms=self._is_rms, eps=self.form.eps, sums=of_norms)
         gradients = _Gradients(self, which, weight_gradients)
 
         def places(parts: int) -> tuple[Tensor | None, list[Tensor]]:
@@ -369,9 +373,9 @@ class Pass:
             block = self.blocks[i]
             assert dq is not None
             if path != "rows":
-                dp, u, dup = products.down_backward(dq, block.down.weight, now.p, path in SMALL)
+                dp, u, dup = products.down_backward(dq, block.down.weight, now.p, path in SMALL, of_activations)
             else:
-                dp, u, dup = activation_backward(dq @ block.down.weight, now.p)
+                dp, u, dup = activation_backward(dq @ block.down.weight, now.p, of_activations)
             gradients.affine(block.down, dq, u, [_over_rows(sums[:, 5])])
             gradients.affine(block.up, dp, now.h, [dup])
             dh = torch.mm(dp, block.up.weight, out=columns[0]) if columns else dp @ block.up.weight
@@ -394,6 +398,10 @@ class Pass:
             dmodulation, columns = dbefore, columns_before
             if before is not None:
                 now = before
+        for sums_of in (of_activations, of_norms):
+            if weight_gradients and sums_of is not None:
+                sums_of.add_up()
+        assert gradients.of_a is not None
         return dx, gradients.of_a, gradients.in_order()
 
 
@@ -405,7 +413,7 @@ class _Gradients:
 
     def __init__(self, of: Pass, which: Rows, wanted: bool) -> None:
         self.pass_, self.which, self.wanted = of, which, wanted
-        self.of_a = torch.zeros_like(of.layers.a, memory_format=torch.contiguous_format)
+        self.of_a: Tensor | None = None
         self.found: dict[int, Affine] = {}
         # gradients of vectors and what they are copied from, by the gradients' dtype: one launch for all of them
         self.vectors: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
@@ -457,7 +465,8 @@ class _Gradients:
             self.group = None if last_of_group else (dmodulation, summed)
             dbias = [_over_rows(summed)] if last_of_group else []
         if last_of_group:
-            self.of_a.addmm_(dmodulation, layer.weight)
+            of_a = self.of_a
+            self.of_a = dmodulation @ layer.weight if of_a is None else of_a.addmm_(dmodulation, layer.weight)
             self.affine(layer, dmodulation, self.pass_.layers.a, dbias)
 
     def in_order(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
+from uniflow_kernels.triton_kernels.sums import ProgramSums, of_launch
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 TILE = 2048  # elements of a tile that keep a program's values in registers at four warps
@@ -134,15 +135,16 @@ def activation(p: Tensor, hidden: int) -> Tensor:
     return u
 
 
-def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def activation_backward(du: Tensor, p: Tensor, sums: ProgramSums | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of `activation`.
 
     Args:
         du: [R, H]; overwritten for SiLU.
         p: [R, H or 2H].
+        sums: where dp's are added up together with those of other launches.
 
     Returns:
-        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32.
+        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32; these are there when `sums` are added up.
     """
     rows, hidden = du.shape
     gated = p.shape[1] != hidden
@@ -151,7 +153,7 @@ def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block_rows, columns = _tile(hidden)
     steps = 8
     programs = cdiv(rows, block_rows * steps)
-    partial = torch.empty(programs, p.shape[1], dtype=torch.float32, device=p.device)
+    partial, total = of_launch(sums, programs, p.shape[1:], p.device)
     _launch_backward(
         (programs, cdiv(hidden, columns)),
         du_p=du,
@@ -170,4 +172,4 @@ def activation_backward(du: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         BM=block_rows,
         BN=columns,
     )
-    return dp, u, partial.sum(0)
+    return dp, u, partial.sum(0) if total is None else total

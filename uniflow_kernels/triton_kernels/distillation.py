@@ -1,6 +1,7 @@
 """Cosine distances of all layers in one launch, each token's gradient written on the way."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import triton
@@ -87,26 +88,25 @@ def cosine_distances(
     """
     if not student[0].numel():
         return
-    # layers of other strides cannot share a launch
-    strides = [(s.stride()[:2], t.stride()[:2]) for s, t in zip(student, teacher, strict=True)]
-    start = 0
-    while start < len(student):
-        stop = start + 1
-        while stop < min(len(student), start + _MOST_LAYERS) and strides[stop] == strides[start]:
-            stop += 1
-        some = slice(start, stop)
-        of_some = None if powers is None else powers[some]
-        _launch(
-            tuple(student[some]), tuple(teacher[some]), skip_tokens, tuple(gradients[some]), of_some, distances[some]
-        )
-        start = stop
+    sides = list(map(Tensor.stride, student)), list(map(Tensor.stride, teacher))
+    if len(student) <= _MOST_LAYERS and all(side.count(side[0]) == len(student) for side in sides):
+        _launch(student, teacher, gradients, skip_tokens, powers, distances)
+        return
+    start = 0  # layers of other strides cannot share a launch
+    for _, alike in groupby(zip(*sides, strict=True)):
+        end = start + len(list(alike))
+        while start < end:
+            some = slice(start, min(end, start + _MOST_LAYERS))
+            of_some = None if powers is None else powers[some]
+            _launch(student[some], teacher[some], gradients[some], skip_tokens, of_some, distances[some])
+            start = some.stop
 
 
 def _launch(
-    student: tuple[Tensor, ...],
-    teacher: tuple[Tensor, ...],
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     skip_tokens: int,
-    gradients: tuple[Tensor, ...],
     powers: Tensor | None,
     distances: Tensor,
 ) -> None:
@@ -119,9 +119,9 @@ def _launch(
     with torch.cuda.device_of(student[0]):
         _launch_cosine(
             (cdiv(batch * length, tokens), len(student)),
-            students=student,
-            teachers=teacher,
-            gradients=gradients or student,
+            students=tuple(student),
+            teachers=tuple(teacher),
+            gradients=tuple(gradients or student),
             powers=powers,
             distances=distances,
             tokens_in_all=batch * length,

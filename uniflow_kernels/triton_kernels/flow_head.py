@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
+from uniflow_kernels.triton_kernels.sums import ProgramSums, of_launch
 
 # tiles of so many elements keep a row kernel's values in registers at four warps; a wider row gets more
 FORWARD_TILE = 2048
@@ -360,6 +361,7 @@ def norm_modulate_backward(
     which: Rows,
     rms: bool,
     eps: float,
+    sums: ProgramSums | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch `norm_modulate_backward_kernel`.
 
@@ -376,10 +378,12 @@ def norm_modulate_backward(
         which: which condition is each row's.
         rms: RMS norm instead of LayerNorm.
         eps: of the norm.
+        sums: where those of gradients that go row by row are added up together with those of other launches.
 
     Returns:
         Gradient of the sum [R, W], of q [R, W], and the sums over rows [C, 6, W] in float32, of what belongs to the
-        norm's weight and bias, shift, scale, gate and q; where gradients go row by row [1, 6, W], over all rows.
+        norm's weight and bias, shift, scale, gate and q; where gradients go row by row [1, 6, W], over all rows, which
+        are there when `sums` are added up.
     """
     width = x.shape[1]
     block_rows, columns, warps = tile(width, BACKWARD_TILE)
@@ -387,7 +391,7 @@ def norm_modulate_backward(
     segments = which.rows // segment
     per_program = max(block_rows, cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
     per_segment = cdiv(segment, per_program)
-    partial = torch.empty(segments * per_segment, 6, width, dtype=torch.float32, device=x.device)
+    partial, total = of_launch(sums, segments * per_segment, (6, width), x.device)
     dx = torch.empty_like(dh, memory_format=torch.contiguous_format) if dsum is None else dsum
     dq = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     gate, q = residual or (x, x)
@@ -439,6 +443,6 @@ def norm_modulate_backward(
         BW=columns,
         num_warps=warps,
     )
-    if which.per_row:
-        return dx, dq, partial.sum(0, keepdim=True)
-    return dx, dq, partial.unflatten(0, (-1, which.conditions, per_segment)).sum((0, 2))
+    if not which.per_row:
+        return dx, dq, partial.unflatten(0, (-1, which.conditions, per_segment)).sum((0, 2))
+    return dx, dq, partial.sum(0, keepdim=True) if total is None else total.unsqueeze(0)

@@ -23,6 +23,7 @@ from uniflow_kernels.triton_kernels import architecture
 from uniflow_kernels.triton_kernels.activation import sigmoid
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
+from uniflow_kernels.triton_kernels.sums import ProgramSums, of_launch
 
 
 class Tile(NamedTuple):
@@ -747,22 +748,27 @@ def down(
     return Moments(values, plan.tile.piece)
 
 
-def down_backward(dq: Tensor, weight: Tensor, p: Tensor, small: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def down_backward(
+    dq: Tensor, weight: Tensor, p: Tensor, small: bool = False, sums: ProgramSums | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `down_backward_kernel`.
 
     Args:
         dq: gradient of the MLP's output, [R, W].
         weight: of its second layer, [W, H].
         p: what its first layer made, [R, H or 2H].
+        small: as above.
+        sums: where dp's are added up together with those of other launches.
 
     Returns:
-        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32.
+        dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32; these are there when `sums` are added up.
     """
     rows, hidden = dq.shape[0], weight.shape[1]
     gated = p.shape[1] != hidden
     plan = _plan("gated down backward" if gated else "down backward", dq, small)
     dp, u = torch.empty_like(p), torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
-    partial = torch.empty(cdiv(rows, plan.tile.rows), p.shape[1], dtype=torch.float32, device=p.device)
+    programs = cdiv(rows, plan.tile.rows)
+    partial, total = of_launch(sums, programs, p.shape[1:], p.device)
     (gates, ups), (dgates, dups) = _sides(p, hidden), _sides(dp, hidden)
     _launch_down_backward(
         plan.grid(rows, hidden),
@@ -786,4 +792,4 @@ def down_backward(dq: Tensor, weight: Tensor, p: Tensor, small: bool = False) ->
         GATED=gated,
         **plan.constants,
     )
-    return dp, u, partial.sum(0)
+    return dp, u, partial.sum(0) if total is None else total

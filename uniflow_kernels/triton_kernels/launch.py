@@ -6,7 +6,8 @@ Everything private of Triton that this project relies on stands here and nowhere
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from functools import reduce
+from operator import itemgetter, or_
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,8 @@ from triton.runtime.jit import JITFunction
 _KNOWN = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 6), (3, 7), (3, 8), (3, 9))
 _MOST_KEPT = 256  # kinds of arguments of a launch
 _MOST_DESCRIBED = 4096  # tensors of such a kind
+
+_address_of = Tensor.data_ptr
 
 Describe = Callable[[str, Tensor], Any]
 Getter = Callable[[dict[str, Any]], tuple[Any, ...]]
@@ -50,6 +53,7 @@ class Launch:
         self.values = _getter(self.names)
         self.keeps = _KNOWN and isinstance(kernel, JITFunction)  # which Triton's interpreter's are not
         self.getters: tuple[Getter, ...] | None = None
+        self.tuples: list[str] = []  # the names of arguments that are tuples
         self.kept: dict[tuple[Any, ...], _Kept] = {}
 
     def __call__(self, grid: tuple[int, ...], describe: Describe | None = None, /, **arguments: Any) -> None:
@@ -59,8 +63,8 @@ class Launch:
             grid: how many programs, in up to three dimensions.
             describe: what the kernel takes for an argument of that name that is a tensor: a descriptor of it, or the
                 tensor. It must be the same for all tensors of a shape and strides, with the same constants.
-            arguments: all of the kernel's by name: tensors, tuples of tensors, None, numbers and constants; and the
-                compiler's, the same ones in all launches.
+            arguments: all of the kernel's by name: tensors, tuples of tensors of one dtype, None, numbers and
+                constants; and the compiler's, the same ones in all launches.
         """
         if not self.keeps or self._is_watched():
             self._as_triton_does(grid, describe, arguments)
@@ -78,14 +82,16 @@ class Launch:
             else:
                 addresses |= tensor.data_ptr()
                 kind.append(tensor.dtype)
+        places = []
         for tensors in tuples(arguments):
-            kind.append(len(tensors))
-            for tensor in tensors:
-                addresses |= tensor.data_ptr()
-                kind.append(tensor.dtype)
+            kind += len(tensors), tensors[0].dtype
+            places.append(tuple(map(_address_of, tensors)))
+            addresses |= reduce(or_, places[-1])
         key = tuple(kind)
         kept = self.kept.get(key)
         if kept is not None and not addresses & 15:
+            if places:  # of which the launcher would ask every tensor again
+                arguments.update(zip(self.tuples, places, strict=True))
             kept.launch(grid, active.get_current_stream(device), describe, self.values(arguments))
             return
         compiled = self._as_triton_does(grid, describe, arguments)
@@ -123,6 +129,7 @@ class Launch:
                 exact.append(name)
             else:
                 {int: integers, float: floats, tuple: tuples}.get(kind, pointers).append(name)
+        self.tuples = tuples
         self.getters = tuple(map(_getter, (exact, integers, floats, pointers, tuples)))
         return self.getters
 

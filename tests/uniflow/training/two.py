@@ -1,16 +1,17 @@
-"""Two processes: what they do together, each with its own results; started by test_distributed.py."""
+"""Two processes: what they do together, each with its own results."""
 
 import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tests.conftest import fork
 from tests.uniflow.training.conftest import Heard, small_crops, small_objective
 from uniflow.training import Recipe, Stage, Trainer
 from uniflow.training.processes import Processes, joined
@@ -31,20 +32,15 @@ def free_port() -> int:
 
 
 def both(act: Callable[[], int | None], folder: Path) -> list[tuple[str, int]]:
-    """Let two processes act and exit; what each said on stderr, and its status.
-
-    They are forked, so that what takes seconds to import is imported once.
-    """
+    """Let two processes of a job act and exit; what each said on stderr, and its status."""
     port = free_port()
+
+    def act_as(rank: int) -> int | None:
+        os.environ.update(environment(rank, 2, port))
+        return act()
+
     said = [folder / f"stderr-{rank}" for rank in (0, 1)]
-    started = []
-    for rank, file in enumerate(said):
-        started.append(os.fork())
-        if not started[-1]:
-            os.environ.update(environment(rank, 2, port))
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), 2)
-            torch.set_num_threads(1)
-            sys.exit(act())
+    started = [fork(partial(act_as, rank), file) for rank, file in enumerate(said)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
     return [(file.read_text(), status) for file, status in zip(said, statuses, strict=True)]
 
@@ -68,6 +64,8 @@ def results(made: Trainer, heard: Heard) -> dict[str, object]:
 
 
 def main(folder: Path) -> None:
+    """What each of the two does."""
+
     def together(name: str, processes: Processes, start: Path | None = None, **options: object) -> None:
         made, heard = trainer(processes, folder / name, **options)
         if start is not None:
@@ -87,8 +85,3 @@ def main(folder: Path) -> None:
         if processes.rank == 1:
             register_optimizer_step_post_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         together("killed", processes)
-
-
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    (place / "ends.json").write_text(json.dumps(both(lambda: main(place), place)))

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import signal
 import sys
 import tarfile
 from dataclasses import fields
@@ -20,7 +21,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from tests.conftest import randomize
-from tests.uniflow.test_cli import WHILE_TRAINING, contents, fails, files, interrupted, ok
+from tests.uniflow.test_cli import contents, fails, files, in_the_third_step, ok
 from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_features import siglip
 from tests.uniflow.unifluid.test_tokens import autoencoder
@@ -329,14 +330,13 @@ def test_it_does_not_go_on_with_other_ids_or_encoders(capsys, averaging, place, 
     assert list(losses(run)) == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_killed_run_goes_on(capsys, averaging, place, name):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM], ids=lambda end: end.name)
+def test_a_killed_run_goes_on(forked, capsys, averaging, place, end):
     killed, whole = place / "killed", place / "whole"
     config = averaging()
-    done = interrupted(WHILE_TRAINING.replace("SIGNAL", name), "unifluid", "train", config, "--out", killed)
-    assert done.returncode == {"SIGKILL": -9, "SIGTERM": 0}[name], done.stderr
-    assert last(killed).name == {"SIGKILL": "step-00000002", "SIGTERM": "step-00000003"}[name]
+    status, said = forked(in_the_third_step(end), "unifluid", "train", config, "--out", killed)
+    assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0}[end], said
+    assert last(killed).name == {signal.SIGKILL: "step-00000002", signal.SIGTERM: "step-00000003"}[end]
     ok(capsys, "unifluid", "train", config, "--out", killed, "--resume", "auto")
     ok(capsys, "unifluid", "train", config, "--out", whole)
     assert losses(killed) == losses(whole)
@@ -372,7 +372,7 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["generate", "a"], {"--tokenizer": place / "none"}, "no image tokenizer in"),
         (["generate", "a"], {"--tokenizer": checkpoint}, "'uniflow_with_encoder', got 'unifluid'"),
         (["generate", "a"], {"--checkpoint": place / "tokenizer"}, "expected a JSON object with model_type 'unifluid'"),
-        (["generate", "a"], {"--checkpoint": place / "file"}, "no such checkpoint folder"),
+        (["generate", "a"], {"--checkpoint": place / "file"}, "is a file, expected a checkpoint folder"),
         (["generate", "a"], {"--checkpoint": place}, f"no such file: {place / 'config.json'}"),
         (["generate", "a"], {"--out": place / "file"}, "is a file, expected a folder to write to"),
         (["generate", "a"], {"--dtype": "int8"}, "--dtype: expected auto, float32, bfloat16, float16, got 'int8'"),
@@ -503,7 +503,7 @@ def test_bfloat16(capsys, run_file, place):
 @pytest.mark.slow
 def test_compiled(capsys, run_file, place, monkeypatch):
     # what Inductor would generate takes a minute and a half to compile here, and is not this project's
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     config = CONFIG.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
     model = f"{{config: {config}, head_width: 32, head_depth: 1, vocabulary: 300}}"
     recipe = "stages: [{steps: 1}], batch_size: 4"

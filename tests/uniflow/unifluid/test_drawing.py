@@ -72,8 +72,9 @@ def test_seeds_and_orders(make_model, texts):
     assert torch.isfinite(draw_tokens(make_model(order="raster"), *texts, 3, head_steps=2)).all()
 
 
-def test_a_head_that_predicts_noise(make_model, texts):
-    model = make_model(head="ddpm")
+@pytest.mark.parametrize("head", ["ddpm", "mean_flow"])
+def test_other_heads(make_model, texts, head):
+    model = make_model(head=head)
     for cfg in (1.0, 2.0):
         tokens = draw_tokens(model, *texts, 3, head_steps=4, cfg=cfg, generator=seeded())
         assert tokens.shape == (2, N, 5)

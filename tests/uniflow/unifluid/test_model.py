@@ -255,7 +255,7 @@ def test_bad_input(make_model, texts, text_tokenizer):
         ({"token_channels": 0}, "token_channels: expected an integer of at least 1"),
         ({"grid": (3, 0)}, "grid: expected lines"),
         ({"grid": (3,)}, "grid: expected lines"),
-        ({"head": "gan"}, "head: expected one of flow, ddpm"),
+        ({"head": "gan"}, "head: expected one of flow, ddpm, mean_flow, self_distillation"),
         ({"order": "spiral"}, "order: expected one of random, raster"),
         ({"vision_channels": 0}, "vision_channels: expected an integer"),
         ({"backbone": {"model_type": "vit"}}, "backbone: no language model"),

@@ -108,8 +108,9 @@ def test_either_part_may_be_empty(make_model, batch):
     assert objective(no_drawings(drawings), no_readings(readings)).total == 0
 
 
-@pytest.mark.parametrize("head", ["flow", "ddpm"])
-@pytest.mark.parametrize("order", ["random", "raster"])
+@pytest.mark.parametrize(
+    ("head", "order"), [("flow", "random"), ("flow", "raster"), ("ddpm", "random"), ("self_distillation", "random")]
+)
 def test_training_lowers_both_losses(make_model, batch, head, order):
     model = make_model(head=head, order=order)
     model.head.reset_parameters()
@@ -126,6 +127,19 @@ def test_training_lowers_both_losses(make_model, batch, head, order):
     first, last = torch.tensor(history[:10]).mean(0), torch.tensor(history[-10:]).mean(0)
     assert last[0] < 0.2 * first[0]
     assert last[1] < 0.85 * first[1]
+
+
+@pytest.mark.parametrize("head", ["mean_flow", "self_distillation"])
+def test_a_head_for_few_steps_learns_between_two_times(make_model, batch, head):
+    objective = UniFluidObjective(make_model(head=head), Tokens(), head_repeats=3)
+    seen = []
+    objective.student.head.time_embed.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    objective(batch[0], no_readings(batch[1])).total.backward()
+    times = torch.cat(seen)
+    assert times.shape[1] == 2
+    assert (times[:, 0] < times[:, 1]).any()
+    assert all(p.grad is not None and p.grad.any() for p in objective.student.head.parameters())
+    assert objective.student.place_embedding.grad.any()
 
 
 def test_conditions_are_not_copied_for_the_repeats(make_model, batch, monkeypatch):
