@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.case import Case, Problem, Work, at, linear_flops, randomised
+from benchmarks.case import Case, Form, Problem, Work, at, linear_flops, randomised
 from uniflow_kernels import FlowHead, flow_matching_loss
 
 PATCH = 14
@@ -20,16 +20,20 @@ def build(batch: int, image: int, width: int, depth: int, chunk: int, dtype: str
     t = torch.rand(noise.shape[:2])
     condition = torch.randn(*t.shape, width, dtype=precision).requires_grad_()
 
-    def ours(head: FlowHead, condition: Tensor, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return flow_matching_loss(head, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=chunk)
+    def in_chunks(chunk: int | None) -> Form:
+        def form(head: FlowHead, condition: Tensor, images: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+            return flow_matching_loss(head, condition, images, t, PATCH, noise, time_scale=1000.0, chunk_tokens=chunk)
+
+        return form
 
     tokens = t.numel()
     flops = linear_flops(tokens, head)
     no_gradient = linear_flops(tokens, head.input_proj, head.time_embed.mlp[0])
     return Problem(
         inputs=(head, condition, images, t, noise),
-        ours=ours,
+        ours=in_chunks(chunk),
         plain=_plain,
+        libraries={"one chunk": lambda: in_chunks(None)},
         tokens=tokens,
         forward=Work.of(flops, head, condition, images, t, noise),
         # ours has done this in the forward pass already: "both" is what to compare
@@ -56,6 +60,8 @@ CASES = (
         cpu=(
             at(batch=1, image=224, width=128, depth=3, chunk=64, dtype="float32", quick=True),
             at(batch=4, image=224, width=128, depth=3, chunk=256, dtype="float32", quick=True, compile=True),
+            # what "auto" chooses, of more tokens than that
+            at(batch=32, image=224, width=128, depth=3, chunk=4096, dtype="float32", quick=True),
         ),
         check_at_most={"batch": 4, "chunk": 1024},
     ),
