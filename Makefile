@@ -53,9 +53,9 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# docs/ and every public name's docstring as pages in out/site; a warning, as of a link that leads nowhere, is an error
+# README.md, docs/ and every public name's docstring as pages in out/site; a warning, as of a link that leads nowhere, is an error
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # source distribution and wheel in dist/, tried where nothing of this folder is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (UnknownCaseError, results.ResultsError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:  # at a step's limit; what was measured is written
         print("benchmarks: interrupted", file=sys.stderr)
         return 130
@@ -74,8 +78,11 @@ def _host(options: argparse.Namespace) -> int:
 def _precision(options: argparse.Namespace) -> int:
     from benchmarks import precision
 
-    for line in precision.tables(options.checkpoint):
-        print(line, flush=True)
+    try:
+        for line in precision.tables(options.checkpoint):
+            print(line, flush=True)
+    except (FileNotFoundError, ValueError) as error:  # of what is no checkpoint
+        raise results.ResultsError(str(error)) from None
     return 0
 
 

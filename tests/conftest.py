@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if target := config.getoption("--emulate"):
         from tests.ptx.session import Session
 
-        config.pluginmanager.register(Session(target))
+        config.pluginmanager.register(Session(target), "emulated")
     elif os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
         round_to_bfloat16()
         multiply_bfloat16()

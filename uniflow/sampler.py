@@ -147,8 +147,8 @@ class Sampler:
         if self.max_memory < least:
             height, width = (extent * config.patch_size for extent in grid)
             raise ValueError(
-                f"max_memory: a picture of {height}x{width} needs at least {least / 1e6:.0f} MB, got "
-                f"{self.max_memory / 1e6:.0f} MB"
+                f"max_memory: a picture of {height}x{width} needs at least {least / 1e6:.3f} MB, got "
+                f"{self.max_memory / 1e6:.3f} MB"
             )
         return 1, min((self.max_memory - kept) // (grid[1] * in_head), grid[0])
 

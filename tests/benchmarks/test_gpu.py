@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu, results
 from benchmarks.__main__ import main
+from tests.gpu.conftest import under_sanitizer
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_a_failing_gpu_test_is_told_at_once_and_in_full(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 9
     assert "assert (2 + 2) == 5" in done.stdout
+
+
+def test_the_sanitizer_sees_every_tensors_end(tmp_path, monkeypatch):
+    """As torch then keeps no memory; one that finds something fails with what it says."""
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/sh\necho "$@" $PYTORCH_NO_CUDA_MEMORY_CACHING beyond; [ "$2" = racecheck ]\n')
+    sanitizer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    under_sanitizer("racecheck", "pass")
+    with pytest.raises(AssertionError, match=r"--tool memcheck --error-exitcode 9 .* -c pass 1 beyond"):
+        under_sanitizer("memcheck", "pass")
 
 
 def test_a_step_keeps_back_what_later_steps_need(session):

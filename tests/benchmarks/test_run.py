@@ -4,6 +4,7 @@ import json
 import pytest
 
 from benchmarks import results, run
+from benchmarks.__main__ import main
 from benchmarks.run import Plan
 
 QUICK = Plan("cpu", quick=True, compile=False)
@@ -152,3 +153,8 @@ def test_a_file_names_its_machine_and_no_path(make_case, tmp_path):
     assert {"torch", "Python", "GPU", "driver", "CPU"} <= file["environment"].keys()
     assert str(tmp_path) not in text
     assert str(results.ROOT) not in text
+
+
+def test_what_is_no_checkpoint_is_one_line(tmp_path, capsys):
+    assert main(["precision", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks: no such folder: ")

@@ -6,13 +6,13 @@ from tests.compile.compiling import Request, arches, compile_all
 
 MODULES = {"activation": "activation", "activation_backward": "activation"}  # of a kernel; of all others flow_head
 # per thread; no more than these were needed when the kernels were written
-REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 176, "activation": 40, "activation_backward": 136}
+REGISTERS = {"norm_modulate": 64, "norm_modulate_backward": 170, "activation": 32, "activation_backward": 126}
 
 # where every row has a condition of its own; with divisions of 64 bits 856 and 1080, with a sigmoid by exp 360 and 776
-INSTRUCTIONS = {"norm_modulate": 600, "norm_modulate_backward": 792, "activation": 224, "activation_backward": 640}
+INSTRUCTIONS = {"norm_modulate": 584, "norm_modulate_backward": 768, "activation": 216, "activation_backward": 632}
 # loads that wait for no reduction: all of the forward pass; of the backward pass all of a row but x's, on sixteen warps
 # dh and the scale, since 128 registers a thread have no room for more
-TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 2}
+TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 3}
 
 
 def norm_modulate(width, arch, dtype, *, residual=True, rms=False, shared=False):
@@ -104,7 +104,7 @@ def test_no_spills_and_few_registers(compiled):
 def test_few_instructions_and_loads_that_do_not_wait(compiled):
     for (kernel, *at), result in compiled.items():
         if "shared" in at:  # divisions of 32 bits, and no subroutine
-            assert result.instructions <= 700, (kernel, at, result.instructions)
+            assert result.instructions <= 624, (kernel, at, result.instructions)
             continue
         assert result.instructions <= INSTRUCTIONS[kernel], (kernel, at, result.instructions)
         assert result.together >= TOGETHER.get((kernel, at[1]), 0), (kernel, at, result.together)

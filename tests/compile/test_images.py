@@ -5,15 +5,15 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.compile.compiling import Request, arches, compile_all
-from uniflow_kernels.triton_kernels.images import OPTIONS
+from uniflow_kernels.triton_kernels.images import _BLOCK, OPTIONS
 
-WRITTEN = {"u8": "STG.E", "bf16": "STG.E.64"}  # of the four neighbours that a thread holds
+WRITTEN = {"u8": "STG.E.U8", "bf16": "STG.E.U16"}  # one pixel a thread
 
 
 def request(arch, written):
     constants = {
         **{"PATCH": 14, "MOVES": True, "AFFINE": True, "CLAMP": True, "BYTES": written == "u8"},
-        **{"NEAREST": 12582912.0, "BLOCK": 512},
+        **{"NEAREST": 12582912.0, "BLOCK": _BLOCK},
     }
     signature = {"rows": "*fp32", "velocity": "*bf16", "images": f"*{written}", "mean_and_std": "*fp32", "dt": "fp32"}
     sizes = ("channels", "down", "width", "rows_image", "rows_token", "velocity_image", "velocity_token")
@@ -21,7 +21,7 @@ def request(arch, written):
     return Request("uniflow_kernels.triton_kernels.images:to_images_kernel", signature, constants, arch, **OPTIONS)
 
 
-def test_no_spills_few_registers_whole_words_and_rounding_by_parts(oldest):
+def test_no_spills_few_registers_one_pixel_a_thread_and_rounding_by_parts(oldest):
     requests = {(arch, written): request(arch, written) for arch in arches(oldest) for written in WRITTEN}
     for (arch, written), compiled in zip(requests, compile_all(list(requests.values()), oldest), strict=True):
         what = f"sm_{arch} {written} {compiled}"

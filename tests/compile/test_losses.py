@@ -166,9 +166,9 @@ def test_cuda_kernels(cubins):
             assert int(stack) == int(local) == 0, (kernel, arch)
             # what keeps a row of 2048 float32 elements in registers may take twice as many
             assert int(registers) <= (168 if "cosine" in kernel else 64), (kernel, arch, registers)
-        sass = output(tool("cuobjdump"), "-sass", cubin)
+        sass = output(tool("nvdisasm"), "-c", "-ndf", cubin)
         assert not re.search(r"\b(STL|LDL)\b", sass)
-        functions = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
+        functions = dict(part.split(":\n", 1) for part in sass.split("\n.text.")[1:])
         assert len(functions) == len(kernels)
         for kernel, code in functions.items():
             # a mangled name ends its template arguments in Lb1E, or in Li<elements>ELi<kept>E

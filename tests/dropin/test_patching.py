@@ -465,8 +465,8 @@ def test_where_no_kernel_serves_its_own_forward_runs(name, monkeypatch):
         assert torch.equal(ours, head(*project.inputs))
 
 
-@pytest.mark.parametrize("kernels_serve", [False, True])
-def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(kernels_serve, head, monkeypatch):
+@pytest.mark.parametrize(("kernels_serve", "dynamic"), [(False, None), (True, None), (True, True)])
+def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(kernels_serve, dynamic, head, monkeypatch):
     if not kernels_serve:
         monkeypatch.undo()
     graphs = []
@@ -474,9 +474,10 @@ def test_a_graph_for_any_number_of_rows_is_the_one_of_the_original(kernels_serve
         if patch_it:
             patch(head, strict=True)
         torch._dynamo.reset()
-        compiled = torch.compile(head, fullgraph=True, backend=(counter := CompileCounter()))
-        for count in (5, 6, 1, 70, 64, 1024):
+        compiled = torch.compile(head, fullgraph=True, dynamic=dynamic, backend=(counter := CompileCounter()))
+        for count in (5, 6, 70, 64, 130, 1024) if dynamic else (5, 6, 1, 70, 64, 1024):
             x, t, c = canonical_inputs(torch.rand(count))
             close(compiled(x, t, c), head(x, t, c))
         graphs.append(counter.frame_count)
     assert graphs[1] == graphs[0]
+    assert graphs[1] == 1 or not dynamic

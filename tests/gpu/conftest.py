@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -45,17 +46,17 @@ def pytest_runtest_protocol(item):
     return True
 
 
+def under_sanitizer(tool, program):
+    """Runs a program under compute-sanitizer and fails with what it says."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    # in memory that torch keeps for later an access beyond a tensor's end is not seen
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
 @pytest.fixture(params=["memcheck", "racecheck"])
 def sanitized(request):
-    """Runs a program under compute-sanitizer and fails with what it says."""
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("needs compute-sanitizer")
-
-    def run(program):
-        command = ["compute-sanitizer", "--tool", request.param, "--error-exitcode", "9", sys.executable, "-c", program]
-        # in memory that torch keeps for later an access beyond a tensor's end is not seen
-        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-    return run
+    return partial(under_sanitizer, request.param)

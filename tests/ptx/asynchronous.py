@@ -165,11 +165,10 @@ class Copies:
                 f"global {'write' if writes else 'read'} outside every argument's elements",
                 f"TMA of {bulk.tensor_map.name}",
             )
+        threads = np.full(len(at), bulk.thread)
         if m.options.counters:
-            touched = allocation.written if writes else allocation.read
-            touched[places >> 5] = True
+            m.touch(allocation, threads, places, writes)
         if allocation.races is not None:
-            threads = np.full(len(at), bulk.thread)
             arguments = (places, m.global_warp[threads], m.epoch[m.block[threads]], m.warps_per_block)
             if writes:
                 m.conflicts("global memory", allocation.races, threads, at, length)

@@ -2,14 +2,16 @@
 
 import pytest
 
-INSIDE = ["test_emulator.py", "test_faults.py", "test_kernels.py", "test_losses.py"]
+OF_CSRC = ["test_losses.py", "test_whole.py"]
+INSIDE = ["test_emulator.py", "test_faults.py", "test_kernels.py", *OF_CSRC]
 
 
 def pytest_ignore_collect(collection_path, config):
     if collection_path.parent.name != "ptx" or not collection_path.name.startswith("test_"):
         return None
-    inside = collection_path.name in INSIDE
-    return True if inside != bool(config.getoption("--emulate")) else None
+    target = config.getoption("--emulate") or ""
+    inside = collection_path.name in (OF_CSRC if target.startswith("csrc") else INSIDE)
+    return True if inside != bool(target) else None
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What a profiler would count of every Triton kernel, written to benchmarks/results: python -m tests.ptx.count [80 90].
+"""What a profiler would count of every kernel, written to benchmarks/results: python -m tests.ptx.count [80 90].
 
 Of small sizes that fill tiles, bfloat16, forward and backward. `python -m benchmarks report` makes docs/kernels.md of
 them.
@@ -8,37 +8,51 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .counters import Counters
-from .launch import _LAUNCHERS, emulated
-from .machine import Options
-from .session import prepare_triton, pretend
+from .counters import Counters, short
+from .cuda import built, emulated_cuda, nvcc
+from .launch import _LAUNCHERS, Emulation, emulated
+from .session import cuda_for_triton, prepare_triton, pretend
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
-# measured rates of an H100: bytes a second of a copy, FLOPs a second of a large product in bfloat16
-RATES = {90: {"copy": 3.0e12, "product": 790e12}}
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "results"
 SIZES = {"rows": 256, "width": 512, "images": 2, "side": 224, "patch": 14, "layers": 2}
+# bytes a second, FLOPs a second in bfloat16 and in float32, special functions and passes over the banks of shared
+# memory a second. Of an H100 the first two are measured: a copy, a large product
+RATES = {
+    80: {"memory": 2.039e12, "tensor cores": 312e12, "float32": 19.5e12},
+    90: {"memory": 3.0e12, "tensor cores": 790e12, "float32": 66.9e12},
+}
+CLOCKS = {80: 108 * 1.41e9, 90: 132 * 1.98e9}  # multiprocessors times their highest clock
+SPECIAL = 16  # special functions a multiprocessor and clock (CUDA programming guide, 8.0 and 9.0)
+SOURCES = {
+    80: "an A100 as NVIDIA publishes it (data sheet of the 80 GB SXM: 2039 GB/s, 312 TFLOP/s, 19.5 TFLOP/s in float32;"
+    " 108 multiprocessors at 1.41 GHz)",
+    90: "an H100 SXM: measured are 3.0 TB/s of a copy and 790 TFLOP/s of a large product; as NVIDIA publishes it"
+    " 66.9 TFLOP/s in float32, 132 multiprocessors at 1.98 GHz",
+}
 
 
-def work() -> None:
-    """Launch every kernel."""
+def kernels_of(csrc: bool) -> set[str]:
+    """The names of all kernels of a part."""
+    folder, form = (ROOT / "csrc", "*.cu") if csrc else (ROOT / "uniflow_kernels" / "triton_kernels", "*.py")
+    definition = r"__global__[^;{]*?(\w+_kernel)\(" if csrc else r"(?m)^def (\w+_kernel)\("
+    return {name for path in folder.glob(form) for name in re.findall(definition, path.read_text(encoding="utf-8"))}
+
+
+def flow() -> None:
+    """Launch every kernel of the flow head."""
     from tests.uniflow_kernels.test_flow_blocks import OPTIONS, inputs, keywords, make_head, run, tensors_of
-    from uniflow_kernels import (
-        backend,
-        interpolate,
-        layerwise_distillation,
-        patchify,
-        seeded_noise,
-        to_images,
-        velocity_loss,
-    )
+    from uniflow_kernels import backend
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
 
     half, rows, width = torch.bfloat16, SIZES["rows"], SIZES["width"]
@@ -48,67 +62,109 @@ def work() -> None:
             weights, every = tensors_of(head)
             x, y = (t.detach().to(half).requires_grad_() for t in inputs((rows,), (rows,), width, half))
             run(fused_flow_blocks, x, y, weights, every, **keywords(head), path=path)
-        side, patch = SIZES["side"], SIZES["patch"]
-        images = torch.randn(SIZES["images"], 3, side, side)
-        tokens = (side // patch) ** 2
-        velocity = torch.randn(SIZES["images"], tokens, 3 * patch**2).to(half).requires_grad_()
+
+
+def losses(csrc: bool) -> None:
+    """Launch every other kernel, or those of the CUDA part."""
+    from uniflow_kernels import (
+        backend,
+        interpolate,
+        layerwise_distillation,
+        patchify,
+        seeded_noise,
+        to_images,
+        unpatchify,
+        velocity_loss,
+    )
+
+    half, side, patch = torch.bfloat16, SIZES["side"], SIZES["patch"]
+    images = torch.randn(SIZES["images"], 3, side, side)
+    tokens = (side // patch) ** 2
+    velocity = torch.randn(SIZES["images"], tokens, 3 * patch**2).to(half).requires_grad_()
+    with backend("triton"):
         interpolate(images, torch.rand(SIZES["images"]), patch, seed=1, dtype=half)
         (0.3 * velocity_loss(velocity, images, patch, seed=1)).backward()
-        student, teacher = torch.randn(2, SIZES["layers"], SIZES["images"], 128, width).to(half)
-        layerwise_distillation(list(student.requires_grad_()), list(teacher))[0].backward()
-        patchify(images.to(half), patch)
-        seeded_noise(256, 3 * patch**2, 3)
-        with torch.no_grad():
-            to_images(velocity, patch, (side, side), velocity=velocity, dt=0.1, dtype=torch.uint8)
+        student, teacher = torch.randn(2, SIZES["layers"], SIZES["images"], 128, SIZES["width"]).to(half)
+        (0.3 * layerwise_distillation(list(student.requires_grad_()), list(teacher))[0]).backward()
+        unpatchify(patchify(images.to(half), patch), patch, (side, side))
+        if not csrc:
+            seeded_noise(tokens, 3 * patch**2, 3)
+            with torch.no_grad():
+                to_images(velocity, patch, (side, side), velocity=velocity, dt=0.1, dtype=torch.uint8)
 
 
-def assembled(arch: int) -> dict[str, tuple[int, int]]:
-    """Registers a thread and bytes of shared memory of each kernel that was launched, by ptxas: the largest."""
+def texts(csrc: bool, arch: int, names: Iterable[str]) -> Iterator[tuple[list[str], str]]:
+    """PTX of kernels that were launched, and which of them it holds."""
+    if csrc:
+        for path in built().glob(f"*compute_{arch}.ptx"):
+            text = path.read_text()
+            if here := [name for name in names if f".entry {name}(" in text]:
+                yield here, text
+    for launcher in () if csrc else list(_LAUNCHERS.values()):
+        if launcher.metadata.target.arch == arch:
+            yield [launcher.program.kernel.name], launcher.ptx
+
+
+def registers(csrc: bool, arch: int, names: Iterable[str]) -> dict[str, int]:
+    """Registers a thread of each kernel that was launched, by ptxas: the largest of its forms."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    ptxas = get_ptxas(arch).path
-    found: dict[str, tuple[int, int]] = {}
-    for launcher in list(_LAUNCHERS.values()):
-        if launcher.metadata.target.arch != arch:
-            continue
+    ptxas = shutil.which("ptxas") if csrc else get_ptxas(arch).path
+    target = f"sm_{arch}a" if arch == 90 and not csrc else f"sm_{arch}"
+    found: dict[str, int] = {}
+    for here, text in texts(csrc, arch, names):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
-            source.write_text(launcher.ptx)
-            command = [
-                ptxas,
-                "-v",
-                f"--gpu-name=sm_{arch}{'a' if arch == 90 else ''}",
-                source,
-                "-o",
-                source.with_suffix(".o"),
-            ]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-            said = done.stdout + done.stderr
-        registers = re.search(r"Used (\d+) registers", said)
-        assert registers is not None, said
-        name = launcher.program.kernel.name
-        old = found.get(name, (0, 0))
-        found[name] = max(old[0], int(registers[1])), max(old[1], launcher.metadata.shared)
+            source.write_text(text)
+            command = [str(ptxas), "-v", f"--gpu-name={target}", f"--entry={','.join(here)}", str(source)]
+            done = subprocess.run([*command, "-o", f"{source}.o"], capture_output=True, text=True, check=False)
+        said = re.findall(r"entry function '(\w+)'(?s:.*?)Used (\d+) registers", done.stdout + done.stderr)
+        if len(said) != len(here):
+            raise RuntimeError(done.stdout + done.stderr)
+        for name, number in said:
+            found[short(name)] = max(found.get(short(name), 0), int(number))
     return found
 
 
-def entry(seen: Counters, resources: tuple[int, int], arch: int) -> dict[str, Any]:
+def entry(seen: Counters, used: int, arch: int) -> dict[str, Any]:
     """One kernel, all its launches together."""
     moved = sum(read + written for read, written, _ in seen.footprint.values())
-    result: dict[str, Any] = {
-        "kernel": seen.kernel, "blocks": seen.blocks, "warps": seen.warps, "registers": resources[0],
-        "shared_bytes": resources[1], "instructions": dict(seen.instructions), "tensor_flops": seen.tensor_flops,
+    passes = sum(access.sectors for kind, access in seen.access.items() if kind.startswith("shared"))
+    rates = RATES[arch]
+    bounds = {
+        "memory": moved / rates["memory"],
+        "tensor cores": seen.tensor_flops / rates["tensor cores"],
+        "float32": 32 * seen.instructions["fp32"] / rates["float32"],  # each one operation at least
+        "special functions": 32 * seen.instructions["mufu"] / SPECIAL / CLOCKS[arch],
+        "shared memory": passes / CLOCKS[arch],
+    }
+    by = max(bounds, key=lambda name: bounds[name])
+    return {
+        "kernel": seen.kernel, "blocks": seen.blocks, "warps": seen.warps, "registers": used,
+        "shared_bytes": seen.shared, "instructions": dict(seen.instructions), "tensor_flops": seen.tensor_flops,
         "bytes_touched": moved,
         "access": {
             kind: {"requests": a.requests, "bytes": a.bytes, "passes": a.sectors, "least": a.least}
             for kind, a in sorted(seen.access.items())
         },
+        "of_a_block": {
+            kind: {"passes": sectors, "least": -(-size // 32)}
+            for kind, (sectors, size) in sorted(seen.of_a_block.items())
+        },
+        "bound_by": by, "bound_us": 1e6 * bounds[by],
     }  # fmt: skip
-    if rates := RATES.get(arch):
-        bounds = {"memory": moved / rates["copy"], "tensor cores": seen.tensor_flops / rates["product"]}
-        result["bound_by"] = max(bounds, key=lambda name: bounds[name])
-        result["bound_us"] = 1e6 * max(bounds.values())
-    return result
+
+
+def counted(csrc: bool, emulation: Emulation) -> list[dict[str, Any]]:
+    """All kernels of a part; an error if one was not launched."""
+    every: dict[str, Counters] = {}
+    for seen in emulation.counters.values():
+        every.setdefault(short(seen.kernel), Counters(short(seen.kernel))).merge(seen)
+    if missing := kernels_of(csrc) - every.keys():
+        raise RuntimeError(f"not launched: {', '.join(sorted(missing))}")
+    used = registers(csrc, emulation.arch, emulation.counters)
+    print(f"sm_{emulation.arch}: {emulation.launches} launches in {emulation.seconds:.0f} s", flush=True)
+    return [entry(seen, used[name], emulation.arch) for name, seen in sorted(every.items())]
 
 
 def main(archs: list[int]) -> None:
@@ -117,14 +173,17 @@ def main(archs: list[int]) -> None:
     for arch in archs:
         pretend(arch)
         torch.manual_seed(0)
-        with emulated(arch, Options()) as emulation:
-            work()
-        resources = assembled(arch)
-        entries = [entry(seen, resources[name], arch) for name, seen in sorted(emulation.counters.items())]
-        file = {"emulated": arch, "sizes": SIZES, "findings": len(emulation.findings), "kernels": entries}
+        with emulated(arch) as triton:
+            flow()
+            losses(csrc=False)
+        parts, findings = {"Triton": counted(False, triton)}, len(triton.findings)
+        if nvcc():
+            with emulated_cuda(arch) as cuda, cuda_for_triton():
+                losses(csrc=True)
+            parts["CUDA"], findings = counted(True, cuda), findings + len(cuda.findings)
+        file = {"emulated": arch, "sizes": SIZES, "findings": findings, "rates": SOURCES[arch], "parts": parts}
         path = FOLDER / f"emulated-sm{arch}.json"
         path.write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {path.name}: {emulation.launches} launches in {emulation.seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

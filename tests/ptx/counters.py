@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -39,6 +40,12 @@ def class_of(op: str) -> str:
     return next((name for name, heads in CLASSES.items() if head in heads), "int")
 
 
+def short(name: str) -> str:
+    """A kernel's name without what C++ makes of it."""
+    found = re.search(r"\d([a-z_]+_kernel)", name)
+    return found[1] if found else name
+
+
 @dataclass
 class Access:
     """Accesses of one kind: by a warp, in 32-byte sectors or in passes over the banks."""
@@ -59,7 +66,11 @@ class Counters:
     instructions: Counter = field(default_factory=Counter)
     access: dict[str, Access] = field(default_factory=dict)
     tensor_flops: int = 0
+    shared: int = 0  # bytes of a block
     footprint: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # name: bytes read, written, in arguments
+    of_a_block: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # load or store: sectors and bytes, each once a block
 
     def of(self, kind: str) -> Access:
         return self.access.setdefault(kind, Access())
@@ -76,6 +87,12 @@ class Counters:
         into.bytes += threads * width
         into.sectors += int(count)
         into.least += -(-threads * width // 32)
+
+    def add_touched(self, kind: str, touched: np.ndarray) -> None:
+        """Which bytes [blocks, n * 32] each of some blocks loaded or stored."""
+        sectors, bytes_of = self.of_a_block.setdefault(kind, [0, 0])
+        sectors += int(touched.reshape(len(touched), -1, 32).any(2).sum())
+        self.of_a_block[kind] = [sectors, bytes_of + int(touched.sum())]
 
     def add_bulk(self, kind: str, size: int) -> None:
         into = self.of(kind)
@@ -108,12 +125,15 @@ class Counters:
         self.warps += other.warps
         self.instructions.update(other.instructions)
         self.tensor_flops += other.tensor_flops
+        self.shared = max(self.shared, other.shared)
+        for kind, sizes in other.of_a_block.items():
+            self.of_a_block[kind] = [sum(pair) for pair in zip(self.of_a_block.get(kind, (0, 0)), sizes, strict=True)]
         for kind, access in other.access.items():
             into = self.of(kind)
             for name in ("requests", "bytes", "sectors", "least"):
                 setattr(into, name, getattr(into, name) + getattr(access, name))
-        for name, sizes in other.footprint.items():
-            self.footprint[name] = tuple(map(sum, zip(self.footprint.get(name, (0, 0, 0)), sizes, strict=True)))
+        for name, three in other.footprint.items():
+            self.footprint[name] = tuple(map(sum, zip(self.footprint.get(name, (0, 0, 0)), three, strict=True)))
 
     def table(self) -> str:
         """One table in text."""

@@ -17,6 +17,7 @@ from .memory import (
     SHARED_BASE,
     UNFENCED,
     VALID,
+    Allocation,
     GlobalMemory,
     MemoryFaultError,
     Races,
@@ -32,6 +33,7 @@ class Options:
     """What is looked for beside the results.
 
     early: asynchronous copies and products land when they are issued, not when they are waited for.
+    both: a program's first launch is run in both orders, from the same memory: the bits must be the same.
     races: conflicting accesses to shared and global memory that no barrier separates.
     counters: sectors, bank conflicts, footprints.
     inexact: approximations are as far off as they may be, above or below by their bits; else correctly rounded.
@@ -39,6 +41,7 @@ class Options:
     """
 
     early: bool = False
+    both: bool = False
     races: bool = False
     counters: bool = True
     inexact: bool = False
@@ -102,6 +105,7 @@ class Program:
             after = pc if self.kinds[pc] != RUN else after
             self.control[pc] = after
         self.classes = [class_of(i.op) for i in kernel.instructions]
+        self.is_asynchronous = any(i.op.startswith(("cp.async", "wgmma")) for i in kernel.instructions)
 
     def _place_shared(self, dynamic: int) -> int:
         self.shared_at, at = {}, SHARED_BASE
@@ -131,7 +135,7 @@ class Launch:
 
 def run(launch: Launch, options: Options, findings: Findings) -> Counters:
     """Run all blocks of a launch."""
-    counters = Counters(launch.program.kernel.name)
+    counters = Counters(launch.program.kernel.name, shared=launch.program.shared_size)
     blocks = int(np.prod(launch.grid))
     step = max(1, options.batch // launch.threads)
     with np.errstate(all="ignore"):
@@ -186,6 +190,7 @@ class Machine:
         self.waiting = np.zeros(self.n, bool)
         self.stalled = np.zeros(self.n, bool)
         self.executed = np.zeros(len(self.program.steps), np.int64)
+        self.touched: dict[tuple[int, bool], np.ndarray] = {}  # bytes of an allocation, by block
 
     # --- running
 
@@ -208,6 +213,8 @@ class Machine:
             error.add_note(f"emulating {self.program.kernel.name}: {at}")
             raise
         self.copies.finish()
+        for (_, writes), touched in self.touched.items():
+            self.counters.add_touched("store" if writes else "load", touched)
         for place, count in enumerate(self.executed):
             if count:
                 self.counters.instructions[self.program.classes[place]] += int(count)
@@ -436,6 +443,14 @@ class Machine:
                     "global memory", allocation.races, into, at, width, same(old, some), same(units[at // width], some)
                 )
 
+    def touch(self, allocation: Allocation, threads: np.ndarray, places: np.ndarray, writes: bool) -> None:
+        """Count bytes [threads, n] of an allocation."""
+        (allocation.written if writes else allocation.read)[places >> 5] = True
+        key = (allocation.base, writes)
+        if key not in self.touched:
+            self.touched[key] = np.zeros((self.blocks, allocation.size // 32 * 32 + 32), bool)
+        self.touched[key][self.block[threads][:, None], places] = True
+
     def _global_parts(self, threads: np.ndarray, address: np.ndarray, width: int, writes: bool = False) -> list:
         address = address.view(np.int64)
         if width > 1 and (address & (width - 1)).any():
@@ -456,7 +471,7 @@ class Machine:
                         int(bad.sum()),
                     )
             if self.options.counters:
-                (allocation.written if writes else allocation.read)[at >> 5] = True
+                self.touch(allocation, some, at[:, None] + np.arange(width), writes)
             if allocation.races is not None and not writes:
                 bad = allocation.races.read(*self._race(some, at, width))
                 if bad.any():

@@ -22,6 +22,7 @@ class Barrier:
     phase: int = 0
     loads: list[Any] = field(default_factory=list)
     made: tuple[int, int] = (-1, -1)  # the warp that initialised it, and its epoch
+    waited: set[tuple[int, int]] = field(default_factory=set)  # warps that waited for it, and when
 
     def settle(self) -> None:
         if self.pending == 0 and self.transfer == 0:
@@ -55,7 +56,9 @@ class Barriers:
     def seen_by(self, threads: np.ndarray, barrier: Barrier) -> None:
         """Other warps may use an mbarrier after a barrier only."""
         warp, epoch = barrier.made
-        early = (self.m.warp[threads] != warp) & (self.m.epoch[self.m.block[threads]] == epoch)
+        epochs = self.m.epoch[self.m.block[threads]]
+        barrier.waited.update(zip(self.m.warp[threads].tolist(), epochs.tolist(), strict=True))
+        early = (self.m.warp[threads] != warp) & (epochs == epoch)
         if early.any():
             self.m.report("an mbarrier is used before its initialisation is visible", self.m.who(threads, early))
 
@@ -63,6 +66,9 @@ class Barriers:
         barrier = self.at(thread, address)
         if barrier.loads or barrier.transfer:
             self.m.report("an mbarrier is invalidated while copies are on their way", f"{len(barrier.loads)} boxes")
+        warp, epoch = self._now(thread)
+        if others := sorted(other for other, when in barrier.waited if other != warp and when == epoch):
+            self.m.report("an mbarrier is invalidated while others may wait for it", f"warps {others}")
         del self.known[int(self.m.block[thread]) * self.m.shared.stride + address]
 
     def wait(self, thread: int, address: int, parity: int) -> bool:

@@ -45,15 +45,16 @@ def pretend(arch: int) -> None:
 def cuda_for_triton() -> Iterator[None]:
     """The CUDA part, for whoever asks for Triton; noise has no kernel there."""
     from uniflow_kernels import choice
-    from uniflow_kernels.ops import registration
+    from uniflow_kernels.ops import registration, scaling
 
-    choose, checked = registration.choose, choice._checked
+    choose, checked, requested = registration.choose, choice._checked, scaling.requested
     registration.choose = lambda op, why_not: "eager" if op == "seeded_noise" else choose(op, why_not)
     choice._checked = lambda name, source: checked("cuda" if name == "triton" else name, source)
+    scaling.requested = lambda: "triton"  # on a CPU only whoever asks for Triton has a gradient scaled by a kernel
     try:
         yield
     finally:
-        registration.choose, choice._checked = choose, checked
+        registration.choose, choice._checked, scaling.requested = choose, checked, requested
 
 
 @contextmanager
@@ -82,7 +83,7 @@ class Session:
         from .launch import emulated
         from .machine import Options
 
-        options = Options(races=True, counters=False, inexact=True)
+        options = Options(both=True, races=True, counters=False, inexact=True)
         if self.csrc:
             self.contexts = [emulated_cuda(self.arch, options), cuda_for_triton()]
         else:

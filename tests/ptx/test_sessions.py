@@ -1,6 +1,6 @@
 """The tests of compiled kernels, each in a process of its own: this one has defined all kernels for the interpreter.
 
-`pytest --emulate 90 tests/ptx` runs them without a process more.
+`pytest --emulate 90 tests/ptx` runs them without a process more, and the slow ones too, which `make emulate` runs.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ def run(target, *files):
     # what pytest and its plugins say to a worker is not for the session that it starts
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     done = subprocess.run(
-        [*command, "--emulate", target, *(str(FOLDER / file) for file in files)],
+        [*command, "--emulate", target, "-m", "not slow", *(str(FOLDER / file) for file in files)],
         cwd=FOLDER.parents[1], env=kept, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,13 +32,13 @@ def run(target, *files):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 class TestAmpere:
     def test_triton(self):
-        run("80", "test_faults.py", "test_kernels.py", "test_losses.py")
+        run("80", "test_faults.py", "test_kernels.py", "test_losses.py", "test_whole.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 class TestHopper:
     def test_triton(self):
-        run("90", "test_faults.py", "test_kernels.py", "test_losses.py")
+        run("90", "test_faults.py", "test_kernels.py", "test_losses.py", "test_whole.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -49,4 +49,4 @@ class TestBoth:
     @pytest.mark.skipif(nvcc() is None, reason="there is no nvcc")
     @pytest.mark.parametrize("target", ["csrc80", "csrc90"])
     def test_csrc(self, target):
-        run(target, "test_losses.py")
+        run(target, "test_losses.py", "test_whole.py")

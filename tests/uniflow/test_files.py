@@ -48,7 +48,7 @@ def test_a_bad_file_of_a_folder_is_skipped_and_named(capsys, mixed, tmp_path, co
     assert status == 0
     for name in ("bad.png is not", "more/cut.jpg is damaged", "link.png", "pipe.png: expected a file"):
         assert sum(line.startswith("uniflow: skipped: ") and name in line for line in said.splitlines()) == 1
-    assert said.splitlines()[-1] == "uniflow: 4 of 7 pictures were skipped, since they cannot be read"
+    assert said.splitlines()[-1] == "uniflow: 4 of 7 pictures cannot be read: skipped"
     if command == "reconstruct":
         assert files(out) == ["a.png", "b.png", "more/c.png"]
         assert [line.split("\t")[2] for line in printed.splitlines()[1:4]] == files(out)

@@ -121,8 +121,8 @@ def _most_encoded(model: UniFlow, size: Size, max_memory: int | None) -> int:
     needed = tokens * encoding_bytes_per_token(model.config, model.dtype)
     if needed > max_memory:
         raise InputError(
-            f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.0f} MB, got "
-            f"{max_memory / 1e6:.0f} MB"
+            f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.3f} MB, got "
+            f"{max_memory / 1e6:.3f} MB"
         )
     return max_memory // needed
 

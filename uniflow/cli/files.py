@@ -109,7 +109,7 @@ class Pictures:
     def say_skipped(self) -> None:
         """How many, if any."""
         if self.skipped:
-            notice(f"{self.skipped} of {len(self.sources)} pictures were skipped, since they cannot be read")
+            notice(f"{self.skipped} of {len(self.sources)} pictures cannot be read: skipped")
 
     def _must_be_read(self, source: Source) -> bool:
         return self.given.strict or source.by_hand

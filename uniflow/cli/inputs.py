@@ -97,7 +97,8 @@ def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtyp
     with explained():
         folder = local_folder(checkpoint.folder)
     if not folder.is_dir():
-        raise InputError(f"no such checkpoint folder: {folder}")
+        found = f"{folder} is a file, expected a checkpoint folder"
+        raise InputError(found if folder.exists() else f"no such checkpoint folder: {folder}")
     with explained():
         model = read(folder, chosen, own, weights=checkpoint.weights)
     if own is None and model.device.type == "cuda" and model.dtype == torch.float32:

@@ -42,6 +42,11 @@ def notice(text: str) -> None:
         _print(f"uniflow: {printable(line)}", sys.stderr)
 
 
+def counted(pictures: int) -> str:
+    """How many pictures, in words."""
+    return f"{pictures} picture{'s' if pictures != 1 else ''}"
+
+
 def explain_os_error(error: OSError) -> str:
     """What the system says of which file."""
     return f"{error.strerror}: {error.filename}" if error.filename else error.strerror or str(error)

@@ -26,7 +26,7 @@ from uniflow.cli.files import (
     picture_suffixes,
 )
 from uniflow.cli.inputs import InputError, Named, check_finite, explained, load_model
-from uniflow.cli.printing import Column, Table, say, say_json
+from uniflow.cli.printing import Column, Table, counted, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.model import UniFlow
@@ -164,7 +164,7 @@ def encode(
                     encoded.append(EncodedPicture(item.source.name, *item.size))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_latents(out, latents, encoded, model)
-    say(f"{len(latents)} pictures in {out}")
+    say(f"{counted(len(latents))} in {out}")
     pictures.say_skipped()
 
 
@@ -205,7 +205,7 @@ def decode(
             for i, result in zip(group, results, strict=True):
                 files.write(_save, result, out / pictures[i].name)
             bar.advance(task, len(group))
-    say(f"{len(pictures)} pictures in {out}")
+    say(f"{counted(len(pictures))} in {out}")
 
 
 def evaluate(
@@ -226,7 +226,8 @@ def evaluate(
     sampling.check()
     for folder in given.paths:
         if not folder.is_dir():
-            raise InputError(f"no such folder: {folder}")
+            found = f"{folder} is a file, expected a folder of pictures"
+            raise InputError(found if folder.exists() else f"no such folder: {folder}")
     scores = Scores()
     with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
         model = load_model(checkpoint, device, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 
-_BLOCK = 512  # pixels of an image's row
+_BLOCK = 128  # pixels of an image's row: one a thread, so that neighbours load what lies together
 # products and sums are rounded one after the other, as in the definition: fused, a tie becomes another byte
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _NEAREST = 12582912.0  # 1.5 * 2^23: added and taken away, it rounds a smaller number to the nearest even integer

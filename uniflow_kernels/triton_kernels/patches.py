@@ -53,15 +53,20 @@ def patches_kernel(
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)  # [G]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [C]
     row, token, at = first_pixels(tokens, batch, down, across, stride_image, stride_row, stride_column, PATCH)
-    _, offsets = pixels_of(columns, stride_channel, stride_row, stride_column, PATCH)
-    pixels = images + at[:, None] + offsets[None, :]  # [G, C]
     base = (row * rows_image + token * rows_token) * UNIT
     places = rows + base[:, None] + columns.to(tl.int64)[None, :] * rows_column
-    inside = (tokens < tokens_in_all)[:, None] & (columns < length)[None, :]
+    exists = tokens < tokens_in_all
+    inside = exists[:, None] & (columns < length)[None, :]
     if CUT:
-        tl.store(places, tl.load(pixels, inside), inside)
+        # in a shape of their own, in which neighbouring threads have neighbouring pixels: in that of the rows a thread
+        # has what it stores at once, and would load it one after the other, each time from the same sectors
+        alone = tl.program_id(1) * COLUMNS + (tl.arange(0, COLUMNS // 32)[:, None] * 32 + tl.arange(0, 32)[None, :])
+        _, offsets = pixels_of(alone, stride_channel, stride_row, stride_column, PATCH)
+        found = tl.load(images + at[:, None, None] + offsets[None], exists[:, None, None] & (alone < length)[None])
+        tl.store(places, tl.reshape(found, (TOKENS, COLUMNS)), inside)
     else:
-        tl.store(pixels, tl.load(places, inside), inside)
+        _, offsets = pixels_of(columns, stride_channel, stride_row, stride_column, PATCH)
+        tl.store(images + at[:, None] + offsets[None, :], tl.load(places, inside), inside)
 
 
 _launch = Launch(patches_kernel)
