@@ -7,7 +7,7 @@ import triton.language as tl
 from torch.distributed.fsdp import fully_shard
 
 from tests.conftest import randomize
-from uniflow_kernels import FlowHead, backend, fused_flow_blocks
+from uniflow_kernels import FlowHead, backend, cpu_kernels, fused_flow_blocks
 from uniflow_kernels.ops import flow_head
 from uniflow_kernels.ops.flow_blocks import Affine, Block, in_order
 from uniflow_kernels.ops.flow_head import RECOMPUTE
@@ -812,7 +812,8 @@ def test_the_interpreter_rounds_as_a_gpu_does():
 
 def test_explain():
     head = make_head(depth=2)
-    assert head.explain() == "flow_head: plain PyTorch; Triton: it runs on CUDA, not on cpu"
+    few = "" if cpu_kernels.why_not_built() else "the CPU part, up to 8 rows without gradients; else "
+    assert head.explain() == f"flow_head: {few}plain PyTorch; Triton: it runs on CUDA, not on cpu"
     with backend("triton"):
         assert head.explain() == "flow_head: Triton row kernels, cuBLAS products; unmeasured on this GPU"
         head.res_blocks[0].register_forward_hook(lambda *_: None)
