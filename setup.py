@@ -34,6 +34,7 @@ LEVELS = {
 }
 # the loops become vector instructions only where no error number and no trap is asked for; what is rounded once is said
 LOOPS = "-fno-math-errno -fno-trapping-math -ffp-contract=off"
+PRODUCTS = "-fno-math-errno -fno-trapping-math -ffp-contract=fast"  # whose sums no other backend shares
 
 # one rule for host and device code: nvcc hands .cpp files on to the host's compiler
 NINJA = """\
@@ -152,10 +153,12 @@ class BuildParts(build_ext):
             except NotBuiltError as why:
                 sys.exit(f"The CUDA part could not be built: {why}\n{WITHOUT}")
             return
-        kernels = CSRC / "cpu" / "kernels.cpp"
+        folder = CSRC / "cpu"
         levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-        objects = {f"{level}.o": (kernels, f"{LOOPS} {own} -DUNIFLOW_LEVEL={level}") for level, own in levels.items()}
-        objects["module.o"] = (CSRC / "cpu" / "module.cpp", "")
+        objects = {"module.o": (folder / "module.cpp", "")}
+        for level, own in levels.items():
+            objects[f"{level}.o"] = (folder / "kernels.cpp", f"{LOOPS} {own} -DUNIFLOW_LEVEL={level}")
+            objects[f"{level}_flow.o"] = (folder / "flow.cpp", f"{PRODUCTS} {own} -DUNIFLOW_LEVEL={level}")
         link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
         flags = {"flags": "-fPIC -fvisibility=hidden", "link": link}
         try:

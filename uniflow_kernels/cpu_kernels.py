@@ -193,6 +193,53 @@ def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> N
     )
 
 
+def flow_blocks(
+    x: Tensor,
+    a: Tensor | None,
+    weights: Sequence[Tensor | None],
+    made: Sequence[Tensor],
+    sizes: tuple[int, int, int, int],
+    norm: str,
+    eps: float,
+    mlp: str,
+    modulation_order: str,
+    out: Tensor,
+) -> None:
+    """Write `out` [R, W], what the flow head's blocks and last norm make of x [R, W].
+
+    Args:
+        x: contiguous.
+        a: what modulations are made of, [C, W] and contiguous; None if they are given.
+        weights: contiguous; of the last norm's modulation, of each block's norm, up and down, and of each group's
+            modulation, each with its bias.
+        made: the modulations, where they are given: each group's [C, 3W], and the last norm's [C, 2W], if it has one.
+        sizes: the number of blocks, of modulations that they have, of conditions, and of rows that follow each other
+            under one condition.
+        norm, eps, mlp, modulation_order: of the head.
+        out: contiguous.
+    """
+    rows, width = x.shape
+    if not rows:
+        return
+    weight_of_norm, down = weights[2], weights[6]
+    assert weight_of_norm is not None
+    assert down is not None
+    _level().flow_blocks(
+        x.data_ptr(),
+        address_of(a),
+        [address_of(weight) for weight in weights],
+        [(modulation.data_ptr(), modulation.stride(0)) for modulation in made],
+        out.data_ptr(),
+        (rows, width, down.shape[1], *sizes),
+        (TYPES[x.dtype], TYPES[weight_of_norm.dtype]),
+        eps,
+        norm == "rms",
+        mlp == "swiglu",
+        modulation_order == "scale-shift-gate",
+        torch.get_num_threads(),
+    )
+
+
 @functools.cache
 def _is_built() -> bool:
     return importlib.util.find_spec("uniflow_kernels._cpu") is not None

@@ -54,6 +54,11 @@ def _large_on_cpu(rows: int, steps: int, guidance: int = 1) -> Size:
     return Size(_values(rows, steps, guidance, 6, 1024, "float32"), quick=False, compile=False)
 
 
+def _small_head_on_cpu(rows: int, steps: int, depth: int, width: int, dtype: str) -> Size:
+    """Of the sizes of heads that people run on CPUs: pocket-tts's (6 of 512, a row) and VibeVoice's (4 of 896, two)."""
+    return Size(_values(rows, steps, 1, depth, width, dtype), quick=dtype == "float32", compile=False)
+
+
 def _values(rows: int, steps: int, guidance: int, depth: int, width: int, dtype: str) -> dict[str, int | str]:
     return {
         "rows": rows,
@@ -81,6 +86,8 @@ CASES = (
             _on_cpu(16, 20),
             _on_cpu(16, 20, guidance=2),
             _on_cpu(64, 20, compile=True),
+            *(_small_head_on_cpu(1, 1, 6, 512, dtype) for dtype in ("float32", "bfloat16")),
+            *(_small_head_on_cpu(2, 10, 4, 896, dtype) for dtype in ("float32", "bfloat16")),
             _large_on_cpu(4, 20),
             _large_on_cpu(4, 20, guidance=2),
             _large_on_cpu(4, 100),

@@ -115,21 +115,49 @@ inline const float* noise_of(const Source& source, int64_t row, int64_t tokens, 
   return scratch.rows[2];
 }
 
+// The same right from the picture, for pixels and x_t in float32 and the patch's width P.
+template <int P>
+inline void interpolate_patch(const Source& source, const Place& place, int64_t across, const float* __restrict x0, float t,
+                              float* __restrict x_t) {
+  const Pictures& pictures = source.pictures;
+  const float* corner = static_cast<const float*>(pictures.data) + place.image * pictures.image + place.down * P * pictures.row + across * P;
+  for (int64_t channel = 0; channel < pictures.channels; ++channel) {
+    const float scale = source.scale_and_shift == nullptr ? 1.0f : source.scale_and_shift[2 * channel];
+    const float shift = source.scale_and_shift == nullptr ? -0.0f : source.scale_and_shift[2 * channel + 1];  // x + -0 is x
+    for (int y = 0; y < P; ++y, x0 += P, x_t += P) {
+      const float* __restrict line = corner + channel * pictures.channel + y * pictures.row;
+      for (int block = 0; block < P; block += 8) {  // in whole vectors: the last two may overlap
+        const int first = block < P - 8 ? block : P - 8;
+        for (int x = first; x < first + 8; ++x)
+          x_t[x] = uniflow::interpolated(uniflow::multiply_add(line[x], scale, shift), x0[x], t);
+      }
+    }
+  }
+}
+
 void interpolate(const Interpolate& job, int64_t begin, int64_t end, float* memory) {
   const Source& source = job.source;
   const int64_t across = source.pictures.across, length = source.pictures.length(), columns = source.columns;
   const int64_t tokens = source.pictures.down * across, size = bytes_of(job.type);
+  const bool right_away = source.type == kFloat32 && job.type == kFloat32 && source.pictures.column == 1;
   const Scratch scratch(memory, columns);
   for (int64_t line = begin; line < end; ++line) {
     const Place place = place_of(source.pictures, line % source.pictures.lines());
+    touch(source.pictures, bytes_of(source.type), place);
     for (int64_t g = 0; g < across; ++g) {
       const int64_t row = line * across + g;
       const float t = job.t[job.per_token ? row : row / tokens];
-      const float* __restrict x1 = pixels_of(source, place, g, scratch);
       const float* __restrict x0 = noise_of(source, row, tokens, scratch);
       char* out = at(job.x_t, row * columns * size);
       float* __restrict x_t = job.type == kFloat32 ? reinterpret_cast<float*>(out) : scratch.rows[3];
-      for (int64_t i = 0; i < length; ++i) x_t[i] = uniflow::interpolated(x1[i], x0[i], t);
+      switch (right_away ? source.pictures.patch : 0) {
+        case 8: interpolate_patch<8>(source, place, g, x0, t, x_t); break;
+        case 14: interpolate_patch<14>(source, place, g, x0, t, x_t); break;
+        case 16: interpolate_patch<16>(source, place, g, x0, t, x_t); break;
+        default:
+          const float* __restrict x1 = pixels_of(source, place, g, scratch);
+          for (int64_t i = 0; i < length; ++i) x_t[i] = uniflow::interpolated(x1[i], x0[i], t);
+      }
       if (job.type != kFloat32) store(x_t, job.type, length, out);
       memset(out + length * size, 0, (columns - length) * size);
     }
@@ -162,6 +190,7 @@ void loss(const Loss& job, int64_t begin, int64_t end, float* memory) {
   const Scratch scratch(memory, columns);
   for (int64_t line = begin; line < end; ++line) {
     const Place place = place_of(source.pictures, line % source.pictures.lines());
+    touch(source.pictures, bytes_of(source.type), place);
     for (int64_t g = 0; g < across; ++g) {
       const int64_t row = line * across + g;
       const float coefficient = job.each == nullptr ? job.all : job.each[row];
@@ -193,13 +222,14 @@ void move(const Move& job, int64_t begin, int64_t end, float* memory) {
   const int64_t length = pictures.length();
   for (int64_t line = begin; line < end; ++line) {
     const Place place = place_of(pictures, line);
-    for (int64_t g = 0; g < pictures.across; ++g) {
-      const int64_t elements = place.image * job.image + (place.down * pictures.across + g) * job.token;
-      char* row = at(job.rows, elements * job.size);
-      if (job.cut) {  // rows that are written have no gaps
-        cut_patch(pictures, job.size, place, g, row);
-      } else {
-        paste_patch(pictures, job.size, place, g, without_gaps(row, job.size, job.column, length, memory));
+    char* first = at(job.rows, (place.image * job.image + place.down * pictures.across * job.token) * job.size);
+    if (job.cut) {  // rows that are written have no gaps
+      touch(pictures, job.size, place);
+      for (int64_t g = 0; g < pictures.across; ++g) cut_patch(pictures, job.size, place, g, first + g * job.token * job.size);
+    } else {
+      for (int64_t g = 0; g < pictures.across; ++g) {
+        void* dense = without_gaps(first + g * job.token * job.size, job.size, job.column, length, memory);
+        paste_patches(pictures, job.size, place, g, 1, dense, 0);
       }
     }
   }
@@ -241,10 +271,10 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
           values[i] = value < 0.0f ? 0.0f : value > 1.0f ? 1.0f : value;
         }
       if (job.type == kFloat32) {
-        paste_patch(pictures, 4, place, g, values);
+        paste_patches(pictures, 4, place, g, 1, values, 0);
       } else {
         store(values, job.type, length, scratch.rows[3]);
-        paste_patch(pictures, bytes_of(job.type), place, g, scratch.rows[3]);
+        paste_patches(pictures, bytes_of(job.type), place, g, 1, scratch.rows[3], 0);
       }
     }
   }

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "flow_blocks.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -59,7 +60,7 @@ Source source_of(uintptr_t images, int32_t type, const std::array<int64_t, 4>& s
 // The kernels of one level of instructions.
 class Level {
  public:
-  Level(std::string name, const Kernels& kernels) : name(std::move(name)), kernels_(kernels) {}
+  Level(std::string name, const Kernels& kernels, const FlowKernels& flow) : name(std::move(name)), kernels_(kernels), flow_(flow) {}
 
   void seeded_noise(uintptr_t seeds, int64_t groups, uint64_t offset, int64_t first_row, int64_t rows, int64_t columns, uintptr_t out,
                     int threads) const {
@@ -106,10 +107,38 @@ class Level {
     share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
   }
 
+  // Addresses of weights and biases, 0 for what is not there: of the last norm's modulation, of each block's norm, up and
+  // down, and of each group's modulation. `made` has what these would make, addresses and strides of rows, or is empty.
+  void flow_blocks(uintptr_t x, uintptr_t a, const std::vector<uintptr_t>& weights, const std::vector<std::array<int64_t, 2>>& made,
+                   uintptr_t out, const std::array<int64_t, 7>& sizes, const std::array<int32_t, 2>& types, float eps, bool rms,
+                   bool swiglu, bool scale_first, int threads) const {
+    const auto [rows, width, hidden, depth, groups, conditions, repeat] = sizes;
+    Stack stack{};
+    stack.rows = rows, stack.width = width, stack.hidden = hidden, stack.conditions = conditions, stack.repeat = repeat;
+    stack.type = types[0], stack.norm_type = types[1];
+    stack.eps = eps, stack.rms = rms, stack.swiglu = swiglu, stack.scale_first = scale_first;
+    const auto affine = [&](size_t i) { return Affine{at<const void>(weights[2 * i]), at<const void>(weights[2 * i + 1])}; };
+    for (int64_t i = 0; i < depth; ++i) {
+      stack.norms.push_back(affine(1 + 3 * i));
+      stack.ups.push_back(affine(2 + 3 * i));
+      stack.downs.push_back(affine(3 + 3 * i));
+    }
+    for (size_t i = 1 + 3 * depth; i < weights.size() / 2; ++i) stack.layers.push_back(affine(i));
+    if (weights[0] != 0) stack.layers.push_back(affine(0));
+    stack.groups = groups;
+    for (const auto& [address, row] : made) {
+      stack.modulations.push_back(at<const void>(static_cast<uintptr_t>(address)));
+      stack.modulation_rows.push_back(row);
+    }
+    stack.x = at<const void>(x), stack.a = at<const void>(a), stack.out = at<void>(out);
+    FlowBlocks(flow_, threads_of_torch(), threads, stack).run();
+  }
+
   const std::string name;
 
  private:
   const Kernels& kernels_;
+  const FlowKernels& flow_;
 };
 
 // What this processor has, the fastest first.
@@ -119,10 +148,10 @@ std::vector<Level> levels() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    found.emplace_back("avx512", avx512::kernels);
-  if (has_avx2) found.emplace_back("avx2", avx2::kernels);
+    found.emplace_back("avx512", avx512::kernels, avx512::flow_kernels);
+  if (has_avx2) found.emplace_back("avx2", avx2::kernels, avx2::flow_kernels);
 #endif
-  found.emplace_back("baseline", baseline::kernels);
+  found.emplace_back("baseline", baseline::kernels, baseline::flow_kernels);
   return found;
 }
 
@@ -142,6 +171,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def("velocity_loss", &Level::velocity_loss, Released())
       .def("move_patches", &Level::move_patches, Released())
       .def("to_images", &Level::to_images, Released())
-      .def("cosine_distances", &Level::cosine_distances, Released());
+      .def("cosine_distances", &Level::cosine_distances, Released())
+      .def("flow_blocks", &Level::flow_blocks, Released());
   module.def("levels", &levels);
 }

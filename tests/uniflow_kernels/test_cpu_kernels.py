@@ -59,32 +59,34 @@ def test_noise_across_the_word_of_a_counter(level):
     assert (ours - expected).abs().max() < 1e-6
 
 
-def source(pixels, noise, repeats, patch, channels=3):
+def source(pixels, noise, repeats, patch, layout=torch.channels_last):
     generator = torch.Generator().manual_seed(0)
-    shape = (2, 2 * patch, 3 * patch, channels)
+    shape = (2, 3, 2 * patch, 3 * patch)
     images = torch.randn(shape, generator=generator)
     if pixels == torch.uint8:
         images = torch.randint(256, shape, generator=generator)
-    images = images.to(pixels).permute(0, 3, 1, 2)
-    x0 = torch.randn(2 * repeats, 6, channels * patch**2 + 3, generator=generator)[..., 3:].to(noise) if noise else None
-    mean, std = (0.1, 0.2, 0.3)[:channels], (0.5, 0.6, 0.7)[:channels]
-    return Source(images, x0, None, mean, std, 7, 2, 2**40 + 5, patch, repeats)
+    images = images.to(pixels).contiguous(memory_format=layout)
+    x0 = torch.randn(2 * repeats, 6, 3 * patch**2 + 3, generator=generator)[..., 3:].to(noise) if noise else None
+    return Source(images, x0, None, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), 7, 2, 2**40 + 5, patch, repeats)
 
 
 @pytest.mark.parametrize("written", HALF)
 @pytest.mark.parametrize(
-    ("pixels", "noise", "repeats", "patch"),
+    ("pixels", "noise", "repeats", "patch", "layout"),
     [
-        (torch.float32, None, 1, 8),
-        (torch.uint8, torch.float16, 2, 14),
-        (torch.bfloat16, None, 3, 5),
-        (torch.float16, torch.bfloat16, 1, 16),
-        (torch.float32, torch.float32, 1, 1),
+        (torch.float32, None, 1, 8, torch.channels_last),
+        (torch.uint8, torch.float16, 2, 14, torch.channels_last),
+        (torch.bfloat16, None, 3, 5, torch.channels_last),
+        (torch.float16, torch.bfloat16, 1, 16, torch.channels_last),
+        (torch.float32, torch.float32, 1, 1, torch.channels_last),
+        (torch.float32, torch.float32, 2, 8, torch.contiguous_format),
+        (torch.float32, torch.bfloat16, 1, 14, torch.contiguous_format),
+        (torch.float32, None, 1, 16, torch.contiguous_format),
     ],
 )
-def test_flow_is_that_of_the_definition(level, pixels, noise, repeats, patch, written):
-    """x_t, losses and gradient of images with channels last, a token that does not count, and padded rows."""
-    of = source(pixels, noise, repeats, patch)
+def test_flow_is_that_of_the_definition(level, pixels, noise, repeats, patch, layout, written):
+    """x_t, losses and gradient of images of both layouts, a token that does not count, and padded rows."""
+    of = source(pixels, noise, repeats, patch, layout)
     batch, tokens, length = of.rows
     generator = torch.Generator().manual_seed(1)
     t, coefficients = torch.rand(2, batch, tokens, generator=generator).unbind()

@@ -28,6 +28,8 @@ class TrainingBar(Log):
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._progress.tasks[0].fields["state"]:  # nothing was left to train
+            self._progress.live.transient = True
         self._progress.stop()
 
     def report(self, report: Report) -> None:

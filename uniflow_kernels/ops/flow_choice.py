@@ -1,8 +1,9 @@
 """Which path serves a call of the flow head, by what was measured; where nothing was, by a count.
 
-Four can: plain PyTorch ("eager"), row kernels around the library's products ("rows"), and products that do the row
-kernels' work ("products"), or those in tiles of which a multiprocessor holds two ("small products"). What was measured
-stands in measured.json, which `python -m benchmarks choices` makes.
+On a GPU four can: plain PyTorch ("eager"), row kernels around the library's products ("rows"), and products that do
+the row kernels' work ("products"), or those in tiles of which a multiprocessor holds two ("small products"). What was
+measured stands in measured.json, which `python -m benchmarks choices` makes. On a CPU plain PyTorch can, and for few
+rows without gradients the compiled part ("few rows").
 """
 
 from __future__ import annotations
@@ -19,21 +20,30 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from uniflow_kernels import cpu_kernels
 from uniflow_kernels.choice import choose, is_in_graph, requested
 from uniflow_kernels.ops.flow_blocks import Affine, Block, check_choice, conditions_of, flat_rows, in_order
 from uniflow_kernels.ops.registration import wants_gradient
-from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
+from uniflow_kernels.torch_private import (
+    constant,
+    has_autocast,
+    is_dispatch_watched,
+    is_forward_mode,
+    is_transforming,
+)
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 PATHS = ("eager", "rows", "products", "small products")
 KERNELS = PATHS[1:]
 SMALL = PATHS[3:]
+FEW = "few rows"
 
 RUNS = {
     "eager": "plain PyTorch",
     "rows": "Triton row kernels, cuBLAS products",
     "products": "Triton products with the row kernels' work in them",
     "small products": "such Triton products, two blocks a multiprocessor",
+    FEW: "the CPU part",
 }
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"
@@ -123,12 +133,18 @@ def choose_path(call: Call, path: str = "auto", in_op: bool = False) -> str:
         in_op: whether the op asks, which is called where kernels serve.
 
     Returns:
-        One of PATHS; "auto" for a graph that is compiled for any number of rows.
+        One of PATHS, or FEW; "auto" for a graph that is compiled for any number of rows.
 
     Raises:
         ValueError: for an unknown path, or if the path or the backend asked for cannot serve, saying why.
     """
     check_choice("path", path, ("auto", *KERNELS))
+    if path == "auto" and not in_op and not torch.compiler.is_compiling() and requested() in ("auto", "cpu"):
+        few = _why_not_few(call)
+        if few is None:
+            return FEW
+        if requested() == "cpu":
+            raise ValueError(f"flow_head: backend 'cpu' cannot serve this input: {few}")
     reason = None if in_op else _why_not_kernels(call)
     if path != "auto":
         reason = reason or (None if in_op else _why_not_backend()) or _why_not_path(call, path)
@@ -149,6 +165,9 @@ def explain(call: Call) -> tuple[str, str]:
         call: the facts, with any number of rows, training or not.
     """
     reason = _why_not_kernels(call)
+    if reason is not None and requested() in ("auto", "cpu") and _why_not_few(call) is None:
+        few = f"{RUNS[FEW]}, up to {few_rows(call.dtype, call.width)} rows without gradients"
+        return f"{few}; else {RUNS['eager']}", f"Triton: {reason}"
     if reason is not None:
         return RUNS["eager"], f"Triton: {reason}"
     if (reason := _why_not_backend()) is not None:
@@ -201,6 +220,38 @@ def _why_not_kernels(call: Call) -> str | None:
     return None
 
 
+def few_rows(dtype: torch.dtype, width: int) -> int:
+    """Up to how many rows the CPU part was faster than the library's products at every depth, with AVX-512.
+
+    Those in bfloat16 have instructions of their own, and those of narrow layers find all weights in the cache.
+    """
+    if dtype == torch.float32:
+        return 16 if width >= 256 else 8
+    return 4 if dtype == torch.bfloat16 else 0
+
+
+def _why_not_few(call: Call) -> str | None:
+    """Why the CPU part's few rows cannot serve."""
+    reason, most = cpu_kernels.why_not_on(call.device) or call.why_not, few_rows(call.dtype, call.width)
+    if reason is not None:
+        return reason
+    if is_dispatch_watched() or is_forward_mode():
+        reason = "a mode, a transform or dual numbers want to see every operation"
+    elif not most:
+        reason = f"it takes float32 and bfloat16, not {call.dtype}"
+    elif call.training:
+        reason = "it has no gradients"
+    elif call.rows is None or call.rows > most:
+        reason = f"it takes up to {most} rows, not {call.rows}"
+    elif any(type(tensor) not in (Tensor, Parameter) for tensor in (*call.inputs, *call.tensors)):
+        reason = "a tensor is of a subclass with rules of its own"
+    elif any(t.dtype != call.dtype or not t.is_cpu or t.is_neg() for t in (*call.inputs, *call.tensors)):
+        reason = "x, y and the weights of the products are not of one dtype and device, or are stored negated"
+    elif not all(tensor.is_contiguous() for tensor in call.tensors):
+        reason = "a weight has gaps between its numbers"
+    return reason
+
+
 def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     transforming = None
     if is_transforming() or is_forward_mode():
@@ -211,7 +262,7 @@ def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str |
 @constant
 def backend_for(why_not_kernels: str | None) -> str:
     """The backend, "triton" or "eager"; a ValueError if the one asked for cannot serve."""
-    return choose("flow_head", {"triton": why_not_kernels})
+    return choose("flow_head", {"triton": why_not_kernels, "cpu": "there it serves few rows without gradients"})
 
 
 @constant

@@ -24,7 +24,7 @@ from uniflow_kernels.ops.flow_blocks import (
     flow_blocks,
     in_order,
 )
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, of_products
+from uniflow_kernels.ops.flow_choice import FEW, Call, call_of, choose_path, dtype_of_products, of_products
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_fp8, check_precision, chunks
 from uniflow_kernels.ops.flow_passes import Pass
 from uniflow_kernels.ops.registration import register, wants_gradient
@@ -105,7 +105,7 @@ def run_flow_blocks(
 
     Args:
         x, y, blocks, modulations, final_modulation, form, recompute: as there.
-        path: "eager", "rows", "products"; or "auto" in a graph that is compiled for any number of rows.
+        path: "eager", "rows", "products", "few rows"; or "auto" in a graph that is compiled for any number of rows.
         fits: whether the shapes were checked; else they are before a kernel reads what they promise.
         activated: whether y is the condition behind SiLU.
     """
@@ -201,17 +201,22 @@ class ModulatedBlocks:
             blocks, modulations, final_modulation = _cast(blocks, modulations, final_modulation, self.dtype)
         self.blocks, self.layers = blocks, [*modulations, *([] if final_modulation is None else [final_modulation])]
         width, hidden = blocks[0].down.weight.shape
-        self.path = choose_path(
-            Call(
-                like.device,
-                self.dtype,
-                width,
-                hidden,
-                rows,
-                shared="the modulations are made before",
-                tensors=of_products(blocks, modulations, final_modulation),
-            )
+        self._call = Call(
+            like.device,
+            self.dtype,
+            width,
+            hidden,
+            rows,
+            shared="the modulations are made before",
+            tensors=of_products(blocks, modulations, final_modulation),
         )
+        self._paths: dict[int, str] = {}
+
+    def path(self, rows: int) -> str:
+        """The path that serves so many rows: those of a step, or half of them where it is not guided."""
+        if rows not in self._paths:
+            self._paths[rows] = choose_path(self._call._replace(rows=rows))
+        return self._paths[rows]
 
     def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
         """The modulations of S steps.
@@ -238,13 +243,14 @@ class ModulatedBlocks:
 
     def __call__(self, x: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """x [R, W] and the modulations of its rows at one step -> [R, W], as `fused_flow_blocks` makes it."""
-        if self.path == "eager":
+        path = self.path(len(x))
+        if path == "eager":
             groups = len(self.blocks) // self.per_group
             last = modulations[groups] if len(modulations) > groups else None
             return flow_blocks(x, self.blocks, Given(modulations[:groups], last), self.form)
         x = flat_rows(x.to(self.dtype))
         weights = [tensor for block in self.blocks for affine in block for tensor in affine]
-        return modulated_flow_blocks_op(x, modulations, weights, self.per_group, *self.form)
+        return modulated_flow_blocks_op(x, modulations, weights, self.per_group, *self.form, path)
 
 
 def _cast(
@@ -314,14 +320,15 @@ def _flow_blocks_fake(
 
 
 def _modulated_flow_blocks(
-    x: Tensor, modulations: Sequence[Tensor], weights: Sequence[Tensor | None], per_group: int, *form: Any
+    x: Tensor, modulations: Sequence[Tensor], weights: Sequence[Tensor | None], per_group: int, *how: Any
 ) -> Tensor:
+    form, path = _read(how, 0)
     pairs = _pairs(weights)
     blocks = [Block(*pairs[i : i + 3]) for i in range(0, len(pairs), 3)]
     groups = len(blocks) // per_group
     given = Given(modulations[:groups], modulations[groups] if len(modulations) > groups else None)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return Pass(x, blocks, given, Form(*form)).forward("rows")[0]
+        return Pass(x, blocks, given, form).forward(FEW if path == FEW else "rows")[0]
 
 
 def _fp8_flow_blocks(
@@ -349,7 +356,7 @@ def _fp8_flow_blocks(
             if path == "eager":
                 found = _beside(x[rows], blocks, made[1], repeat, form)
             else:
-                found = Pass(x[rows], blocks, made[1], form, repeat).forward("rows")[0]
+                found = Pass(x[rows], blocks, made[1], form, repeat).forward(FEW if path == FEW else "rows")[0]
             if len(found) == len(x):
                 return found
             out[rows] = found
@@ -412,7 +419,8 @@ flow_blocks_backward_op = register(
     tags=_TAGS,
 )
 modulated_flow_blocks_op = register(
-    f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}) -> Tensor",
+    f"modulated_flow_blocks(Tensor x, Tensor[] modulations, Tensor?[] weights, int per_group, {_FORM}, "
+    "str path='auto') -> Tensor",
     _modulated_flow_blocks,
     lambda x, *_: x.new_empty(x.shape),
     tags=_TAGS,

@@ -1,7 +1,7 @@
-"""The flow head's forward and backward pass, each on one of two paths of Triton kernels.
+"""The flow head's forward and backward pass, each on one of two paths of Triton kernels; and few rows on a CPU.
 
 "rows" has row kernels around the library's products; "products" has the row kernels' work in the epilogues of its own.
-Both keep the same for a backward pass on either.
+Both keep the same for a backward pass on either. "few rows" is one call of the CPU part and keeps nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uniflow_kernels import cpu_kernels
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers, Given, flat_rows, in_order
-from uniflow_kernels.ops.flow_choice import SMALL, Call, choose_path, of_products, what_is_shared
+from uniflow_kernels.ops.flow_choice import FEW, SMALL, Call, choose_path, of_products, what_is_shared
 from uniflow_kernels.torch_private import foreach_copy_
 
 if TYPE_CHECKING:
@@ -135,9 +136,37 @@ class Pass:
 
     def forward(self, path: str) -> tuple[Tensor, list[Tensor]]:
         """The output [R, W] and what is kept, flat; on a path, or on one that is chosen now ("auto")."""
+        if path == FEW:
+            return self._forward_of_few(), []
         path = self.path(path)
         out, kept = self._forward_by_rows() if path == "rows" else self._forward_by_products(path in SMALL)
         return out, [tensor for kind in kept for tensor in kind]
+
+    def _forward_of_few(self) -> Tensor:
+        """One call for all blocks, of weights in x's dtype without gaps."""
+        norms = [block.norm for block in self.blocks]
+        if any(vector is not None and vector.dtype != self.x.dtype for norm in norms for vector in norm):
+            norms = [Affine(*(None if vector is None else vector.float() for vector in norm)) for norm in norms]  # type: ignore[arg-type]
+        blocks = [block._replace(norm=norm) for block, norm in zip(self.blocks, norms, strict=True)]
+        given, out = self.modulations, self.empty(self.rows, self.width)
+        a: Tensor | None = None
+        made: Sequence[Tensor] = ()
+        layers: Sequence[Affine] = ()
+        last = None
+        if isinstance(given, FromLayers):
+            a, layers, last = given.a.contiguous(), given.groups, given.final
+        else:
+            made = [flat_rows(group) for group in (*given.groups, given.final) if group is not None]
+        cpu_kernels.flow_blocks(
+            self.x.contiguous(),
+            a,
+            [tensor for affine in in_order(blocks, layers, last) for tensor in affine],
+            made,
+            (self.depth, self.groups, self.conditions, self.repeat),
+            *self.form,
+            out=out,
+        )
+        return out
 
     def _forward_by_products(self, small: bool) -> tuple[Tensor, Kept]:
         """Three launches a block; shift, scale and gate are written only where they are kept."""

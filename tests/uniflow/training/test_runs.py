@@ -83,7 +83,10 @@ def test_another_run_is_not_gone_on_with_where_there_is_one(capsys, run_file, ou
 
 def test_a_finished_run_is_extended(capsys, run_file, out):
     ok(capsys, "train", run_file(keep=9))
-    assert "nothing was left to train at step 2" in ok(capsys, "train", run_file(keep=9), "--resume", "auto")
+    assert run(["train", str(run_file(keep=9)), "--resume", "auto"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("nothing was left to train at step 2")
+    assert said.err == ""  # no bar of what does not begin
     longer = run_file("[{steps: 3}, {steps: 1}]", keep=9)
     printed = ok(capsys, "train", longer, "--resume", "auto")
     assert "trained at step 4" in printed
