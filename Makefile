@@ -27,8 +27,9 @@ $(OLDEST): | $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==3.6.0
 	mv $@.part $@
 
+# bytecode is kept, else each of its processes would make asserts into what pytest runs anew
 test: $(READY) $(OLDEST)
-	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not gpu"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not gpu"
 
 # what hypothesis makes up, for minutes in place of the second that it has in `make test`; other examples in each run
 fuzz: $(READY)

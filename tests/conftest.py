@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import os
@@ -64,6 +65,14 @@ def pytest_configure(config: pytest.Config) -> None:
         multiply_bfloat16()
     # the golden model is narrower than its patch, on purpose small
     config.addinivalue_line("filterwarnings", "ignore:vit_hidden_size. a flow head of width 64:UserWarning")
+
+
+def pytest_collection() -> None:
+    gc.disable()  # nothing that is imported is garbage, and looking through it again and again takes a second
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def round_to_bfloat16() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.case import randomised
 from benchmarks.host import Timed
 from uniflow_kernels import FlowHead, flow_matching_loss
-from uniflow_kernels.modules import chunks
+from uniflow_kernels.modules import chunks, flow_head
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, FromLayers
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -35,12 +35,16 @@ def blocks(device: torch.device) -> Iterator[Timed]:
 def chunk(device: torch.device) -> Iterator[Timed]:
     """A chunk of `flow_matching_loss` with its gradients, of a head of 12 blocks: four chunks less two, by two."""
     row = 3 * PATCH**2
-    dtypes = {"": torch.bfloat16, ", a float32 head under autocast": torch.float32}
+    kinds = {
+        "": (torch.bfloat16, "rows"),
+        ", products": (torch.bfloat16, "products"),
+        ", a float32 head under autocast": (torch.float32, "rows"),
+    }
     with patch.object(chunks, "_launches", lambda tensor: True):  # gradients are added as on a GPU
-        for under, dtype in dtypes.items():
+        for kind, (dtype, path) in kinds.items():
             head = randomised(FlowHead(row, WIDTH, row, WIDTH, 12), dtype).to(device)
-            four, two = (partial(_loss, head, *_batch(count, dtype, device)) for count in (4, 2))
-            yield Timed(f"chunk of flow_matching_loss{under}", four, two, per=2)
+            four, two = (partial(_loss, head, *_batch(count, dtype, device), path) for count in (4, 2))
+            yield Timed(f"chunk of flow_matching_loss{kind}", four, two, per=2)
 
 
 def _a_block(name: str, stack: Callable[[torch.device, int], Callable[[], object]], device: torch.device) -> Timed:
@@ -68,8 +72,9 @@ def _backward(device: torch.device, depth: int, path: str) -> Callable[[], objec
     return partial(stack.backward, torch.zeros_like(out), stack.unflatten(kept), weight_gradients=True, path=path)
 
 
-def _loss(head: FlowHead, condition: Tensor, images: Tensor, t: Tensor) -> None:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=condition.dtype == torch.float32):
+def _loss(head: FlowHead, condition: Tensor, images: Tensor, t: Tensor, path: str) -> None:
+    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=condition.dtype == torch.float32)
+    with patch.object(flow_head, "choose_path", lambda call, *_: path), autocast:
         loss = flow_matching_loss(head, condition, images, t, PATCH, seed=1, time_scale=1000.0, chunk_tokens=_LINES**2)
     loss.backward()
 

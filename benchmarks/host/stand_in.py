@@ -98,8 +98,8 @@ def _computes(name: str) -> bool:
     return found is None or not any(getattr(found, overload).is_view for overload in found.overloads())
 
 
-# what a GPU launches once, whatever a CPU does for it, such as a cast before a product: copies and sums of many tensors
-# too, if all are of one dtype, and all sources of one
+# what a GPU launches once, whatever a CPU does for it, such as a cast before a product: copies of many tensors too, if
+# all are of one dtype and all sources of one, and sums, if all are of the same
 _ONE_LAUNCH = {
     *("aten::linear", "aten::addmm", "aten::addmm_", "aten::mm", "aten::sum", "aten::_foreach_copy_"),
     *("aten::_foreach_add_", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::div", "aten::div_"),

@@ -48,6 +48,7 @@ from functools import partial
 from unittest.mock import patch
 import torch
 from benchmarks import host
+from benchmarks.host import passes
 from benchmarks.__main__ import main
 from uniflow_kernels.triton_kernels.activation import activation_backward
 
@@ -55,6 +56,7 @@ def backward(device):
     du, p = (torch.zeros(8, 64, device=device) for _ in range(2))
     yield host.Timed("backward", partial(activation_backward, du, p))
     yield host.Timed("none", torch.Tensor, partial(activation_backward, du, p), per=2)
+    yield next(passes.chunk(device))
 
 with patch.object(host, "questions", lambda: {"of a test": backward}):
     raise SystemExit(main(["host", "--seconds", "0.01", "--out", OUT]))
@@ -69,8 +71,10 @@ def test_launches_that_do_nothing_are_timed_and_counted(tmp_path):
     script = SCRIPT.replace("OUT", repr(str(out)))
     said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stderr
-    one, none = (found["forms"]["ours"]["call"] for found in json.loads(out.read_text())["entries"])
+    one, none, chunk = (found["forms"]["ours"]["call"] for found in json.loads(out.read_text())["entries"])
     assert one["launches"] == 2  # the kernel, and the sum of what its programs summed
     assert one["host_us"]["median"] > 0
     assert none["launches"] == -1  # of two calls the first less the second, by what lies between them
     assert none["host_us"]["median"] < 0
+    # 13 a block; 8 of the last norm and of sums over programs; 34 of embeddings, input, output, loss and gradients
+    assert chunk["launches"] == 13 * 12 + 8 + 34

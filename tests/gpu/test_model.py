@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from tests.conftest import smooth_picture
+from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow.data import PictureList, RandomCrops
+from uniflow.training import Recipe, Stage, Trainer
+from uniflow_kernels.triton_kernels import why_not_launched
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -98,8 +104,6 @@ def test_neither_encode_nor_decode_waits_for_the_device(golden_model, golden, no
 
 
 def test_a_training_step(golden_model, golden):
-    from uniflow import UniFlowObjective
-
     objective = UniFlowObjective(golden_model.cuda()).train()
     optimizer = torch.optim.AdamW(objective.student.parameters(), lr=1e-4, fused=True)
     images = golden["in.pixel_values"].cuda()
@@ -109,6 +113,21 @@ def test_a_training_step(golden_model, golden):
     optimizer.step()
     assert torch.isfinite(losses.total)
     assert all(torch.isfinite(p).all() for p in objective.student.parameters())
+
+
+def test_a_run_that_leaves_everything_open():
+    """In bfloat16, its layers compiled, the teacher in bfloat16 too; its losses are those of a run without."""
+    losses = []
+    for compile in ("auto", False):
+        torch.manual_seed(0)
+        objective = UniFlowObjective(UniFlow(UniFlowConfig.preset("tiny", num_hidden_layers=3)).to("cuda"))
+        crops = RandomCrops(PictureList({"a.png": smooth_picture((40, 30), 0)}), objective.student.config.image_size)
+        trainer = Trainer(objective, crops, Recipe((Stage(4, warmup_steps=0),), batch_size=8, compile=compile))
+        losses.append(trainer.run())
+        assert trainer.recipe.precision == "bfloat16"
+        assert trainer.recipe.compile == (compile == "auto" and why_not_launched() is None)
+        assert objective.teacher.dtype == torch.bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_flash_attn_where_it_is_installed():

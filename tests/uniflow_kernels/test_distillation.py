@@ -79,6 +79,14 @@ def test_a_class_token_is_left_out_by_a_view():
     assert torch.equal(views[0], copies[0])
 
 
+def test_layers_that_lie_otherwise_and_more_than_a_launch_takes():
+    student, teacher = layers(40, seed=0), layers(40, seed=1)
+    wide = [torch.cat([s, s], -1)[..., :8] if i in (0, 3, 4, 39) else s for i, s in enumerate(student)]
+    _, alpha, _ = layerwise_distillation(wide, teacher)
+    assert torch.equal(alpha, layerwise_distillation(student, teacher)[1])
+    assert torch.allclose(alpha.double(), formula(student, teacher, 2.0, True)[1], rtol=1e-5)
+
+
 def test_zero_tokens_have_finite_gradients():
     student, teacher = layers(2), layers(2, seed=1)
     student[0] = torch.zeros_like(student[0]).requires_grad_()

@@ -96,13 +96,16 @@ def _turn(head: nn.Module) -> AbstractContextManager[Any]:
 
 def trained(head: nn.Module) -> list[Tensor]:
     """The parameters that want a gradient."""
+    found: list[Tensor] = []
     for name, parameter in head.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
                 f"head: its parameter {name} is sharded; call fully_shard on the whole head that is given here and on "
                 "no part of it, or make the loss inside a call of the module that is sharded"
             )
-    return [parameter for parameter in head.parameters() if parameter.requires_grad]
+        if parameter.requires_grad:
+            found.append(parameter)
+    return found
 
 
 def _in_place_of_trained(head: nn.Module, stand_ins: list[Tensor]) -> dict[str, Tensor]:
@@ -132,9 +135,10 @@ class Step(NamedTuple):
         """
         condition = condition.detach()
         with torch.enable_grad(), _turn(self.head):
-            if (cast := cast_once(self.head, trained(self.head), self.parameters, condition.device.type)) is not None:
+            own = trained(self.head)
+            if (cast := cast_once(self.head, own, self.parameters, condition.device.type)) is not None:
                 loss, gradients = self._replace(call=cast[0])._over_chunks(condition, for_condition, cast[1])
-            elif self._are_the_heads_own():
+            elif self._are_the_heads(own):
                 loss, gradients = self._over_chunks(condition, for_condition, self.parameters)
             else:
                 stand_ins = [parameter.detach().requires_grad_() for parameter in self.parameters]
@@ -147,13 +151,12 @@ class Step(NamedTuple):
         scale = self.batch.scale()
         return loss * scale, scale, gradients
 
-    def _are_the_heads_own(self) -> bool:
-        """Whether the parameters are those in the head, and have no hooks.
+    def _are_the_heads(self, own: list[Tensor]) -> bool:
+        """Whether the parameters are those in the head, its `own`, and have no hooks.
 
         Hooks must see the one gradient that the backward pass brings, not those of the chunks; a compiled graph may
         bring tensors of its own. Stand-ins in the head are seen by all threads.
         """
-        own = trained(self.head)
         return all(map(operator.is_, self.parameters, own)) and not any(map(is_tensor_hooked, own))
 
     def _over_chunks(

@@ -88,12 +88,12 @@ def cosine_distances(
     """
     if not student[0].numel():
         return
-    sides = list(map(Tensor.stride, student)), list(map(Tensor.stride, teacher))
-    if len(student) <= _MOST_LAYERS and all(side.count(side[0]) == len(student) for side in sides):
+    contiguous = Tensor.is_contiguous
+    if len(student) <= _MOST_LAYERS and all(map(contiguous, student)) and all(map(contiguous, teacher)):
         _launch(student, teacher, gradients, skip_tokens, powers, distances)
         return
     start = 0  # layers of other strides cannot share a launch
-    for _, alike in groupby(zip(*sides, strict=True)):
+    for _, alike in groupby(zip(map(Tensor.stride, student), map(Tensor.stride, teacher), strict=True)):
         end = start + len(list(alike))
         while start < end:
             some = slice(start, min(end, start + _MOST_LAYERS))
