@@ -90,7 +90,7 @@ class Launch:
         key = tuple(kind)
         kept = self.kept.get(key)
         if kept is not None and not addresses & 15:
-            if places:  # of which the launcher would ask every tensor again
+            if places and kept.by_triton:  # whose launcher would ask every tensor for its address again
                 arguments.update(zip(self.tuples, places, strict=True))
             kept.launch(grid, active.get_current_stream(device), describe, self.values(arguments))
             return
@@ -151,12 +151,13 @@ class _Kept:
     def __init__(self, compiled: Any, names: tuple[str, ...]) -> None:
         self.compiled, self.run, self.names = compiled, compiled.run, names
         self.function, self.packed = compiled.function, compiled.packed_metadata
+        self.by_triton = isinstance(self.run, driver.active.launcher_cls or ())
         kinds = list(compiled.src.signature.values())
         described = [isinstance(kind, str) and kind.startswith("tensordesc") for kind in kinds]
         ways = getattr(compiled.metadata, "tensordesc_meta", None)
         # Triton's own launcher takes descriptors and encodes each anew; this one takes them encoded
         self.maps: list[tuple[int, dict[Any, list[Any]], Any]] | None = None
-        if ways and isinstance(self.run, driver.active.launcher_cls or ()):
+        if ways and self.by_triton:
             taken: list[str] = []
             for kind, is_described in zip(kinds, described, strict=True):
                 taken += _expanded(kind) if is_described else [kind]
