@@ -35,7 +35,8 @@ def backend(name: str) -> Iterator[None]:
 
 def requested() -> str:
     """The backend asked for: by the innermost `backend` block, else by UNIFLOW_BACKEND, else "auto"."""
-    return _chosen.get() or _checked(os.environ.get("UNIFLOW_BACKEND", "auto"), "UNIFLOW_BACKEND")
+    wanted = _chosen.get() or os.environ.get("UNIFLOW_BACKEND", "auto")
+    return wanted if wanted in BACKENDS else _checked(wanted, "UNIFLOW_BACKEND")
 
 
 @contextmanager

@@ -199,18 +199,42 @@ def test_checkpointing_computes_blocks_again(head):
         assert sorted(map(calls.count, set(calls))) == [1 + head.grad_checkpointing] * 2
 
 
+def test_checkpointing_of_transformers_computes_blocks_again():
+    """Switched on after patching, on the blocks, and in training alone."""
+    layers = pytest.importorskip("transformers.modeling_layers")
+
+    class Block(FlowBlock, layers.GradientCheckpointingLayer):
+        def forward(self, x, y):
+            return super().forward(x, y)
+
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: sizes.append(saved.numel()) or saved, lambda s: s):
+            head(*INPUTS)
+        return sum(sizes)
+
+    head = randomize(with_blocks(Block)())
+    patch(head, strict=True)
+    everything = kept()
+    for block in head.res_blocks:
+        block.gradient_checkpointing = True
+    assert kept() < everything / 2
+    head.eval()
+    assert kept() == everything
+
+
 @pytest.mark.parametrize(
     ("times", "rows_embedded"),
     [
-        (lambda c: (torch.full((70,), 3), c), [1, 70]),
-        (lambda c: (torch.tensor(3.0).expand(70), c[:1].expand(70, -1)), [1, 1]),
-        (lambda c: (torch.arange(70), c), [70, 70]),
-        (lambda c: (torch.arange(70), c[:1].expand(70, -1)), [70, 70]),
+        (lambda c: (torch.full((300,), 3), c), [1, 300]),
+        (lambda c: (torch.tensor(3.0).expand(300), c[:1].expand(300, -1)), [1, 1]),
+        (lambda c: (torch.arange(300), c), [300, 300]),
+        (lambda c: (torch.arange(300), c[:1].expand(300, -1)), [300, 300]),
     ],
     ids=["numbers", "strides", "neither", "condition alone"],
 )
 def test_what_rows_share_is_embedded_once(head, times, rows_embedded):
-    x, _, c = canonical_inputs(torch.rand(70))
+    x, _, c = canonical_inputs(torch.rand(300))
     t, c = times(c)
     expected = head(x, t, c)
     patch(head)
@@ -302,11 +326,11 @@ def test_a_forward_that_is_compiled_by_a_decorator():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_a_trace_does_not_depend_on_what_rows_share(head):
-    x, _, c = canonical_inputs(torch.rand(70))
+    x, _, c = canonical_inputs(torch.rand(300))
     patch(head)
     with torch.no_grad():
-        traced = torch.jit.trace(head, (x, torch.full((70,), 3.0), c))
-        close(traced(x, torch.arange(70.0), c), head(x, torch.arange(70.0), c))
+        traced = torch.jit.trace(head, (x, torch.full((300,), 3.0), c))
+        close(traced(x, torch.arange(300.0), c), head(x, torch.arange(300.0), c))
 
 
 @pytest.fixture

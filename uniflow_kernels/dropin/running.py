@@ -33,7 +33,7 @@ from uniflow_kernels.torch_private import (
     plain_parts,
 )
 
-ROWS_WORTH_READING = 64  # below, comparing takes as long as embedding the time of every row
+ROWS_WORTH_READING = 256  # below, comparing takes as long as embedding the time of every row
 Path = tuple[str, ...]  # of a submodule
 
 
@@ -139,10 +139,13 @@ class Head:
 
     def _served(self, module: nn.Module) -> list[Any] | None:
         """All that is inside, if the blocks are to run as one."""
-        weight: Any = parameters_of(self._linear_of(module) or nn.Module()).get("weight")
-        forward_mode = is_forward_mode()
+        part: Any = module
+        for name in (self.names.last, *self.linear):  # `at`, written out: next to a forward of one row each call counts
+            part = None if part is None else children_of(part).get(name)
+        weight: Any = None if part is None else parameters_of(part).get("weight")
         if weight is not None and is_plain(weight.is_cuda):  # takes a tenth of the time of what follows
-            return self.inside(module) if forward_mode else None
+            return self.inside(module) if is_forward_mode() else None
+        forward_mode = is_forward_mode()
         inside: list[Any] | None = None
         reason: str | None = _CHANGED
         if weight is not None:
@@ -172,7 +175,7 @@ class Head:
         call = call_of(x, y, *tensors)
         if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != x.dtype for t in (y, *call.tensors)):
             raise deferral.Deviation  # what is cast where, only the blocks know
-        recompute = bool(module.__dict__.get("grad_checkpointing")) and torch.is_grad_enabled()
+        recompute = torch.is_grad_enabled() and _recomputes(module, inside[0])
         how = self.form, "block" if recompute else "none", choose_path(call)
         return self._linear_of(module)(run_flow_blocks(x, y, *tensors, *how, activated=self.activated))
 
@@ -188,6 +191,14 @@ class Head:
 
     def _linear_of(self, module: nn.Module) -> Any:
         return at(module, (self.names.last, *self.linear))
+
+
+def _recomputes(module: nn.Module, block: nn.Module) -> bool:
+    """Whether the head, or as in transformers' GradientCheckpointingLayer the block, computes blocks again."""
+    of_block = block.__dict__
+    return bool(module.__dict__.get("grad_checkpointing")) or (
+        bool(of_block.get("gradient_checkpointing")) and of_block["training"]
+    )
 
 
 _CHANGED = "a submodule was replaced, wrapped or given a hook"

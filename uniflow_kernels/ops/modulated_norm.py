@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from uniflow_kernels.choice import choose
 from uniflow_kernels.ops.flow_blocks import NORMS, check_choice, conditions_of, flat_rows, layer_norm
-from uniflow_kernels.ops.flow_choice import MAX_WIDTH
+from uniflow_kernels.ops.flow_choice import MAX_WIDTH, is_plain
 from uniflow_kernels.ops.registration import register
 from uniflow_kernels.torch_private import constant, is_forward_mode, is_transforming
 from uniflow_kernels.triton_kernels import why_not_on
@@ -118,15 +118,15 @@ class _How(NamedTuple):
         for name, tensor in vectors.items():
             if tensor is not None and tensor.shape != (width,):
                 raise ValueError(f"{name}: expected shape ({width},), got {tuple(tensor.shape)}")
+        shape = modulations["shift"].shape
+        rows = x.shape[x.ndim - len(shape) : -1]
+        fits = 0 < len(shape) <= x.ndim and shape[-1] == width
+        if not fits or any(mine not in (1, theirs) for mine, theirs in zip(shape[:-1], rows, strict=True)):
+            expected = f"[..., {width}], broadcastable to x's {tuple(x.shape)}"
+            raise ValueError(f"shift: expected {expected}, got {tuple(shape)}")
         for name, tensor in modulations.items():
-            rows = x.shape[x.ndim - tensor.ndim : -1]
-            fits = 0 < tensor.ndim <= x.ndim and tensor.shape[-1] == width
-            if not fits or any(mine not in (1, theirs) for mine, theirs in zip(tensor.shape[:-1], rows, strict=True)):
-                expected = f"[..., {width}], broadcastable to x's {tuple(x.shape)}"
-                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-            if tensor.shape != modulations["shift"].shape:
-                expected = f"shift's shape {tuple(modulations['shift'].shape)}"
-                raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shift's shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def plain_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, how: _How) -> Tensor:
@@ -135,15 +135,18 @@ def plain_modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, how: _How) -> 
         normed = layer_norm(x, _like(how.weight, x), _like(how.bias, x), how.eps)
     else:
         normed = F.rms_norm(x, x.shape[-1:], _like(how.weight, x), how.eps)
-    return _sum(shift, normed, scale.to(_widest(x, scale)) + 1, x.dtype)
+    scale = scale if scale.dtype == x.dtype else scale.to(_widest(x, scale))
+    return _sum(shift, normed, scale + 1, x.dtype)
 
 
 def _like(vector: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if vector is None else vector.to(x.dtype)
+    return vector if vector is None or vector.dtype == x.dtype else vector.to(x.dtype)
 
 
 def _sum(a: Tensor, b: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
     """a + b * c, in the widest of their dtypes."""
+    if a.dtype == b.dtype == c.dtype == dtype:  # next to small rows, asking further takes as long as adding
+        return torch.addcmul(a, b, c)
     wide = _widest(a, b, c)
     return torch.addcmul(a.to(wide), b.to(wide), c.to(wide)).to(dtype)
 
@@ -154,6 +157,8 @@ def _widest(*tensors: Tensor) -> torch.dtype:
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether plain PyTorch serves: asked before the registered op, so that it stays open to whoever looks into it."""
+    if is_plain(x.is_cuda):
+        return True
     given = [tensor for tensor in (x, *others) if tensor is not None]
     odd = any(type(tensor) not in (Tensor, Parameter) for tensor in given)
     dtype = next((t.dtype for t in given if t.dtype == torch.float64), x.dtype)
