@@ -59,7 +59,8 @@ def make_optimizer(student: Student, stage: Stage, recipe: Recipe) -> torch.opti
 def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, spent: float) -> float:
     """Warmup and cosine for step `step` (from 1) of a stage, `spent` being the share of its budget: the factor."""
     warm = min(1.0, step / stage.warmup_steps) if stage.warmup_steps else 1.0
-    factor = warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
+    last = stage.final_learning_rate / stage.learning_rate if stage.learning_rate else 0.0
+    factor = warm * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, spent))))
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return factor

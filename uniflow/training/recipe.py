@@ -19,14 +19,15 @@ NO_UNKNOWN_KEYS = {"extra": "forbid"}
 class Stage:
     """A part of a run with its own optimizer and schedule.
 
-    The learning rate rises for `warmup_steps` and falls as a half cosine over the budget that is further spent: `steps`
-    or, if given, `seconds`. The stage ends when either is spent.
+    The learning rate rises for `warmup_steps` and falls as a half cosine to `final_learning_rate`, over the budget that
+    is further spent: `steps` or, if given, `seconds`. The stage ends when either is spent.
 
     Attributes:
         steps: optimizer steps.
         train: "all", or "decoder": what is pretrained, UniFlow's encoder, is frozen.
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
+        final_learning_rate: where the half cosine ends; the encoder's ends at the same share of its highest.
         warmup_steps: may be 0.
         seconds: of training; runs that end by the clock are not repeated to the bit.
     """
@@ -39,13 +40,19 @@ class Stage:
     encoder_learning_rate: float | None = None
     warmup_steps: int = 50
     seconds: float | None = None
+    final_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         _at_most(self, 2**62, "steps")
-        at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps")
+        at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps", "final_learning_rate")
         _above_zero(self, "seconds")
         _one_of(self, "train", ("all", "decoder"))
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate: expected at most the learning_rate, {self.learning_rate}, "
+                f"got {self.final_learning_rate}"
+            )
 
     @property
     def encoder_rate(self) -> float:

@@ -43,6 +43,11 @@ def test_the_example_shows_every_key_and_its_default():
     [
         ("ema_decay: 0.99", "ema_decey: 0.99", "recipe.ema_decey: Unexpected keyword argument"),
         ("steps: 7", "steps: many", "recipe.stages.1.steps: Input should be a valid integer.* got 'many'"),
+        (
+            "steps: 7",
+            "steps: 7, final_learning_rate: 1",
+            "final_learning_rate: expected at most the learning_rate",
+        ),
         ("steps: 7", "steps: 0", "recipe.stages.1: steps: expected at least 1, got 0"),
         ("train: decoder", "train: head", "recipe.stages.0.train: Input should be 'all' or 'decoder', got 'head'"),
         ("ema_decay: 0.99", "ema_decay: 2", "recipe: ema_decay: expected a number between 0 and 1, got 2"),

@@ -20,6 +20,7 @@ from uniflow.metrics import psnr, ssim
 from uniflow.normalization import normalize, to_uint8
 from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
 from uniflow.training import Stage
+from uniflow.training.optimization import set_learning_rates
 from uniflow.training.processes import Processes, ProcessLostError
 from uniflow.training.validation import ReconstructionValidator
 from uniflow_kernels import seeded_noise
@@ -92,6 +93,15 @@ def test_a_step_is_adamw_on_the_mean_gradient(make):
     assert trainer.run() == [losses.total.item()]
     for name, parameter in student.named_parameters():
         assert torch.allclose(parameter, trainer.student.get_parameter(name), atol=1e-6), name
+
+
+def test_the_cosine_ends_at_the_final_learning_rate():
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "peak": peak} for peak in (1e-3, 1e-4)]
+    optimizer = torch.optim.AdamW(groups)
+    stage = Stage(10, warmup_steps=4, final_learning_rate=2e-4)
+    for step, spent, factor in ((2, 0.0, 0.5), (4, 0.0, 1.0), (9, 0.5, 0.6), (10, 1.0, 0.2), (11, 1.5, 0.2)):
+        assert set_learning_rates(optimizer, stage, step, spent) == pytest.approx(factor)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([factor * 1e-3, factor * 1e-4])
 
 
 def trainer_seed(trainer, step, number=0):
