@@ -22,7 +22,8 @@ class Losses:
     """What one call of the objective gives; scalars and per-layer values are float32.
 
     `total` = flow_weight*flow + distill_weight*distill carries the gradient. `alpha` [L] is each layer's mean cosine
-    distance to the teacher, `weights` [L] what it weighed; both are empty where there is no distillation.
+    distance to the teacher, `weights` [L] what it weighed; both are empty where there is no distillation, and zeros, as
+    `distill` is, where the encoder is frozen.
     """
 
     total: Tensor
@@ -46,7 +47,8 @@ class UniFlowObjective(nn.Module):
             frozen copy of the student's encoder now (none is made if `distill_weight` is 0).
         beta: see `uniflow_kernels.layerwise_distillation`.
         flow_weight: of the flow matching loss.
-        distill_weight: of the distillation loss; 0 leaves the teacher out.
+        distill_weight: of the distillation loss; 0 leaves the teacher out, and so does a frozen encoder, of whose
+            distance it would give no gradient.
         t_distribution: see `uniflow.flow.sample_t`.
         t_per: "token" draws a time for every patch, "image" one for all patches of an image.
         layer_weights: "adaptive", or "uniform" for the mean over the layers, to compare with.
@@ -120,7 +122,7 @@ class UniFlowObjective(nn.Module):
         flow = student.flow_head.loss(condition, images, t, student.config.patch_size, noise, self.chunk_tokens)
 
         if distillation is None:
-            nothing = flow.new_zeros(0)
+            nothing = flow.new_zeros(student.config.num_hidden_layers if self._has_a_teacher else 0)
             return Losses(self.flow_weight * flow, flow.detach(), flow.new_zeros(()), nothing, nothing)
         distill, alpha, weights = distillation.result()
         total = self.flow_weight * flow + self.distill_weight * distill
@@ -129,7 +131,7 @@ class UniFlowObjective(nn.Module):
     def _encode(self, images: Tensor) -> tuple[Tensor, LayerwiseDistillation | None]:
         """The student's latents, and what its layers and the teacher's were compared in."""
         student = self.student
-        if self.teacher is None or not self.distill_weight:
+        if not self._has_a_teacher or self._learns_nothing():
             return student.encode(images), None
         own = student.prefix_tokens
         its = getattr(self.teacher, "prefix_tokens", own)
@@ -146,6 +148,17 @@ class UniFlowObjective(nn.Module):
         if next(taught, None) is not None:
             raise ValueError(f"teacher: gives more layers than the student's {layers}")
         return student.latents(state), distillation
+
+    @property
+    def _has_a_teacher(self) -> bool:
+        return self.teacher is not None and self.distill_weight != 0
+
+    def _learns_nothing(self) -> bool:
+        """Whether a step is made of which the teacher changes nothing, since the encoder is frozen."""
+        student = self.student
+        return torch.is_grad_enabled() and not any(
+            parameter.requires_grad for part in (student.embeddings, student.encoder) for parameter in part.parameters()
+        )
 
     def _taught(self, images: Tensor) -> Iterator[Tensor]:
         """The outputs of the teacher's layers; where it can, each is computed when it is asked for."""

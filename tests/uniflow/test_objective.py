@@ -212,6 +212,28 @@ def test_without_distillation_there_is_no_teacher(tiny):
     assert torch.equal(losses.total.detach(), losses.flow)
 
 
+def test_the_teacher_does_not_run_beside_a_frozen_encoder(tiny):
+    objective, calls = UniFlowObjective(tiny()), []
+    objective.teacher.register_forward_hook(lambda *_: calls.append(1))
+    taught = objective._taught
+    objective._taught = lambda images: calls.append(1) or taught(images)
+    images, t, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16), torch.randn(2, 16, 48)
+    whole = objective(images, t, noise)
+    assert calls == [1]
+    for name, parameter in objective.student.named_parameters():
+        parameter.requires_grad_(not name.startswith(objective.student.pretrained_parts))
+    frozen = objective(images, t, noise)
+    assert calls == [1]
+    assert torch.equal(frozen.flow, whole.flow)
+    assert torch.equal(frozen.total, frozen.flow)
+    frozen.total.backward()
+    with torch.no_grad():  # whoever only looks sees the distance
+        assert len(objective(images, t, noise).alpha) == 2
+    next(objective.student.encoder.parameters()).requires_grad_()
+    objective(images, t, noise)
+    assert calls == [1, 1, 1]
+
+
 def test_t_and_noise_are_drawn_when_not_given(tiny):
     objective = UniFlowObjective(tiny(), t_per="image", t_distribution="uniform")
     images, _, _ = batch()
