@@ -17,12 +17,14 @@ from uniflow_kernels import (
     gated_residual_norm,
     interpolate,
     layerwise_distillation,
+    mean_flow_loss,
     modulated_norm,
     noise_seed,
     patch,
     patched,
     patchify,
     seeded_noise,
+    self_distillation_loss,
     to_images,
     unpatch,
     unpatchify,
@@ -50,6 +52,7 @@ class Inputs:
         self.t = torch.rand(2, 6, generator=generator, **F32)
         self.mask = self.t < 0.7
         self.head = randomize(FlowHead(48, 32, 48, 24, 2))
+        self.stepping = randomize(FlowHead(48, 32, 48, 24, 1, times=2))
         self.sampled = randomize(FlowHead(16, 32, 16, 24, 2))
         self.model = randomize(Canonical())
 
@@ -142,6 +145,17 @@ def of_residual(given):
     return [total, *with_gradients(h.square().sum(), x)]
 
 
+def of_few_steps(loss):
+    def call(given):
+        times = torch.stack([given.t, given.t.clamp(min=0.5)], -1)
+        value = loss(
+            given.stepping, given.condition, given.velocity.detach(), times, given.noise, cfg=2.0, chunk_rows=5
+        )
+        return with_gradients(value, *given.stepping.parameters())
+
+    return call
+
+
 CALLS = {
     "FlowHead": of_head,
     "LayerwiseDistillation": distilled,
@@ -152,10 +166,12 @@ CALLS = {
     "gated_residual_norm": of_residual,
     "interpolate": of_interpolate,
     "layerwise_distillation": distilled_at_once,
+    "mean_flow_loss": of_few_steps(mean_flow_loss),
     "modulated_norm": lambda given: [modulated_norm(given.condition, *[given.condition[:, :1]] * 2)],
     "noise_seed": lambda given: [noise_seed(torch.Generator().manual_seed(4)), torch.manual_seed(4) and noise_seed()],
     "patch": of_patch,
     "patchify": lambda given: [patchify(given.pixels, 4), patchify(given.images, 4)],
+    "self_distillation_loss": of_few_steps(self_distillation_loss),
     "seeded_noise": lambda given: [seeded_noise(5, columns, 3, 2) for columns in (8, 10)],
     "to_images": lambda given: [
         to_images(given.noise, 4, (8, 12), velocity=given.velocity, dt=0.5, dtype=dtype, **NORMALISED)
