@@ -30,8 +30,8 @@ from tests.dropin.stand_ins import (
     with_blocks,
 )
 from tests.dropin.test_heads import outputs_and_gradients
-from uniflow_kernels import FlowHead, backend, patch, patched, unpatch
-from uniflow_kernels.dropin import deferral
+from uniflow_kernels import FlowHead, backend, cpu_kernels, patch, patched, unpatch
+from uniflow_kernels.dropin import deferral, running
 
 pytestmark = pytest.mark.usefixtures("served")
 INPUTS = PROJECTS["MAR"].inputs
@@ -487,6 +487,37 @@ def test_where_no_kernel_serves_its_own_forward_runs(name, monkeypatch):
         ours = head(*project.inputs)
         unpatch(head)
         assert torch.equal(ours, head(*project.inputs))
+
+
+@pytest.mark.skipif(cpu_kernels.why_not_built() is not None, reason=str(cpu_kernels.why_not_built()))
+@pytest.mark.parametrize("name", ["MAR", "NextStep-1", "Ming-UniVision", "VibeVoice", "pocket-tts", "SphereAR"])
+def test_few_rows_without_gradients_are_a_call_of_the_cpu_part(name, monkeypatch, within_twice):
+    """In their own numbers by the 2x rule; more rows, and calls with gradients, are the head's own forward."""
+    monkeypatch.undo()  # as on a CPU
+    project = PROJECTS[name]
+    head = randomize(project.make())
+    paths, run = [], running.run_flow_blocks
+
+    def watched(*given, **options):
+        paths.append(given[-1])
+        return run(*given, **options)
+
+    def called(module, inputs):
+        with torch.no_grad():
+            return module(*inputs, **project.kwargs)
+
+    double = [x.double() if x.is_floating_point() else x for x in project.inputs]
+    expected, exact = called(head, project.inputs), called(copy.deepcopy(head).double(), double)
+    patch(head, strict=True)
+    monkeypatch.setattr(running, "run_flow_blocks", watched)
+    within_twice(called(head, project.inputs), expected, exact, floor=1e-6)
+    assert paths == ["few rows"]
+    head(*project.inputs, **project.kwargs)
+    many = [torch.cat([x] * 5) if x.ndim and len(x) == len(project.inputs[0]) else x for x in project.inputs]
+    called(head, many)
+    with backend("eager"):
+        assert torch.equal(called(head, project.inputs), expected)
+    assert len(paths) == 1
 
 
 @pytest.mark.parametrize(("kernels_serve", "dynamic"), [(False, None), (True, None), (True, True)])

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uniflow_kernels import cpu_kernels
+from uniflow_kernels.choice import requested
 from uniflow_kernels.dropin import deferral
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form
 from uniflow_kernels.ops.flow_choice import (
@@ -19,6 +21,7 @@ from uniflow_kernels.ops.flow_choice import (
     call_of,
     choose_path,
     dtype_of_products,
+    few_rows,
     is_plain,
     why_not_device,
 )
@@ -27,6 +30,7 @@ from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import (
     TRACES_STAND_INS,
     children_of,
+    is_dispatch_watched,
     is_forward_mode,
     is_transforming,
     parameters_of,
@@ -116,7 +120,9 @@ class Head:
     def __str__(self) -> str:
         form = f"{self.depth} blocks of {self.width}, {self.form.mlp} MLP, {self.form.modulation_order}"
         how = "; there without its torch.compile decorator: compile the patched model" if self.decorated else ""
-        return f"flow head ({form}); Triton where it can serve{how}, else its own forward"
+        return (
+            f"flow head ({form}); Triton where it can serve{how}, else the CPU part for few rows, else its own forward"
+        )
 
     def prepare(self, module: nn.Module) -> None:
         """What must be done before `forward` can be compiled."""
@@ -129,7 +135,7 @@ class Head:
         """
         if self.rows is not None:
             args, kwargs = self.rows.share(args, kwargs)
-        inside = self._served(module)
+        inside = self._served(module, args, kwargs)
         if inside is not None and (not torch.compiler.is_compiling() or self._is_traceable(module)):
             try:
                 return deferral.run(module, self.names, lambda x, y: self._compute(module, x, y, inside), args, kwargs)
@@ -137,14 +143,14 @@ class Head:
                 pass
         return type(module).forward(module, *args, **kwargs)
 
-    def _served(self, module: nn.Module) -> list[Any] | None:
+    def _served(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
         """All that is inside, if the blocks are to run as one."""
         part: Any = module
         for name in (self.names.last, *self.linear):  # `at`, written out: next to a forward of one row each call counts
             part = None if part is None else children_of(part).get(name)
         weight: Any = None if part is None else parameters_of(part).get("weight")
         if weight is not None and is_plain(weight.is_cuda):  # takes a tenth of the time of what follows
-            return self.inside(module) if is_forward_mode() else None
+            return self.inside(module) if is_forward_mode() or self._are_few(weight, args, kwargs) else None
         forward_mode = is_forward_mode()
         inside: list[Any] | None = None
         reason: str | None = _CHANGED
@@ -155,6 +161,15 @@ class Head:
                 reason = _CHANGED if inside is None else reason
         # raises if kernels were asked for and cannot
         return None if backend_for(reason) == "eager" and not forward_mode else inside
+
+    def _are_few(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the CPU part may serve, as far as the rows of the call's first tensor say."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+            return False
+        first = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
+        if first is None or first.shape[:-1].numel() > few_rows(weight.dtype, self.width):
+            return False
+        return requested() == "auto" and cpu_kernels.why_not_on(weight.device) is None and not is_dispatch_watched()
 
     def _is_traceable(self, module: nn.Module) -> bool:
         return TRACES_STAND_INS and deferral.is_prepared(type(module), self.names)
