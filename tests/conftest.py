@@ -252,6 +252,7 @@ def fork(act: Callable[[], int | None], said: Path) -> int:
     status: object = 1
     try:
         signal.alarm(300)  # the end, should it hang
+        gc.freeze()  # to end what is left of the parent would be to wait for threads that only the parent has
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         torch.set_num_threads(1)
