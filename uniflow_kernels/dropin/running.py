@@ -38,6 +38,7 @@ from uniflow_kernels.torch_private import (
 )
 
 ROWS_WORTH_READING = 256  # below, comparing takes as long as embedding the time of every row
+WORTH_PUTTING_OFF = 512  # blocks times their width: of less, to run them together takes as long as to run them
 Path = tuple[str, ...]  # of a submodule
 
 
@@ -164,7 +165,9 @@ class Head:
 
     def _are_few(self, weight: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the CPU part may serve, as far as the rows of the call's first tensor say."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(weight) is not nn.Parameter:
+        if self.depth * self.width < WORTH_PUTTING_OFF or type(weight) is not nn.Parameter:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         first = next((given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)), None)
         if first is None or first.shape[:-1].numel() > few_rows(weight.dtype, self.width):
