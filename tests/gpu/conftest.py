@@ -6,6 +6,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -60,3 +61,13 @@ def sanitized(request):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("needs compute-sanitizer")
     return partial(under_sanitizer, request.param)
+
+
+@pytest.fixture
+def exact_float32():
+    """Products of float32 without TF32, and the same numbers in each run."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch.manual_seed(0)
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -13,16 +13,8 @@ from uniflow_kernels.modules import sampling
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("exact_float32"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(dtype=torch.float32, rows=40, width=256):

@@ -14,6 +14,7 @@ from uniflow_kernels.triton_kernels.flow_products import ARCHITECTURES, architec
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("exact_float32"),
 ]
 
 VARIANTS = {
@@ -30,15 +31,6 @@ def path(request):
     if request.param != "rows" and (made is None or (request.param in SMALL and made.small is None)):
         pytest.skip("there are no such tiles for this GPU")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(rows, width=1024, depth=2, dtype=torch.bfloat16, row=588, conditions=None, **options):

@@ -21,13 +21,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.manual_seed(0)
+def without_gradients(exact_float32):
     with torch.no_grad():
         yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(rows=4, width=256, depth=3, dtype=torch.bfloat16, **options):

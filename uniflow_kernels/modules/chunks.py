@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from threading import RLock
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,20 +20,23 @@ from torch.func import functional_call
 
 from uniflow_kernels.modules.casting import cast_once
 from uniflow_kernels.modules.flow_head import FlowHead
+from uniflow_kernels.ops.flow_choice import dtype_of_products
 from uniflow_kernels.torch_private import (
     constant,
     foreach_add_,
     foreach_mul,
     foreach_mul_,
+    is_forward_mode,
     is_graph_kept,
     is_tensor_hooked,
+    is_transforming,
 )
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @constant
-def memory_of(gpu: int) -> int:
+def _memory_of(gpu: int) -> int:
     """Its bytes, used or not."""
     return torch.cuda.get_device_properties(gpu).total_memory
 
@@ -51,6 +54,34 @@ def rows_at_once(head: nn.Module, dtype: torch.dtype, memory: int | None) -> int
     while chunk > 4096 and chunk * 7 * depth * width * dtype.itemsize > memory // 8:
         chunk //= 2
     return chunk
+
+
+def most_at_once(
+    name: str, given: int | Literal["auto"] | None, rows: int, head: nn.Module, condition: Tensor
+) -> int | None:
+    """How many of so many rows are worked on at a time; None for all at once.
+
+    Args:
+        name: of the argument that is given, for errors.
+        given: a number, None for all, or "auto".
+        rows: that there are.
+        head: whose rows they are.
+        condition: of any rows.
+
+    Raises:
+        ValueError: for less than 1, or for less than all where only all at once can be differentiated.
+    """
+    transformed = is_transforming() or is_forward_mode()
+    if given == "auto":
+        memory = _memory_of(condition.device.index) if condition.is_cuda else None
+        given = None if transformed else rows_at_once(head, dtype_of_products(condition), memory)
+    if isinstance(given, str) or (given is not None and given < 1):
+        raise ValueError(f'{name}: expected at least 1, or None for all at once, or "auto", got {given!r}')
+    if given is None or rows <= given:
+        return None
+    if transformed:
+        raise ValueError(f"{name}: expected None inside torch.func's transforms and for forward-mode derivatives")
+    return given
 
 
 class Batch(Protocol):

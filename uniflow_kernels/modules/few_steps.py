@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.chunks import Head, in_chunks, memory_of, rows_at_once
+from uniflow_kernels.modules.chunks import Head, in_chunks, most_at_once
 from uniflow_kernels.modules.flow_head import FlowHead
-from uniflow_kernels.ops.flow_choice import dtype_of_products
-from uniflow_kernels.torch_private import is_forward_mode, is_transforming, uncompiled
+from uniflow_kernels.torch_private import uncompiled
 
 
 def mean_flow_loss(
@@ -229,17 +228,11 @@ def _loss(
         None if mask is None else mask.flatten(),
         settings._replace(cfg=cfg.to(wide).flatten() if isinstance(cfg, Tensor) else cfg),
     )
-    condition, transformed = condition.flatten(0, -2), is_transforming() or is_forward_mode()
-    if chunk_rows == "auto":
-        memory = memory_of(condition.device.index) if condition.is_cuda else None
-        chunk_rows = None if transformed else rows_at_once(head, dtype_of_products(condition), memory)
-    if isinstance(chunk_rows, str) or (chunk_rows is not None and chunk_rows < 1):
-        raise ValueError(f'chunk_rows: expected at least 1, or None for all at once, or "auto", got {chunk_rows!r}')
-    if chunk_rows is None or len(batch.data) <= chunk_rows:
+    condition = condition.flatten(0, -2)
+    most = most_at_once("chunk_rows", chunk_rows, len(batch.data), head, condition)
+    if most is None:
         return batch.loss(head, condition, "mean")
-    if transformed:
-        raise ValueError("chunk_rows: expected None inside torch.func's transforms and for forward-mode derivatives")
-    return uncompiled(in_chunks)(head, condition, batch, chunk_rows)
+    return uncompiled(in_chunks)(head, condition, batch, most)
 
 
 def _check(

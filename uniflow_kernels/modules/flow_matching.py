@@ -16,8 +16,7 @@ from uniflow_kernels.modules.chunks import (
     in_chunks,
     is_fsdp,
     keep,
-    memory_of,
-    rows_at_once,
+    most_at_once,
     scaled,
     trained,
 )
@@ -30,8 +29,6 @@ from uniflow_kernels.torch_private import (
     autograd_inside_op,
     constant,
     foreach_mul,
-    is_forward_mode,
-    is_transforming,
     object_of,
 )
 
@@ -96,22 +93,15 @@ def flow_matching_loss(
     if isinstance(head, FlowHead) and _wants_whole_lines(images):
         columns = head.padded_columns(dtype_of_products(condition))
     batch = _Batch(source, t, weights, mask, columns, time_scale)
-    transformed = is_transforming() or is_forward_mode()
-    if chunk_tokens == "auto":
-        memory = memory_of(condition.device.index) if condition.is_cuda else None
-        chunk_tokens = None if transformed else rows_at_once(head, dtype_of_products(condition), memory)
-    if isinstance(chunk_tokens, str) or (chunk_tokens is not None and chunk_tokens < 1):
-        raise ValueError(f'chunk_tokens: expected at least 1, or None for all at once, or "auto", got {chunk_tokens!r}')
-    if chunk_tokens is None or rows[0] * rows[1] <= chunk_tokens:
+    most = most_at_once("chunk_tokens", chunk_tokens, rows[0] * rows[1], head, condition)
+    if most is None:
         return batch.loss(head, condition, "mean")  # one chunk: autograd does it with less ado
-    if transformed:
-        raise ValueError("chunk_tokens: expected None inside torch.func's transforms and for forward-mode derivatives")
     for name, value in (("images", images), ("t", t), ("noise", noise)):
         if value is not None and value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected constants; chunk_tokens=None gives them a gradient")
     if torch.compiler.is_compiling() and not is_fsdp(head):
-        return _compiled(head, condition, batch, chunk_tokens)
-    return in_chunks(head, condition, batch, chunk_tokens)
+        return _compiled(head, condition, batch, most)
+    return in_chunks(head, condition, batch, most)
 
 
 def _wants_whole_lines(images: Tensor) -> bool:

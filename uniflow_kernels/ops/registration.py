@@ -176,7 +176,7 @@ def _with_gradient(
 
 
 def _refuse_tangents(name: str, tensors: Sequence[Tensor | None]) -> None:
-    if is_forward_mode() and carries_tangents(*tensors):
+    if carries_tangents(*tensors):
         raise RuntimeError(f"{name}: it has no forward-mode derivative")
 
 
