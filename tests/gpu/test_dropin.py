@@ -12,7 +12,10 @@ from tests.dropin.test_blocks import INPUTS as OF_BLOCKS
 from tests.dropin.test_heads import DISTINCT, compare, outputs_and_gradients
 from uniflow_kernels import patch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 def on_gpu(value):
