@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniflow_kernels.addresses import TYPES, address_of, layers_of, source_of
+from uniflow_kernels.addresses import FLOATS, TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
 
 
@@ -32,7 +32,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             continue
         if not tensor.is_cpu:
             return why_not_on(tensor.device)
-        if not tensor.is_floating_point() or tensor.dtype not in TYPES:
+        if tensor.dtype not in FLOATS:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
         if tensor.is_neg():
             return "the numbers of a tensor are stored negated"
@@ -173,6 +173,17 @@ def cosine_distances(
         distances.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def scale(values: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply contiguous `values`, [..., D] each, in place by a scalar or by one number a row [...]."""
+    factors = [factor.float().contiguous() for factor in factors]
+    of_tensors = []
+    for tensor, factor in zip(values, factors, strict=True):
+        rows, count = factor.numel(), tensor.numel()
+        if count:
+            of_tensors.append((tensor.data_ptr(), factor.data_ptr(), rows, count // rows, TYPES[tensor.dtype]))
+    _level().scale(of_tensors, torch.get_num_threads())
 
 
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
