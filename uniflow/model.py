@@ -328,7 +328,7 @@ class UniFlow(Stored):
                 precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
-        check_precision(precision, self.device, self.config.vit_hidden_size)
+        check_precision(precision, self.device, self.config.head_width)
         size = (self.config.image_size, self.config.image_size) if size is None else size
         return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
 

@@ -26,7 +26,7 @@ STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 PREFIX = {"ViT": 1, "ViTForImageClassification": 1, "Dinov2": 1, "Dinov2WithRegisters": 4, "CLIPVision": 1}
 PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0, "DINOv3ViT": 3, "ViTMAE": 1, "InternVLVision": 1, "Aimv2Vision": 0}
 
-pytestmark = pytest.mark.filterwarnings("ignore:vit_hidden_size. a flow head of width 32:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:flow_width. a flow head of width 32:UserWarning")
 
 
 def hugging_face(kind, **changes):
