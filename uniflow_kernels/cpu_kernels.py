@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from uniflow_kernels.addresses import FLOATS, TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
+from uniflow_kernels.stamp import is_current
 
 
 def why_not_built() -> str | None:
     """Why the compiled part is not there; None where it is."""
     if not _is_built():
-        return "the CPU part was not built: no C++ compiler was found at installation, or UNIFLOW_CPU=0"
+        return "the CPU part was not built: no C++ compiler, UNIFLOW_CPU=0 at installation, or other sources since"
     return None
 
 
@@ -253,7 +253,7 @@ def flow_blocks(
 
 @functools.cache
 def _is_built() -> bool:
-    return importlib.util.find_spec("uniflow_kernels._cpu") is not None
+    return is_current("_cpu")
 
 
 @functools.cache

@@ -170,7 +170,13 @@ std::vector<Level> levels() {
 
 }  // namespace
 
+#define UNIFLOW_TEXT(name) #name
+#define UNIFLOW_TEXT_OF(macro) UNIFLOW_TEXT(macro)
+
 PYBIND11_MODULE(_cpu, module) {
+#ifdef UNIFLOW_SOURCES  // uniflow_kernels/stamp.py
+  module.attr("SOURCES") = UNIFLOW_TEXT_OF(UNIFLOW_SOURCES);
+#endif
   module.attr("SHARES_THREADS") = threads_of_torch().found();
   py::class_<Rows>(module, "Rows").def(py::init([](uintptr_t data, int32_t type, int64_t image, int64_t token) {
     return Rows{at<void>(data), type, image, token};

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from uniflow_kernels import backend, cpu_kernels, interpolate, patchify, seeded_noise, to_images, velocity_loss
+from uniflow_kernels import backend, cpu_kernels, interpolate, patchify, seeded_noise, stamp, to_images, velocity_loss
 from uniflow_kernels.ops.distillation import plain_cosine_distances
 from uniflow_kernels.ops.noise import plain_seeded_noise
 from uniflow_kernels.ops.velocity import plain_interpolate, plain_velocity_loss
@@ -274,6 +274,32 @@ def test_what_is_not_built_is_said(monkeypatch):
     with backend("cpu"), pytest.raises(ValueError, match=r"seeded_noise: backend 'cpu' .* was not built"):
         seeded_noise(1, 4, 1)
     assert seeded_noise(1, 4, 1).shape == (1, 4)
+
+
+def test_a_part_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    """What an older csrc/ was made into lacks what Python calls; an installation has no csrc/."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stamp.is_current("_cpu")
+        assert not stamp.is_current("_absent")
+    monkeypatch.setattr(cpu_kernels._module(), "SOURCES", "s0", raising=False)
+    with pytest.warns(UserWarning, match=r"_cpu is not used: .*: python setup.py build_ext --inplace"):
+        assert not stamp.is_current("_cpu")
+    monkeypatch.setattr(stamp, "CSRC", tmp_path)
+    assert stamp.is_current("_cpu")
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_a_stamp_follows_what_is_compiled(monkeypatch, tmp_path, name):
+    shutil.copytree(stamp.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(stamp, "CSRC", tmp_path / "csrc")
+    before = stamp.stamp(name)
+    for changed in ("sums.h", "cpu/kernels.cpp" if name == "_cpu" else "velocity.cu"):
+        (tmp_path / "csrc" / changed).open("a").write("// another")
+        assert stamp.stamp(name) != before
+        before = stamp.stamp(name)
+    (tmp_path / "csrc" / ("velocity.cu" if name == "_cpu" else "cpu/kernels.cpp")).unlink()
+    assert stamp.stamp(name) == before
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
