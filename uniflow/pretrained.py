@@ -210,8 +210,11 @@ def take_tensors(module: nn.Module, source: nn.Module) -> None:
         own.copy_(its)
 
 
-def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
-    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
+def description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
+    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one.
+
+    All that is asked of the model is its `config`, its embeddings and its layers.
+    """
     transformers = transformers_package()
     config: Any = model.config
     if type(config) not in transformers.MODEL_MAPPING or config.model_type not in _KINDS:
@@ -267,7 +270,7 @@ def _check_statistics(name: str, values: Sequence[float]) -> None:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     parts = nn.ModuleList([_part(model, "embeddings"), _layers(model)])
-    return {name: tensor.shape for name, tensor in parts.state_dict().items()}
+    return {name: tensor.shape for name, tensor in parts.state_dict().items() if not name.endswith(_NOT_NEEDED)}
 
 
 def _vision_part(model: nn.Module) -> nn.Module:
@@ -302,6 +305,7 @@ class HuggingFaceEmbeddings(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
+        self.config: Any = model.config
         self.embed = _part(model, "embeddings")
         if isinstance(getattr(self.embed, "mask_token", None), nn.Parameter):
             self.embed.register_parameter("mask_token", None)  # one that never has a gradient stops DDP
@@ -421,7 +425,7 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         "num_attention_heads": heads,
         "intermediate_size": getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4)),
     }
-    fields["encoder"] = _description(model, mean, std)
+    fields["encoder"] = description(model, mean, std)
     embeddings = HuggingFaceEmbeddings(model, patch, size, channels, mean, std)
     return PretrainedEncoder(embeddings, LayerStack(map(HuggingFaceLayer, layers)), fields)
 
