@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from uniflow.config import LARGEST_IMAGE, UniFlowConfig, check_integer
 from uniflow.encoder import Embeddings, Encoder, LayerStack, drop_path_rates, resize_position_table
 from uniflow.foreign import transformers_package
-from uniflow.pretrained import HuggingFaceEmbeddings, described_encoder, description
+from uniflow.huggingface import NORM, HuggingFaceEmbeddings
+from uniflow.pretrained import described_encoder, description
 from uniflow.transformer import TransformerLayer
 
 AnyEmbeddings = Embeddings | HuggingFaceEmbeddings
@@ -127,6 +128,7 @@ def description_at(
     outline.embeddings, outline.config = _embed_at(embeddings, image_size)
     if config.encoder is None:
         return None
+    setattr(outline, NORM, None if isinstance(embeddings.norm, nn.Identity) else embeddings.norm)
     outline.layers = nn.ModuleList(layer.layer for layer in encoder.layers)  # type: ignore[misc]
     made = description(outline, config.encoder["mean"], config.encoder["std"])
     if made is None:

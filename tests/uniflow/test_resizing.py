@@ -12,7 +12,7 @@ from uniflow.flow_decoder import sincos_position_embedding
 
 KINDS = ["own", *PREFIX]
 
-pytestmark = pytest.mark.filterwarnings("ignore:vit_hidden_size. a flow head of width 32:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:flow_width. a flow head of width 32:UserWarning")
 
 
 def tokenizer(kind, **changes):
@@ -40,7 +40,8 @@ def test_a_resized_model_is_the_same_function_of_pictures_of_the_new_size(kind, 
         assert torch.allclose(found, expected, atol=1e-6)
     assert torch.equal(model.condition(latents), condition)
     changed = [name for name, parameter in model.named_parameters() if parameter is not before[name]]
-    assert sorted(averages) == sorted(before) and len(changed) == 3
+    assert sorted(averages) == sorted(before)
+    assert len(changed) == (2 if kind == "DINOv3ViT" else 3)  # which turns instead
     for name, parameter in model.named_parameters():
         assert averages[name].shape == parameter.shape
         assert torch.allclose(averages[name], parameter + 1, atol=1e-5)  # as the interpolation's weights sum to 1
@@ -91,7 +92,7 @@ def test_the_rate_of_drop_path_of_our_own_layers(tmp_path):
 
 @pytest.mark.parametrize("kind", ["own", "Dinov2"])
 def test_a_teacher_is_resized_from_the_size_that_it_was_trained_at(kind):
-    """So that it is the same wherever a run was interrupted, also one that was lowered before and one that was after."""
+    """So that it is the same wherever a run was interrupted, whether it was lowered before or after."""
     model = tokenizer(kind)
     direct, others = EncoderTeacher.copy_of(model), [EncoderTeacher.copy_of(model) for _ in range(3)]
     direct.resize(24)
@@ -125,9 +126,6 @@ def test_sizes_that_cannot_be():
         with pytest.raises(ValueError, match=f"image_size: expected .*{message}"):
             model.resize(size)
     assert model.config.image_size == 16
-    beit = UniFlow.from_encoder(hugging_face("Beit", use_relative_position_bias=True), **DECODER)
-    with pytest.raises(ValueError, match="image_size: an encoder of the kind beit has layers for 16 px alone"):
-        beit.resize(24)
 
 
 def test_models_of_one_config_are_of_their_own_sizes():
