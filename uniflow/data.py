@@ -252,6 +252,14 @@ class Samples(Dataset[Sample], ABC):
     def collate(self, values: list[Any]) -> tuple[Any, ...]:
         """Values of samples to the objective's positional arguments: tensors, in tuples or dictionaries too."""
 
+    def at_size(self, image_size: int) -> Samples:
+        """The same samples for images of another size, side in pixels.
+
+        Raises:
+            ValueError: if they have none to choose.
+        """
+        raise ValueError(f"image_size: {type(self).__name__} are of one size")
+
 
 class RandomCrops(Samples):
     """An endless stream of random square crops, uint8 [3, S, S], flipped at random.
@@ -292,6 +300,10 @@ class RandomCrops(Samples):
     def collate(self, values: list[Tensor]) -> tuple[Tensor]:
         """Crops to a batch, uint8 [B, 3, S, S]."""
         return (torch.stack(values),)
+
+    def at_size(self, image_size: int) -> RandomCrops:
+        """Crops of another size of the same pictures."""
+        return RandomCrops(self.pictures, image_size, self.seed, self.smallest, self.flip)
 
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
         shorter = min(picture.size)
