@@ -61,7 +61,10 @@ _SIZES = {
 }
 
 _OFFICIAL = "uniflow"
-WITH_ENCODER = "uniflow_with_encoder"  # the official code has no such type, so it takes no such folder for its own
+# the official code has no such types, so it takes no such folder for its own
+WITH_ENCODER = "uniflow_with_encoder"
+FEW_STEPS = "uniflow_few_steps"  # its flow head has two times
+KINDS = (_OFFICIAL, FEW_STEPS, WITH_ENCODER)
 
 # what may be chosen around a given encoder
 DECODER_FIELDS = (
@@ -74,7 +77,11 @@ DECODER_FIELDS = (
     "llm_hidden_size",
     "use_cfg",
     "use_disp_loss",
+    "flow_times",
 )
+
+# fields that the official config.json does not have, with what the release does: then they are not written
+_OWN_FIELDS = {"flow_times": 1, "encoder": None}
 
 
 @dataclass
@@ -84,7 +91,9 @@ class UniFlowConfig:
     `llm_hidden_size`, `use_cfg` and `use_disp_loss` are carried along for the official code and change nothing here.
     Keys of a config.json that are no fields (auto_map, transformers_version, ...) are kept in `extra` and written back.
     `encoder` is no field of the official one: it describes an encoder of another make than its own, and config.json is
-    then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`).
+    then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`). With `flow_times` 2, which is
+    no field of it either and is else not written, the flow head predicts the mean velocity between two times, to decode
+    in few steps (see `UniFlow.for_intervals`), and config.json is of the type "uniflow_few_steps" without an `encoder`.
 
     Raises:
         ValueError: for values that contradict each other or that the model does not have, naming the field.
@@ -122,6 +131,7 @@ class UniFlowConfig:
     num_sampling_steps: int | str = "1"
     use_cfg: bool = False
     use_disp_loss: bool = False
+    flow_times: int = 1
     encoder: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +150,7 @@ class UniFlowConfig:
     def _check_numbers(self) -> None:
         for name, most in _SIZES.items():
             check_integer(name, getattr(self, name), 0 if name == "global_blocks_depth" else 1, most)
+        check_integer("flow_times", self.flow_times, 1, 2)
         for name in ("dropout", "attention_dropout", "drop_path_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -225,23 +236,27 @@ class UniFlowConfig:
         """
         values = vision_config(values)
         kind = values.get("model_type", _OFFICIAL)
-        if kind not in (_OFFICIAL, WITH_ENCODER):
-            raise ValueError(f"model_type: expected {_OFFICIAL!r} or {WITH_ENCODER!r}, got {shown(kind)}")
+        if kind not in KINDS:
+            raise ValueError(f"model_type: expected one of {', '.join(map(repr, KINDS))}, got {shown(kind)}")
         wanted = (*_ARCHITECTURE, "encoder") if kind == WITH_ENCODER else _ARCHITECTURE
         missing = [name for name in wanted if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        known = {f.name for f in fields(cls)} - {"extra", *(("encoder",) if kind == _OFFICIAL else ())}
+        known = {f.name for f in fields(cls)} - {"extra", *(("encoder",) if kind != WITH_ENCODER else ())}
         own = {name: value for name, value in values.items() if name in known}
         return cls(**own, extra={name: value for name, value in values.items() if name not in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json, which the official code reads unless there is an `encoder`."""
+        """The contents of a config.json, which the official code reads if its own could be in the folder."""
         values = asdict(self)
         extra = values.pop("extra")
+        for name, official in _OWN_FIELDS.items():
+            if values[name] == official:
+                del values[name]
         if self.encoder is not None:
             return {"model_type": WITH_ENCODER, **values, **extra}
-        del values["encoder"]
+        if self.flow_times == 2:
+            return {"model_type": FEW_STEPS, **values, **extra}
         return {"architectures": ["UniFlowVisionModel"], "model_type": _OFFICIAL, **values, **extra}
 
     @classmethod

@@ -59,7 +59,7 @@ def _build(run: Run, device: torch.device, processes: Processes) -> Trained:
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     model, objective = run.model, run.objective
     torch.manual_seed(run.recipe.seed)
-    student = _student(model, device)
+    student = _student(model, device, few_steps=objective.flow_loss != "flow_matching")
     teacher = None
     if objective.teacher is not None:
         with explained():
@@ -70,13 +70,15 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     return UniFlowObjective(student, **options)
 
 
-def _student(model: ModelChoice, device: torch.device) -> UniFlow:
+def _student(model: ModelChoice, device: torch.device, few_steps: bool) -> UniFlow:
     if model.checkpoint is not None:
-        return load_model(Named(model.checkpoint), str(device), "float32")
+        student = load_model(Named(model.checkpoint), str(device), "float32")
+        return student.for_intervals() if few_steps else student
+    config = {"flow_times": 2 if few_steps else 1, **model.config}
     with explained():
         if model.encoder is None:
-            return UniFlow(UniFlowConfig.preset(str(model.preset), **model.config)).to(device)
-        return UniFlow.from_encoder(model.encoder, **model.config).float().to(device)
+            return UniFlow(UniFlowConfig.preset(str(model.preset), **config)).to(device)
+        return UniFlow.from_encoder(model.encoder, **config).float().to(device)
 
 
 def _pictures(data: DataChoice) -> Pictures:

@@ -188,7 +188,8 @@ class ObjectiveChoice:
 
     `teacher` is a folder whose encoder teaches (see `EncoderTeacher.from_pretrained`); without one it is the student's
     own as it was at the start. `distill_weight` is 1 if not given, or 0 for a preset without a teacher: an encoder that
-    knows nothing has nothing to teach.
+    knows nothing has nothing to teach. With another `flow_loss` than flow matching the model's flow head has two times
+    (`flow_times` of its config), that of a checkpoint too, which is tuned.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -201,6 +202,8 @@ class ObjectiveChoice:
     t_per: Literal["token", "image"] = "token"
     layer_weights: Literal["adaptive", "uniform"] = "adaptive"
     chunk_tokens: int | Literal["auto"] | None = "auto"
+    flow_loss: Literal["flow_matching", "mean_flow", "self_distillation"] = "flow_matching"
+    share_equal: float = 0.75
 
 
 @dataclass(frozen=True)
