@@ -52,6 +52,10 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.tokens, width))
 
+    def positions(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the layers take beside the tokens of images [B, C, H, W]: nothing, they have their positions in them."""
+        return ()
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 1 + (H/P)*(W/P), D], the class token first."""
         patches = self.patch_embedding(images)
@@ -65,6 +69,7 @@ class Embeddings(nn.Module):
 class LayerStack(nn.Module):
     """Layers that map tokens [B, S, D] to tokens [B, S, D], one after the other.
 
+    All of them are given the same positions, which the `positions` of the embeddings says.
     `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
     """
 
@@ -73,26 +78,26 @@ class LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, *positions: Tensor) -> list[Tensor]:
         """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
-        return [x, *self.states(x)]
+        return [x, *self.states(x, *positions)]
 
-    def states(self, x: Tensor) -> Iterator[Tensor]:
+    def states(self, x: Tensor, *positions: Tensor) -> Iterator[Tensor]:
         """Embeddings [B, S, D] -> the output of every layer, each computed when it is asked for."""
         for layer in self.layers:
-            x = self._run(layer, x)
+            x = self._run(layer, x, *positions)
             yield x
 
-    def last(self, x: Tensor) -> Tensor:
+    def last(self, x: Tensor, *positions: Tensor) -> Tensor:
         """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
         for layer in self.layers:
-            x = self._run(layer, x)
+            x = self._run(layer, x, *positions)
         return x
 
-    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, layer: nn.Module, x: Tensor, *positions: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, use_reentrant=False)
-        return layer(x)
+            return checkpoint(layer, x, *positions, use_reentrant=False)
+        return layer(x, *positions)
 
 
 class Encoder(LayerStack):

@@ -38,8 +38,8 @@ class FlowDecoder(nn.Module):
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__()
         row = config.patch_values
-        width = config.vit_hidden_size
-        self.net = FlowHead(row, width, row, width, config.num_decoder_layers, times=config.flow_times)
+        width, condition = config.head_width, config.vit_hidden_size
+        self.net = FlowHead(row, width, row, condition, config.num_decoder_layers, times=config.flow_times)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x [B, N, C*P*P], t broadcastable to [B, N], condition [B, N, D] -> [B, N, C*P*P]."""

@@ -133,11 +133,16 @@ class UniFlow(Stored):
 
         An encoder of another make (`from_encoder`) has `prefix_tokens` tokens in the place of the one.
         """
-        return self.encoder(self.embeddings(self.checked_images(images)))
+        return self.encoder(*self._embed(images))
 
     def layer_states(self, images: Tensor) -> Iterator[Tensor]:
         """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
-        return self.encoder.states(self.embeddings(self.checked_images(images)))
+        return self.encoder.states(*self._embed(images))
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The embeddings [B, prefix + N, D], and the positions that the layers take beside them."""
+        images = self.checked_images(images)
+        return self.embeddings(images), *self.embeddings.positions(images)
 
     @property
     def prefix_tokens(self) -> int:
@@ -160,7 +165,7 @@ class UniFlow(Stored):
         An encoder of another make may have been trained at a size that its patch does not divide (SigLIP's 384 by 14):
         of images of that size the rest is left out, as the encoder itself does.
         """
-        return self.latents(self.encoder.last(self.embeddings(self.checked_images(images))))
+        return self.latents(self.encoder.last(*self._embed(images)))
 
     def compile_encoder(self, batch: int, size: tuple[int, int] | None = None) -> ImageEncoder:
         """An encoder from images to latents whose work is prepared: on CUDA it is captured here.
@@ -325,7 +330,7 @@ class UniFlow(Stored):
                 precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
-        check_precision(precision, self.device, self.config.vit_hidden_size)
+        check_precision(precision, self.device, self.config.head_width)
         size = (self.config.image_size, self.config.image_size) if size is None else size
         return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
 

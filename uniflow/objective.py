@@ -59,11 +59,15 @@ class UniFlowObjective(nn.Module):
             "self_distillation", see `uniflow_kernels.mean_flow_loss` and `self_distillation_loss`.
         share_equal: of those two, see `uniflow.flow.sample_intervals`.
 
+    In training, noise is added to the latents of each picture if the student's config has `latent_noise`: its standard
+    deviation is that of the channel in the batch, times a number drawn between 0 and `latent_noise`.
+
     Raises:
         ValueError: for an unknown `t_per`, `t_distribution`, `layer_weights` or `flow_loss`, a share that is none, or
             a loss that is not for the student's flow head.
 
     Source: the UniFlow paper; both losses weigh the same in its best run, and beta = 2 is its best. No LPIPS, no GAN.
+    `latent_noise` is from RAE (Zheng et al. 2025, its code's noise_tau, in units of latents that are not standardised).
     """
 
     def __init__(
@@ -130,6 +134,7 @@ class UniFlowObjective(nn.Module):
         if images.dtype == torch.uint8:
             images = normalize(images)
         latents, distillation = self._encode(images)
+        latents = self._noisy(latents)
         condition = student.condition(latents, (images.shape[-2], images.shape[-1]))
 
         batch, tokens, _ = latents.shape
@@ -147,6 +152,19 @@ class UniFlowObjective(nn.Module):
         distill, alpha, weights = distillation.result()
         total = self.flow_weight * flow + self.distill_weight * distill
         return Losses(total, flow.detach(), distill.detach(), alpha, weights)
+
+    def _noisy(self, latents: Tensor) -> Tensor:
+        """Latents [B, N, latent_ch] as a generator may make them: with the noise that the config asks for in training.
+
+        It is in units of each channel's deviation in the batch, so that latents cannot outgrow it.
+        """
+        most = self.student.config.latent_noise
+        if not (self.training and most):
+            return latents
+        deviation = latents.detach().float().std((0, 1), correction=0)
+        amount = most * torch.rand(len(latents), 1, 1, device=latents.device)
+        noise = torch.randn(latents.shape, dtype=torch.float32, device=latents.device)
+        return latents + (amount * deviation * noise).to(latents.dtype)
 
     def _times(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         if self.flow_loss == "flow_matching":

@@ -25,7 +25,7 @@ class EncoderTeacher(nn.Module):
     `prefix_tokens` can stand in for it.
 
     Args:
-        embeddings: images [B, C, H, W] to tokens [B, prefix_tokens + N, D].
+        embeddings: images [B, C, H, W] to tokens [B, prefix_tokens + N, D], as `uniflow.encoder.Embeddings`.
         encoder: its layers. Neither is copied.
         dtype: to run in; the parameters' own if not given.
     """
@@ -83,7 +83,7 @@ class EncoderTeacher(nn.Module):
     def states(self, images: Tensor) -> Iterator[Tensor]:
         """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient."""
         with self._own_precision(images):
-            states = self.encoder.states(self._embed(images))
+            states = self.encoder.states(*self._embed(images))
         for _ in self.encoder.layers:
             with self._own_precision(images):
                 state = next(states)
@@ -93,16 +93,17 @@ class EncoderTeacher(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, C, H, W] to the L+1 states [B, prefix_tokens + N, D] of the encoder."""
         with self._own_precision(images):
-            return self.encoder(self._embed(images))
+            return self.encoder(*self._embed(images))
 
     @torch.no_grad()
     def last(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] to the output of the last layer."""
         with self._own_precision(images):
-            return self.encoder.last(self._embed(images))
+            return self.encoder.last(*self._embed(images))
 
-    def _embed(self, images: Tensor) -> Tensor:
-        return self.embeddings(images.to(self.dtype))
+    def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        images = images.to(self.dtype)
+        return self.embeddings(images), *self.embeddings.positions(images)  # type: ignore[operator]
 
     def _own_precision(self, images: Tensor) -> AbstractContextManager[object]:
         """No autocast for what is in a lower precision already: it would make norms in float32 and cast them back."""
