@@ -131,10 +131,13 @@ def test_bad_input(capsys, folder, colours, tmp_path):  # noqa: F811
         (["--reference", tmp_path / "wide.npz"], "--reference: statistics are of a network's features"),
         (["--features", tmp_path / "text.pt"], "text.pt: expected a program of TorchScript"),
         (["--features", colours, "--reference", tmp_path / "none.npz"], "no such file"),
-        (["--features", colours, "--reference", tmp_path / "wide.npz"], "features: expected one width, got 3 and 12"),
         (["--out", folder], "is a folder, expected a file to write"),
     ):
         assert message in fails(capsys, "evaluate", folder, *CHECKPOINT, *arguments), arguments
+    (folder / "3.png").unlink()
+    networks = ["--features", colours, "--reference", tmp_path / "wide.npz"]
+    with pytest.raises(AssertionError, match="reference: expected statistics of 12 features, got those of 3"):
+        ok(capsys, "evaluate", folder, *CHECKPOINT, *networks)  # at the first batch
 
 
 def test_no_picture_can_be_read(capsys, tmp_path):

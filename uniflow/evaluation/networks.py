@@ -6,6 +6,7 @@ A program of TorchScript or torch.export runs as it is written in its file: take
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,9 @@ def _program(file: Path, device: torch.device) -> tuple[Program, tuple[str, ...]
         except Exception as error:  # of whatever kind: it may be any file
             raise ValueError(f"{file}: expected a program of torch.export ({_first_line(error)})") from None
     try:
-        script = torch.jit.load(file, map_location=device).eval()
+        with warnings.catch_warnings():  # torch writes no such programs any more, but these are the field's
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script = torch.jit.load(file, map_location=device).eval()
         return script, tuple(argument.name for argument in script.forward.schema.arguments)
     except Exception as error:
         raise ValueError(f"{file}: expected a program of TorchScript ({_first_line(error)})") from None

@@ -88,7 +88,11 @@ class ReconstructionScores:
         self._statistics: dict[str, FeatureStatistics] = {}
 
     def of(self, reconstructions: Tensor, originals: Tensor) -> Scored:
-        """Score a batch, uint8 [B, 3, H, W], in whichever process."""
+        """Score a batch, uint8 [B, 3, H, W], in whichever process.
+
+        Raises:
+            ValueError: if a network fails, or its features are not as many as those of the reference.
+        """
         with torch.autocast(originals.device.type, enabled=False):
             values = {"psnr": psnr(reconstructions, originals), "ssim": ssim(reconstructions, originals)}
         if self.perceptual is not None:
@@ -96,11 +100,11 @@ class ReconstructionScores:
         values = {name: value.cpu() for name, value in values.items()}
         if self.network is None:
             return Scored(values)
-        return Scored(
-            values,
-            self.network(originals).cpu() if self.reference is None else None,
-            self.network(reconstructions).cpu(),
-        )
+        features = self.network(reconstructions).cpu()
+        if self.reference is not None and len(self.reference.mean) != features.shape[1]:  # said now, not after hours
+            width = len(self.reference.mean)
+            raise ValueError(f"reference: expected statistics of {features.shape[1]} features, got those of {width}")
+        return Scored(values, self.network(originals).cpu() if self.reference is None else None, features)
 
     def take(self, scored: Scored) -> None:
         """Count a batch in; the first process does so with all, in the pictures' order."""
