@@ -12,14 +12,16 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniflow.flow import sample_intervals, sample_t
 from uniflow_kernels import FlowHead, mean_flow_loss, self_distillation_loss
 
-Loss = Callable[[FlowHead, Tensor, Tensor, Tensor], Tensor]
+H = TypeVar("H", bound=nn.Module)
 ROWS = 1024
 
 
@@ -46,7 +48,7 @@ def self_distillation(head: FlowHead, condition: Tensor, data: Tensor, noise: Te
     return self_distillation_loss(head, condition, data, sample_intervals((len(data),), 0.5, "uniform"), noise)
 
 
-def trained(head: FlowHead, loss: Loss, steps: int) -> FlowHead:
+def trained(head: H, loss: Callable[[H, Tensor, Tensor, Tensor], Tensor], steps: int) -> H:
     """The average of the weights over a training of so many steps."""
     torch.manual_seed(1)
     generator = torch.Generator().manual_seed(1)
@@ -66,11 +68,11 @@ def trained(head: FlowHead, loss: Loss, steps: int) -> FlowHead:
 
 
 @torch.no_grad()
-def distance(head: FlowHead, steps: int, count: int = 4000) -> float:
-    """The energy distance of what the head draws in so many steps from the data."""
+def energy_distance(draw: Callable[[Tensor, Tensor, int], Tensor], steps: int, count: int = 4000) -> float:
+    """Of what draw(condition, noise, steps) makes from the data."""
     generator = torch.Generator().manual_seed(2)
     data, noise = points(count, generator), torch.randn(count, 2, generator=generator)
-    drawn = head.sample(torch.zeros(count, 1), steps, noise=noise)
+    drawn = draw(torch.zeros(count, 1), noise, steps)
     pairs = (drawn, data), (drawn, drawn), (data, data)
     across, of_drawn, of_data = (torch.cdist(a, b).mean().item() for a, b in pairs)
     return 2 * across - of_drawn - of_data
@@ -86,7 +88,12 @@ def main(steps: int) -> None:
         begun = time.perf_counter()
         head = trained(copy.deepcopy(start), loss, steps)
         seconds = time.perf_counter() - begun
-        print(f"{loss.__name__:20}{seconds:8.0f}" + "".join(f"{distance(head, count):9.4f}" for count in (20, 4, 2, 1)))
+        distances = (energy_distance(partial(_draw, head), count) for count in (20, 4, 2, 1))
+        print(f"{loss.__name__:20}{seconds:8.0f}" + "".join(f"{distance:9.4f}" for distance in distances))
+
+
+def _draw(head: FlowHead, condition: Tensor, noise: Tensor, steps: int) -> Tensor:
+    return head.sample(condition, steps, noise=noise)
 
 
 if __name__ == "__main__":

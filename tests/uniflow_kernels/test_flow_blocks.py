@@ -310,8 +310,9 @@ def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch):
     ],
 )
 def test_shared_conditions(within_twice, rows, conditions):
-    for name, recompute in (("canonical", "none"), ("SphereAR", "block")):
-        head = make_head(24, depth=2, **{**OPTIONS[name], "hidden": 20})
+    """Of rows, and with it of blocks: two blocks of each group, whose gradients are added up."""
+    for name, depth, recompute in (("canonical", 2, "none"), ("SphereAR", 4, "block")):
+        head = make_head(24, depth=depth, **{**OPTIONS[name], "hidden": 20})
         against_definition(within_twice, head, rows, conditions, recompute=recompute)
 
 

@@ -461,7 +461,7 @@ class _Gradients:
             summed = torch.cat(list(sums), 1).flatten(1)  # [C or 1, parts * W]
             dmodulation = summed.to(self.pass_.x.dtype) if by_row is None else self.which.to_conditions(by_row)
             if self.group is not None:
-                dmodulation, summed = dmodulation.add_(self.group[0]), summed.add_(self.group[1])
+                dmodulation, summed = dmodulation + self.group[0], summed + self.group[1]  # which may be one tensor
             self.group = None if last_of_group else (dmodulation, summed)
             dbias = [_over_rows(summed)] if last_of_group else []
         if last_of_group:
