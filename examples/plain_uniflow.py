@@ -100,10 +100,10 @@ class FlowBlock(nn.Module):
 class FlowHead(nn.Module):
     """The velocity of patches x [B, N, C*P*P] at times t [B, N] under conditions [B, N, W] -> [B, N, C*P*P]."""
 
-    def __init__(self, values: int, width: int, depth: int) -> None:
+    def __init__(self, values: int, width: int, condition: int, depth: int) -> None:
         super().__init__()
         self.time_embed = nn.ModuleDict({"mlp": silu_mlp(256, width)})
-        self.cond_embed, self.input_proj = nn.Linear(width, width), nn.Linear(values, width)
+        self.cond_embed, self.input_proj = nn.Linear(condition, width), nn.Linear(values, width)
         self.res_blocks = nn.ModuleList(FlowBlock(width) for _ in range(depth))
         self.final_layer = nn.ModuleDict({"linear": nn.Linear(width, values), "adaLN_modulation": modulation(width, 2)})
 
@@ -136,7 +136,8 @@ class PlainUniFlow(nn.Module):
         blocks = (Layer(width, 16, 4 * width, 1e-5, scaled=False) for _ in range(config["global_blocks_depth"]))
         self.global_blocks = nn.Sequential(*blocks)
         self.decoder_pos_embed = nn.Parameter(torch.randn(1, self.tokens, width))
-        self.flow_head = nn.ModuleDict({"net": FlowHead(self.values, width, config["num_decoder_layers"])})
+        head = config.get("flow_width", width), width, config["num_decoder_layers"]
+        self.flow_head = nn.ModuleDict({"net": FlowHead(self.values, *head)})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> PlainUniFlow:

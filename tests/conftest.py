@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
         round_to_bfloat16()
         multiply_bfloat16()
     # the golden model is narrower than its patch, on purpose small
-    config.addinivalue_line("filterwarnings", "ignore:vit_hidden_size. a flow head of width 64:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:flow_width. a flow head of width 64:UserWarning")
 
 
 def pytest_collection() -> None:

@@ -45,9 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 # the most that is taken for a model's size: many times the largest there are, and what fits an allocator's arithmetic
 LARGEST_WIDTH = 1 << 17
 LARGEST_DEPTH = 1 << 10
+LARGEST_IMAGE = 1 << 15
 _MOST_STEPS = 10_000
 _SIZES = {
-    "image_size": 1 << 15,
+    "image_size": LARGEST_IMAGE,
     "patch_size": 1 << 10,
     "num_channels": 1 << 6,
     "hidden_size": LARGEST_WIDTH,
@@ -74,7 +75,12 @@ DECODER_FIELDS = (
     "llm_hidden_size",
     "use_cfg",
     "use_disp_loss",
+    "flow_width",
+    "latent_noise",
 )
+
+# fields that the official config.json does not have, with what the release does: then they are not written
+_OWN_FIELDS = {"flow_width": None, "latent_noise": 0.0, "encoder": None}
 
 
 @dataclass
@@ -84,7 +90,10 @@ class UniFlowConfig:
     `llm_hidden_size`, `use_cfg` and `use_disp_loss` are carried along for the official code and change nothing here.
     Keys of a config.json that are no fields (auto_map, transformers_version, ...) are kept in `extra` and written back.
     `encoder` is no field of the official one: it describes an encoder of another make than its own, and config.json is
-    then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`).
+    then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`). Neither are `flow_width`, of
+    the flow head where it is not `vit_hidden_size`, nor `latent_noise`, which training adds to latents (see
+    `uniflow.UniFlowObjective`); config.json has them only where they are given, and the official code takes no weights
+    of a head of another width.
 
     Raises:
         ValueError: for values that contradict each other or that the model does not have, naming the field.
@@ -122,29 +131,36 @@ class UniFlowConfig:
     num_sampling_steps: int | str = "1"
     use_cfg: bool = False
     use_disp_loss: bool = False
+    flow_width: int | None = None
+    latent_noise: float = 0.0
     encoder: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_fit()
+        if self.flow_width == self.vit_hidden_size:
+            self.flow_width = None  # the release's
         row = self.patch_values
-        if self.vit_hidden_size < row:
+        if self.head_width < row:
             warnings.warn(
-                f"vit_hidden_size: a flow head of width {self.vit_hidden_size} is narrower than its patch "
+                f"flow_width: a flow head of width {self.head_width} is narrower than its patch "
                 f"({self.num_channels}*{self.patch_size}*{self.patch_size} = {row}) and cannot take the noise away in "
-                "one step, whatever the training; use a wider head, a smaller patch, or more sampling steps",
+                f"one step, whatever the training; give a flow_width of {row} or more, a smaller patch, or more "
+                "sampling steps",
                 stacklevel=3,
             )
 
     def _check_numbers(self) -> None:
         for name, most in _SIZES.items():
             check_integer(name, getattr(self, name), 0 if name == "global_blocks_depth" else 1, most)
+        if self.flow_width is not None:
+            check_integer("flow_width", self.flow_width, 1, LARGEST_WIDTH)
         for name in ("dropout", "attention_dropout", "drop_path_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {shown(value)}")
-        for name in ("layer_norm_eps", "initializer_factor", "initializer_range"):
+        for name in ("layer_norm_eps", "initializer_factor", "initializer_range", "latent_noise"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
@@ -152,6 +168,8 @@ class UniFlowConfig:
             raise ValueError(f"layer_norm_eps: expected a positive number of at most 1, got {self.layer_norm_eps}")
         if self.initializer_range < 0:
             raise ValueError(f"initializer_range: expected a standard deviation, got {self.initializer_range}")
+        if self.latent_noise < 0:
+            raise ValueError(f"latent_noise: expected at least 0, got {self.latent_noise}")
         for name in ("qkv_bias", "qk_normalization", "use_flash_attn", "use_global_blocks"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {shown(getattr(self, name))}")
@@ -205,6 +223,11 @@ class UniFlowConfig:
         """Length of a row of pixels, C*P*P."""
         return self.num_channels * self.patch_size**2
 
+    @property
+    def head_width(self) -> int:
+        """Width of the flow head."""
+        return self.vit_hidden_size if self.flow_width is None else self.flow_width
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> UniFlowConfig:
         """The configuration "tiny", "small" or "base" (the official release), with some fields changed.
@@ -239,9 +262,11 @@ class UniFlowConfig:
         """The contents of a config.json, which the official code reads unless there is an `encoder`."""
         values = asdict(self)
         extra = values.pop("extra")
+        for name, official in _OWN_FIELDS.items():
+            if values[name] == official:
+                del values[name]
         if self.encoder is not None:
             return {"model_type": WITH_ENCODER, **values, **extra}
-        del values["encoder"]
         return {"architectures": ["UniFlowVisionModel"], "model_type": _OFFICIAL, **values, **extra}
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,6 +26,24 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     planes = embedding.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
     return planes.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def resize_position_table(table: Tensor, side: int, mode: str = "bicubic", antialias: bool = False) -> Tensor:
+    """A table of positions, [..., prefix + G*G, D], for a grid of `side` * `side`: [..., prefix + side*side, D].
+
+    Args:
+        table: rows of the prefix, which has less than 2*G + 1 tokens and is kept, then of a square grid.
+        side: of the new grid.
+        mode, antialias: of the interpolation; by default as `resize_position_embedding`, others as some encoders have.
+    """
+    rows = table.detach().reshape(1, -1, table.shape[-1])
+    old = math.isqrt(rows.shape[1])
+    prefix, spatial = rows.split([rows.shape[1] - old * old, old * old], dim=1)
+    if side != old:
+        planes = spatial.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+        planes = F.interpolate(planes, size=(side, side), mode=mode, align_corners=False, antialias=antialias)
+        spatial = planes.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([prefix, spatial], dim=1).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
 def encoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype) -> int:
@@ -52,6 +71,10 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(config.num_channels, width, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.tokens, width))
 
+    def positions(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the layers take beside the tokens of images [B, C, H, W]: nothing, they have their positions in them."""
+        return ()
+
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, 1 + (H/P)*(W/P), D], the class token first."""
         patches = self.patch_embedding(images)
@@ -65,6 +88,7 @@ class Embeddings(nn.Module):
 class LayerStack(nn.Module):
     """Layers that map tokens [B, S, D] to tokens [B, S, D], one after the other.
 
+    All of them are given the same positions, which the `positions` of the embeddings says.
     `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
     """
 
@@ -73,33 +97,37 @@ class LayerStack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, *positions: Tensor) -> list[Tensor]:
         """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
-        return [x, *self.states(x)]
+        return [x, *self.states(x, *positions)]
 
-    def states(self, x: Tensor) -> Iterator[Tensor]:
+    def states(self, x: Tensor, *positions: Tensor) -> Iterator[Tensor]:
         """Embeddings [B, S, D] -> the output of every layer, each computed when it is asked for."""
         for layer in self.layers:
-            x = self._run(layer, x)
+            x = self._run(layer, x, *positions)
             yield x
 
-    def last(self, x: Tensor) -> Tensor:
+    def last(self, x: Tensor, *positions: Tensor) -> Tensor:
         """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
         for layer in self.layers:
-            x = self._run(layer, x)
+            x = self._run(layer, x, *positions)
         return x
 
-    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, layer: nn.Module, x: Tensor, *positions: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, use_reentrant=False)
-        return layer(x)
+            return checkpoint(layer, x, *positions, use_reentrant=False)
+        return layer(x, *positions)
+
+
+def drop_path_rates(config: UniFlowConfig) -> list[float]:
+    """Of each layer: they rise linearly to the config's."""
+    return torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
 
 
 class Encoder(LayerStack):
     """The transformer layers. Source: `UniFlowVisionEncoder` of the official release."""
 
     def __init__(self, config: UniFlowConfig) -> None:
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         super().__init__(
             TransformerLayer(
                 config.hidden_size,
@@ -116,5 +144,5 @@ class Encoder(LayerStack):
                 drop_path=rate,
                 allow_flash_attn=config.use_flash_attn,
             )
-            for rate in rates
+            for rate in drop_path_rates(config)
         )

@@ -36,8 +36,7 @@ class FlowDecoder(nn.Module):
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__()
         row = config.patch_values
-        width = config.vit_hidden_size
-        self.net = FlowHead(row, width, row, width, config.num_decoder_layers)
+        self.net = FlowHead(row, config.head_width, row, config.vit_hidden_size, config.num_decoder_layers)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x [B, N, C*P*P], t broadcastable to [B, N], condition [B, N, D] -> [B, N, C*P*P]."""

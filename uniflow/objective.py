@@ -55,10 +55,14 @@ class UniFlowObjective(nn.Module):
         chunk_tokens: how many tokens the flow head works on at a time, see `uniflow_kernels.flow_matching_loss`; None
             takes all, and keeps the head's activations for the backward pass.
 
+    In training, noise is added to the latents of each picture if the student's config has `latent_noise`: its standard
+    deviation is that of the channel in the batch, times a number drawn between 0 and `latent_noise`.
+
     Raises:
         ValueError: for an unknown `t_per`, `t_distribution` or `layer_weights`.
 
     Source: the UniFlow paper; both losses weigh the same in its best run, and beta = 2 is its best. No LPIPS, no GAN.
+    `latent_noise` is from RAE (Zheng et al. 2025, its code's noise_tau, in units of latents that are not standardised).
     """
 
     def __init__(
@@ -97,6 +101,26 @@ class UniFlowObjective(nn.Module):
         if isinstance(self.teacher, EncoderTeacher) and self.teacher.dtype == torch.float32:
             self.teacher = self.teacher.lowered(dtype)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the student is trained at, in pixels."""
+        return self.student.config.image_size
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise an error unless `resize` can serve."""
+        self.student.check_image_size(image_size)
+        if isinstance(self.teacher, EncoderTeacher):
+            self.teacher.embeddings_at(image_size)
+
+    def resize(self, image_size: int, averages: dict[str, Tensor] | None = None) -> None:
+        """Change the size that is trained at, see `UniFlow.resize`; that of an `EncoderTeacher` too.
+
+        A teacher's positions come from those of the size that it was trained at, whatever sizes were before.
+        """
+        self.student.resize(image_size, averages)
+        if isinstance(self.teacher, EncoderTeacher):
+            self.teacher.resize(image_size)
+
     def forward(self, images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
         """The losses of a batch.
 
@@ -112,6 +136,7 @@ class UniFlowObjective(nn.Module):
         if images.dtype == torch.uint8:
             images = normalize(images)
         latents, distillation = self._encode(images)
+        latents = self._noisy(latents)
         condition = student.condition(latents, (images.shape[-2], images.shape[-1]))
 
         batch, tokens, _ = latents.shape
@@ -127,6 +152,19 @@ class UniFlowObjective(nn.Module):
         distill, alpha, weights = distillation.result()
         total = self.flow_weight * flow + self.distill_weight * distill
         return Losses(total, flow.detach(), distill.detach(), alpha, weights)
+
+    def _noisy(self, latents: Tensor) -> Tensor:
+        """Latents [B, N, latent_ch] as a generator may make them: with the noise that the config asks for in training.
+
+        It is in units of each channel's deviation in the batch, so that latents cannot outgrow it.
+        """
+        most = self.student.config.latent_noise
+        if not (self.training and most):
+            return latents
+        deviation = latents.detach().float().std((0, 1), correction=0)
+        amount = most * torch.rand(len(latents), 1, 1, device=latents.device)
+        noise = torch.randn(latents.shape, dtype=torch.float32, device=latents.device)
+        return latents + (amount * deviation * noise).to(latents.dtype)
 
     def _encode(self, images: Tensor) -> tuple[Tensor, LayerwiseDistillation | None]:
         """The student's latents, and what its layers and the teacher's were compared in."""

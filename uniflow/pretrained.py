@@ -6,7 +6,6 @@ DINOv2, CLIP, SigLIP, SigLIP2 and their relatives) are adapted by what their mod
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from uniflow.checkpoint import CheckpointError, assign_state, outline, read_state, refuse_keys
@@ -23,6 +21,7 @@ from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, ch
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.foreign import checked_values, configuration, loaded_model, new_model, transformers_package
 from uniflow.hub import local_folder
+from uniflow.huggingface import HuggingFaceEmbeddings, HuggingFaceLayer, layers_of, used_parts, vision_part
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.reading import printable, read_json, shown
 
@@ -39,6 +38,7 @@ _KINDS = (
     "deit",
     "dinov2",
     "dinov2_with_registers",
+    "dinov3_vit",
     "ijepa",
     "internvl_vision",
     "metaclip_2",
@@ -50,8 +50,19 @@ _KINDS = (
     "tipsv2",
     "tipsv2_vision_model",
     "vit",
+    "vit_mae",
     "vit_msn",
 )
+
+# of others, by how their names begin: why not
+_WHY_NOT = {
+    ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "qwen3_vl"): (
+        "its layers take the patches of all pictures in a row, in the order in which it merges them, and some see "
+        "windows of them"
+    ),
+    ("convnext", "dinov3_convnext", "hiera", "swin"): "its layers change the number of tokens",
+    ("data2vec-vision",): "its layers take the size of the grid, for their relative positions",
+}
 
 # of a configuration: which class made it, and in which dtype
 _NOT_OF_THE_ENCODER = ("architectures", "dtype", "torch_dtype")
@@ -210,14 +221,17 @@ def take_tensors(module: nn.Module, source: nn.Module) -> None:
         own.copy_(its)
 
 
-def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
-    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
+def description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
+    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one.
+
+    All that is asked of the model is its `config`, its embeddings and its layers.
+    """
     transformers = transformers_package()
     config: Any = model.config
     if type(config) not in transformers.MODEL_MAPPING or config.model_type not in _KINDS:
         return None
     with torch.device("meta"):
-        again = _vision_part(transformers.AutoModel.from_config(config, trust_remote_code=False))
+        again = vision_part(transformers.AutoModel.from_config(config, trust_remote_code=False))
     if _shapes(again) != _shapes(model):
         return None
     try:
@@ -234,13 +248,24 @@ def _is_vision(kind: str, _: Any) -> bool:
     return kind in _KINDS
 
 
+def _refuse_kind(source: str, kind: object, values: Mapping[str, Any]) -> None:
+    """Say why models of a kind, or of such a configuration, cannot serve, where that is known."""
+    for names, reason in _WHY_NOT.items():
+        if isinstance(kind, str) and kind.startswith(names):
+            raise ValueError(f"{source}: a model of the kind {shown(kind)} cannot be used here: {reason}")
+    for name in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+        if values.get(name):
+            raise ValueError(f"{source}: {name} is not supported: layers would take the size of the grid for it")
+
+
 def _read_model(folder: Path, values: dict[str, Any], alone: bool) -> nn.Module:
     """The model in a folder of the transformers package, or its vision part, if what is used of it has its weights."""
+    _refuse_kind(str(folder), values.get("model_type"), values)
     config = configuration(values, str(folder), _is_vision)
     state = read_state(folder, mark="encoder.layer.0." if alone else None, usual="model.vision_tower.")
     model, wrong = loaded_model(transformers_package().AutoModel, config, state, str(folder))
-    vision = _vision_part(model)
-    used = [_part(vision, "embeddings"), _layers(vision), getattr(vision, "pre_layrnorm", None)]
+    vision = vision_part(model)
+    used = used_parts(vision)
     names = [f".{name}." for name, module in model.named_modules() if any(module is part for part in used)]
     # of the rest (a pooler, a classifier, a text encoder, a token for what is masked) nothing is needed
     refuse_keys(
@@ -266,130 +291,33 @@ def _check_statistics(name: str, values: Sequence[float]) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    parts = nn.ModuleList([_part(model, "embeddings"), _layers(model)])
-    return {name: tensor.shape for name, tensor in parts.state_dict().items()}
+    state = nn.ModuleList(used_parts(model)).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith(_NOT_NEEDED)}
 
 
-def _vision_part(model: nn.Module) -> nn.Module:
-    model = getattr(model, "base_model", model)  # without the head of a classifier
-    return getattr(model, "vision_model", model)  # of a pair of image and text encoder
-
-
-class HuggingFaceEmbeddings(nn.Module):
-    """What a vision transformer of the transformers package does before its first layer.
-
-    Args:
-        model: the vision model.
-        patch_size: P, in pixels.
-        image_size: the side it was trained at, in pixels. What the patch leaves of an image is cut off.
-        channels: of an image.
-        mean, std: see `pretrained_encoder`.
-
-    Raises:
-        ValueError: if the tokens are not one a patch, in raster order behind the prefix.
-    """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module,
-        patch_size: int,
-        image_size: int,
-        channels: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        super().__init__()
-        self.embed = _part(model, "embeddings")
-        if isinstance(getattr(self.embed, "mask_token", None), nn.Parameter):
-            self.embed.register_parameter("mask_token", None)  # one that never has a gradient stops DDP
-        self.norm = getattr(model, "pre_layrnorm", nn.Identity())  # CLIP's, under the name that it has there
-        self.patch_size = patch_size
-        self.image_size = image_size
-        accepted = inspect.signature(self.embed.forward).parameters
-        self.takes_patches = "spatial_shapes" in accepted  # SigLIP2: rows of pixels, and how they lie
-        self.can_interpolate = "interpolate_pos_encoding" in accepted
-        # from ImageNet's statistics to its own: x*scale + shift
-        statistics = torch.tensor([IMAGENET_MEAN, IMAGENET_STD, tuple(mean), tuple(std)], dtype=torch.float32)[
-            :, :, None, None
-        ]
-        self.rescales = not torch.equal(statistics[:2], statistics[2:])
-        self.register_buffer("scale", statistics[1] / statistics[3], persistent=False)
-        self.register_buffer("shift", (statistics[0] - statistics[2]) / statistics[3], persistent=False)
-        self.prefix_tokens = 0
-        self.prefix_tokens = self._find_prefix(channels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, prefix + (H//P)*(W//P), D]."""
-        size = (images.shape[-2], images.shape[-1])
-        if self.rescales:
-            images = images * self.scale.to(images.dtype) + self.shift.to(images.dtype)
-        images = images.to(next(self.embed.parameters()).dtype)
-        patch = self.patch_size
-        if self.takes_patches:
-            down, across = size[0] // patch, size[1] // patch
-            images = images[..., : down * patch, : across * patch]
-            rows = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-            grid = torch.tensor([[down, across]], device="cpu").expand(images.shape[0], 2)
-            return self.norm(self.embed(rows, grid))
-        if self.can_interpolate:
-            return self.norm(self.embed(images, interpolate_pos_encoding=size != (self.image_size, self.image_size)))
-        return self.norm(self.embed(images))
-
-    @torch.no_grad()
-    def _find_prefix(self, channels: int) -> int:
-        """How many tokens come before those of the patches, found by changing a patch at a time."""
-        lines = self.image_size // self.patch_size
-        side = lines * self.patch_size
-        device = next(self.embed.parameters()).device
-        places = sorted({0, min(1, lines * lines - 1), lines * lines - 1})
-        images = torch.zeros(1 + len(places), channels, side, side, dtype=torch.float32, device=device)
-        for image, place in zip(images[1:], places, strict=True):
-            top, left = (self.patch_size * at for at in divmod(place, lines))
-            image[:, top : top + self.patch_size, left : left + self.patch_size] = 1.0
-        training = self.training
-        try:
-            tokens = self.eval()(images)
-            length = tokens.shape[1]
-        except Exception as error:  # whatever embeddings of another make do
-            raise ValueError(f"encoder: its embeddings do not take pictures of {side}x{side}: {error}") from None
-        finally:
-            self.train(training)
-        prefix = length - lines * lines
-        for place, changed in zip(places, (tokens[1:] != tokens[:1]).any(-1), strict=True):
-            found = changed.nonzero().flatten().tolist()
-            if prefix < 0 or found != [prefix + place]:
-                raise ValueError(
-                    f"encoder: expected a token for each of the {lines}x{lines} patches, in raster order behind the "
-                    f"class and register tokens; of its {tokens.shape[1]} tokens patch {place} changes {found}"
-                )
-        return prefix
-
-
-class HuggingFaceLayer(nn.Module):
-    """A layer of the transformers package as one of tokens to tokens: no mask, and nothing but the tokens returned."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        # the first 5.x give the layers of encoders that never have a mask nothing but tokens
-        takes = [p for p in inspect.signature(layer.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.without = (None,) if len(takes) > 1 else ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        out = self.layer(x, *self.without)
-        return out[0] if isinstance(out, tuple) else out
+def _unmasked(model: Any) -> nn.Module:
+    """A ViT-MAE as the ViT that it is when nothing is masked; itself leaves out patches, and shuffles the rest."""
+    transformers = transformers_package()
+    known = transformers.ViTConfig()
+    values = {name: value for name, value in model.config.to_dict().items() if hasattr(known, name)}
+    for name in ("model_type", *_NOT_OF_THE_ENCODER):
+        values.pop(name, None)
+    with torch.device("meta"):
+        vit = transformers.ViTModel(transformers.ViTConfig(**values), add_pooling_layer=False)
+    vit.load_state_dict(model.state_dict(), assign=True)
+    return vit.train(model.training)
 
 
 def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> PretrainedEncoder:
     _check_statistics("mean", mean)
     _check_statistics("std", std)
-    model = _vision_part(model)
+    model = vision_part(model)
     config = getattr(model, "config", None)
-    layers = _layers(model)
+    kind = getattr(config, "model_type", None)
+    _refuse_kind("encoder", kind, getattr(config, "__dict__", {}))
+    if kind == "vit_mae":
+        model = _unmasked(model)
+    layers = layers_of(model)
     try:
         patch, channels, width = config.patch_size, config.num_channels, config.hidden_size  # type: ignore[union-attr]
         heads = config.num_attention_heads  # type: ignore[union-attr]
@@ -421,25 +349,6 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         "num_attention_heads": heads,
         "intermediate_size": getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4)),
     }
-    fields["encoder"] = _description(model, mean, std)
+    fields["encoder"] = description(model, mean, std)
     embeddings = HuggingFaceEmbeddings(model, patch, size, channels, mean, std)
     return PretrainedEncoder(embeddings, LayerStack(map(HuggingFaceLayer, layers)), fields)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    for place in (model, getattr(model, "encoder", None)):
-        for name in ("layers", "layer"):
-            layers = getattr(place, name, None)
-            if isinstance(layers, nn.ModuleList) and len(layers):
-                return layers
-    raise ValueError(
-        f"encoder: expected a vision transformer of the transformers package, with its layers as `layers` or "
-        f"`encoder.layer`; {type(model).__name__} has neither"
-    )
-
-
-def _part(model: nn.Module, name: str) -> nn.Module:
-    part = getattr(model, name, None)
-    if not isinstance(part, nn.Module):
-        raise ValueError(f"encoder: expected a vision transformer, but {type(model).__name__} has no {name}")
-    return part

@@ -167,14 +167,14 @@ def decoding_bytes_per_token(
     Returns:
         In the global blocks, and in the flow head with the end of sampling.
     """
-    width, row, size = config.vit_hidden_size, config.patch_values, dtype.itemsize
+    width, head, row, size = config.vit_hidden_size, config.head_width, config.patch_values, dtype.itemsize
     # the sum, its norm, four widths before and four after GELU, two to spare
     in_blocks = 12 * width * size
-    # conditions, three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
+    # conditions; three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
     # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
-    in_head = (22 if guided else 13) * width * size + 4 * row * (max(4, size) + size)
+    in_head = ((2 * width + 20 * head) if guided else (width + 12 * head)) * size + 4 * row * (max(4, size) + size)
     if precision is not None:  # the modulations of all blocks at once
-        in_head += bytes_per_row(width, (3 * config.num_decoder_layers + 2) * width, dtype)
+        in_head += bytes_per_row(head, (3 * config.num_decoder_layers + 2) * head, dtype)
     in_noise = width * size + 40 * row  # in plain PyTorch: the words that noise is made of, eight bytes each
     return in_blocks, max(in_head, in_noise)
 

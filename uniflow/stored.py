@@ -92,7 +92,7 @@ class Stored(nn.Module):
         folder = local_folder(folder, revision, cache_dir, local_files_only)
         config = UniFlowConfig.from_pretrained(folder)
         check_preprocessor(folder)
-        check_precision(precision, torch.device(device), config.vit_hidden_size)
+        check_precision(precision, torch.device(device), config.head_width)
         state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(config, state, str(folder))
         assign_state(model, state, str(folder), chosen)

@@ -14,6 +14,7 @@ from uniflow.checkpoint import as_dtype
 from uniflow.encoder import LayerStack
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
+from uniflow.resizing import AnyEmbeddings, resize_embeddings
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels.torch_private import has_autocast
 
@@ -25,7 +26,7 @@ class EncoderTeacher(nn.Module):
     `prefix_tokens` can stand in for it.
 
     Args:
-        embeddings: images [B, C, H, W] to tokens [B, prefix_tokens + N, D].
+        embeddings: images [B, C, H, W] to tokens [B, prefix_tokens + N, D], as `uniflow.encoder.Embeddings`.
         encoder: its layers. Neither is copied.
         dtype: to run in; the parameters' own if not given.
     """
@@ -35,6 +36,7 @@ class EncoderTeacher(nn.Module):
         self.embeddings = embeddings
         self.encoder = encoder
         self.requires_grad_(False).eval().to(dtype)
+        self._trained = (embeddings,)  # at the size they were trained at; in a tuple they are no part of this module
 
     @classmethod
     def copy_of(cls, model: UniFlow, dtype: torch.dtype | None = None) -> EncoderTeacher:
@@ -58,13 +60,38 @@ class EncoderTeacher(nn.Module):
 
     def lowered(self, dtype: torch.dtype) -> EncoderTeacher:
         """A copy in another dtype, its weights cast once, LayerScale folded into the projections before it."""
-        return copy.deepcopy(self)._lower(dtype)
+        made = copy.deepcopy(self)._lower(dtype)
+        made._trained = self._trained  # positions are resized before they are cast
+        return made
 
     def _lower(self, dtype: torch.dtype) -> EncoderTeacher:
         for layer in self.encoder.layers:
             if isinstance(layer, TransformerLayer):
                 layer.fold_layer_scale()
         return self.to(dtype)
+
+    def resize(self, image_size: int) -> None:
+        """Bring the positions to another size, see `embeddings_at`."""
+        self.embeddings = self.embeddings_at(image_size)
+
+    @torch.no_grad()
+    def embeddings_at(self, image_size: int) -> nn.Module:
+        """The embeddings for another size, their positions interpolated from those of the size they were trained at.
+
+        Embeddings of one's own stay as they are.
+
+        Args:
+            image_size: side of the images, in pixels.
+
+        Raises:
+            ValueError: if those of the transformers package cannot be made for that size.
+        """
+        trained = self._trained[0]
+        if not isinstance(trained, AnyEmbeddings):
+            return self.embeddings
+        made = copy.deepcopy(trained)
+        resize_embeddings(made, image_size)
+        return made.requires_grad_(False).eval().to(next(self.encoder.parameters()).device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +110,7 @@ class EncoderTeacher(nn.Module):
     def states(self, images: Tensor) -> Iterator[Tensor]:
         """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient."""
         with self._own_precision(images):
-            states = self.encoder.states(self._embed(images))
+            states = self.encoder.states(*self._embed(images))
         for _ in self.encoder.layers:
             with self._own_precision(images):
                 state = next(states)
@@ -93,16 +120,17 @@ class EncoderTeacher(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B, C, H, W] to the L+1 states [B, prefix_tokens + N, D] of the encoder."""
         with self._own_precision(images):
-            return self.encoder(self._embed(images))
+            return self.encoder(*self._embed(images))
 
     @torch.no_grad()
     def last(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] to the output of the last layer."""
         with self._own_precision(images):
-            return self.encoder.last(self._embed(images))
+            return self.encoder.last(*self._embed(images))
 
-    def _embed(self, images: Tensor) -> Tensor:
-        return self.embeddings(images.to(self.dtype))
+    def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        images = images.to(self.dtype)
+        return self.embeddings(images), *self.embeddings.positions(images)  # type: ignore[operator]
 
     def _own_precision(self, images: Tensor) -> AbstractContextManager[object]:
         """No autocast for what is in a lower precision already: it would make norms in float32 and cast them back."""

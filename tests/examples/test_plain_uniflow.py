@@ -26,6 +26,19 @@ def test_golden_numbers(golden_folder, golden):
         assert_golden(model.decode(golden["out.latent"], noise, steps), golden[f"out.image.linear_{steps}"])
 
 
+@torch.no_grad()
+def test_a_flow_head_of_a_width_of_its_own(tiny, tmp_path):
+    model, noise = tiny(flow_width=96), torch.randn(2, 16, 48)
+    model.save_pretrained(tmp_path)
+    read, plain = UniFlow.from_pretrained(tmp_path), PlainUniFlow.from_pretrained(tmp_path)
+    assert read.flow_head.net.model_channels == 96
+    latents = model.encode(torch.randn(2, 3, 16, 16))
+    for steps in (1, 3):
+        expected = model.decode(latents, steps, noise=noise)
+        assert torch.equal(read.decode(latents, steps, noise=noise), expected)
+        assert_golden(plain.decode(latents, noise, steps), expected)
+
+
 def test_losses_and_gradients_are_those_of_the_objective(golden_folder, golden):
     plain, its_teacher = (PlainUniFlow.from_pretrained(golden_folder) for _ in range(2))
     ours, our_teacher = (UniFlow.from_pretrained(golden_folder).train() for _ in range(2))

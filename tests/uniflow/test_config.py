@@ -23,8 +23,20 @@ def test_presets_can_take_the_noise_away_in_one_step(name):
 
 
 def test_a_head_narrower_than_its_patch_is_warned_of():
-    with pytest.warns(UserWarning, match=r"vit_hidden_size: .* 576 .* 588.* one step"):
+    with pytest.warns(UserWarning, match=r"flow_width: .* 576 .* 588.* one step"):
         UniFlowConfig(hidden_size=576, vit_hidden_size=576, num_attention_heads=9)
+
+
+def test_a_flow_width_of_its_own_mends_that_and_is_written_where_it_is_not_the_releases():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = UniFlowConfig(hidden_size=576, vit_hidden_size=576, num_attention_heads=9, flow_width=640)
+    assert (config.head_width, config.to_dict()["flow_width"]) == (640, 640)
+    assert UniFlowConfig.from_dict(config.to_dict()).head_width == 640
+    official = UniFlowConfig(flow_width=1024, latent_noise=0)
+    assert official == UniFlowConfig()
+    assert not {"flow_width", "latent_noise"} & official.to_dict().keys()
+    assert UniFlowConfig.from_dict(UniFlowConfig(latent_noise=0.5).to_dict()).latent_noise == 0.5
 
 
 def test_unknown_preset_names_those_there_are():
@@ -51,6 +63,10 @@ def test_unknown_preset_names_those_there_are():
         ("drop_path_rate", {"drop_path_rate": 1.0}),
         ("dropout", {"dropout": "much"}),
         ("layer_norm_eps", {"layer_norm_eps": 0}),
+        ("flow_width", {"flow_width": 0}),
+        ("flow_width", {"flow_width": "wide"}),
+        ("latent_noise", {"latent_noise": -0.1}),
+        ("latent_noise", {"latent_noise": "some"}),
         ("num_sampling_steps", {"num_sampling_steps": "0"}),
         ("num_sampling_steps", {"num_sampling_steps": 1.5}),
         # what no machine could hold is refused before anything is made, and so is what is no number

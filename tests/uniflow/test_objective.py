@@ -244,6 +244,31 @@ def test_t_and_noise_are_drawn_when_not_given(tiny):
     assert values[0] == values[1] != values[2]
 
 
+def test_latent_noise_is_added_in_training_alone(tiny):
+    """Between 0 and that many deviations of each channel, another share for every picture, and no gradient of it."""
+    objective, taken = UniFlowObjective(tiny(latent_noise=0.5, image_size=64), distill_weight=0.0), []
+    objective.student.chal_unproj.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    images = torch.randn(3, 3, 64, 64)
+    torch.manual_seed(0)
+    losses = objective(images)
+    clean = objective.student.encode(images)
+    added = (taken[0] - clean).detach() / clean.std((0, 1), correction=0)
+    amounts = added.std((1, 2))
+    assert torch.allclose(added.std(1), amounts[:, None].expand(-1, 8), rtol=0.25)  # all channels of a picture alike
+    assert 0 < amounts.min() < amounts.max() < 0.55
+    assert len(amounts.unique()) == 3
+    by_latents = torch.autograd.grad(losses.total, taken[0])[0]
+    assert by_latents.abs().max() > 0
+
+    clean_objective = UniFlowObjective(tiny(image_size=64), distill_weight=0.0)
+    clean_objective.student.load_state_dict(objective.student.state_dict())
+    totals = []
+    for each in (clean_objective, objective.eval()):
+        torch.manual_seed(1)
+        totals.append(each(images).total)
+    assert torch.equal(*totals)  # elsewhere nothing is drawn for it
+
+
 def test_pictures_of_any_size(tiny):
     assert torch.isfinite(UniFlowObjective(tiny())(torch.randn(2, 3, 8, 24)).total)
 

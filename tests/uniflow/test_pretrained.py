@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import io
 import json
@@ -23,9 +24,9 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 DECODER = {"latent_ch": 8, "global_blocks_depth": 1, "num_decoder_layers": 2}
 STATISTICS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 PREFIX = {"ViT": 1, "ViTForImageClassification": 1, "Dinov2": 1, "Dinov2WithRegisters": 4, "CLIPVision": 1}
-PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0}
+PREFIX |= {"SiglipVision": 0, "Siglip2Vision": 0, "DINOv3ViT": 3, "ViTMAE": 1, "InternVLVision": 1, "Aimv2Vision": 0}
 
-pytestmark = pytest.mark.filterwarnings("ignore:vit_hidden_size. a flow head of width 32:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:flow_width. a flow head of width 32:UserWarning")
 
 
 def hugging_face(kind, **changes):
@@ -33,7 +34,11 @@ def hugging_face(kind, **changes):
     size = {"num_patches": 16} if kind == "Siglip2Vision" else {"image_size": 16}
     if kind == "Dinov2WithRegisters":
         size["num_register_tokens"] = 3
-    name = kind.replace("ForImageClassification", "")
+    if kind == "DINOv3ViT":
+        size["num_register_tokens"] = 2
+    if kind == "InternVLVision":
+        size |= {"image_size": [16, 16], "patch_size": [4, 4]}
+    name = kind.partition("For")[0]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **size, **changes})
     torch.manual_seed(0)
     return getattr(transformers, kind if "For" in kind else f"{kind}Model")(config).eval()
@@ -50,28 +55,74 @@ def hidden_states(model, images):
         rows = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, 48)
         mask, grid = torch.ones(2, 16, dtype=torch.long), torch.full((2, 2), 4)
         arguments = {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": grid}
+    if type(model).__name__ == "ViTMAEModel":  # which leaves out none, and keeps their order, if told to
+        model.config.mask_ratio = 0.0
+        arguments |= {"noise": torch.arange(images[0, 0].numel() // 16).expand(2, -1), "interpolate_pos_encoding": True}
     return model(**arguments, output_hidden_states=True).hidden_states
 
 
 @pytest.mark.parametrize("kind", PREFIX)
-def test_the_states_are_those_of_the_transformers_package(kind, images):
-    model = hugging_face(kind)
+def test_the_states_are_those_of_the_transformers_package(kind, images, tmp_path):
+    model = randomize(hugging_face(kind))
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = hidden_states(model, images)
-    found = UniFlow.from_encoder(model, **DECODER).hidden_states(images)
+    found = UniFlow.from_encoder(tmp_path, **DECODER).hidden_states(images)
     assert len(found) == len(expected) == 3
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == (2, PREFIX[kind] + 16, 32)
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "CLIPVision", "Siglip2Vision"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("DINOv3ViT", {}), ("ViTMAE", {}), ("InternVLVision", {}), ("Aimv2Vision", {"is_native": True})],
+)
+def test_at_other_sizes_too(kind, changes):
+    model, images = randomize(hugging_face(kind, **changes)), torch.randn(2, 3, 8, 24)
+    with torch.no_grad():
+        expected = hidden_states(model, images)
+    found = UniFlow.from_encoder(model, **DECODER).hidden_states(images)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_aimv2_takes_sizes_that_the_package_refuses():
+    """As one whose table was interpolated for good."""
+    model, images = randomize(hugging_face("Aimv2Vision")), torch.randn(2, 3, 24, 24)
+    with pytest.raises(RuntimeError):
+        hidden_states(model, images)
+    larger = hugging_face("Aimv2Vision", image_size=24)
+    table = model.embeddings.position_embedding.weight.detach().unflatten(0, (4, 4)).permute(2, 0, 1)[None]
+    table = nn.functional.interpolate(table, (6, 6), mode="bicubic").flatten(2)[0].T
+    state = {**model.state_dict(), "embeddings.position_embedding.weight": table}
+    larger.load_state_dict(state)
+    with torch.no_grad():
+        expected = hidden_states(larger, images)
+    assert torch.allclose(UniFlow.from_encoder(model, **DECODER).hidden_states(images)[-1], expected[-1], atol=1e-5)
+
+
+def test_rotations_are_those_of_evaluation_in_float32(images):
+    """The package stretches them at random in training, and rounds their frequencies if a model's dtype is changed."""
+    model = UniFlow.from_encoder(randomize(hugging_face("DINOv3ViT")), **DECODER).eval()
+    expected = model.hidden_states(images)[-1]
+    assert torch.equal(model.train().hidden_states(images)[-1], expected)
+    cosines = model.embeddings.positions(images)[0]
+    changed = copy.deepcopy(model).bfloat16()
+    assert torch.equal(changed.embeddings.positions(images)[0], cosines.bfloat16())
+    assert changed.hidden_states(images)[-1].dtype == torch.bfloat16
+    assert torch.equal(changed.float().embeddings.positions(images)[0], cosines)
+    moved = copy.deepcopy(model).to("meta")
+    assert moved.embeddings.rotations.rope.inv_freq.is_meta
+
+
+@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "CLIPVision", "Siglip2Vision", "DINOv3ViT"])
 def test_a_described_encoder_can_be_made_anew(kind):
     config = UniFlow.from_encoder(hugging_face(kind), **STATISTICS, **DECODER).config
     check_reset(lambda: UniFlow(config))
 
 
-@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "Siglip2Vision"])
+@pytest.mark.parametrize("kind", ["Dinov2WithRegisters", "Siglip2Vision", "DINOv3ViT", "ViTMAE", "Aimv2Vision"])
 def test_a_tokenizer_around_it(kind, images):
     """Encodes, decodes, and trains beside a copy of its encoder: every parameter has a gradient, as DDP wants it."""
     model = UniFlow.from_encoder(hugging_face(kind), **DECODER)
@@ -302,6 +353,8 @@ def test_what_is_no_such_encoder_is_refused():
         pretrained_encoder(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"^from_encoder: expected fields of the decoder .*, got hidden_size"):
         UniFlow.from_encoder(hugging_face("ViT"), hidden_size=64)
+    with pytest.raises(ValueError, match=r"^encoder: use_shared_relative_position_bias is not supported"):
+        pretrained_encoder(hugging_face("Beit", use_shared_relative_position_bias=True))
     model = hugging_face("SiglipVision")
     model.embeddings = Backwards(model.embeddings)
     with pytest.raises(ValueError, match=r"in raster order .* of its 16 tokens patch 0 changes \[15\]"):
@@ -352,18 +405,22 @@ def test_weights_that_an_encoder_lacks_are_not_made_up(vit_folder, changes, mess
             read(vit_folder)
 
 
-def test_what_an_encoder_has_no_use_for_may_be_missing_or_there(vit_folder, images):
-    """The head of a classifier; a pooler."""
-    classifier = hugging_face("ViTForImageClassification")
-    classifier.save_pretrained(vit_folder)
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTMAEForPreTraining"])
+def test_what_an_encoder_has_no_use_for_may_be_missing_or_there(kind, vit_folder, images):
+    """The head of a classifier; a pooler; MAE's decoder."""
+    whole = hugging_face(kind)
+    whole.save_pretrained(vit_folder)
     found = EncoderTeacher.from_pretrained(vit_folder)(images)
-    assert torch.equal(found[-1], hidden_states(classifier, images)[-1])
+    assert torch.equal(found[-1], hidden_states(getattr(whole, "vit", whole), images)[-1])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"model_type": "detr"}, "a model of the kind 'detr' cannot be used here"),
+        ({"model_type": "qwen2_5_vl"}, "a model of the kind 'qwen2_5_vl' cannot be used here: .* windows of them"),
+        ({"model_type": "swinv2"}, "a model of the kind 'swinv2' cannot be used here: its layers change the number of"),
+        ({"model_type": "beit", "use_relative_position_bias": True}, "use_relative_position_bias is not supported"),
         ({"model_type": "uniflux"}, "has no model of the kind 'uniflux'"),
         ({"model_type": None}, "has no model of the kind None"),
         ({"model_type": ["vit"]}, r"has no model of the kind \['vit'\]"),

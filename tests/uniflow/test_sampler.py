@@ -103,6 +103,8 @@ WIDE = {"image_size": 28, "patch_size": 14, "hidden_size": 192, "vit_hidden_size
         (WIDE, torch.float32, 1.0, "heun", 4),
         (WIDE, torch.bfloat16, 1.0, "euler", 4),
         (WIDE, torch.float32, 2.0, "euler", 4),
+        ({**WIDE, "flow_width": 640}, torch.float32, 2.0, "euler", 4),
+        ({**WIDE, "flow_width": 64}, torch.bfloat16, 1.0, "euler", 4),
     ],
 )
 def test_memory_stays_within_its_bound(tiny, shape, dtype, cfg, solver, batch):
