@@ -17,7 +17,7 @@ transformers, yaml = pytest.importorskip("transformers"), pytest.importorskip("y
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = ("uniflow_internvit.yaml", "uniflow_dinov2.yaml")
-SIZE = 56  # pixels, of both encoders below
+SIZE = 28  # pixels; half of what both encoders below were made for
 
 
 def internvit(folder):
@@ -32,7 +32,7 @@ def internvit(folder):
 
 def dinov2(folder):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 14}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
 
 
@@ -64,7 +64,7 @@ def test_a_step_of_each_stage(name, make, tmp_path, capsys):
     for number in range(2):
         smooth_picture((80, 70), number).save(tmp_path / "pictures" / f"{number}.png")
     recipe = yaml.safe_load((EXAMPLES / name).read_text())
-    recipe["model"]["encoder"] = str(tmp_path / "encoder")
+    recipe["model"] |= {"encoder": str(tmp_path / "encoder"), "image_size": SIZE}
     recipe["data"].pop("shards")
     recipe["data"] |= {"folder": str(tmp_path / "pictures"), "validation": str(tmp_path / "pictures")}
     recipe["recipe"] |= {"batch_size": 2, "micro_batch_size": 1, "workers": 0, "log_every": 1, "validate_every": 1}
@@ -81,4 +81,5 @@ def test_a_step_of_each_stage(name, make, tmp_path, capsys):
         assert report["encoder_learning_rate"] is not None
     latest = max((tmp_path / "run" / "checkpoints").iterdir())
     config = UniFlow.from_pretrained(latest).config
+    assert config.image_size == SIZE
     assert (config.latent_ch, config.global_blocks_depth, config.num_decoder_layers) == (64, 6, 12)
