@@ -14,6 +14,8 @@ from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
+from uniflow.evaluation.networks import FeatureNetwork
+from uniflow.evaluation.validation import ReconstructionValidator
 from uniflow.model import UniFlow
 from uniflow.objective import UniFlowObjective
 from uniflow.teachers import EncoderTeacher
@@ -21,7 +23,7 @@ from uniflow.training.processes import Processes
 from uniflow.training.recipe import DataChoice, ModelChoice, Run
 from uniflow.training.state import gather as gather_shards
 from uniflow.training.state import gathered_tensors
-from uniflow.training.validation import ReconstructionValidator, Validator
+from uniflow.training.validation import Validator
 from uniflow.unifluid.config import MODEL_TYPE as UNIFLUID
 from uniflow.unifluid.model import UniFluid
 
@@ -53,7 +55,7 @@ def _build(run: Run, device: torch.device, processes: Processes) -> Trained:
     objective = _objective(run, device)
     size = objective.student.config.image_size
     crops = RandomCrops(_pictures(run.data), size, run.recipe.seed, run.data.smallest_crop, run.data.flip)
-    return Trained(objective, crops, _validator(run, processes))
+    return Trained(objective, crops, _validator(run, device, processes))
 
 
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
@@ -96,14 +98,15 @@ def _pictures(data: DataChoice) -> Pictures:
     return PictureShards(find_shards(str(data.shards)), picture_suffixes())
 
 
-def _validator(run: Run, processes: Processes) -> Validator | None:
+def _validator(run: Run, device: torch.device, processes: Processes) -> Validator | None:
     if run.data.validation is None:
         return None
     files = _files(run.data.validation)
     for file in files:  # a damaged picture is found now, not after hours
         read_picture(file)
     _, size = run.recipe.micro_batches(processes.world)
-    return ReconstructionValidator(files, size)
+    features = run.data.validation_features
+    return ReconstructionValidator(files, size, None if features is None else FeatureNetwork(features, device))
 
 
 def _files(folder: Path) -> list[Path]:

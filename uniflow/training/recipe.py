@@ -218,6 +218,7 @@ class DataChoice:
         folder: of pictures, at any depth.
         shards: WebDataset tar files, as in "data/train-{0000..0099}.tar" or "data/*.tar".
         validation: folder of pictures for PSNR, SSIM and sample reconstructions.
+        validation_features: network for rFID on them, see `uniflow.evaluation.FeatureNetwork`.
         smallest_crop, flip: see `uniflow.data.RandomCrops`.
     """
 
@@ -226,12 +227,15 @@ class DataChoice:
     folder: Path | None = None
     shards: str | None = None
     validation: Path | None = None
+    validation_features: Path | None = None
     smallest_crop: float = 0.25
     flip: bool = True
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.shards is None):
             raise ValueError("expected either folder or shards")
+        if self.validation is None and self.validation_features is not None:
+            raise ValueError("validation_features: expected a folder in validation, which is scored with it")
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop: expected a share in (0, 1], got {self.smallest_crop}")
 
