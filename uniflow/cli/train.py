@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def _build(run: Run, device: torch.device, processes: Processes) -> Trained:
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     model, objective = run.model, run.objective
     torch.manual_seed(run.recipe.seed)
-    student = _student(model, device)
+    student = _student(model, device, few_steps=objective.flow_loss != "flow_matching")
     teacher = None
     if objective.teacher is not None:
         with explained():
@@ -78,15 +78,18 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     return made
 
 
-def _student(model: ModelChoice, device: torch.device) -> UniFlow:
+def _student(model: ModelChoice, device: torch.device, few_steps: bool) -> UniFlow:
     with explained():
         if model.checkpoint is not None:
             student = load_model(Named(model.checkpoint), str(device), "float32")
             if model.drop_path_rate is not None:
                 student.set_drop_path_rate(model.drop_path_rate)
-            return student
-        changes = {"image_size": model.image_size, "drop_path_rate": model.drop_path_rate}
-        given = {**model.config, **{name: value for name, value in changes.items() if value is not None}}
+            if model.latent_noise is not None:
+                student.config = replace(student.config, latent_noise=model.latent_noise)
+            return student.for_intervals() if few_steps else student
+        names = ("image_size", "drop_path_rate", "latent_noise")
+        changes = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+        given = {"flow_times": 2 if few_steps else 1, **model.config, **changes}
         if model.encoder is None:
             return UniFlow(UniFlowConfig.preset(str(model.preset), **given)).to(device)
         return UniFlow.from_encoder(model.encoder, **given).float().to(device)
