@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -110,6 +111,11 @@ def arch_flags() -> str:
     return " ".join([*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"])
 
 
+def stamped(name: str) -> str:
+    """The option by which a part knows its sources."""
+    return f"-DUNIFLOW_SOURCES={runpy.run_path(str(ROOT / 'uniflow_kernels' / 'stamp.py'))['stamp'](name)}"
+
+
 class NotBuiltError(Exception):
     """Why a compiled part could not be built."""
 
@@ -144,7 +150,7 @@ class BuildParts(build_ext):
         """Build one part; without the CPU part the package serves as well, so only who insists on it hears an error."""
         if extension.name.endswith("_cuda"):
             objects = {
-                f"{source.name}.o": (source, arch_flags() if source.suffix == ".cu" else "")
+                f"{source.name}.o": (source, arch_flags() if source.suffix == ".cu" else stamped("_cuda"))
                 for source in sorted([*CSRC.glob("*.cu"), *CSRC.glob("*.cpp")])
             }
             flags = {"flags": "-Xcompiler -fPIC,-fvisibility=hidden -cudart static", "link": "-shared -cudart static"}
@@ -155,7 +161,7 @@ class BuildParts(build_ext):
             return
         folder = CSRC / "cpu"
         levels = LEVELS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
-        objects = {"module.o": (folder / "module.cpp", "")}
+        objects = {"module.o": (folder / "module.cpp", stamped("_cpu"))}
         for level, own in levels.items():
             objects[f"{level}.o"] = (folder / "kernels.cpp", f"{LOOPS} {own} -DUNIFLOW_LEVEL={level}")
             objects[f"{level}_flow.o"] = (folder / "flow.cpp", f"{PRODUCTS} {own} -DUNIFLOW_LEVEL={level}")

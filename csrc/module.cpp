@@ -87,7 +87,13 @@ void cosine_distances(const std::vector<std::array<int64_t, 8>>& layers, int64_t
 
 }  // namespace
 
+#define UNIFLOW_TEXT(name) #name
+#define UNIFLOW_TEXT_OF(macro) UNIFLOW_TEXT(macro)
+
 PYBIND11_MODULE(_cuda, module) {
+#ifdef UNIFLOW_SOURCES  // uniflow_kernels/stamp.py
+  module.attr("SOURCES") = UNIFLOW_TEXT_OF(UNIFLOW_SOURCES);
+#endif
   module.attr("MOST_PIXELS") = uniflow::kMostPixels;
   py::class_<uniflow::Rows>(module, "Rows").def(py::init(&rows_of));
   py::class_<uniflow::Source>(module, "Source").def(py::init(&source_of));

@@ -21,13 +21,16 @@ __device__ __forceinline__ float butterfly(float value) {
 }
 #endif
 
-// The same on a host, where of all lanes only the first one's sum is wanted.
-inline float butterfly(const float lanes[kLanes]) {
-  float now[kLanes];
-  memcpy(now, lanes, sizeof now);
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    for (int lane = 0; lane < step; ++lane) now[lane] += now[lane + step];
-  return now[0];
+// The same on a host, where of all lanes only the first one's sum is wanted. A step is a function of its own: where the steps
+// were turns of a loop, each vector was read back from what the turn before had stored piece by piece.
+template <int STEP = kLanes / 2>
+inline float butterfly(const float* __restrict lanes) {
+  float sums[STEP];
+  for (int lane = 0; lane < STEP; ++lane) sums[lane] = lanes[lane] + lanes[lane + STEP];
+  if constexpr (STEP == 1)
+    return sums[0];
+  else
+    return butterfly<STEP / 2>(sums);
 }
 
 }  // namespace uniflow

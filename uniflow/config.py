@@ -45,9 +45,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 # the most that is taken for a model's size: many times the largest there are, and what fits an allocator's arithmetic
 LARGEST_WIDTH = 1 << 17
 LARGEST_DEPTH = 1 << 10
+LARGEST_IMAGE = 1 << 15
 _MOST_STEPS = 10_000
 _SIZES = {
-    "image_size": 1 << 15,
+    "image_size": LARGEST_IMAGE,
     "patch_size": 1 << 10,
     "num_channels": 1 << 6,
     "hidden_size": LARGEST_WIDTH,

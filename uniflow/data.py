@@ -49,10 +49,11 @@ class Pictures(Protocol):
 
 
 class PictureList:
-    """Picture files, or RGB pictures in memory, by name."""
+    """Picture files, or RGB pictures in memory, by name; `largest` is how many pixels a file's may have."""
 
-    def __init__(self, pictures: Mapping[str, Path | Image.Image]) -> None:
+    def __init__(self, pictures: Mapping[str, Path | Image.Image], largest: int | None = None) -> None:
         self.names, self.pictures = list(pictures), list(pictures.values())
+        self.largest = largest
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -68,7 +69,7 @@ class PictureList:
     def open(self, number: int) -> Image.Image:
         """Read the file, or take the picture as it is."""
         picture = self.pictures[number]
-        return open_picture(picture) if isinstance(picture, Path) else picture
+        return open_picture(picture, largest=self.largest) if isinstance(picture, Path) else picture
 
 
 class PictureShards:
@@ -81,13 +82,17 @@ class PictureShards:
         shards: local tar files, not compressed.
         suffixes: of the members that are pictures (".jpg", ...).
         texts: suffixes of the members that `beside` finds.
+        largest: how many pixels a picture may have.
 
     Raises:
         PictureError: if a shard is no tar file, is compressed or cut short, or has two members of one name.
     """
 
-    def __init__(self, shards: Sequence[Path], suffixes: Sequence[str], texts: Sequence[str] = ()) -> None:
+    def __init__(
+        self, shards: Sequence[Path], suffixes: Sequence[str], texts: Sequence[str] = (), largest: int | None = None
+    ) -> None:
         self.shards = shards
+        self.largest = largest
         self.suffixes = tuple(suffixes)
         self.text_suffixes = tuple(texts)
         self._states: list[State] = []
@@ -128,7 +133,7 @@ class PictureShards:
 
     def open(self, number: int) -> Image.Image:
         """Read a member."""
-        return open_picture(io.BytesIO(self._read(number, 0)), self.name(number))
+        return open_picture(io.BytesIO(self._read(number, 0)), self.name(number), self.largest)
 
     def beside(self, number: int, suffix: str, most: int) -> tuple[str, bytes] | None:
         """The member of a picture's key and one of the `texts`: shard.tar:member, and its first bytes; None without."""
@@ -247,6 +252,14 @@ class Samples(Dataset[Sample], ABC):
     def collate(self, values: list[Any]) -> tuple[Any, ...]:
         """Values of samples to the objective's positional arguments: tensors, in tuples or dictionaries too."""
 
+    def at_size(self, image_size: int) -> Samples:
+        """The same samples for images of another size, side in pixels.
+
+        Raises:
+            ValueError: if they have none to choose.
+        """
+        raise ValueError(f"image_size: {type(self).__name__} are of one size")
+
 
 class RandomCrops(Samples):
     """An endless stream of random square crops, uint8 [3, S, S], flipped at random.
@@ -287,6 +300,10 @@ class RandomCrops(Samples):
     def collate(self, values: list[Tensor]) -> tuple[Tensor]:
         """Crops to a batch, uint8 [B, 3, S, S]."""
         return (torch.stack(values),)
+
+    def at_size(self, image_size: int) -> RandomCrops:
+        """Crops of another size of the same pictures."""
+        return RandomCrops(self.pictures, image_size, self.seed, self.smallest, self.flip)
 
     def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
         shorter = min(picture.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -25,6 +26,24 @@ def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tenso
     planes = embedding.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     planes = F.interpolate(planes, size=grid, mode="bicubic", align_corners=False)
     return planes.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def resize_position_table(table: Tensor, side: int, mode: str = "bicubic", antialias: bool = False) -> Tensor:
+    """A table of positions, [..., prefix + G*G, D], for a grid of `side` * `side`: [..., prefix + side*side, D].
+
+    Args:
+        table: rows of the prefix, which has less than 2*G + 1 tokens and is kept, then of a square grid.
+        side: of the new grid.
+        mode, antialias: of the interpolation; by default as `resize_position_embedding`, others as some encoders have.
+    """
+    rows = table.detach().reshape(1, -1, table.shape[-1])
+    old = math.isqrt(rows.shape[1])
+    prefix, spatial = rows.split([rows.shape[1] - old * old, old * old], dim=1)
+    if side != old:
+        planes = spatial.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+        planes = F.interpolate(planes, size=(side, side), mode=mode, align_corners=False, antialias=antialias)
+        spatial = planes.flatten(2).transpose(1, 2).to(table.dtype)
+    return torch.cat([prefix, spatial], dim=1).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
 def encoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype) -> int:
@@ -100,11 +119,15 @@ class LayerStack(nn.Module):
         return layer(x, *positions)
 
 
+def drop_path_rates(config: UniFlowConfig) -> list[float]:
+    """Of each layer: they rise linearly to the config's."""
+    return torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+
+
 class Encoder(LayerStack):
     """The transformer layers. Source: `UniFlowVisionEncoder` of the official release."""
 
     def __init__(self, config: UniFlowConfig) -> None:
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         super().__init__(
             TransformerLayer(
                 config.hidden_size,
@@ -121,5 +144,5 @@ class Encoder(LayerStack):
                 drop_path=rate,
                 allow_flash_attn=config.use_flash_attn,
             )
-            for rate in rates
+            for rate in drop_path_rates(config)
         )

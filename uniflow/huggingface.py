@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uniflow.encoder import resize_position_embedding
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 
-_NORM = "pre_layrnorm"  # CLIP's, under the name that it has there
+NORM = "pre_layrnorm"  # CLIP's, under the name that it has there
 
 
 def vision_part(model: nn.Module) -> nn.Module:
@@ -29,7 +29,7 @@ def used_parts(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: if it has no embeddings or no layers.
     """
-    norm = getattr(model, _NORM, None)
+    norm = getattr(model, NORM, None)
     return [_part(model, "embeddings"), *([] if norm is None else [norm]), layers_of(model)]
 
 
@@ -85,10 +85,11 @@ class HuggingFaceEmbeddings(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
+        self.config: Any = model.config
         self.embed = _part(model, "embeddings")
         if isinstance(getattr(self.embed, "mask_token", None), nn.Parameter):
             self.embed.register_parameter("mask_token", None)  # one that never has a gradient stops DDP
-        self.norm = getattr(model, _NORM, nn.Identity())
+        self.norm = getattr(model, NORM, nn.Identity())
         rotations = getattr(model, "rope_embeddings", None)  # DINOv3's
         self.rotations = None if rotations is None else Rotations(rotations)
         self.patch_size = patch_size

@@ -22,7 +22,10 @@ from uniflow_kernels.ops.patches import patch_grid
 
 _FORMAT = "uniflow-latents-1"
 # fields that change what a sampler does by default or how training went, not what a latent means
-_NOT_OF_THE_LATENT = ("num_sampling_steps", "use_flash_attn", "dropout", "attention_dropout", "drop_path_rate", "extra")
+_NOT_OF_THE_LATENT = (
+    *("num_sampling_steps", "use_flash_attn", "dropout", "attention_dropout", "drop_path_rate", "latent_noise"),
+    "extra",
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -54,7 +57,7 @@ def write_latents(path: Path, latents: Sequence[Tensor], pictures: Sequence[Enco
     tensors = {f"latents.{i}": latent for i, latent in enumerate(copies)}
     metadata = {
         "format": _FORMAT,
-        "config": json.dumps(_meaning(model)),
+        "config": json.dumps(meaning(model)),
         "fingerprint": fingerprint(model),
         "pictures": json.dumps([asdict(picture) for picture in pictures]),
     }
@@ -84,7 +87,7 @@ def read_latents(path: Path, model: UniFlow) -> tuple[list[Tensor], list[Encoded
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise LatentsError(f"{path} holds no UniFlow latents (format {_FORMAT})")
-            _check_model(path, metadata, model)
+            check_tokenizer(path, parse_json(metadata["config"], "config"), metadata["fingerprint"], model)
             pictures = [EncodedPicture(**picture) for picture in parse_json(metadata["pictures"], "pictures")]
             _check_names(pictures)
             latents = [file.get_tensor(f"latents.{i}") for i in range(len(pictures))]
@@ -151,12 +154,23 @@ def hash_weights(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _meaning(model: UniFlow) -> dict[str, Any]:
+def meaning(model: UniFlow) -> dict[str, Any]:
+    """What a model's config says of the latents that it makes."""
     return {name: value for name, value in asdict(model.config).items() if name not in _NOT_OF_THE_LATENT}
 
 
-def _check_model(path: Path, metadata: dict[str, str], model: UniFlow) -> None:
-    theirs, ours = parse_json(metadata["config"], "config"), _meaning(model)
+def check_tokenizer(path: Path, theirs: dict[str, Any], its_fingerprint: str, model: UniFlow) -> None:
+    """Refuse latents of another model than this one.
+
+    Args:
+        path: of the latents, for the message.
+        theirs: `meaning` of the model that made them.
+        its_fingerprint: that one's.
+
+    Raises:
+        LatentsError: saying in what they differ.
+    """
+    ours = meaning(model)
     differing = [
         f"{name} {shown(theirs.get(name))} not {shown(value)}"
         for name, value in ours.items()
@@ -164,5 +178,5 @@ def _check_model(path: Path, metadata: dict[str, str], model: UniFlow) -> None:
     ]
     if differing:
         raise LatentsError(f"{path} was written by another model: {', '.join(differing)}")
-    if metadata["fingerprint"] != fingerprint(model):
+    if its_fingerprint != fingerprint(model):
         raise LatentsError(f"{path} was written by a model of the same shape with other weights")

@@ -21,6 +21,7 @@ from uniflow.pretrained import (
     pretrained_encoder,
     take_tensors,
 )
+from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer
@@ -29,7 +30,7 @@ from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 
 
-class UniFlow(Stored):
+class UniFlow(Stored, Resizable):
     """The tokenizer: images to latents and back.
 
     Images are normalised (see `uniflow.normalize`), [B, C, H, W], of any size that the patch divides; at another
@@ -104,6 +105,9 @@ class UniFlow(Stored):
         if isinstance(embeddings, Embeddings):
             nn.init.trunc_normal_(embeddings.class_embedding, std=std)
             nn.init.trunc_normal_(embeddings.position_embedding, std=std)
+        self._start_positions()
+
+    def _start_positions(self) -> None:
         if self.decoder_pos_embed.is_meta:
             return
         positions = sincos_position_embedding(
@@ -355,6 +359,8 @@ class UniFlow(Stored):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         weights: str | None = None,
+        image_size: int | None = None,
+        drop_path_rate: float | None = None,
         **decoder: Any,
     ) -> UniFlow:
         """A tokenizer around an encoder that understands already; everything behind the encoder is new.
@@ -364,6 +370,8 @@ class UniFlow(Stored):
             mean, std: what the encoder's images are normalised with, if its folder does not say it; the tokenizer's are
                 still those of `normalize`.
             weights: which of several models in the folder's file, as `from_pretrained` takes it.
+            image_size: what to train at, in pixels, instead of the encoder's own, see `resize`.
+            drop_path_rate: instead of the encoder's own, see `set_drop_path_rate`.
             decoder: fields of `UniFlowConfig` that are not about the encoder, such as latent_ch, global_blocks_depth
                 and num_decoder_layers.
 
@@ -379,7 +387,13 @@ class UniFlow(Stored):
                 raise TypeError(
                     f"from_encoder: expected fields of the decoder ({', '.join(DECODER_FIELDS)}), got {name}"
                 )
-        return cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
+        model = cls(UniFlowConfig(**{**pretrained.fields, **decoder}), pretrained)
+        if drop_path_rate is not None:
+            model.set_drop_path_rate(drop_path_rate)
+        if image_size is not None:
+            model.resize(image_size)
+            model._start_positions()  # nothing has been learnt there yet
+        return model
 
     def checked_images(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in the model's dtype, as they are encoded; errors as of `encode`."""

@@ -101,6 +101,26 @@ class UniFlowObjective(nn.Module):
         if isinstance(self.teacher, EncoderTeacher) and self.teacher.dtype == torch.float32:
             self.teacher = self.teacher.lowered(dtype)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the student is trained at, in pixels."""
+        return self.student.config.image_size
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise an error unless `resize` can serve."""
+        self.student.check_image_size(image_size)
+        if isinstance(self.teacher, EncoderTeacher):
+            self.teacher.embeddings_at(image_size)
+
+    def resize(self, image_size: int, averages: dict[str, Tensor] | None = None) -> None:
+        """Change the size that is trained at, see `UniFlow.resize`; that of an `EncoderTeacher` too.
+
+        A teacher's positions come from those of the size that it was trained at, whatever sizes were before.
+        """
+        self.student.resize(image_size, averages)
+        if isinstance(self.teacher, EncoderTeacher):
+            self.teacher.resize(image_size)
+
     def forward(self, images: Tensor, t: Tensor | None = None, noise: Tensor | None = None) -> Losses:
         """The losses of a batch.
 

@@ -219,8 +219,11 @@ def take_tensors(module: nn.Module, source: nn.Module) -> None:
         own.copy_(its)
 
 
-def _description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
-    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one."""
+def description(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any] | None:
+    """Of a vision model, for `described_encoder`; None if its configuration alone would make another one.
+
+    All that is asked of the model is its `config`, its embeddings and its layers.
+    """
     transformers = transformers_package()
     config: Any = model.config
     if type(config) not in transformers.MODEL_MAPPING or config.model_type not in _KINDS:
@@ -317,7 +320,8 @@ def _check_statistics(name: str, values: Sequence[float]) -> None:
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in nn.ModuleList(used_parts(model)).state_dict().items()}
+    state = nn.ModuleList(used_parts(model)).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if not name.endswith(_NOT_NEEDED)}
 
 
 def _unmasked(model: Any) -> nn.Module:
@@ -374,6 +378,6 @@ def _from_huggingface(model: nn.Module, mean: Sequence[float], std: Sequence[flo
         "num_attention_heads": heads,
         "intermediate_size": getattr(config, "intermediate_size", None) or int(width * getattr(config, "mlp_ratio", 4)),
     }
-    fields["encoder"] = _description(model, mean, std)
+    fields["encoder"] = description(model, mean, std)
     embeddings = HuggingFaceEmbeddings(model, patch, size, channels, mean, std)
     return PretrainedEncoder(embeddings, LayerStack(map(HuggingFaceLayer, layers)), fields)

@@ -14,6 +14,7 @@ from uniflow.checkpoint import as_dtype
 from uniflow.encoder import LayerStack
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
+from uniflow.resizing import AnyEmbeddings, resize_embeddings
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels.torch_private import has_autocast
 
@@ -35,6 +36,7 @@ class EncoderTeacher(nn.Module):
         self.embeddings = embeddings
         self.encoder = encoder
         self.requires_grad_(False).eval().to(dtype)
+        self._trained = (embeddings,)  # at the size they were trained at; in a tuple they are no part of this module
 
     @classmethod
     def copy_of(cls, model: UniFlow, dtype: torch.dtype | None = None) -> EncoderTeacher:
@@ -58,13 +60,38 @@ class EncoderTeacher(nn.Module):
 
     def lowered(self, dtype: torch.dtype) -> EncoderTeacher:
         """A copy in another dtype, its weights cast once, LayerScale folded into the projections before it."""
-        return copy.deepcopy(self)._lower(dtype)
+        made = copy.deepcopy(self)._lower(dtype)
+        made._trained = self._trained  # positions are resized before they are cast
+        return made
 
     def _lower(self, dtype: torch.dtype) -> EncoderTeacher:
         for layer in self.encoder.layers:
             if isinstance(layer, TransformerLayer):
                 layer.fold_layer_scale()
         return self.to(dtype)
+
+    def resize(self, image_size: int) -> None:
+        """Bring the positions to another size, see `embeddings_at`."""
+        self.embeddings = self.embeddings_at(image_size)
+
+    @torch.no_grad()
+    def embeddings_at(self, image_size: int) -> nn.Module:
+        """The embeddings for another size, their positions interpolated from those of the size they were trained at.
+
+        Embeddings of one's own stay as they are.
+
+        Args:
+            image_size: side of the images, in pixels.
+
+        Raises:
+            ValueError: if those of the transformers package cannot be made for that size.
+        """
+        trained = self._trained[0]
+        if not isinstance(trained, AnyEmbeddings):
+            return self.embeddings
+        made = copy.deepcopy(trained)
+        resize_embeddings(made, image_size)
+        return made.requires_grad_(False).eval().to(next(self.encoder.parameters()).device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

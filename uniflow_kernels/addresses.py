@@ -11,6 +11,7 @@ from torch import Tensor
 from uniflow_kernels.source import Source
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
+FLOATS = frozenset(TYPES) - {torch.uint8}
 
 
 def address_of(tensor: Tensor | None) -> int:
@@ -53,8 +54,8 @@ def layers_of(
 ) -> list[tuple[int, ...]]:
     """Addresses of each layer's features, gradient and powers, 0 for what is not there, and the features' strides."""
     addresses = [gradient.data_ptr() for gradient in gradients] or [0] * len(student)
-    of_layers = [None] * len(student) if powers is None else powers.unbind()
+    of_layers = [0] * len(student) if powers is None else [own.data_ptr() for own in powers.unbind()]
     return [
-        (s.data_ptr(), t.data_ptr(), address, address_of(own), s.stride(0), s.stride(1), t.stride(0), t.stride(1))
+        (s.data_ptr(), t.data_ptr(), address, own, *s.stride()[:2], *t.stride()[:2])
         for s, t, address, own in zip(student, teacher, addresses, of_layers, strict=True)
     ]

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniflow_kernels.addresses import TYPES, address_of, layers_of, source_of
+from uniflow_kernels.addresses import FLOATS, TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
+from uniflow_kernels.stamp import is_current
 
 
 def why_not_built() -> str | None:
     """Why the compiled part is not there; None where it is."""
     if not _is_built():
-        return "the CPU part was not built: no C++ compiler was found at installation, or UNIFLOW_CPU=0"
+        return "the CPU part was not built: no C++ compiler, UNIFLOW_CPU=0 at installation, or other sources since"
     return None
 
 
@@ -32,7 +32,7 @@ def why_not(*tensors: Tensor | None) -> str | None:
             continue
         if not tensor.is_cpu:
             return why_not_on(tensor.device)
-        if not tensor.is_floating_point() or tensor.dtype not in TYPES:
+        if tensor.dtype not in FLOATS:
             return f"it takes float32, float16 and bfloat16, not {tensor.dtype}"
         if tensor.is_neg():
             return "the numbers of a tensor are stored negated"
@@ -175,6 +175,17 @@ def cosine_distances(
     )
 
 
+def scale(values: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply contiguous `values`, [..., D] each, in place by a scalar or by one number a row [...]."""
+    factors = [factor.float().contiguous() for factor in factors]
+    of_tensors = []
+    for tensor, factor in zip(values, factors, strict=True):
+        rows, count = factor.numel(), tensor.numel()
+        if count:
+            of_tensors.append((tensor.data_ptr(), factor.data_ptr(), rows, count // rows, TYPES[tensor.dtype]))
+    _level().scale(of_tensors, torch.get_num_threads())
+
+
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
     """Write `noise` [rows, columns] in float32, of S seeds [S] for as many groups of rows."""
     rows, columns = noise.shape
@@ -242,7 +253,7 @@ def flow_blocks(
 
 @functools.cache
 def _is_built() -> bool:
-    return importlib.util.find_spec("uniflow_kernels._cpu") is not None
+    return is_current("_cpu")
 
 
 @functools.cache

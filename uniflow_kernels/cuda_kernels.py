@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ from torch import Tensor
 
 from uniflow_kernels.addresses import TYPES, address_of, layers_of, source_of
 from uniflow_kernels.source import Source
+from uniflow_kernels.stamp import is_current
 
 
 def why_not_built() -> str | None:
     """Why the compiled part is not there; None where it is."""
     if not _is_built():
-        return "the CUDA part was not built: no nvcc was found at installation, or UNIFLOW_CUDA=0"
+        return "the CUDA part was not built: no nvcc, UNIFLOW_CUDA=0 at installation, or other sources since"
     return None
 
 
@@ -143,7 +143,7 @@ def scale(values: Tensor, factor: Tensor) -> None:
 
 @functools.cache
 def _is_built() -> bool:
-    return importlib.util.find_spec("uniflow_kernels._cuda") is not None
+    return is_current("_cuda")
 
 
 def _module() -> Any:

@@ -38,6 +38,10 @@ class DoctorReport:
         return "\n".join(lines)
 
 
+_OF_BLOCKS = ("modulated_norm", "flow_tangents")  # which the CPU part does not have
+_TRITON_ONLY = ("seeded_noise", "to_images", *_OF_BLOCKS)
+
+
 def doctor() -> DoctorReport:
     """Look at this machine. Needs neither a GPU nor Triton, and starts no work on a GPU.
 
@@ -59,7 +63,7 @@ def doctor() -> DoctorReport:
     }
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
-    triton_only = [_triton_only(name, cuda) for name in ("seeded_noise", "to_images", "modulated_norm")]
+    triton_only = [_triton_only(name, cuda) for name in _TRITON_ONLY]
     return DoctorReport(environment, [_flow_head(cuda), _fp8(cuda), *losses, *triton_only, _attention(cuda)])
 
 
@@ -101,7 +105,7 @@ def _on_cpu(name: str) -> OpReport:
 
 
 def _triton_only(name: str, cuda: bool) -> OpReport:
-    if not cuda and name != "modulated_norm":  # which the CPU part does not have
+    if not cuda and name not in _OF_BLOCKS:
         return _on_cpu(name)
     reason = triton_kernels.why_not_on(torch.device("cuda" if cuda else "cpu"), torch.bfloat16)
     if reason is None:

@@ -16,6 +16,7 @@ ROWS, WIDTH, PATCH = 64, 128, 14
 def launches(device: torch.device) -> Iterator[Timed]:
     """Each launch of the package, with bfloat16 where a head has it and float32 images."""
     yield from _rows(device)
+    yield from _duals(device)
     yield from _products(device)
     yield from _pixels(device)
 
@@ -42,6 +43,42 @@ def _rows(device: torch.device) -> Iterator[Timed]:
     )
     yield Timed("activation", partial(activation, x, WIDTH))
     yield Timed("activation_backward", partial(activation_backward, du, x))
+
+
+def _duals(device: torch.device) -> Iterator[Timed]:
+    from uniflow_kernels.triton_kernels import dual_activation, dual_norm
+
+    def pair(width: int = WIDTH) -> dual_norm.Pair:
+        value, tangent = torch.zeros(2, ROWS, width, dtype=torch.bfloat16, device=device)
+        return value, tangent
+
+    x, q, h, total, dh, dx, dq, dgate, dscale = (pair() for _ in range(9))
+    shift, scale, gate = zip(*(half.split(WIDTH, 1) for half in pair(3 * WIDTH)), strict=True)
+    bias = torch.zeros(WIDTH, dtype=torch.bfloat16, device=device)
+    vectors = dual_norm.Vectors(*[bias] * 6)
+    yield Timed(
+        "dual_norm",
+        partial(dual_norm.dual_norm, x, (gate, q), (shift, scale), vectors, total, h, rms=False, eps=1e-6),
+    )
+    yield Timed(
+        "dual_norm_backward",
+        partial(
+            dual_norm.dual_norm_backward,
+            dh,
+            total,
+            x,
+            (gate, q),
+            scale,
+            vectors,
+            dx,
+            (dgate, dq),
+            dscale,
+            rms=False,
+            eps=1e-6,
+        ),
+    )
+    yield Timed("dual_activation", partial(dual_activation.dual_activation, x, bias, h))
+    yield Timed("dual_activation_backward", partial(dual_activation.dual_activation_backward, dh, x, bias, dx))
 
 
 def _products(device: torch.device) -> Iterator[Timed]:

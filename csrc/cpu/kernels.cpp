@@ -282,7 +282,8 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
 
 // --- distillation ---
 
-inline uniflow::CosineSums sums_of(const float* __restrict student, const float* __restrict teacher, int64_t width) {
+// Not inlined: its sums then stay in registers.
+[[gnu::noinline]] uniflow::CosineSums sums_of(const float* __restrict student, const float* __restrict teacher, int64_t width) {
   float product[kLanes] = {}, students[kLanes] = {}, teachers[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes)
@@ -333,8 +334,31 @@ void distances(const Distances& job, int64_t begin, int64_t end, float* memory) 
   }
 }
 
+// --- gradients times what comes in ---
+
+void scale(const Scale& job, int64_t begin, int64_t end, float* memory) {
+  const Scaled* tensor = job.tensors;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    while (unit >= tensor->first + tensor->units()) ++tensor;
+    const int64_t size = bytes_of(tensor->type), count = tensor->rows * tensor->width;
+    const int64_t first = (unit - tensor->first) * kScaledAtOnce, left = count - first;
+    const int64_t stop = first + (left < kScaledAtOnce ? left : kScaledAtOnce);
+    for (int64_t here = first, next; here < stop; here = next) {
+      const int64_t row = here / tensor->width, row_stop = (row + 1) * tensor->width;
+      next = row_stop < stop ? row_stop : stop;
+      const float factor = tensor->factors[row];
+      if (factor == 1.0f) continue;
+      void* values = at(tensor->values, here * size);
+      float* __restrict products = tensor->type == kFloat32 ? static_cast<float*>(values) : memory;
+      floats(values, tensor->type, next - here, memory);  // in place, or into `memory`
+      for (int64_t i = 0; i < next - here; ++i) products[i] *= factor;
+      if (tensor->type != kFloat32) store(products, tensor->type, next - here, values);
+    }
+  }
+}
+
 }  // namespace
 
-const Kernels kernels = {noise, interpolate, loss, move, finish, distances};
+const Kernels kernels = {noise, interpolate, loss, move, finish, distances, scale};
 
 }  // namespace uniflow_cpu::UNIFLOW_LEVEL

@@ -7,6 +7,8 @@
 
 namespace uniflow_cpu {
 
+constexpr int64_t kScaledAtOnce = 1 << 12;  // elements
+
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 
 struct Noise {  // units: counters of all groups of rows, each with a seed of its own
@@ -94,6 +96,20 @@ struct Distances {  // units: tokens of all layers
   float* distances;  // [L, B, S - skip]
 };
 
+struct Scaled {  // contiguous, [rows, width]
+  void* values;
+  const float* factors;  // of the rows
+  int64_t rows, width;
+  int32_t type;
+  int64_t first;  // unit
+
+  int64_t units() const { return (rows * width + kScaledAtOnce - 1) / kScaledAtOnce; }
+};
+
+struct Scale {  // units: so many elements of one tensor; only the last of each has fewer
+  const Scaled* tensors;
+};
+
 // `scratch` is memory of the thread's own: five rows.
 struct Kernels {
   void (*noise)(const Noise&, int64_t begin, int64_t end);
@@ -102,6 +118,7 @@ struct Kernels {
   void (*move)(const Move&, int64_t begin, int64_t end, float* scratch);
   void (*finish)(const Finish&, int64_t begin, int64_t end, float* scratch);
   void (*distances)(const Distances&, int64_t begin, int64_t end, float* scratch);
+  void (*scale)(const Scale&, int64_t begin, int64_t end, float* scratch);
 };
 
 inline int64_t scratch_row(int64_t length) { return (length + 15) / 16 * 16; }  // whole cache lines

@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "flow_blocks.h"
@@ -107,6 +108,18 @@ class Level {
     share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
   }
 
+  // Of each tensor the addresses of its values and of its rows' factors, its rows, their width, and its type.
+  void scale(const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int32_t>>& of_tensors, int threads) const {
+    std::vector<Scaled> tensors;
+    int64_t units = 0;
+    for (const auto& [values, factors, rows, width, type] : of_tensors) {
+      tensors.push_back({at<void>(values), at<const float>(factors), rows, width, type, units});
+      units += tensors.back().units();
+    }
+    const Scale job{tensors.data()};
+    share(kernels_.scale, job, units, kScaledAtOnce, kScaledAtOnce, threads);
+  }
+
   // Addresses of weights and biases, 0 for what is not there: of the last norm's modulation, of each block's norm, up and
   // down, and of each group's modulation. `made` has what these would make, addresses and strides of rows, or is empty.
   void flow_blocks(uintptr_t x, uintptr_t a, const std::vector<uintptr_t>& weights, const std::vector<std::array<int64_t, 2>>& made,
@@ -157,7 +170,13 @@ std::vector<Level> levels() {
 
 }  // namespace
 
+#define UNIFLOW_TEXT(name) #name
+#define UNIFLOW_TEXT_OF(macro) UNIFLOW_TEXT(macro)
+
 PYBIND11_MODULE(_cpu, module) {
+#ifdef UNIFLOW_SOURCES  // uniflow_kernels/stamp.py
+  module.attr("SOURCES") = UNIFLOW_TEXT_OF(UNIFLOW_SOURCES);
+#endif
   module.attr("SHARES_THREADS") = threads_of_torch().found();
   py::class_<Rows>(module, "Rows").def(py::init([](uintptr_t data, int32_t type, int64_t image, int64_t token) {
     return Rows{at<void>(data), type, image, token};
@@ -172,6 +191,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def("move_patches", &Level::move_patches, Released())
       .def("to_images", &Level::to_images, Released())
       .def("cosine_distances", &Level::cosine_distances, Released())
+      .def("scale", &Level::scale, Released())
       .def("flow_blocks", &Level::flow_blocks, Released());
   module.def("levels", &levels);
 }

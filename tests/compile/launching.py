@@ -27,6 +27,8 @@ from uniflow_kernels.ops.velocity import source_of
 from uniflow_kernels.triton_kernels import (
     activation,
     distillation,
+    dual_activation,
+    dual_norm,
     flow_head,
     flow_products,
     images,
@@ -194,8 +196,36 @@ def all_launches(rows: int, width: int, dtype: torch.dtype, offset: int = 0, ext
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         activation.activation(p, width)
         activation.activation_backward(matrix(rows, width), p)
+    _duals(x, q, h, total, dh, (shift, dshift), (scale, dscale), (gate, dgate), vector(width))
     for kind in (dtype, torch.float32):
         _pixels(rows, kind, offset)
+
+
+def _duals(
+    x: Tensor,
+    q: Tensor,
+    h: Tensor,
+    total: Tensor,
+    dh: Tensor,
+    shift: tuple[Tensor, Tensor],
+    scale: tuple[Tensor, Tensor],
+    gate: tuple[Tensor, Tensor],
+    vector: Tensor,
+) -> None:
+    """Values with tangents, which lie in the same memory here."""
+    none, all_of_them = dual_norm.Vectors(), dual_norm.Vectors(*[vector] * 6)
+    residual, made = (gate, (q, h)), ((h, q), (dh, h))
+    for rms, vectors in ((True, none), (False, all_of_them)):
+        dual_norm.dual_norm((x, q), residual, (shift, scale), vectors, (total, h), (dh, h), rms, 1e-6)
+        dual_norm.dual_norm((x, q), None, None, vectors, None, (dh, h), rms, 1e-6)
+        dual_norm.dual_norm_backward(
+            (dh, h), (total, q), (x, q), residual, scale, vectors, (h, q), made, (dh, h), rms, 1e-6
+        )
+        dual_norm.dual_norm_backward((dh, h), None, (x, q), None, None, vectors, (h, q), None, None, rms, 1e-6)
+    for bias in (vector, None):
+        dual_activation.dual_activation((x, q), bias, (h, dh))
+        dual_activation.dual_activation_backward((dh, h), (x, q), bias, (h, total))
+        dual_activation.dual_activation_backward((dh, None), (x, None), bias, (h, None))
 
 
 def _pixels(rows: int, dtype: torch.dtype, offset: int) -> None:
@@ -262,7 +292,7 @@ def every_launch_is_the_same_as_tritons() -> None:
                 all_products(rows, 64, extra)
                 all_products(rows, 64, extra, arch=80)
     launches = {name.removesuffix(", kept") for name in seen}
-    assert len(launches) == 16, launches  # every kernel of the package
+    assert len(launches) == 20, launches  # every kernel of the package
     assert {f"{name}, kept" for name in launches} <= set(seen), seen
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.conftest import randomize
+from tests.uniflow_kernels.test_dual_rows import against_definition
+from tests.uniflow_kernels.test_tangents import FORMS
 from uniflow.flow import sample_intervals
 from uniflow_kernels import FlowHead, mean_flow_loss, self_distillation_loss
 from uniflow_kernels.modules import sampling
@@ -47,6 +49,15 @@ def test_velocity_and_tangent(within_twice, dtype, rows):
     plain = by_torch(head, given, along)
     for ours, theirs, reference in zip(head.jvp(*given, *along), plain, exact, strict=True):
         within_twice(ours, theirs, reference, floor=1e-5)
+
+
+@pytest.mark.parametrize("stop_tangent", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_of_values_with_tangents(within_twice, form, dtype, stop_tangent):
+    floor = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for rows, width in ((5, 24), (300, 1024)):
+        against_definition(within_twice, form, dtype, rows, width, stop_tangent, floor, device="cuda")
 
 
 @pytest.mark.parametrize("loss", [mean_flow_loss, self_distillation_loss])

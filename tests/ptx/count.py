@@ -62,6 +62,8 @@ def flow() -> None:
             weights, every = tensors_of(head)
             x, y = (t.detach().to(half).requires_grad_() for t in inputs((rows,), (rows,), width, half))
             run(fused_flow_blocks, x, y, weights, every, **keywords(head), path=path)
+        x, y, dx, dt = (torch.randn(rows, size).to(half) for size in (24, 40, 24, 1))
+        sum(part.sum() for part in head.jvp(x, dt[:, 0].float(), y, dx, 1.0)).backward()
 
 
 def losses(csrc: bool) -> None:

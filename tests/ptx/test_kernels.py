@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
+from tests.uniflow_kernels import test_dual_rows
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 
 
@@ -34,3 +35,17 @@ def test_rows(within_twice, name, dtype, rows, conditions):
     floor = 1e-2 if dtype == torch.bfloat16 else 2e-6
     with unwritten_is_nan():
         against_definition(within_twice, make_head(72, 1, **OPTIONS[name]), rows, conditions, dtype, "none", floor)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "width"),
+    [
+        ("the release's", torch.bfloat16, 72),
+        pytest.param("rms, swiglu, groups", torch.float32, 37, marks=pytest.mark.slow),
+    ],
+)
+def test_values_with_tangents(within_twice, form, dtype, width):
+    floor = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    with unwritten_is_nan():
+        for stop_tangent in (False, True):
+            test_dual_rows.against_definition(within_twice, form, dtype, 5, width, stop_tangent, floor)

@@ -30,6 +30,7 @@ from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow.cli.train import _untrained
+from uniflow.latent_set import LatentSet, Manifest, finish, write_shard
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.training.checkpoints import MANIFEST, check, read_json, read_tensors, write_json, write_tensors
 from uniflow.training.recipe import read_run
@@ -78,6 +79,7 @@ READERS = {
     "shards": lambda folder: gather(folder, False, lambda place: _untrained(False, place)),
     "run": read_checkpoint,
     "latents": lambda folder: read_latents(folder / "latents.safetensors", of_latents()),
+    "latent set": lambda folder: LatentSet(folder).latent(0),
     "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
     "recipe": lambda folder: read_run(folder / "run.yaml", UniFluidRun),
 }
@@ -120,6 +122,11 @@ def whole(tmp_path_factory, golden_folder):
         (place / name).mkdir()
     picture = EncodedPicture("a.png", 16, 16)
     write_latents(place / "latents" / "latents.safetensors", [torch.zeros(16, 16)], [picture], of_latents())
+    (place / "latent set").mkdir()
+    manifest = Manifest.of(of_latents(), (16, 16), torch.float32, False, 2, ["a", "b"], None, None)
+    manifest.write(place / "latent set")
+    write_shard(place / "latent set", manifest, 0, torch.zeros(2, 16, 16), None, None, ["a", "b"], [])
+    finish(place / "latent set", manifest)
     smooth_picture((8, 8), 0).save(place / "captions" / "a.png")
     (place / "captions" / "captions.jsonl").write_text('{"image": "a.png", "caption": "a seven"}\n' * 2)
     shutil.copy(Path(__file__).parents[2] / "examples" / "unifluid.yaml", place / "recipe" / "run.yaml")

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from uniflow_kernels import backend, cpu_kernels, interpolate, patchify, seeded_noise, to_images, velocity_loss
+from uniflow_kernels import backend, cpu_kernels, interpolate, patchify, seeded_noise, stamp, to_images, velocity_loss
 from uniflow_kernels.ops.distillation import plain_cosine_distances
 from uniflow_kernels.ops.noise import plain_seeded_noise
 from uniflow_kernels.ops.velocity import plain_interpolate, plain_velocity_loss
@@ -135,6 +135,22 @@ def test_distances_are_those_of_the_definition(level, dtype, width):
     assert ((made[0][1] - made[1][1]).abs() <= limit).all()
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_are_scaled_as_torch_rounds(level, dtype):
+    """By one number and by one a row, across the pieces that threads take, with a tensor of nothing among them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 5, 1000), (0, 5, 8), (2, 4097), (7, 3), (2, 3, 4096), (1, 1)]
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    rows = [torch.randn(shape[:-1], generator=generator) for shape in shapes]
+    rows[2][0] = 1
+    for factors in (rows, list(torch.randn(len(shapes), generator=generator))):
+        ours = [value.clone() for value in values]
+        cpu_kernels.scale(ours, factors)
+        for mine, value, factor in zip(ours, values, factors, strict=True):
+            by = factor[..., None] if factor.ndim else factor
+            assert torch.equal(mine, (value.float() * by).to(dtype))
+
+
 def test_every_float16_and_roundings_to_all_types(level):
     """Each float16 as float32; and numbers between those of the narrow types, ties among them, as torch rounds them."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
@@ -171,8 +187,10 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(level, threads):
         cpu_kernels.velocity_loss(of, None, velocity, 0.5, gradient, losses)
         distances, gradients = torch.empty(4, 6, 70), [torch.empty_like(layer) for layer in layers[0]]
         cpu_kernels.cosine_distances(list(layers[0]), list(layers[1]), 0, gradients, None, distances)
+        products = [layer.clone() for layer in gradients]
+        cpu_kernels.scale(products, distances.sum((1, 2)).unbind())
         pictures = to_images(velocity, 14, (56, 84), dtype=torch.uint8)
-        return [*made, losses, gradient, distances, *gradients, pictures]
+        return [*made, losses, gradient, distances, *gradients, *products, pictures]
 
     threads(1)
     expected = all_of_them()
@@ -258,6 +276,32 @@ def test_what_is_not_built_is_said(monkeypatch):
     assert seeded_noise(1, 4, 1).shape == (1, 4)
 
 
+def test_a_part_of_other_sources_is_not_used(monkeypatch, tmp_path):
+    """What an older csrc/ was made into lacks what Python calls; an installation has no csrc/."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stamp.is_current("_cpu")
+        assert not stamp.is_current("_absent")
+    monkeypatch.setattr(cpu_kernels._module(), "SOURCES", "s0", raising=False)
+    with pytest.warns(UserWarning, match=r"_cpu is not used: .*: python setup.py build_ext --inplace"):
+        assert not stamp.is_current("_cpu")
+    monkeypatch.setattr(stamp, "CSRC", tmp_path)
+    assert stamp.is_current("_cpu")
+
+
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_a_stamp_follows_what_is_compiled(monkeypatch, tmp_path, name):
+    shutil.copytree(stamp.CSRC, tmp_path / "csrc")
+    monkeypatch.setattr(stamp, "CSRC", tmp_path / "csrc")
+    before = stamp.stamp(name)
+    for changed in ("sums.h", "cpu/kernels.cpp" if name == "_cpu" else "velocity.cu"):
+        (tmp_path / "csrc" / changed).open("a").write("// another")
+        assert stamp.stamp(name) != before
+        before = stamp.stamp(name)
+    (tmp_path / "csrc" / ("velocity.cu" if name == "_cpu" else "cpu/kernels.cpp")).unlink()
+    assert stamp.stamp(name) == before
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.skipif({level.name for level in levels()} == {"baseline"}, reason="needs levels of x86")
 def test_loops_are_vector_instructions_of_their_level():
@@ -282,6 +326,7 @@ def test_loops_are_vector_instructions_of_their_level():
         "loss": ("vfm",),
         "finish": ("vfm",),
         "distances": ("vfm",),
+        "scale": ("vmulps",),
     }
     for level, register in (("avx2", "%ymm"), ("avx512", "%zmm")):
         own = f"uniflow_cpu::{level}::(anonymous namespace)::"

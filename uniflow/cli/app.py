@@ -169,9 +169,18 @@ def reconstruct(
 def encode(
     pictures: Pictures,
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", help="File to write, as in latents.safetensors.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="latents.safetensors for a few, or a folder for a data set.", show_default=False),
+    ],
     weights: Weights = None,
     keep_size: KeepSize = False,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of a set's pictures; the checkpoint's own if not given.")
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Encode each picture of a set mirrored, too.")] = False,
+    per_shard: Annotated[int, typer.Option(min=1, max=1 << 20, help="Pictures in a file of a set.")] = 1024,
+    store: Annotated[str, typer.Option(help="A set's dtype: auto (the model's), float32 or bfloat16.")] = "auto",
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
@@ -181,13 +190,24 @@ def encode(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Encode pictures into one file of latents."""
+    """Encode pictures into latents: a few into one file, a data set into a folder.
+
+    A data set is class folders or WebDataset tar files ("train-{0000..0099}.tar"). Under torchrun all processes share
+    the work, and the same command goes on where it was stopped.
+    """
+    from uniflow.cli.encode_set import HowToEncode, encode_set
     from uniflow.cli.files import Given
     from uniflow.cli.inputs import Named, parse_memory
-    from uniflow.cli.tokenize import encode
+    from uniflow.cli.tokenize import LATENTS, encode
 
-    given, memory = Given(pictures, strict, max_pixels), parse_memory(max_memory)
-    encode(given, Named(checkpoint, weights), out, keep_size, batch_size, memory, workers, dtype, device, force)
+    memory, named = parse_memory(max_memory), Named(checkpoint, weights)
+    how = HowToEncode(size, flip, per_shard, store, batch_size, memory, workers, strict, max_pixels)
+    if out.suffix == LATENTS:
+        how.check_of_one_file()
+        given = Given(pictures, strict, max_pixels)
+        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, device, force)
+    else:
+        encode_set(pictures, named, out, how, keep_size, dtype, device, force)
 
 
 @app.command()

@@ -73,7 +73,7 @@ def batches(
     slow = Slow(model)
 
     def longest(item: Item) -> int:
-        most = _most_encoded(model, item.size, max_memory)
+        most = most_encoded(model, item.size, max_memory)
         return 1 if slow(item.size) else min(batch_size, most)
 
     for run in runs(items, longest, lambda item: item.size):
@@ -113,7 +113,7 @@ class Slow:
         return 4 * self._tokens(size) ** 2 * widths
 
 
-def _most_encoded(model: UniFlow, size: Size, max_memory: int | None) -> int:
+def most_encoded(model: UniFlow, size: Size, max_memory: int | None) -> int:
     """How many pictures of a size can be encoded together."""
     if max_memory is None:
         return sys.maxsize

@@ -64,19 +64,30 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     if objective.teacher is not None:
         with explained():
             teacher = EncoderTeacher.from_pretrained(objective.teacher).to(device)
-    options = asdict(objective) | {"teacher": teacher}
-    if objective.distill_weight is None:
-        options["distill_weight"] = 0.0 if model.preset is not None and teacher is None else 1.0
-    return UniFlowObjective(student, **options)
+    weight = objective.distill_weight
+    if weight is None:
+        weight = 0.0 if model.preset is not None and teacher is None else 1.0
+    with explained():
+        if weight and teacher is None and model.encoder is not None:
+            # not a copy of the student's, whose positions may have been resized: so they are resized once, not twice
+            teacher = EncoderTeacher.from_pretrained(model.encoder, dtype="float32").to(device)
+        made = UniFlowObjective(student, **(asdict(objective) | {"teacher": teacher, "distill_weight": weight}))
+        made.resize(made.image_size if model.image_size is None else model.image_size)
+    return made
 
 
 def _student(model: ModelChoice, device: torch.device) -> UniFlow:
-    if model.checkpoint is not None:
-        return load_model(Named(model.checkpoint), str(device), "float32")
     with explained():
+        if model.checkpoint is not None:
+            student = load_model(Named(model.checkpoint), str(device), "float32")
+            if model.drop_path_rate is not None:
+                student.set_drop_path_rate(model.drop_path_rate)
+            return student
+        changes = {"image_size": model.image_size, "drop_path_rate": model.drop_path_rate}
+        given = {**model.config, **{name: value for name, value in changes.items() if value is not None}}
         if model.encoder is None:
-            return UniFlow(UniFlowConfig.preset(str(model.preset), **model.config)).to(device)
-        return UniFlow.from_encoder(model.encoder, **model.config).float().to(device)
+            return UniFlow(UniFlowConfig.preset(str(model.preset), **given)).to(device)
+        return UniFlow.from_encoder(model.encoder, **given).float().to(device)
 
 
 def _pictures(data: DataChoice) -> Pictures:

@@ -67,6 +67,29 @@ class Student(Protocol):
     def eval(self) -> Any: ...  # noqa: D102
 
 
+@runtime_checkable
+class Resizable(Protocol):
+    """An objective whose student can be trained at several sizes; `image_size` in its config.json says which it has."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the student is trained at, in pixels."""
+        ...
+
+    def check_image_size(self, image_size: int) -> None:
+        """Raise a ValueError unless `resize` can serve."""
+        ...
+
+    def resize(self, image_size: int, averages: dict[str, Tensor] | None = None) -> None:
+        """Bring the student, and what is frozen beside it, to another size.
+
+        Args:
+            image_size: side of the images, in pixels.
+            averages: of the student's parameters, by name, to be brought there too.
+        """
+        ...
+
+
 def student_of(objective: nn.Module) -> Student:
     """An objective's student.
 

@@ -70,9 +70,13 @@ class MovingAverage:
     """An exponential moving average of a student's parameters, by name in `values`."""
 
     def __init__(self, student: Student, decay: float) -> None:
-        self._parameters = [parameter for _, parameter in student.named_parameters()]
+        self.follow(student)
         self._update = get_ema_multi_avg_fn(decay)
         self.values = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+
+    def follow(self, student: Student) -> None:
+        """Average the student's parameters that there are now, whose shapes the values have."""
+        self._parameters = [parameter for _, parameter in student.named_parameters()]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -28,6 +28,7 @@ class Stage:
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
         final_learning_rate: where the half cosine ends; the encoder's ends at the same share of its highest.
+        image_size: what is trained at from here on, in pixels; if not given as before, at first the model's own.
         warmup_steps: may be 0.
         seconds: of training; runs that end by the clock are not repeated to the bit.
     """
@@ -41,12 +42,13 @@ class Stage:
     warmup_steps: int = 50
     seconds: float | None = None
     final_learning_rate: float = 0.0
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         _at_most(self, 2**62, "steps")
         at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps", "final_learning_rate")
-        _above_zero(self, "seconds")
+        _above_zero(self, "seconds", "image_size")
         _one_of(self, "train", ("all", "decoder"))
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
@@ -165,7 +167,7 @@ class ModelChoice:
     """The model to train: a preset from scratch, a checkpoint folder, or a new decoder around a pretrained encoder.
 
     `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
-    decoder's around an encoder.
+    decoder's around an encoder. `image_size`, in pixels, and `drop_path_rate` take the place of what any of them has.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -174,12 +176,17 @@ class ModelChoice:
     config: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     encoder: Path | None = None
+    image_size: int | None = None
+    drop_path_rate: float | None = None
 
     def __post_init__(self) -> None:
         if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
             raise ValueError("expected one of preset, checkpoint and encoder")
         if self.checkpoint is not None and self.config:
             raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
+        for name in ("image_size", "drop_path_rate"):
+            if getattr(self, name) is not None and name in self.config:
+                raise ValueError(f"{name}: is said twice, the other time in config")
 
 
 @dataclass(frozen=True)
@@ -291,10 +298,11 @@ def _at_most(recipe: object, most: int, *names: str) -> None:
             raise ValueError(f"{name}: expected at most {most}, got {value}")
 
 
-def _above_zero(recipe: object, name: str) -> None:
-    value = getattr(recipe, name)
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected more than 0, got {value}")
+def _above_zero(recipe: object, *names: str) -> None:
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
 def _one_of(recipe: object, name: str, allowed: tuple[str | bool, ...]) -> None:

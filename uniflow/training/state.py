@@ -139,16 +139,20 @@ def write_weights(
         write_tensors(folder / _OPTIMIZER, get_optimizer_state_dict(_module(student), optimizer))
 
 
-def read_weights(
-    folder: Path,
-    student: Student,
-    average: MovingAverage | None,
-    optimizer: torch.optim.Optimizer | None,
-    processes: Processes,
-) -> None:
-    """What `write_weights` wrote, whatever the number of processes was. The learning rates stay the optimizer's own.
+def read_image_size(folder: Path) -> int:
+    """The size that the model of a checkpoint is trained at, of a run whose objective is `Resizable`.
 
-    Without an optimizer that of the checkpoint is left alone.
+    Raises:
+        CheckpointError: if its config.json does not say one.
+    """
+    size = read_json(folder / "config.json").get("image_size")
+    if not isinstance(size, int):
+        raise CheckpointError(f"{folder / 'config.json'}: image_size: expected a number of pixels, got {shown(size)}")
+    return size
+
+
+def read_weights(folder: Path, student: Student, average: MovingAverage | None, processes: Processes) -> None:
+    """Model and averages that `write_weights` wrote, whatever the number of processes was.
 
     Raises:
         CheckpointError: if the folder holds another model, or shards where whole tensors are wanted, or the reverse.
@@ -159,26 +163,41 @@ def read_weights(
         wrote, reads = ("fsdp", "ddp") if sharded else ("ddp", "fsdp")
         raise CheckpointError(f"{folder} was written with parallel: {wrote}; it cannot go on with parallel: {reads}")
     if sharded:
-        state = _shards(student, average, optimizer)
-        try:
-            dcp.load(
-                state,
-                storage_reader=ShardReader(folder / _SHARDS),
-                planner=ShardPlanner(),
-                process_group=processes.control,
-            )
-        except CheckpointException as error:
-            raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
+        _load_shards(folder, _shards(student, average, None), processes)
     else:
         _load(student, folder)
         if average is not None:
             _load_average(average, folder / _AVERAGE)
-    if optimizer is not None:
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        found = state["optimizer"] if sharded else _read_optimizer(folder / _OPTIMIZER, student, optimizer)
-        set_optimizer_state_dict(_module(student), optimizer, found)
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)
+
+
+def read_optimizer(folder: Path, student: Student, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """The optimizer that `write_weights` wrote; the learning rates stay this one's own.
+
+    Raises:
+        CheckpointError: if it is of other parameters.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    if is_sharded(student):
+        state = {"optimizer": get_optimizer_state_dict(_module(student), optimizer)}
+        _load_shards(folder, state, processes)
+        found = state["optimizer"]
+    else:
+        found = _read_optimizer(folder / _OPTIMIZER, student, optimizer)
+    set_optimizer_state_dict(_module(student), optimizer, found)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _load_shards(folder: Path, state: dict[str, Any], processes: Processes) -> None:
+    try:
+        dcp.load(
+            state,
+            storage_reader=ShardReader(folder / _SHARDS),
+            planner=ShardPlanner(),
+            process_group=processes.control,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder} does not hold this model: {_first_cause(error)}") from None
 
 
 def gather(folder: Path, average: bool, build: Callable[[Path], M]) -> M:

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from uniflow.checkpoint import CheckpointError
 from uniflow.data import Batch, Positions, Samples, load
 from uniflow.training.changes import check_alike, described, differences, place_in, settings_of
 from uniflow.training.checkpoints import Checkpoints, random_states, replacing_folder, write_tensors
-from uniflow.training.interfaces import student_of
+from uniflow.training.interfaces import Resizable, student_of
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
 from uniflow.training.measures import Measures
 from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
@@ -33,9 +32,12 @@ from uniflow.training.processes import (
     synchronized,
     watching_readers,
 )
-from uniflow.training.recipe import Recipe, Stage
+from uniflow.training.recipe import Recipe
+from uniflow.training.sizes import sizes_of
 from uniflow.training.state import (
     Progress,
+    read_image_size,
+    read_optimizer,
     read_progress,
     read_random_states,
     read_settings,
@@ -43,10 +45,9 @@ from uniflow.training.state import (
     write_training,
     write_weights,
 )
+from uniflow.training.steps import Arriving, MadeStep, plain
 from uniflow.training.validation import Validator
 from uniflow_kernels.torch_private import end_readers, tree_map_only
-
-_NAMED = 8  # samples in an error message
 
 
 class Trainer:
@@ -63,7 +64,8 @@ class Trainer:
         objective: a module with a `student`, on the device to train on; called with what `samples` collates, brought to
             that device, it gives `Losses`. See `uniflow.training.interfaces`, and `UniFlowObjective` for one.
         samples: see `uniflow.data.Samples`.
-        recipe: see `Recipe`; checkpoints hold it with what "auto" stood for.
+        recipe: see `Recipe`; checkpoints hold it with what "auto" stood for. Its stages may say sizes if the objective
+            is `Resizable`.
         out: folder for checkpoints and what is left of failures; nothing is written without one.
         logs: told of every `recipe.log_every`-th step and of a stage's last.
         validator: scores the student every `recipe.validate_every` steps.
@@ -73,7 +75,8 @@ class Trainer:
 
     Raises:
         TypeError: if the student lacks something, naming what.
-        ValueError: if the recipe does not fit the number of processes, or processes have another one.
+        ValueError: if the recipe does not fit the number of processes, or processes have another one; if a stage's size
+            is none for the objective or the samples.
     """
 
     def __init__(
@@ -107,17 +110,21 @@ class Trainer:
         self._saved = -1  # its step
         self._losses: list[float] = []
         self._measures = Measures()
-        self._under_way: deque[_Step] = deque()
-        self._failed: _Step | None = None
+        self._under_way: deque[MadeStep] = deque()
+        self._failed: MadeStep | None = None
         self._halted = torch.zeros(
             (), dtype=torch.float32, device=self.device
         )  # 1 from the first step that is not finite
         self._stop = False
         self._peak = peak_flops(self.device)  # in bfloat16
-        self._flops = [self._count_flops(stage) for stage in recipe.stages]  # of a sample
+        self._sizes, self._samples = sizes_of(recipe, objective, samples)  # of each stage
+        self._flops = [self._count_flops(number) for number in range(len(recipe.stages))]  # of a sample
+        self.average: MovingAverage | None = None
+        self._resize(self._sizes[0])
         if recipe.parallel == "fsdp":
             shard(objective, recipe.precision, self.processes)
-        self.average = MovingAverage(self.student, recipe.ema_decay) if recipe.ema_decay is not None else None
+        if recipe.ema_decay is not None:
+            self.average = MovingAverage(self.student, recipe.ema_decay)
         self._start_stage()
 
     def run(self) -> list[float]:
@@ -131,14 +138,7 @@ class Trainer:
         self._prepare()
         self._images, self._since = 0, time.perf_counter()
         self._stage_began = self._since - self.progress.stage_seconds
-        positions = Positions(
-            self.progress.samples,
-            self.recipe.batch_size,
-            self.micro_batch_size,
-            self.processes.rank,
-            self.processes.world,
-        )
-        self._batches = load(self.samples, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
+        self._start_reading()
         self.objective.train()
         with watching_readers():
             try:
@@ -154,6 +154,16 @@ class Trainer:
     def finished(self) -> bool:
         """Whether all stages are done."""
         return self.progress.stage == len(self.recipe.stages)
+
+    def _start_reading(self) -> None:
+        positions = Positions(
+            self.progress.samples,
+            self.recipe.batch_size,
+            self.micro_batch_size,
+            self.processes.rank,
+            self.processes.world,
+        )
+        self._batches = load(self.samples, positions, self.recipe.workers, pin_memory=self.device.type == "cuda")
 
     def stop(self) -> None:
         """Finish the step under way, save, and return from `run`; for signal handlers."""
@@ -193,27 +203,47 @@ class Trainer:
             progress.stage += 1
             if not self.finished:  # the last one's place is kept: with a larger budget it goes on
                 progress.stage_step, self._stage_began = 0, time.perf_counter()
+                before = self.samples
                 self._start_stage()
+                if self.samples is not before:  # what was read ahead is of another size
+                    end_readers(self._batches)
+                    self._start_reading()
         if progress.step % recipe.save_every == 0:
             self.save()
         return True
 
+    @property
+    def _stage_number(self) -> int:
+        """Of the stage under way, or the last one of a finished run."""
+        return min(self.progress.stage, len(self.recipe.stages) - 1)
+
     def _start_stage(self) -> None:
-        self.stage = self.recipe.stages[min(self.progress.stage, len(self.recipe.stages) - 1)]
+        number = self._stage_number
+        self.stage, self.samples = self.recipe.stages[number], self._samples[number]
+        self._resize(self._sizes[number])
         self.optimizer = make_optimizer(self.student, self.stage, self.recipe)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # what is called to train: DDP looks at what is frozen when it is made
         self.parallel = replicate(self.objective, self.processes)
 
-    def _count_flops(self, stage: Stage) -> float | None:
+    def _resize(self, size: int | None) -> None:
+        """Bring the objective to a size, with the averages of what it trains."""
+        if isinstance(self.objective, Resizable) and size not in (None, self.objective.image_size):
+            averages = None if self.average is None else self.average.values
+            self.objective.resize(size, averages)
+            if self.average is not None:
+                self.average.follow(self.student)
+
+    def _count_flops(self, number: int) -> float | None:
         if self._peak is None:
             return None
-        freeze(self.student, stage)
-        values = [self.samples[position].value for position in range(self.micro_batch_size)]
-        flops = count_flops(self.objective, self.samples.collate(values))
+        freeze(self.student, self.recipe.stages[number])
+        samples = self._samples[number]
+        values = [samples[position].value for position in range(self.micro_batch_size)]
+        flops = count_flops(self.objective, samples.collate(values))
         return None if flops is None else flops / self.micro_batch_size
 
-    def _step(self, spent: float) -> _Step:
+    def _step(self, spent: float) -> MadeStep:
         """Gradients of all micro-batches, and an update; nothing in here waits for the device."""
         factor = set_learning_rates(self.optimizer, self.stage, self.progress.stage_step, spent)
         batches, seeds, measured = [], [], []
@@ -231,8 +261,10 @@ class Trainer:
         skipped = own.new_full((1,), sum(len(batch.skipped) for batch in batches))
         everyone = self.processes.average(torch.cat([own, skipped]))
         norm = self._update(everyone[0])
-        numbers = _Arriving(torch.cat([own[:1], norm.view(1), everyone]))
-        return _Step(self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers)
+        numbers = Arriving(torch.cat([own[:1], norm.view(1), everyone]))
+        return MadeStep(
+            self.progress.step, self.progress.stage, spent, self._seconds(), factor, batches, seeds, numbers
+        )
 
     def _read(self) -> Batch:
         try:
@@ -300,7 +332,7 @@ class Trainer:
             if self.processes.first and (step.number % self.recipe.log_every == 0 or step.spent >= 1):
                 self._report(step, norm, loss, measured)
 
-    def _report(self, step: _Step, norm: float, loss: float, measured: list[float]) -> None:
+    def _report(self, step: MadeStep, norm: float, loss: float, measured: list[float]) -> None:
         stage, flops = self.recipe.stages[step.stage], self._flops[step.stage]
         now = time.perf_counter()
         rate = self._images / (now - self._since)
@@ -335,7 +367,7 @@ class Trainer:
             with replacing_folder(folder, self.processes) as temporary:
                 write_weights(temporary, self.student, None, self.optimizer, self.processes)
                 batch = {
-                    "inputs": [_plain(batch.inputs) for batch in step.batches],  # of each micro-batch
+                    "inputs": [plain(batch.inputs) for batch in step.batches],  # of each micro-batch
                     "names": step.names,
                     "seeds": step.seeds,  # of torch.manual_seed before each micro-batch
                     **random_states(),
@@ -383,8 +415,20 @@ class Trainer:
         differing = differences(there, self.settings)
         stages = len(there["recipe"]["stages"])
         self.progress, begun = place_in(self.recipe, differing, progress, stages, folder)
+        if isinstance(self.objective, Resizable):
+            was, now = read_image_size(folder), self._sizes[self._stage_number]
+            if begun and was != now:
+                raise CheckpointError(
+                    f"{folder} cannot go on with another image_size ({now}, was {was}): that stage has begun"
+                )
+            try:
+                self._resize(was)
+            except ValueError as error:
+                raise CheckpointError(f"{folder}: {error}") from None
+        read_weights(folder, self.student, self.average, self.processes)
         self._start_stage()
-        read_weights(folder, self.student, self.average, self.optimizer if begun else None, self.processes)
+        if begun:
+            read_optimizer(folder, self.student, self.optimizer, self.processes)
         read_random_states(folder, self.processes)
         self.latest, self._saved = folder, self.progress.step
         return described(differing)
@@ -412,62 +456,3 @@ class Trainer:
         if self.processes.first:
             for log in self.logs:
                 log.validation(validation)
-
-
-@dataclass
-class _Step:
-    """A step that has been made but not looked at yet: what it was made of, and its numbers on their way."""
-
-    number: int
-    stage: int
-    spent: float
-    seconds: float  # of the stage
-    factor: float  # of the learning rates
-    batches: list[Batch]
-    seeds: list[int]
-    numbers: _Arriving
-
-    @property
-    def names(self) -> list[str]:
-        return [name for batch in self.batches for name in batch.names]
-
-    def what_is_wrong(self) -> str:
-        """Which number of a failed step is not finite, and the samples it comes from."""
-        own, norm, loss, *_ = self.numbers.values()
-        if is_finite(own) and not is_finite(loss):
-            return f"the loss of another process is {loss} at step {self.number}"
-        what = f"the gradient's norm is {norm}" if is_finite(own) else f"the loss is {own}"
-        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
-        return f"{what} at step {self.number}, of the samples {', '.join(self.names[:_NAMED])}{more}"
-
-
-def _plain(inputs: Any) -> Any:
-    """Named tuples as dictionaries, which can be read again without executing anything."""
-    if hasattr(inputs, "_asdict"):
-        inputs = inputs._asdict()
-    if isinstance(inputs, dict):
-        return {name: _plain(value) for name, value in inputs.items()}
-    return [_plain(value) for value in inputs] if isinstance(inputs, (tuple, list)) else inputs
-
-
-class _Arriving:
-    """Numbers that are copied to the host without waiting for them."""
-
-    def __init__(self, numbers: Tensor) -> None:
-        self._event = None
-        self._numbers = numbers
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def here(self) -> bool:
-        """Whether they have arrived."""
-        return self._event is None or self._event.query()
-
-    def values(self) -> list[float]:
-        """The numbers, waited for if need be."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._numbers.tolist()

@@ -184,7 +184,8 @@ class FlowHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The velocity and its derivative along a direction, in one pass.
 
-        What `torch.func.jvp` gives, in less time and memory. Both are differentiable, the kernels do not serve.
+        What `torch.func.jvp` gives, in less time and memory. Both are differentiable. See docs/few_steps.md for what
+        kernels serve.
 
         Args:
             x, t, c: as `forward` takes them.
@@ -198,7 +199,8 @@ class FlowHead(nn.Module):
 
         Raises:
             TypeError: as `forward`, or if a direction has another dtype.
-            ValueError: as `forward`, if a direction has another shape, or for a head whose `precision` is set.
+            ValueError: as `forward`, if a direction has another shape, for a head whose `precision` is set, or if the
+                backend asked for cannot serve.
         """
         t = self._checked(x, t, c)
         if self.precision is not None:
@@ -218,8 +220,8 @@ class FlowHead(nn.Module):
         columns = slice(self.in_channels)  # zeros are behind
         rows = Dual(x[:, columns], None if dx is None else dx[:, columns])
         projected = rules.linear(rows, affine_of(self.input_proj))
-        out = flow_blocks_with_tangents(projected, rules.silu(y), *blocks, self.form, rules)
-        made = rules.linear(out, affine_of(self.final_layer.linear))
+        last = affine_of(self.final_layer.linear)
+        made = flow_blocks_with_tangents(projected, y, *blocks, last, self.form, rules)
         assert made.tangent is not None
         return made.value, made.tangent
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.pieces import chunk, part
-from uniflow_kernels.ops.registration import is_left_to_torch, kernels_for, register
+from uniflow_kernels.ops.registration import is_left_to_torch, is_watched, kernels_for, register
 from uniflow_kernels.ops.scaling import scaled
 
 LAYER_WEIGHTS = ("adaptive", "uniform")
@@ -56,11 +57,10 @@ def layerwise_distillation(
         raise ValueError(
             f"student, teacher: expected as many layers in both, at least one, got {len(student)} and {len(teacher)}"
         )
+    shape = student[0].shape
     for layer, (s, t) in enumerate(zip(student, teacher, strict=True), start=1):
-        if s.shape != student[0].shape:
-            raise ValueError(
-                f"student: layer {layer} has shape {tuple(s.shape)}, expected layer 1's {tuple(student[0].shape)}"
-            )
+        if s.shape != shape:
+            raise ValueError(f"student: layer {layer} has shape {tuple(s.shape)}, expected layer 1's {tuple(shape)}")
         _check_layer(layer, s, t, skip_tokens)
     check_layer_weights(layer_weights)
     return _weigh(_alphas(list(student), list(teacher), skip_tokens), beta, detach_weights, layer_weights)
@@ -135,17 +135,18 @@ class LayerwiseDistillation:
 
 
 def _check_layer(layer: int, student: Tensor, teacher: Tensor, skip_tokens: int) -> None:
-    if student.ndim != 3:
-        raise ValueError(f"student: layer {layer}: expected [B, S, D], got shape {tuple(student.shape)}")
-    if student.shape != teacher.shape:
+    shape = student.shape
+    if len(shape) != 3:
+        raise ValueError(f"student: layer {layer}: expected [B, S, D], got shape {tuple(shape)}")
+    if teacher.shape != shape:
         raise ValueError(
-            f"teacher: layer {layer} has shape {tuple(teacher.shape)}, expected the student's {tuple(student.shape)}"
+            f"teacher: layer {layer} has shape {tuple(teacher.shape)}, expected the student's {tuple(shape)}"
         )
-    for name, side in (("student", student), ("teacher", teacher)):
-        if not side.is_floating_point():
-            raise TypeError(f"{name}: layer {layer}: expected a floating point dtype, got {side.dtype}")
-    if not 0 <= skip_tokens <= student.shape[1]:
-        raise ValueError(f"skip_tokens: expected 0 to {student.shape[1]} tokens, got {skip_tokens}")
+    if not (student.is_floating_point() and teacher.is_floating_point()):
+        name, side = ("teacher", teacher) if student.is_floating_point() else ("student", student)
+        raise TypeError(f"{name}: layer {layer}: expected a floating point dtype, got {side.dtype}")
+    if not 0 <= skip_tokens <= shape[1]:
+        raise ValueError(f"skip_tokens: expected 0 to {shape[1]} tokens, got {skip_tokens}")
 
 
 def _alphas(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> Tensor:
@@ -168,10 +169,22 @@ def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple
     constant = alpha.detach()
     if kind == "uniform":
         return alpha.mean(), constant, torch.full_like(constant, 1 / alpha.numel())
-    depth = torch.arange(1, alpha.numel() + 1, device=alpha.device, dtype=alpha.dtype)
     # (l/L) exp(beta*alpha), normalised, is a softmax with the depth as log-prior: no overflow for any beta, and no L
-    weights = torch.softmax(depth.log_().add(constant if detach_weights else alpha, alpha=beta), dim=0)
+    # kept on a CPU alone: what is made while a CUDA graph is captured holds nothing before the graph is replayed
+    is_kept = alpha.is_cpu and not is_watched(alpha)
+    prior = _kept_log_depths(alpha.numel()) if is_kept else _log_depths(alpha.numel(), alpha.device)
+    weights = torch.softmax(torch.add(prior, constant if detach_weights else alpha, alpha=beta), dim=0)
     return (weights * alpha).sum(), constant, weights.detach()
+
+
+def _log_depths(layers: int, device: torch.device) -> Tensor:
+    return torch.arange(1, layers + 1, device=device, dtype=torch.float32).log_()
+
+
+@functools.lru_cache(64)
+def _kept_log_depths(layers: int) -> Tensor:
+    with torch.inference_mode(False):  # a tensor made in that mode could not be used outside it
+        return _log_depths(layers, torch.device("cpu"))
 
 
 # --- in plain PyTorch ---
@@ -258,16 +271,18 @@ def _kernels(student: list[Tensor], teacher: list[Tensor]) -> Any:
     """The module whose kernels serve such layers, or None for plain PyTorch."""
 
     def why_not(name: str) -> str | None:
-        sides, layout, wide = (*student, *teacher), None, None
-        if any(side.stride(-1) != 1 and side.shape[-1] > 1 for side in sides):
-            layout = "the elements of a token are not neighbours in memory"
-        elif any(side.dtype != student[0].dtype for side in sides):
-            layout = "the layers differ in dtype"
-        if student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
-            wide = f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
-        if name == "triton":
-            return triton_kernels.why_not(*sides) or layout or wide
-        return (cpu_kernels if name == "cpu" else cuda_kernels).why_not(*sides) or layout
+        sides, dtype = (*student, *teacher), student[0].dtype
+        module = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}[name]
+        if reason := module.why_not(*sides):
+            return reason
+        for side in sides:
+            if side.stride(-1) != 1 and side.shape[-1] > 1:
+                return "the elements of a token are not neighbours in memory"
+            if side.dtype != dtype:
+                return "the layers differ in dtype"
+        if name == "triton" and student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
+            return f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
+        return None
 
     return kernels_for("layerwise_distillation", "distillation", student[0].device, why_not)
 
@@ -311,15 +326,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
-    factors = incoming / max(1, ctx.tokens)
-    gradients, powers = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+    factors, saved = incoming / max(1, ctx.tokens), ctx.saved_tensors
+    made, powers = saved[: ctx.layers], saved[ctx.layers :]
     if powers:
         factors = factors[:, None, None] / powers[0]
-    gradients = [
-        scaled(gradient, factor) if wanted else None
-        for gradient, factor, wanted in zip(gradients, factors.unbind(), ctx.wanted, strict=True)
-    ]
-    return {"student": gradients, "teacher": [None] * ctx.layers}
+    triples = zip(made, factors.unbind(), ctx.wanted, strict=True)
+    gradients, own = zip(*[(gradient, factor) for gradient, factor, wanted in triples if wanted], strict=True)
+    found = iter(scaled(list(gradients), own))
+    return {"student": [next(found) if wanted else None for wanted in ctx.wanted], "teacher": [None] * ctx.layers}
 
 
 cosine_distances_op = register(

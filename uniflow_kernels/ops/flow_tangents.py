@@ -13,8 +13,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, layer_norm, split_modulation
+from uniflow_kernels.choice import choose
+from uniflow_kernels.ops.dual_activation import dual_activation
+from uniflow_kernels.ops.dual_norm import MAX_WIDTH, Rows, dual_norm
+from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, in_order, layer_norm, split_modulation
+from uniflow_kernels.ops.flow_choice import is_plain
+from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
+from uniflow_kernels.triton_kernels import why_not_on
 
 # up to so many rows, reading the weights takes longer than putting value and tangent side by side
 FEW_ROWS = 32
@@ -117,25 +124,43 @@ class Rules(NamedTuple):
 
 def flow_blocks_with_tangents(
     x: Dual,
-    a: Dual,
+    y: Dual,
     blocks: Sequence[Block],
     modulations: Sequence[Affine],
     final: Affine | None,
+    last: Affine,
     form: Form,
     rules: Rules,
 ) -> Dual:
-    """`fused_flow_blocks` of x [..., W] and a = SiLU(y) [..., W], broadcastable to x's rows, with the tangent.
+    """`fused_flow_blocks` of x [M, W] and y [M or 1, W] and the product behind it, with the tangent.
 
     Args:
-        x, a: with their tangents.
-        blocks: the blocks' tensors.
+        x, y: with their tangents; y's is there.
+        blocks: the blocks' tensors; at least one.
         modulations: of as many groups as blocks, or a divisor of their number.
         final: the layer of the last norm's modulation.
+        last: the layer behind the last norm.
         form: of the head.
         rules: of tangents.
     """
-    order = form.modulation_order
-    per_group, thirds = len(blocks) // max(1, len(modulations)), partial(split_modulation, order=order, parts=3)
+    every = [tensor for affine in (*in_order(blocks, modulations, final), last) for tensor in affine]
+    run = _by_kernels if _chosen(x, y, every) == "triton" else _plain
+    return run(x, y, blocks, modulations, final, last, form, rules)
+
+
+def _plain(
+    x: Dual,
+    y: Dual,
+    blocks: Sequence[Block],
+    modulations: Sequence[Affine],
+    final: Affine | None,
+    last: Affine,
+    form: Form,
+    rules: Rules,
+) -> Dual:
+    """The definition, in plain PyTorch."""
+    order, a = form.modulation_order, rules.silu(y)
+    per_group, thirds = len(blocks) // len(modulations), partial(split_modulation, order=order, parts=3)
     for i, block in enumerate(blocks):
         if i % per_group == 0:
             shift, scale, gate = rules.linear(a, modulations[i // per_group]).split(thirds)
@@ -148,7 +173,78 @@ def flow_blocks_with_tangents(
             p = rules.product(rules.silu(first), second)
         x = rules.joined(x, gate, rules.linear(p, block.down))
     x = rules.norm(x, form, None)
-    if final is None:
-        return x
-    shift, scale = rules.linear(a, final).split(partial(split_modulation, order=order, parts=2))
-    return rules.joined(shift, Dual(1 + scale.value, scale.tangent), x)
+    if final is not None:
+        shift, scale = rules.linear(a, final).split(partial(split_modulation, order=order, parts=2))
+        x = rules.joined(shift, Dual(1 + scale.value, scale.tangent), x)
+    return rules.linear(x, last)
+
+
+def _by_kernels(
+    x: Dual,
+    y: Dual,
+    blocks: Sequence[Block],
+    modulations: Sequence[Affine],
+    final: Affine | None,
+    last: Affine,
+    form: Form,
+    rules: Rules,
+) -> Dual:
+    """One row kernel between two products. Where tangents have gradients the rows of both are one product's."""
+    rows, width, hidden = *x.value.shape, blocks[0].down.weight.shape[1]
+    apart = not rules.recorded and torch.is_grad_enabled()
+
+    def given(dual: Dual) -> Rows:
+        tangent = torch.zeros_like(dual.value) if dual.tangent is None else dual.tangent
+        return Rows([dual.value, tangent] if apart else [torch.stack([dual.value, tangent])])
+
+    def linear(given: list[Tensor], layer: Affine) -> Rows:
+        if not apart:
+            return Rows([F.linear(given[0], layer.weight)], layer.bias)
+        return Rows(list(rules.linear(Dual(*given), layer)))  # type: ignore[arg-type]
+
+    def modulation(layer: Affine, parts: int) -> list[Rows]:
+        made = linear(a.tensors, layer)
+        return [part.expand(rows) for part in made.split(partial(split_modulation, order=order, parts=parts))]
+
+    order, per_group = form.modulation_order, len(blocks) // len(modulations)
+    a, now = dual_activation(given(y), width), given(x)
+    residual: tuple[Rows, Rows] | None = None
+    for i, block in enumerate(blocks):
+        if i % per_group == 0:
+            shift, scale, next_gate = modulation(modulations[i // per_group], 3)
+        now, h = dual_norm(now, residual, (shift, scale), block.norm, form)
+        u = dual_activation(linear(h.tensors, block.up), hidden)
+        residual = next_gate, linear(u.tensors, block.down)
+    parts = [] if final is None else modulation(final, 2)
+    _, h = dual_norm(now, residual, (parts[0], parts[1]) if parts else None, None, form)
+    (made, *along), bias = linear(h.tensors, last)
+    if apart:
+        return Dual(made, *along)
+    value, tangent = made.unbind()
+    return Dual(value if bias is None else value + bias, tangent)
+
+
+def _chosen(x: Dual, y: Dual, weights: Sequence[Tensor | None]) -> str:
+    """The backend."""
+    width, dtype = x.value.shape[-1], x.value.dtype
+    tensors = [tensor for tensor in (*x, *y, *weights) if tensor is not None]
+    if is_plain(x.value.is_cuda):
+        return "eager"
+    reason = None
+    if width > MAX_WIDTH:
+        reason = f"they hold a row in one program: up to {MAX_WIDTH} wide, not {width}"
+    elif any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+        reason = "a tensor is of a subclass with rules of its own"
+    elif any(tensor.dtype != dtype for tensor in tensors):
+        reason = "x, y and the weights are not of one dtype"
+    served = _backend(x.value.device, dtype, reason)
+    return served if x.value.numel() else "eager"
+
+
+@constant
+def _backend(device: torch.device, dtype: torch.dtype, reason: str | None) -> str:
+    if is_transforming() or is_forward_mode():
+        reason = "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
+    elif has_autocast(device.type) and torch.is_autocast_enabled(device.type):
+        reason = "autocast decides the dtype of every operation"
+    return choose("flow_tangents", {"triton": why_not_on(device, dtype) or reason})

@@ -7,6 +7,9 @@ pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,25 +20,32 @@ from uniflow_kernels.ops.registration import kernels_for, register
 from uniflow_kernels.torch_private import is_graph_kept
 
 
-def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient` times `factor`; in place, unless the graph is kept for another backward pass or being compiled.
+def scaled(gradients: list[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
+    """Each gradient times its factor; in place, unless the graph is kept for another backward pass or being compiled.
 
     Args:
-        gradient: [..., D], which only the caller holds.
-        factor: a scalar, or one value for each row of `gradient`, [...]; any float dtype.
+        gradients: each [..., D], which only the caller holds; of one device.
+        factors: of each a scalar, or one value for each of its rows, [...]; any float dtype.
 
     Returns:
-        What `gradient * factor` is, in the dtype of `gradient`.
+        What `gradient * factor` is, in the dtype of each gradient.
     """
-    if factor.ndim:
-        factor = factor.unsqueeze(-1)
-    elif factor.dtype != gradient.dtype and factor.device.type != "cpu":
-        factor = factor.view(1)  # a scalar would first be rounded to the gradient's dtype
     # a compiler, which traces subclasses of Tensor, fuses the product with what consumes it
-    if type(gradient) is not Tensor or is_graph_kept():
-        return (gradient * factor).to(gradient.dtype)
-    scale_op(gradient, factor)
-    return gradient
+    if type(gradients[0]) is not Tensor or is_graph_kept():
+        return [
+            (gradient * _beside(gradient, factor)).to(gradient.dtype)
+            for gradient, factor in zip(gradients, factors, strict=True)
+        ]
+    scale_op(gradients, factors)
+    return gradients
+
+
+def _beside(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A factor in the shape that a gradient is multiplied by."""
+    if factor.ndim:
+        return factor.unsqueeze(-1)
+    # a scalar would first be rounded to the gradient's dtype
+    return factor.view(1) if factor.dtype != gradient.dtype and factor.device.type != "cpu" else factor
 
 
 def power_of(coefficient: Tensor) -> Tensor:
@@ -57,26 +67,32 @@ def split(coefficient: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
     return (whole / power).item(), power.item()
 
 
-def _scale(gradient: Tensor, factor: Tensor) -> None:
-    if factor.numel() != 1:
-        # in pieces, since a CPU copies what it multiplies by another dtype
-        at_once = max(1, chunk(gradient.device) // max(1, gradient[:1].numel()))
-        for some, by in zip(gradient.split(at_once), factor.split(at_once), strict=True):
-            some.mul_(by)
-        return
-    if gradient.device.type == "cpu" and requested() != "triton":  # where looking at the number waits for nothing
-        if factor.item() != 1:
-            gradient.mul_(factor)
-        return
-    if not gradient.is_contiguous():
-        gradient.mul_(factor)
-        return
-    made = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}
-    kernels = kernels_for("scale_", "distillation", gradient.device, lambda name: made[name].why_not(gradient))
-    if kernels is not None:
-        kernels.scale(gradient, factor)
-    else:
-        gradient.mul_(factor)
+def _scale(gradients: list[Tensor], factors: Sequence[Tensor]) -> None:
+    device, wish = gradients[0].device, requested()
+    kernels: Any = None
+    if device.type == "cpu" and wish != "triton":  # where looking at a number waits for nothing
+        if all(factor.numel() == 1 and factor.item() == 1 for factor in factors):
+            return
+        if wish in ("auto", "cpu") and cpu_kernels.why_not(*gradients) is None and _are_dense(gradients):
+            cpu_kernels.scale(gradients, factors)
+            return
+    elif _are_dense(gradients) and all(factor.numel() == 1 for factor in factors):
+        made = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}
+        kernels = kernels_for("scale_", "distillation", device, lambda name: made[name].why_not(*gradients))
+    for gradient, factor in zip(gradients, factors, strict=True):
+        if kernels is not None:
+            kernels.scale(gradient, factor)
+        elif factor.numel() == 1:
+            gradient.mul_(_beside(gradient, factor))
+        else:
+            # in pieces, since a CPU copies what it multiplies by another dtype
+            at_once = max(1, chunk(device) // max(1, gradient[:1].numel()))
+            for some, by in zip(gradient.split(at_once), factor.unsqueeze(-1).split(at_once), strict=True):
+                some.mul_(by)
 
 
-scale_op = register("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None)
+def _are_dense(tensors: list[Tensor]) -> bool:
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+scale_op = register("scale_(Tensor(a!)[] gradients, Tensor[] factors) -> ()", _scale, lambda gradients, factors: None)

@@ -428,7 +428,7 @@ def _velocity_loss_backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, A
         if not isinstance(coefficients, Tensor):
             coefficients = incoming.new_full((), coefficients)
         incoming = incoming * power_of(coefficients)
-    gradient, length = scaled(gradient, incoming), ctx.rows[2]
+    (gradient,), length = scaled([gradient], [incoming]), ctx.rows[2]
     found = {"velocity": gradient}
     if images is not None:
         found["images"] = -_into_images(ctx.source._replace(images=images), head(gradient, length))

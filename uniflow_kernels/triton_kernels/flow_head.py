@@ -30,7 +30,7 @@ _SIZES = ["rows", "conditions", "repeat", "segment", "per_program"]
 
 
 @triton.jit
-def _statistics(x, inside, W: tl.constexpr, eps, RMS: tl.constexpr):
+def statistics(x, inside, W: tl.constexpr, eps, RMS: tl.constexpr):
     """x [BM, BW] -> what is normalised (zero outside) and its 1/std [BM, 1]."""
     if RMS:
         centred = x
@@ -101,7 +101,7 @@ def norm_modulate_kernel(
         rounded = (x + gate.to(tl.float32) * q.to(tl.float32)).to(sum_p.dtype.element_ty)
         tl.store(sum_p + row * sum_s + col, rounded, inside)
         x = rounded.to(tl.float32)  # the backward pass and the next block see the rounded sum: so does the norm
-    centred, rstd = _statistics(x, inside, W, eps, RMS)
+    centred, rstd = statistics(x, inside, W, eps, RMS)
     h = centred * rstd
     if WEIGHT:
         h *= weight.to(tl.float32)
@@ -195,7 +195,7 @@ def norm_modulate_backward_kernel(
             q = tl.load(q_p + row * q_s + col, inside, 0.0)
         x = tl.load(x_p + row * x_s + col, inside, 0.0)
         x, dh = x.to(tl.float32), dh.to(tl.float32)
-        centred, rstd = _statistics(x, inside, W, eps, RMS)
+        centred, rstd = statistics(x, inside, W, eps, RMS)
         xhat = centred * rstd
         dn = dh  # of the norm's output
         if MODULATED:

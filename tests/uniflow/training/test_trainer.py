@@ -420,7 +420,7 @@ def test_steps_made_before_the_host_notices_change_nothing(make, monkeypatch):
     from uniflow.training import trainer as module
 
     # as on a GPU whose numbers come late
-    monkeypatch.setattr(module._Arriving, "here", lambda self: False)
+    monkeypatch.setattr(module.Arriving, "here", lambda self: False)
     trainer = make(objective=AfraidOfWhite(math.nan), crops=Poisoned(9), steps=6, ema_decay=0.9)
     with pytest.raises(FloatingPointError, match="at step 3"):
         trainer.run()
