@@ -256,21 +256,26 @@ def _refuse_kind(source: str, kind: object, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{source}: {name} is not supported: layers would take the size of the grid for it")
 
 
-def unused_tensors(source: str | Path) -> dict[str, Tensor]:
+def unused_tensors(source: str | Path, kind: str) -> dict[str, Tensor]:
     """What the vision model in a folder of the transformers package has beside an encoder: a last norm, a pooler ...
 
     Args:
-        source: as for `pretrained_encoder`.
+        source: a folder, or a repository on the Hub.
+        kind: of the vision model, as a description has it: "vit" for a ViT-MAE.
 
     Returns:
         Tensors by the names that the vision model has for them.
 
     Raises:
-        FileNotFoundError, CheckpointError, ImportError, ValueError: as of `pretrained_encoder`.
+        FileNotFoundError, CheckpointError, ImportError: as of `pretrained_encoder`.
+        ValueError: as there; if the vision model is of another kind.
     """
     folder = local_folder(source)
     model, missing = _read_model(folder, read_config(folder))
-    vision = vision_part(model)
+    vision: Any = vision_part(model)
+    found = vision.config.model_type
+    if found != kind and (found, kind) != ("vit_mae", "vit"):
+        raise ValueError(f"original: expected a {kind}, as the encoder is, got a {found}")
     place = next(name for name, module in model.named_modules() if module is vision)
     used = {name for name, module in vision.named_modules() if any(module is part for part in used_parts(vision))}
     return {

@@ -198,7 +198,7 @@ def _described(model: UniFlow, original: str | Path | None) -> tuple[Any, dict[s
     if original is not None:
         place = f"{names[vision]}." if names[vision] else ""
         wanted = {name: tensor.shape for name, tensor in made.state_dict().items() if name not in state}
-        found = {f"{place}{name}": tensor for name, tensor in unused_tensors(original).items()}
+        found = {f"{place}{name}": tensor for name, tensor in unused_tensors(original, description["kind"]).items()}
         rest = {name: tensor for name, tensor in found.items() if wanted.get(name) == tensor.shape}
         if not rest:
             raise ValueError(f"original: {original} has nothing that this encoder lacks, which is {', '.join(wanted)}")
