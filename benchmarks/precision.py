@@ -13,7 +13,7 @@ from benchmarks.case import randomised
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.cli.demo import HELD_OUT, load_pictures
 from uniflow.data import PictureList, RandomCrops
-from uniflow.metrics import psnr
+from uniflow.evaluation.similarity import psnr
 from uniflow.normalization import normalize, to_uint8
 from uniflow_kernels import FlowHead
 

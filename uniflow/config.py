@@ -62,7 +62,10 @@ _SIZES = {
 }
 
 _OFFICIAL = "uniflow"
-WITH_ENCODER = "uniflow_with_encoder"  # the official code has no such type, so it takes no such folder for its own
+# the official code has no such types, so it takes no such folder for its own
+WITH_ENCODER = "uniflow_with_encoder"
+FEW_STEPS = "uniflow_few_steps"  # its flow head has two times
+KINDS = (_OFFICIAL, FEW_STEPS, WITH_ENCODER)
 
 # what may be chosen around a given encoder
 DECODER_FIELDS = (
@@ -77,10 +80,12 @@ DECODER_FIELDS = (
     "use_disp_loss",
     "flow_width",
     "latent_noise",
+    "flow_times",
 )
 
 # fields that the official config.json does not have, with what the release does: then they are not written
-_OWN_FIELDS = {"flow_width": None, "latent_noise": 0.0, "encoder": None}
+_OWN_FIELDS = {"flow_width": None, "latent_noise": 0.0, "flow_times": 1, "encoder": None}
+_OF_OFFICIAL_CODE = ("architectures", "auto_map", "model_type")  # by which a config.json is given to it
 
 
 @dataclass
@@ -93,7 +98,9 @@ class UniFlowConfig:
     then of the type "uniflow_with_encoder" (see `uniflow.pretrained.described_encoder`). Neither are `flow_width`, of
     the flow head where it is not `vit_hidden_size`, nor `latent_noise`, which training adds to latents (see
     `uniflow.UniFlowObjective`); config.json has them only where they are given, and the official code takes no weights
-    of a head of another width.
+    of a head of another width. With `flow_times` 2, also written only then, the flow head predicts the mean velocity
+    between two times, to decode in few steps (see `UniFlow.for_intervals`), and config.json is of the type
+    "uniflow_few_steps" if it has no `encoder`.
 
     Raises:
         ValueError: for values that contradict each other or that the model does not have, naming the field.
@@ -133,6 +140,7 @@ class UniFlowConfig:
     use_disp_loss: bool = False
     flow_width: int | None = None
     latent_noise: float = 0.0
+    flow_times: int = 1
     encoder: dict[str, Any] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -156,6 +164,7 @@ class UniFlowConfig:
             check_integer(name, getattr(self, name), 0 if name == "global_blocks_depth" else 1, most)
         if self.flow_width is not None:
             check_integer("flow_width", self.flow_width, 1, LARGEST_WIDTH)
+        check_integer("flow_times", self.flow_times, 1, 2)
         for name in ("dropout", "attention_dropout", "drop_path_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1:
@@ -248,18 +257,18 @@ class UniFlowConfig:
         """
         values = vision_config(values)
         kind = values.get("model_type", _OFFICIAL)
-        if kind not in (_OFFICIAL, WITH_ENCODER):
-            raise ValueError(f"model_type: expected {_OFFICIAL!r} or {WITH_ENCODER!r}, got {shown(kind)}")
+        if kind not in KINDS:
+            raise ValueError(f"model_type: expected one of {', '.join(map(repr, KINDS))}, got {shown(kind)}")
         wanted = (*_ARCHITECTURE, "encoder") if kind == WITH_ENCODER else _ARCHITECTURE
         missing = [name for name in wanted if values.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        known = {f.name for f in fields(cls)} - {"extra", *(("encoder",) if kind == _OFFICIAL else ())}
+        known = {f.name for f in fields(cls)} - {"extra", *(("encoder",) if kind != WITH_ENCODER else ())}
         own = {name: value for name, value in values.items() if name in known}
         return cls(**own, extra={name: value for name, value in values.items() if name not in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of a config.json, which the official code reads unless there is an `encoder`."""
+        """The contents of a config.json, which the official code reads if its own could be in the folder."""
         values = asdict(self)
         extra = values.pop("extra")
         for name, official in _OWN_FIELDS.items():
@@ -267,6 +276,9 @@ class UniFlowConfig:
                 del values[name]
         if self.encoder is not None:
             return {"model_type": WITH_ENCODER, **values, **extra}
+        if self.flow_times == 2:  # nor does it find its way to it by what a folder of its own said
+            kept = {name: value for name, value in extra.items() if name not in _OF_OFFICIAL_CODE}
+            return {"model_type": FEW_STEPS, **values, **kept}
         return {"architectures": ["UniFlowVisionModel"], "model_type": _OFFICIAL, **values, **extra}
 
     @classmethod

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
-from uniflow_kernels import FlowHead, flow_matching_loss
+from uniflow_kernels import FlowHead, flow_matching_loss, mean_flow_loss, patchify, self_distillation_loss
+
+FLOW_LOSSES = ("flow_matching", "mean_flow", "self_distillation")  # the last two of heads of two times
 
 
 def channel_projection(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -36,11 +38,14 @@ class FlowDecoder(nn.Module):
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__()
         row = config.patch_values
-        self.net = FlowHead(row, config.head_width, row, config.vit_hidden_size, config.num_decoder_layers)
+        width, condition = config.head_width, config.vit_hidden_size
+        self.net = FlowHead(row, width, row, condition, config.num_decoder_layers, times=config.flow_times)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """x [B, N, C*P*P], t broadcastable to [B, N], condition [B, N, D] -> [B, N, C*P*P]."""
         net = self.net
+        if net.times == 2:
+            t = t.unsqueeze(-1).expand(*t.shape, 2)
         return net.from_embedding(x, net.time_embed(self.time_scale * t) + net.cond_embed(condition))
 
     def loss(
@@ -51,8 +56,17 @@ class FlowDecoder(nn.Module):
         patch_size: int,
         noise: Tensor,
         chunk_tokens: int | Literal["auto"] | None,
+        kind: str = "flow_matching",
     ) -> Tensor:
-        """The flow matching loss under the condition [B, N, D]; see `uniflow_kernels.flow_matching_loss`."""
+        """One of `FLOW_LOSSES` under the condition [B, N, D], see the function of its name.
+
+        t is [B] or [B, N], or where intervals begin and end, [B, 2] or [B, N, 2], of a head of two times.
+        """
+        if kind != "flow_matching":
+            data = patchify(images, patch_size)
+            times = (t.unsqueeze(1) if t.ndim == 2 else t).expand(*data.shape[:2], 2)
+            loss = mean_flow_loss if kind == "mean_flow" else self_distillation_loss
+            return loss(self.net, condition, data, times, noise, time_scale=self.time_scale, chunk_rows=chunk_tokens)
         return flow_matching_loss(
             self.net, condition, images, t, patch_size, noise, time_scale=self.time_scale, chunk_tokens=chunk_tokens
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ class UniFlow(Stored, Resizable):
 
         Args:
             x: [B, N, C*P*P], on the way from noise to pixels.
-            t: [B], [B, N] or a scalar, in [0, 1]; 0 is noise.
+            t: [B], [B, N] or a scalar, in [0, 1]; 0 is noise. A flow head of two times is asked where both are t.
             condition: [B, N, D], from `condition`.
 
         Returns:
@@ -281,7 +282,8 @@ class UniFlow(Stored, Resizable):
                 for the model's device.
             seed: in [0, 2^63), short for `torch.Generator().manual_seed(seed)`; or the pictures' own, int64 [B].
             size: (H, W) of the images in pixels; without it they are square.
-            solver: "euler", or "heun" or "midpoint", which evaluate the flow head twice in a step.
+            solver: "euler", or "heun" or "midpoint", which evaluate the flow head twice in a step; of a flow head of
+                two times "euler" alone.
             temperature: what the noise is multiplied by.
             max_memory: bytes that may be held at a time beside weights, latents, images and noise that is given;
                 pictures, or lines of patches of one picture, are then decoded one after the other as needed. No bound
@@ -338,8 +340,15 @@ class UniFlow(Stored, Resizable):
 
     def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
         plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)
-        plan.check()
+        plan.check(self.config.flow_times)
         return plan
+
+    def for_intervals(self) -> UniFlow:
+        """A copy to be tuned for few steps: its flow head has two times, see `FlowHead.for_intervals`."""
+        model = copy.deepcopy(self)
+        model.config.flow_times = 2
+        model.flow_head.net = model.flow_head.net.for_intervals()
+        return model
 
     def forward(self, images: Tensor, **sampling: Any) -> Tensor:
         """Reconstruct images: decode(encode(images)) at their own size; keyword arguments as in `decode`."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uniflow.flow import sample_t
+from uniflow.flow import sample_intervals, sample_t
+from uniflow.flow_decoder import FLOW_LOSSES
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.teachers import EncoderTeacher
@@ -46,20 +47,24 @@ class UniFlowObjective(nn.Module):
             module that gives the L+1 hidden states of images in a list, as `UniFlow.hidden_states` does. None takes a
             frozen copy of the student's encoder now (none is made if `distill_weight` is 0).
         beta: see `uniflow_kernels.layerwise_distillation`.
-        flow_weight: of the flow matching loss.
+        flow_weight: of the flow head's loss.
         distill_weight: of the distillation loss; 0 leaves the teacher out, and so does a frozen encoder, of whose
             distance it would give no gradient.
-        t_distribution: see `uniflow.flow.sample_t`.
+        t_distribution: see `uniflow.flow.sample_t`, and `sample_intervals` for a flow head of two times.
         t_per: "token" draws a time for every patch, "image" one for all patches of an image.
         layer_weights: "adaptive", or "uniform" for the mean over the layers, to compare with.
         chunk_tokens: how many tokens the flow head works on at a time, see `uniflow_kernels.flow_matching_loss`; None
             takes all, and keeps the head's activations for the backward pass.
+        flow_loss: the flow head's: "flow_matching"; or, for a student whose config has `flow_times` 2, "mean_flow" or
+            "self_distillation", see `uniflow_kernels.mean_flow_loss` and `self_distillation_loss`.
+        share_equal: of those two, see `uniflow.flow.sample_intervals`.
 
     In training, noise is added to the latents of each picture if the student's config has `latent_noise`: its standard
     deviation is that of the channel in the batch, times a number drawn between 0 and `latent_noise`.
 
     Raises:
-        ValueError: for an unknown `t_per`, `t_distribution` or `layer_weights`.
+        ValueError: for an unknown `t_per`, `t_distribution`, `layer_weights` or `flow_loss`, a share that is none, or
+            a loss that is not for the student's flow head.
 
     Source: the UniFlow paper; both losses weigh the same in its best run, and beta = 2 is its best. No LPIPS, no GAN.
     `latent_noise` is from RAE (Zheng et al. 2025, its code's noise_tau, in units of latents that are not standardised).
@@ -76,11 +81,21 @@ class UniFlowObjective(nn.Module):
         t_per: str = "token",
         layer_weights: str = "adaptive",
         chunk_tokens: int | Literal["auto"] | None = "auto",
+        flow_loss: str = "flow_matching",
+        share_equal: float = 0.75,
     ) -> None:
         super().__init__()
         if t_per not in ("token", "image"):
             raise ValueError(f"t_per: expected 'token' or 'image', got {t_per!r}")
-        sample_t((0,), t_distribution)  # an unknown distribution fails here, not in the first step
+        sample_intervals((0,), share_equal, t_distribution)  # what cannot be fails here, not in the first step
+        if flow_loss not in FLOW_LOSSES:
+            raise ValueError(f"flow_loss: expected one of {', '.join(FLOW_LOSSES)}, got {flow_loss!r}")
+        times = student.config.flow_times
+        if times != (1 if flow_loss == "flow_matching" else 2):
+            raise ValueError(
+                f"flow_loss: {flow_loss} is not for a flow head whose config has flow_times {times}; "
+                "UniFlow.for_intervals() makes one of two times"
+            )
         self.student = student
         if teacher is None and distill_weight:
             teacher = EncoderTeacher.copy_of(student)
@@ -92,6 +107,8 @@ class UniFlowObjective(nn.Module):
         self.t_per = t_per
         self.layer_weights = check_layer_weights(layer_weights)
         self.chunk_tokens = chunk_tokens
+        self.flow_loss = flow_loss
+        self.share_equal = share_equal
 
     def lower_frozen(self, dtype: torch.dtype) -> None:
         """Let the teacher run in a lower precision than float32, if it is an `EncoderTeacher` in that.
@@ -126,7 +143,8 @@ class UniFlowObjective(nn.Module):
 
         Args:
             images: [B, C, H, W], normalised, or uint8 [B, 3, H, W], which `normalize` is applied to here.
-            t: [B] or [B, N] in [0, 1]; drawn from `t_distribution` if not given.
+            t: [B] or [B, N] in [0, 1]; [B, 2] or [B, N, 2] for a flow head of two times, begin and end. Drawn from
+                `t_distribution` if not given.
             noise: [B, N, C*P*P]; drawn if not given.
 
         Raises:
@@ -143,8 +161,10 @@ class UniFlowObjective(nn.Module):
         if noise is None:
             noise = torch.randn(batch, tokens, student.config.patch_values, dtype=torch.float32, device=images.device)
         if t is None:
-            t = sample_t((batch, tokens) if self.t_per == "token" else (batch,), self.t_distribution, images.device)
-        flow = student.flow_head.loss(condition, images, t, student.config.patch_size, noise, self.chunk_tokens)
+            t = self._times((batch, tokens) if self.t_per == "token" else (batch,), images.device)
+        flow = student.flow_head.loss(
+            condition, images, t, student.config.patch_size, noise, self.chunk_tokens, self.flow_loss
+        )
 
         if distillation is None:
             nothing = flow.new_zeros(student.config.num_hidden_layers if self._has_a_teacher else 0)
@@ -165,6 +185,11 @@ class UniFlowObjective(nn.Module):
         amount = most * torch.rand(len(latents), 1, 1, device=latents.device)
         noise = torch.randn(latents.shape, dtype=torch.float32, device=latents.device)
         return latents + (amount * deviation * noise).to(latents.dtype)
+
+    def _times(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if self.flow_loss == "flow_matching":
+            return sample_t(shape, self.t_distribution, device)
+        return sample_intervals(shape, self.share_equal, self.t_distribution, device)
 
     def _encode(self, images: Tensor) -> tuple[Tensor, LayerwiseDistillation | None]:
         """The student's latents, and what its layers and the teacher's were compared in."""

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import CheckpointError, assign_state, outline, read_state, refuse_keys
-from uniflow.config import ENCODER_ARCHITECTURE, WITH_ENCODER, UniFlowConfig, check_integer, read_config, vision_config
+from uniflow.config import (
+    ENCODER_ARCHITECTURE,
+    KINDS,
+    WITH_ENCODER,
+    UniFlowConfig,
+    check_integer,
+    read_config,
+    vision_config,
+)
 from uniflow.encoder import Embeddings, Encoder, LayerStack
 from uniflow.foreign import checked_values, configuration, loaded_model, new_model, transformers_package
 from uniflow.hub import local_folder
@@ -126,7 +134,7 @@ def pretrained_encoder(
     values = read_config(source)
     config = vision_config(values)
     kind = config.get("model_type")
-    if kind not in ("uniflow", "intern_vit_6b", WITH_ENCODER):
+    if kind not in (*KINDS, "intern_vit_6b"):
         preprocessor = Path(source) / "preprocessor_config.json"
         said = read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)

@@ -22,7 +22,7 @@ from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Plan
 
 Size = tuple[int, int]
-Batch = Tensor | tuple[Tensor, Size]
+Batch = Tensor | tuple[Tensor, Size] | tuple[Tensor, Size, Tensor]
 
 
 class Tokenizer(Protocol):
@@ -333,8 +333,9 @@ class Decoder:
         next batch is taken from `batches` before. On a CPU a batch is computed when it is asked for.
 
         Args:
-            batches: latents [B, N, latent_ch], or pairs of them and a size (H, W).
-            generator: that of the noise of all batches, see `UniFlow.decode`.
+            batches: latents [B, N, latent_ch], or tuples of them, a size (H, W) and, if it is not drawn, the seed of
+                each picture's noise, int64 [B].
+            generator: that of the noise of all batches that come without seeds, see `UniFlow.decode`.
 
         Yields:
             [B, C, H, W].
@@ -343,8 +344,8 @@ class Decoder:
         waiting: tuple[Tensor, torch.cuda.Event] | None = None
         copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         for batch in batches:
-            latents, size = (batch, None) if isinstance(batch, Tensor) else batch
-            images = self(latents, generator=generator, size=size)
+            latents, size, seeds = (batch, None, None) if isinstance(batch, Tensor) else (*batch, None)[:3]
+            images = self(latents, generator=generator if seeds is None else None, seed=seeds, size=size)
             if copies is None:
                 yield images
                 continue

@@ -62,14 +62,16 @@ class Plan(NamedTuple):
     cfg: float = 1.0
     cfg_interval: Interval | None = None
 
-    def check(self) -> None:
-        """Raise a ValueError that names the field for a value that cannot be."""
+    def check(self, times: int = 1) -> None:
+        """Raise a ValueError that names the field for a value that cannot be, of a head of so many `times`."""
         schedule_steps(self.steps, self.schedule)
         guides_at(0.0, self.cfg_interval)
         if not abs(self.cfg) < float("inf"):  # math.isfinite is not traced by torch.compile
             raise ValueError(f"cfg: expected a finite number, got {self.cfg}")
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        if times == 2 and self.solver != "euler":
+            raise ValueError(f"solver: expected euler, since the head knows where a step ends, got {self.solver}")
 
     def times(self) -> list[float]:
         """The times at which the velocity is evaluated, each once, in the order in which they are needed."""

@@ -195,9 +195,9 @@ def test_force_overwrites(capsys, picture_folder, tmp_path):
 
 def test_evaluate(capsys, picture_folder):
     printed = ok(capsys, "evaluate", picture_folder, *CHECKPOINT)
-    assert "rFID was not computed: it needs torch-fidelity" in printed
+    assert "rFID was not computed: it needs --features" in printed
     assert printed.splitlines()[1].startswith("3\t")
-    assert "no such file" in fails(capsys, "evaluate", picture_folder, *CHECKPOINT, "--fid-weights", "none.pth")
+    assert "no such file" in fails(capsys, "evaluate", picture_folder, *CHECKPOINT, "--features", "none.pt")
 
 
 def test_evaluate_is_the_mean_of_reconstruct(capsys, picture_folder, tmp_path):
@@ -528,7 +528,7 @@ def test_missing_extras_are_named(capsys, monkeypatch):
 
 def test_an_extra_that_is_missing_later_is_named(capsys, monkeypatch, picture_folder, tmp_path):
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    for module in ("uniflow.metrics", "uniflow.cli.scores"):
+    for module in ("uniflow.evaluation.similarity", "uniflow.evaluation.scores"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     wrong = fails(capsys, "reconstruct", picture_folder, *CHECKPOINT, "--out", tmp_path / "out")
     assert "the command needs torchmetrics: pip install 'uniflow-kernels[cli]'" in wrong

@@ -88,6 +88,7 @@ def test_unknown_preset_names_those_there_are():
         ("initializer_factor", {"initializer_factor": "1"}),
         ("qkv_bias", {"qkv_bias": None}),
         ("norm_type", {"norm_type": ["layer_norm"] * 10**4}),
+        ("flow_times", {"flow_times": 3}),
     ],
 )
 def test_a_contradiction_names_the_field(field, changes):
@@ -121,10 +122,16 @@ def test_keys_of_others_survive(golden_folder, tmp_path):
     [
         ("{", "is not JSON"),
         ("[]", "expected a JSON object, got list"),
-        ('{"model_type": "siglip"}', "model_type: expected 'uniflow' or 'uniflow_with_encoder', got 'siglip'"),
+        (
+            '{"model_type": "siglip"}',
+            "model_type: expected one of 'uniflow', 'uniflow_few_steps', 'uniflow_with_encoder', got 'siglip'",
+        ),
         ('{"hidden_size": 1024}', "lacks image_size, patch_size, intermediate_size"),
         ('{"vision_config": null}', "vision_config: expected an object, got None"),
-        ('{"model_type": {"a": [1, 2]}}', "model_type: expected 'uniflow' or 'uniflow_with_encoder', got {'a': "),
+        (
+            '{"model_type": {"a": [1, 2]}}',
+            "model_type: expected one of 'uniflow', 'uniflow_few_steps', 'uniflow_with_encoder', got {'a': ",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, message):

@@ -252,10 +252,27 @@ def evaluate(
     cfg_interval: CfgInterval = None,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
-    fid_weights: Annotated[
-        Path | None, typer.Option(help="torch-fidelity's Inception weights, for rFID.", show_default=False)
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the squares to reconstruct; the checkpoint's own if not given.")
+    ] = None,
+    score_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the squares to score, to which both are resized.")
     ] = None,
     keep_size: KeepSize = False,
+    features: Annotated[
+        Path | None, typer.Option(help="Network of the features for rFID: a program.", show_default=False)
+    ] = None,
+    lpips: Annotated[Path | None, typer.Option(help="Network for LPIPS: a program.", show_default=False)] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="Statistics of the originals' features, as .npz with mu and sigma.", show_default=False),
+    ] = None,
+    keep_reference: Annotated[
+        Path | None, typer.Option(help="File to keep these statistics in.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the results and settings.", show_default=False)
+    ] = None,
     batch_size: BatchSize = 8,
     max_memory: MaxMemory = None,
     workers: Workers = 2,
@@ -264,17 +281,20 @@ def evaluate(
     dtype: Dtype = "auto",
     precision: Precision = None,
     device: Device = "auto",
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Reconstruct a folder of pictures and print PSNR, SSIM and, where possible, rFID."""
+    """Reconstruct a folder of pictures and print PSNR, SSIM and, with networks, LPIPS and rFID; under torchrun too."""
+    from uniflow.cli.evaluate import Scoring, evaluate
     from uniflow.cli.files import Given
     from uniflow.cli.inputs import Named, parse_memory
-    from uniflow.cli.tokenize import Sampling, evaluate
+    from uniflow.cli.tokenize import Sampling
 
     memory = parse_memory(max_memory)
     sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+    scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
     given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
-    evaluate(given, named, sampling, fid_weights, keep_size, batch_size, workers, dtype, device, as_json)
+    evaluate(given, named, sampling, scoring, batch_size, workers, dtype, device, force, as_json)
 
 
 @app.command()

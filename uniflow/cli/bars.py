@@ -30,14 +30,15 @@ class _Bars(Progress):
             self.console.print()  # ends the line
 
 
-def progress(*columns: ProgressColumn, transient: bool = False) -> Progress:
+def progress(*columns: ProgressColumn, transient: bool = False, shown: bool = True) -> Progress:
     """A bar on stderr. What is printed meanwhile stands above it, unless it does not go to the terminal at all."""
     shared = sys.stdout is not None and sys.stdout.isatty()
-    return _Bars(*columns, console=Console(stderr=True, soft_wrap=True), transient=transient, redirect_stdout=shared)
+    console = Console(stderr=True, soft_wrap=True, quiet=not shown)
+    return _Bars(*columns, console=console, transient=transient, redirect_stdout=shared and shown)
 
 
-def picture_bar(description: str, transient: bool = False) -> Progress:
-    """A bar that counts pictures; for `with` and `track`."""
+def picture_bar(description: str, transient: bool = False, shown: bool = True) -> Progress:
+    """A bar that counts pictures; for `with` and `track`. One process of several shows it."""
     return progress(
         TextColumn(description),
         BarColumn(),
@@ -47,4 +48,5 @@ def picture_bar(description: str, transient: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("left"),
         transient=transient,
+        shown=shown,
     )

@@ -48,13 +48,15 @@ def stacked(items: Sequence[Item]) -> Tensor:
     return torch.stack([item.pixels for item in items])
 
 
-def fitted(pictures: Pictures, config: UniFlowConfig, keep_size: bool, files: Workers) -> Iterator[Item]:
-    """The pictures, with the model's size or, if they keep theirs, with sides that the patch divides."""
+def fitted(
+    pictures: Pictures, config: UniFlowConfig, keep_size: bool, files: Workers, size: int | None = None
+) -> Iterator[Item]:
+    """The pictures, with the model's size, or another, or, if they keep theirs, with sides that the patch divides."""
 
     def fit(picture: Image.Image) -> Tensor:
         if keep_size:
             return to_tensor(fit_to_patches(picture, config.patch_size))
-        return to_tensor(center_crop(picture, config.image_size))
+        return to_tensor(center_crop(picture, size or config.image_size))
 
     for source, own, pixels in pictures.read(fit, files):
         yield Item(source, own, pixels)
@@ -68,7 +70,11 @@ def batches(
     max_memory: int | None,
     bar: Progress,
 ) -> Iterator[list[Item]]:
-    """Pictures to encode; those of one size that follow each other share a batch. The bar counts them."""
+    """Pictures to encode; those of one size that follow each other share a batch. The bar counts them.
+
+    No batch goes over the end of a block of `batch_size` pictures as they were given: which are together depends on
+    neither what cannot be read before them nor the processes that share the blocks.
+    """
     task = None
     slow = Slow(model)
 
@@ -76,7 +82,7 @@ def batches(
         most = most_encoded(model, item.size, max_memory)
         return 1 if slow(item.size) else min(batch_size, most)
 
-    for run in runs(items, longest, lambda item: item.size):
+    for run in runs(items, longest, lambda item: (item.source.place // batch_size, item.size)):
         task = bar.add_task("") if task is None else task  # not before it is known that there is memory
         bar.update(task, total=pictures.total)
         slow.say(str(run[0].source.path), run[0].size)

@@ -19,7 +19,7 @@ from uniflow.cli.printing import say
 from uniflow.cli.training_bar import TrainingBar
 from uniflow.config import UniFlowConfig
 from uniflow.data import PictureList, RandomCrops
-from uniflow.metrics import psnr, ssim
+from uniflow.evaluation.similarity import psnr, ssim
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize, to_uint8
 from uniflow.objective import UniFlowObjective

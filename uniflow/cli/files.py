@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,11 +38,19 @@ class Given:
 
 @dataclass(frozen=True)
 class Source:
-    """A picture to read, the name, relative to the output folder, to write its reconstruction to, and who named it."""
+    """A picture to read.
+
+    Attributes:
+        path: of the file.
+        name: relative to the output folder, to write its reconstruction to.
+        by_hand: whether the user named it, and not a folder that it is in.
+        place: its place among all that were given.
+    """
 
     path: Path
     name: str
     by_hand: bool
+    place: int
 
 
 class Pictures:
@@ -64,8 +73,18 @@ class Pictures:
                 raise InputError(f"no such file or folder: {path}")
         names = _free_names([relative for _, relative, _ in found])
         self.given = given
-        self.sources = [Source(file, name, by_hand) for (file, _, by_hand), name in zip(found, names, strict=True)]
+        self.sources = [
+            Source(file, name, by_hand, place)
+            for place, ((file, _, by_hand), name) in enumerate(zip(found, names, strict=True))
+        ]
         self.skipped = 0
+        self._all = len(self.sources)  # a share has fewer
+
+    def share(self, block: int, rank: int, world: int) -> Pictures:
+        """Those of every block of so many neighbours that falls to process `rank` of `world`."""
+        share = copy(self)
+        share.sources = [source for source in self.sources if source.place // block % world == rank]
+        return share
 
     def read(self, fit: Callable[[Image.Image], T], files: Workers) -> Iterator[tuple[Source, tuple[int, int], T]]:
         """Each with its own width and height and what `fit` makes of it.
@@ -87,7 +106,7 @@ class Pictures:
             if isinstance(result, InputError):
                 self.skipped += 1
                 notice(f"skipped: {result}")
-                if not self.total:
+                if self.skipped == self._all:
                     raise InputError(f"none of {self.skipped} pictures can be read")
             else:
                 yield result

@@ -116,10 +116,14 @@ class Table:
 
 def say_json(values: Mapping[str, object]) -> None:
     """A line with an object of JSON, in which numbers that are not finite are null."""
-    finite = {
+    say(json.dumps(finite(values)))
+
+
+def finite(values: Mapping[str, object]) -> dict[str, object]:
+    """Values as JSON has them: those that are not finite as None."""
+    return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
-    say(json.dumps(finite))
 
 
 def _padded(cell: str, column: Column) -> str:

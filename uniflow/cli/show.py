@@ -13,7 +13,7 @@ from uniflow.atomic import replacing
 from uniflow.cli.files import check_outputs, read_picture
 from uniflow.cli.inputs import InputError, Named, explained, load_model
 from uniflow.cli.printing import say
-from uniflow.metrics import psnr
+from uniflow.evaluation.similarity import psnr
 from uniflow.normalization import normalize, to_uint8
 from uniflow.pictures import center_crop, to_tensor
 from uniflow.teachers import EncoderTeacher

@@ -1,4 +1,4 @@
-"""`uniflow reconstruct`, `encode`, `decode` and `evaluate`: pictures through the tokenizer in batches."""
+"""`uniflow reconstruct`, `encode` and `decode`: pictures through the tokenizer in batches."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.pictures import save_picture
-from uniflow.sampler import Decoder
+from uniflow.sampler import Batch, Decoder
 from uniflow_kernels.ops.flow_fp8 import check_precision
 from uniflow_kernels.solvers import Interval, Plan
 
 LATENTS = ".safetensors"
-_PSNR, _SSIM = Column("PSNR (dB)", "psnr", ".2f"), Column("SSIM", "ssim", ".4f", 6)
+PSNR, SSIM = Column("PSNR (dB)", "psnr", ".2f"), Column("SSIM", "ssim", ".4f", 6)
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ def reconstruct(
     as_json: bool,
 ) -> None:
     """Write the reconstruction of each picture; print PSNR and SSIM of each, their means, and images/s."""
-    from uniflow.cli.scores import Scores
+    from uniflow.evaluation.scores import ReconstructionScores
 
     sampling.check()
     check_folder(out)
-    scores = Scores()
+    scores = ReconstructionScores()
     # the bar stays until the last file is written and its row printed
     with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
         sources = pictures.sources
@@ -114,10 +114,12 @@ def reconstruct(
             Column("reconstruction", "reconstruction", width=max(len(source.name) for source in sources)),
             Column("size", "reconstruction_size", width=9),
         )
-        table = Table([*columns, _PSNR, _SSIM], as_json)
+        table = Table([*columns, PSNR, SSIM], as_json)
         start = time.perf_counter()
-        for batch, results in _reconstructions(model, pictures, sampling, keep_size, batch_size, files, bar):
-            for item, result, *values in zip(batch, results, *scores.add(results, stacked(batch)), strict=True):
+        items = fitted(pictures, model.config, keep_size, files)
+        for batch, results in reconstructions(model, items, pictures, sampling, batch_size, bar):
+            scores.take(scored := scores.of(results, stacked(batch)))
+            for item, result, *values in zip(batch, results, *scored.values.values(), strict=True):
                 path, name, made = str(item.source.path), item.source.name, f"{result.shape[2]}x{result.shape[1]}"
                 cells = (path, "x".join(map(str, item.own)), name, made, *(value.item() for value in values))
                 files.write(_save, result, out / name, then=partial(table.row, *cells))
@@ -208,76 +210,34 @@ def decode(
     say(f"{counted(len(pictures))} in {out}")
 
 
-def evaluate(
-    given: Given,
-    checkpoint: Named,
-    sampling: Sampling,
-    fid_weights: Path | None,
-    keep_size: bool,
-    batch_size: int,
-    workers: int,
-    dtype: str,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Print the mean PSNR and SSIM over a folder, and rFID or why there is none."""
-    from uniflow.cli.scores import Scores, distance_or_why_not
-
-    sampling.check()
-    for folder in given.paths:
-        if not folder.is_dir():
-            found = f"{folder} is a file, expected a folder of pictures"
-            raise InputError(found if folder.exists() else f"no such folder: {folder}")
-    scores = Scores()
-    with picture_bar("reconstructing") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
-        model = load_model(checkpoint, device, dtype)
-        fid, why_not = distance_or_why_not(fid_weights, model.device)
-        start = time.perf_counter()
-        for batch, results in _reconstructions(model, pictures, sampling, keep_size, batch_size, files, bar):
-            originals = stacked(batch)
-            scores.add(results, originals)
-            if fid is not None:
-                fid.update(results, originals)
-    images_per_second = scores.pictures / (time.perf_counter() - start)
-    if fid is not None and scores.pictures < 2:
-        fid, why_not = None, "it needs at least two pictures"
-    rfid = None if fid is None else fid.compute()
-    means = scores.means()
-    if as_json:
-        counts = {"pictures": scores.pictures, "skipped": pictures.skipped, "without_ssim": scores.without_ssim}
-        say_json({**counts, **means, "rfid": rfid, "images_per_second": images_per_second})
-    else:
-        columns = (Column("pictures", "pictures"), _PSNR, _SSIM, Column("rFID", "rfid", ".3f", 12))
-        table = Table([*columns, Column("images/s", "images_per_second", ".2f")])
-        distance = "not computed" if rfid is None else rfid
-        table.row(str(scores.pictures), *means.values(), distance, images_per_second)
-        if why_not:
-            say(f"rFID was not computed: {why_not}")
-        if scores.without_ssim:
-            say(f"SSIM was not computed for {scores.without_ssim} pictures smaller than its window of 11 pixels")
-    pictures.say_skipped()
-
-
-def _reconstructions(
+def reconstructions(
     model: UniFlow,
+    items: Iterator[Item],
     pictures: Pictures,
     sampling: Sampling,
-    keep_size: bool,
     batch_size: int,
-    files: Workers,
     bar: Progress,
+    seeds: Tensor | None = None,
 ) -> Iterator[tuple[list[Item], Tensor]]:
-    """Batches of pictures and their reconstructions, uint8 [B, 3, H, W] on the CPU."""
+    """Batches of pictures and their reconstructions, uint8 [B, 3, H, W] on the CPU.
+
+    Their noise is that of `seeds`, int64, at their places among all that were given, or comes from the sampling's seed
+    in turn.
+    """
     waiting: deque[list[Item]] = deque()
     with torch.inference_mode():
-        items = fitted(pictures, model.config, keep_size, files)
-        first = next(items)
+        if (first := next(items, None)) is None:
+            return
         decoder = sampling.decoder(model, min(batch_size, pictures.total), first.size)
 
-        def latents() -> Iterator[tuple[Tensor, Size]]:
+        def latents() -> Iterator[Batch]:
             for batch in batches(model, chain([first], items), pictures, batch_size, sampling.max_memory, bar):
                 waiting.append(batch)
-                yield model.encode(normalize(stacked(batch).to(model.device))), batch[0].size
+                found = model.encode(normalize(stacked(batch).to(model.device)))
+                if seeds is None:
+                    yield found, batch[0].size
+                else:
+                    yield found, batch[0].size, seeds[[item.source.place for item in batch]]
 
         with explained():
             for results in decoder.stream(latents(), sampling.noise()):

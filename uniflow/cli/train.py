@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
+from uniflow.evaluation.networks import FeatureNetwork
+from uniflow.evaluation.validation import ReconstructionValidator
 from uniflow.model import UniFlow
 from uniflow.objective import UniFlowObjective
 from uniflow.teachers import EncoderTeacher
@@ -21,7 +23,7 @@ from uniflow.training.processes import Processes
 from uniflow.training.recipe import DataChoice, ModelChoice, Run
 from uniflow.training.state import gather as gather_shards
 from uniflow.training.state import gathered_tensors
-from uniflow.training.validation import ReconstructionValidator, Validator
+from uniflow.training.validation import Validator
 from uniflow.unifluid.config import MODEL_TYPE as UNIFLUID
 from uniflow.unifluid.model import UniFluid
 
@@ -53,13 +55,13 @@ def _build(run: Run, device: torch.device, processes: Processes) -> Trained:
     objective = _objective(run, device)
     size = objective.student.config.image_size
     crops = RandomCrops(_pictures(run.data), size, run.recipe.seed, run.data.smallest_crop, run.data.flip)
-    return Trained(objective, crops, _validator(run, processes))
+    return Trained(objective, crops, _validator(run, device, processes))
 
 
 def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     model, objective = run.model, run.objective
     torch.manual_seed(run.recipe.seed)
-    student = _student(model, device)
+    student = _student(model, device, few_steps=objective.flow_loss != "flow_matching")
     teacher = None
     if objective.teacher is not None:
         with explained():
@@ -76,15 +78,18 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
     return made
 
 
-def _student(model: ModelChoice, device: torch.device) -> UniFlow:
+def _student(model: ModelChoice, device: torch.device, few_steps: bool) -> UniFlow:
     with explained():
         if model.checkpoint is not None:
             student = load_model(Named(model.checkpoint), str(device), "float32")
             if model.drop_path_rate is not None:
                 student.set_drop_path_rate(model.drop_path_rate)
-            return student
-        changes = {"image_size": model.image_size, "drop_path_rate": model.drop_path_rate}
-        given = {**model.config, **{name: value for name, value in changes.items() if value is not None}}
+            if model.latent_noise is not None:
+                student.config = replace(student.config, latent_noise=model.latent_noise)
+            return student.for_intervals() if few_steps else student
+        names = ("image_size", "drop_path_rate", "latent_noise")
+        changes = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+        given = {"flow_times": 2 if few_steps else 1, **model.config, **changes}
         if model.encoder is None:
             return UniFlow(UniFlowConfig.preset(str(model.preset), **given)).to(device)
         return UniFlow.from_encoder(model.encoder, **given).float().to(device)
@@ -96,14 +101,15 @@ def _pictures(data: DataChoice) -> Pictures:
     return PictureShards(find_shards(str(data.shards)), picture_suffixes())
 
 
-def _validator(run: Run, processes: Processes) -> Validator | None:
+def _validator(run: Run, device: torch.device, processes: Processes) -> Validator | None:
     if run.data.validation is None:
         return None
     files = _files(run.data.validation)
     for file in files:  # a damaged picture is found now, not after hours
         read_picture(file)
     _, size = run.recipe.micro_batches(processes.world)
-    return ReconstructionValidator(files, size)
+    features = run.data.validation_features
+    return ReconstructionValidator(files, size, None if features is None else FeatureNetwork(features, device))
 
 
 def _files(folder: Path) -> list[Path]:

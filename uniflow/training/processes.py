@@ -68,6 +68,13 @@ class Processes:
             dist.all_gather_object(values, value, self.control)
         return values
 
+    def to_first(self, value: T) -> list[T]:
+        """The value that each process gives, by rank, in the first; nothing in the others."""
+        values: list[T] = [value] * self.world if self.first else []
+        if self.control is not None:
+            dist.gather_object(value, values if self.first else None, 0, self.control)
+        return values
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process."""
         made = [make() if self.first else None]

@@ -167,7 +167,8 @@ class ModelChoice:
     """The model to train: a preset from scratch, a checkpoint folder, or a new decoder around a pretrained encoder.
 
     `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
-    decoder's around an encoder. `image_size`, in pixels, and `drop_path_rate` take the place of what any of them has.
+    decoder's around an encoder. `image_size`, in pixels, `drop_path_rate` and `latent_noise` take the place of what any
+    of them has.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -178,13 +179,14 @@ class ModelChoice:
     encoder: Path | None = None
     image_size: int | None = None
     drop_path_rate: float | None = None
+    latent_noise: float | None = None
 
     def __post_init__(self) -> None:
         if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
             raise ValueError("expected one of preset, checkpoint and encoder")
         if self.checkpoint is not None and self.config:
             raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
-        for name in ("image_size", "drop_path_rate"):
+        for name in ("image_size", "drop_path_rate", "latent_noise"):
             if getattr(self, name) is not None and name in self.config:
                 raise ValueError(f"{name}: is said twice, the other time in config")
 
@@ -195,7 +197,8 @@ class ObjectiveChoice:
 
     `teacher` is a folder whose encoder teaches (see `EncoderTeacher.from_pretrained`); without one it is the student's
     own as it was at the start. `distill_weight` is 1 if not given, or 0 for a preset without a teacher: an encoder that
-    knows nothing has nothing to teach.
+    knows nothing has nothing to teach. With another `flow_loss` than flow matching the model's flow head has two times
+    (`flow_times` of its config), that of a checkpoint too, which is tuned.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -208,6 +211,8 @@ class ObjectiveChoice:
     t_per: Literal["token", "image"] = "token"
     layer_weights: Literal["adaptive", "uniform"] = "adaptive"
     chunk_tokens: int | Literal["auto"] | None = "auto"
+    flow_loss: Literal["flow_matching", "mean_flow", "self_distillation"] = "flow_matching"
+    share_equal: float = 0.75
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,7 @@ class DataChoice:
         folder: of pictures, at any depth.
         shards: WebDataset tar files, as in "data/train-{0000..0099}.tar" or "data/*.tar".
         validation: folder of pictures for PSNR, SSIM and sample reconstructions.
+        validation_features: network for rFID on them, see `uniflow.evaluation.FeatureNetwork`.
         smallest_crop, flip: see `uniflow.data.RandomCrops`.
     """
 
@@ -226,12 +232,15 @@ class DataChoice:
     folder: Path | None = None
     shards: str | None = None
     validation: Path | None = None
+    validation_features: Path | None = None
     smallest_crop: float = 0.25
     flip: bool = True
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.shards is None):
             raise ValueError("expected either folder or shards")
+        if self.validation is None and self.validation_features is not None:
+            raise ValueError("validation_features: expected a folder in validation, which is scored with it")
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop: expected a share in (0, 1], got {self.smallest_crop}")
 

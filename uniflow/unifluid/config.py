@@ -9,7 +9,8 @@ from typing import Any
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
 from uniflow.reading import printable, shown
 
-HEADS = ("flow", "ddpm", "mean_flow", "self_distillation")
+FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
+HEADS = ("flow", "ddpm", *FEW_STEPS)
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
 _LONGEST_LINE = 1 << 10  # tokens

@@ -7,7 +7,9 @@ conditions the head; and as content, which the queries of later steps see.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +31,7 @@ from uniflow.foreign import configuration, is_language_model, loaded_model, new_
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
 from uniflow.reading import shown
-from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.config import FEW_STEPS, UniFluidConfig
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
 
@@ -105,7 +107,7 @@ class UniFluid(nn.Module):
         self.query_embedding = nn.Parameter(torch.empty(width))
         self.vision_proj = None if config.vision_channels is None else nn.Linear(config.vision_channels, width)
         out_channels = 2 * channels if config.head == "ddpm" else channels
-        times = 1 if config.head in ("flow", "ddpm") else 2
+        times = 2 if config.head in FEW_STEPS else 1
         self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth, times=times)
         self.register_buffer("token_mean", torch.zeros(channels))
         self.register_buffer("token_std", torch.ones(channels))
@@ -130,6 +132,24 @@ class UniFluid(nn.Module):
         self.head.reset_parameters()
         nn.init.zeros_(self.token_mean)
         nn.init.ones_(self.token_std)
+
+    def for_intervals(self, head: str) -> UniFluid:
+        """A copy whose head is to be tuned for few steps; see `FlowHead.for_intervals`.
+
+        Args:
+            head: "mean_flow" or "self_distillation".
+
+        Raises:
+            ValueError: for another head, or of a model whose head predicts noise.
+        """
+        if head not in FEW_STEPS or self.config.head == "ddpm":
+            raise ValueError(
+                f"head: expected one of {', '.join(FEW_STEPS)} after flow, got {head!r} after {self.config.head}"
+            )
+        model = copy.deepcopy(self)
+        model.config = replace(self.config, head=head)
+        model.head = model.head.for_intervals()
+        return model
 
     @property
     def device(self) -> torch.device:

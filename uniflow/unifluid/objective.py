@@ -50,9 +50,14 @@ class UniFluidObjective(nn.Module):
         image_weight: lambda, what the loss of the image tokens is multiplied by.
         head_repeats: k, how many times and noises the head is trained on for each token.
         t_distribution: of the times, but for a "ddpm" head, see `uniflow.flow.sample_t` and `sample_intervals`.
+        guidance: the scale of guidance that a head of two times learns, so that drawing needs none; see
+            `uniflow_kernels.mean_flow_loss`. A second pass of the transformer, without gradients, gives what it leads
+            away from.
+        share_equal: of such a head's times, see `sample_intervals`.
 
     Raises:
-        ValueError: if tokenizer or vision do not fit the student, or are others than it was trained with.
+        ValueError: for guidance of a head that cannot learn it; if tokenizer or vision do not fit the student, or are
+            others than it was trained with.
 
     Source: the UniFluid paper; repeats and the "ddpm" head as in MAR.
     """
@@ -65,11 +70,17 @@ class UniFluidObjective(nn.Module):
         image_weight: float = 1.0,
         head_repeats: int = 4,
         t_distribution: str = "lognormal",
+        guidance: float = 1.0,
+        share_equal: float = 0.75,
     ) -> None:
         super().__init__()
+        if guidance != 1.0 and student.head.times != 2:
+            raise ValueError(
+                f"guidance: expected 1 for a head that is no mean_flow or self_distillation, got {guidance}"
+            )
         if head_repeats < 1:
             raise ValueError(f"head_repeats: expected at least 1, got {head_repeats}")
-        sample_t((0,), t_distribution)  # an unknown distribution fails here, not in the first step
+        sample_intervals((0,), share_equal, t_distribution)  # what cannot be fails here, not in the first step
         check_tokenizer(student, tokenizer)
         if vision is not None:
             check_vision(student, vision)
@@ -78,6 +89,8 @@ class UniFluidObjective(nn.Module):
         self.vision = vision
         self.head_repeats = head_repeats
         self.t_distribution = t_distribution
+        self.guidance = guidance
+        self.share_equal = share_equal
         self.image_weight: Tensor
         self.register_buffer(
             "image_weight",
@@ -105,17 +118,42 @@ class UniFluidObjective(nn.Module):
         groups = draw_groups(batch, count, tokens.device)
         states = student.draw_states(tokens, ids, real, order, groups)
         ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
-        return self._head_loss(states, ordered)
+        if student.head.times == 1:
+            return self._loss_at_times(states, ordered)
+        if self.guidance == 1.0:
+            return self._loss_of_intervals(states, ordered)
+        alone = torch.full_like(ids[:, :1], student.text_tokenizer.bos_token_id)
+        with torch.no_grad():
+            null = student.draw_states(tokens, alone, torch.ones_like(real[:, :1]), order, groups)
+        has_caption = (real.sum(1) > 1).unsqueeze(1).expand(batch, count)
+        return self._loss_of_intervals(states, ordered, torch.where(has_caption, self.guidance, 1.0), null)
 
-    def _head_loss(self, condition: Tensor, tokens: Tensor) -> Tensor:
+    def _loss_of_intervals(
+        self, condition: Tensor, tokens: Tensor, cfg: float | Tensor = 1.0, null: Tensor | None = None
+    ) -> Tensor:
+        """Of a head of two times; condition and null condition [B, N, D], tokens [B, N, C], the scales [B, N]."""
+
+        def repeated(given: Tensor) -> Tensor:
+            return given.expand(self.head_repeats, *given.shape).flatten(0, 1)
+
+        student, data = self.student, repeated(tokens.float())
+        times = sample_intervals(data.shape[:2], self.share_equal, self.t_distribution, tokens.device)
+        loss = mean_flow_loss if student.config.head == "mean_flow" else self_distillation_loss
+        return loss(
+            student.head,
+            repeated(condition),
+            data,
+            times,
+            torch.randn_like(data),
+            cfg=repeated(cfg) if isinstance(cfg, Tensor) else cfg,
+            null_condition=None if null is None else repeated(null),
+            time_scale=student.time_scale,
+        )
+
+    def _loss_at_times(self, condition: Tensor, tokens: Tensor) -> Tensor:
         """Of condition [B, N, D] and tokens [B, N, C]; the repeats share the embedded condition."""
         head, k = self.student.head, self.head_repeats
         batch, count, channels = tokens.shape
-        if head.times == 2:
-            repeated, data = (given.expand(k, -1, -1, -1).flatten(0, 1) for given in (condition, tokens.float()))
-            times = sample_intervals((k * batch, count), distribution=self.t_distribution, device=tokens.device)
-            loss = mean_flow_loss if self.student.config.head == "mean_flow" else self_distillation_loss
-            return loss(head, repeated, data, times, torch.randn_like(data), time_scale=self.student.time_scale)
         embedded = head.cond_embed(condition)
         if self.student.config.head == "ddpm":
             return noise_loss(head, embedded, tokens.expand(k, -1, -1, -1), Diffusion())

@@ -49,6 +49,8 @@ class ObjectiveChoice:
     image_weight: float = 1.0
     head_repeats: int = 4
     t_distribution: str = "lognormal"
+    guidance: float = 1.0
+    share_equal: float = 0.75
 
 
 @dataclass(frozen=True)

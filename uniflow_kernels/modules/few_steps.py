@@ -46,7 +46,8 @@ def mean_flow_loss(
         cfg: the scale of guidance that the head is to have learnt, so that drawing needs none: v becomes
             null + cfg * (v - null), with the head's own velocity under `null_condition`. A number, or one a row, [...]:
             1 for rows whose condition is the null condition.
-        null_condition: [1, Z]; zeros if not given.
+        null_condition: what guidance leads away from: [1, Z] for all rows, or like `condition`, and then a constant;
+            zeros if not given.
         power: 1 in the paper; 0 is the plain squared error.
         eps: of the weight.
         mask: [...], bool: which rows count; all if not given.
@@ -115,11 +116,19 @@ class _Settings(NamedTuple):
     time_scale: float
     errors: Any  # of an objective: `_mean_flow` or `_self_distillation`
 
+    def of(self, rows: slice) -> _Settings:
+        """Those of some rows."""
+        cfg, null = self.cfg, self.null_condition
+        return self._replace(
+            cfg=cfg[rows] if isinstance(cfg, Tensor) else cfg,
+            null_condition=null if null is None or len(null) == 1 else null[rows],
+        )
+
     def guided(self, head: Head, x: Tensor, begin: Tensor, velocity: Tensor, condition: Tensor) -> Tensor:
         """The velocity [M, C] that the head is to learn."""
         if not isinstance(self.cfg, Tensor) and self.cfg == 1.0:
             return velocity
-        null = condition.new_zeros(1, condition.shape[1]) if self.null_condition is None else self.null_condition
+        null = condition.new_zeros(()) if self.null_condition is None else self.null_condition
         cfg = self.cfg[:, None] if isinstance(self.cfg, Tensor) else self.cfg
         with torch.no_grad():
             away = head(
@@ -147,7 +156,7 @@ class _Rows(NamedTuple):
         """Where each chunk stands in the condition, and the chunk; one empty chunk of no rows."""
         for start in range(0, max(1, len(self.data)), most):
             rows = slice(start, start + most)
-            cfg, mask = self.settings.cfg, self.mask
+            mask = self.mask
             yield (
                 rows,
                 _Rows(
@@ -155,7 +164,7 @@ class _Rows(NamedTuple):
                     self.noise[rows],
                     self.times[rows],
                     None if mask is None else mask[rows],
-                    self.settings._replace(cfg=cfg[rows] if isinstance(cfg, Tensor) else cfg),
+                    self.settings.of(rows),
                 ),
             )
 
@@ -220,13 +229,16 @@ def _loss(
     chunk_rows: int | Literal["auto"] | None,
 ) -> Tensor:
     _check(head, condition, data, times, noise, mask, settings)
-    wide, cfg = torch.promote_types(data.dtype, torch.float32), settings.cfg
+    wide, cfg, null = torch.promote_types(data.dtype, torch.float32), settings.cfg, settings.null_condition
     batch = _Rows(
         data.to(wide).flatten(0, -2),
         noise.to(wide).flatten(0, -2),
         times.to(wide).expand(*data.shape[:-1], 2).reshape(-1, 2),
         None if mask is None else mask.flatten(),
-        settings._replace(cfg=cfg.to(wide).flatten() if isinstance(cfg, Tensor) else cfg),
+        settings._replace(
+            cfg=cfg.to(wide).flatten() if isinstance(cfg, Tensor) else cfg,
+            null_condition=None if null is None else null.flatten(0, -2),
+        ),
     )
     condition = condition.flatten(0, -2)
     most = most_at_once("chunk_rows", chunk_rows, len(batch.data), head, condition)
@@ -260,7 +272,10 @@ def _check(
     for name, value in (("mask", mask), ("cfg", cfg)):
         if isinstance(value, Tensor) and value.shape != rows:
             raise ValueError(f"{name}: expected shape {rows}, one value a row, got {tuple(value.shape)}")
-    if null is not None and null.shape != (1, condition.shape[-1]):
-        raise ValueError(f"null_condition: expected shape {(1, condition.shape[-1])}, got {tuple(null.shape)}")
+    if null is not None and null.shape not in ((1, condition.shape[-1]), condition.shape):
+        raise ValueError(
+            f"null_condition: expected shape {(1, condition.shape[-1])} or {tuple(condition.shape)}, "
+            f"got {tuple(null.shape)}"
+        )
     if isinstance(head, FlowHead) and head.times != 2:
         raise ValueError("head: expected one of two times, as FlowHead(times=2) or `for_intervals()` gives")

@@ -244,9 +244,7 @@ def start(
     Raises:
         TypeError, ValueError: as `FlowHead.sample` says.
     """
-    plan.check()
-    if head.times == 2 and plan.solver != "euler":
-        raise ValueError(f"solver: expected euler, since the head knows where a step ends, got {plan.solver}")
+    plan.check(head.times)
     if condition.ndim == 0 or condition.shape[-1] != head.z_channels:
         raise ValueError(f"condition: expected shape [..., {head.z_channels}], got {tuple(condition.shape)}")
     if head.out_channels != head.in_channels:

@@ -8,9 +8,9 @@ from tests.uniflow.training.conftest import Heard, small_objective
 from tests.uniflow.training.test_another_objective import Fit, train
 from uniflow import CheckpointError, UniFlow, UniFlowObjective
 from uniflow.data import PictureList, RandomCrops
+from uniflow.evaluation.validation import ReconstructionValidator
 from uniflow.training import Recipe, Stage
 from uniflow.training.sizes import sizes_of
-from uniflow.training.validation import ReconstructionValidator
 
 STAGES = (Stage(2, warmup_steps=0), Stage(2, warmup_steps=0, image_size=24), Stage(1, "decoder", warmup_steps=0))
 

@@ -13,16 +13,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from tests.conftest import smooth_picture
+from tests.uniflow.evaluation.conftest import colours  # noqa: F401
 from tests.uniflow.training.conftest import Heard, small_crops, small_objective
 from uniflow import EncoderTeacher, UniFlow
 from uniflow.data import PictureList, RandomCrops, Sample
-from uniflow.metrics import psnr, ssim
+from uniflow.evaluation import FeatureNetwork
+from uniflow.evaluation.similarity import psnr, ssim
+from uniflow.evaluation.validation import ReconstructionValidator
 from uniflow.normalization import normalize, to_uint8
 from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
 from uniflow.training import Stage
 from uniflow.training.optimization import set_learning_rates
 from uniflow.training.processes import Processes, ProcessLostError
-from uniflow.training.validation import ReconstructionValidator
 from uniflow_kernels import seeded_noise
 
 
@@ -317,22 +319,28 @@ def test_validation_scores_center_crops(make, picture_folder):
     assert torch.equal(validation.samples[:, :16, 16:], originals[1])
 
 
-def test_processes_share_the_pictures_to_validate_on(picture_folder):
+def test_processes_share_the_pictures_to_validate_on(picture_folder, colours):  # noqa: F811
     files = sorted(path for path in picture_folder.rglob("*") if path.is_file())
     student = small_objective().student
 
-    class Counted(Processes):
-        def average(self, values):
-            totals.append(values)
-            return values / self.world
+    class Together(Processes):
+        """The first, last of all, is given what the other one gave."""
 
-    totals = []
-    for rank in (0, 1):
-        ReconstructionValidator(files, 1).score(student, 1, Counted(rank, 2))  # the second has one picture less
-    alone = ReconstructionValidator(files, 1).score(student, 1, Processes())
-    psnr_sum, ssim_sum, pictures = sum(totals).tolist()
-    assert pictures == 3
-    assert alone.scores == pytest.approx({"psnr": psnr_sum / 3, "ssim": ssim_sum / 3})
+        def to_first(self, value):
+            given[self.rank].append(value)
+            return [given[rank][len(given[0]) - 1] for rank in (0, 1)] if self.first else []
+
+        def from_first(self, make):
+            return make()
+
+    given = [], []
+    network = FeatureNetwork(colours, torch.device("cpu"))
+    for rank in (1, 0):  # the second has one picture less
+        together = ReconstructionValidator(files, 1, network).score(student, 1, Together(rank, 2))
+    assert len(given[0]) == len(given[1]) == 2
+    alone = ReconstructionValidator(files, 1, network).score(student, 1, Processes())
+    assert alone.scores == together.scores
+    assert alone.scores["rfid"] > 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -31,15 +31,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def both(act: Callable[[], int | None], folder: Path) -> list[tuple[str, int]]:
-    """Let two processes of a job act and exit; what each said on stderr, and its status."""
+def both(act: Callable[[], int | None], folder: Path, world: int = 2) -> list[tuple[str, int]]:
+    """Let two (or more) processes of a job act and exit; what each said on stderr, and its status."""
     port = free_port()
 
     def act_as(rank: int) -> int | None:
-        os.environ.update(environment(rank, 2, port))
+        os.environ.update(environment(rank, world, port))
         return act()
 
-    said = [folder / f"stderr-{rank}" for rank in (0, 1)]
+    said = [folder / f"stderr-{rank}" for rank in range(world)]
     started = [fork(partial(act_as, rank), file) for rank, file in enumerate(said)]
     statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
     return [(file.read_text(), status) for file, status in zip(said, statuses, strict=True)]
