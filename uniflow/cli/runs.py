@@ -26,7 +26,7 @@ from uniflow.training import Trainer
 from uniflow.training.changes import check_alike, settings_of
 from uniflow.training.checkpoints import check, newest_first, newest_whole, rests, step_of
 from uniflow.training.lock import held
-from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard
+from uniflow.training.logs import JsonLines, Log, SamplePictures, TensorBoard, WeightsAndBiases
 from uniflow.training.processes import Processes, joined
 from uniflow.training.recipe import AnyRun, Recipe, read_run
 from uniflow.training.state import read_progress, read_settings
@@ -41,10 +41,16 @@ _OF_A_RUN = (
     "checkpoints/step-*",
     "samples/step-*.png",
     "tensorboard/events.out.tfevents.*",
+    "wandb/run-*",
+    "wandb/offline-run-*",
     "log.jsonl",
     "log-*.jsonl",
     "failure-*",
 )
+
+
+# keys of a run that change nothing about what is trained
+_NOT_OF_THE_TRAINING = ("out", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,17 @@ def train_as_written(
     if out is None:
         raise InputError(f"{config}: out: expected a folder here or as --out")
     check_folder(out)
+    is_utf8 = os.fsencode(out) == str(out).encode(errors="replace")
     if run.tensorboard:
         check_installed("tensorboard")
-        if os.fsencode(out) != str(out).encode(errors="replace"):
+        if not is_utf8:
             raise InputError(f"{out}: TensorBoard writes to folders whose names are UTF-8; or say tensorboard: false")
+    if run.wandb is not None:
+        check_installed("wandb", extra="wandb")
+        if not is_utf8:
+            raise InputError(f"{out}: Weights & Biases takes folders whose names are UTF-8; or leave out wandb")
     chosen = choose_device(device)
-    settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", "out", "tensorboard")}
+    settings = {key: value for key, value in asdict(run).items() if key not in ("recipe", *_NOT_OF_THE_TRAINING)}
     with joined(chosen) as (processes, own_device):
         with explained():
             check_alike(settings_of(run.recipe, {**settings, "out": out}), processes)
@@ -132,7 +143,7 @@ def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None
         _delete([*(_newer(out, start) if start and _is_of(out, start) else _of_a_run(out)), *rests(out)])
     processes.wait()
     with ExitStack() as stack:
-        for log in _logs(run, out, trainer.progress.step, processes, stack):
+        for log in _logs(run, out, trainer, stack):
             stack.callback(log.close)
             trainer.logs.append(log)
         stack.enter_context(_at_sigterm(trainer.stop))
@@ -140,7 +151,7 @@ def _train(run: AnyRun, out: Path, start: Path | None, trainer: Trainer) -> None
     if processes.first:
         done = "trained" if losses else "nothing was left to train"
         state = done if trainer.finished else "stopped"
-        last = f", last loss {losses[-1]:.4f}" if losses else ""
+        last = f", last loss {losses[-1]:z.4f}" if losses else ""
         skipped = f", {trainer.progress.skipped} unreadable pictures skipped" if trainer.progress.skipped else ""
         say(f"{state} at step {trainer.progress.step}{last}{skipped}; checkpoint in {trainer.latest}")
 
@@ -204,12 +215,16 @@ def _delete(paths: list[Path]) -> None:
             path.unlink()
 
 
-def _logs(run: AnyRun, out: Path, step: int, processes: Processes, stack: ExitStack) -> list[Log]:
+def _logs(run: AnyRun, out: Path, trainer: Trainer, stack: ExitStack) -> list[Log]:
+    processes, step = trainer.processes, trainer.progress.step
     if not processes.first:  # the others have nothing to say but which pictures they skipped
         return [SkippedPictures(), JsonLines(out / f"log-{processes.rank}.jsonl", step)]
     logs: list[Log] = [SkippedPictures(), JsonLines(out / "log.jsonl", step), SamplePictures(out / "samples")]
     if run.tensorboard:
         logs.append(TensorBoard(out / "tensorboard", step))
+    if run.wandb is not None:
+        with explained():
+            logs.append(WeightsAndBiases(out, run.wandb, trainer.settings))
     return [*logs, stack.enter_context(TrainingBar())]
 
 
@@ -222,11 +237,11 @@ def _at_sigterm(act: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_installed(*modules: str) -> None:
+def check_installed(*modules: str, extra: str = "train") -> None:
     """Refuse to train without optional packages, naming the extra."""
     for module in modules:
         if find_spec(module) is None:
-            raise InputError(f"training needs {module}: pip install 'uniflow-kernels[train]'")
+            raise InputError(f"training needs {module}: pip install 'uniflow-kernels[{extra}]'")
 
 
 def find_shards(pattern: str) -> list[Path]:

@@ -36,7 +36,7 @@ class TrainingBar(Log):
         """Show where the run is."""
         minutes, seconds = divmod(round(report.seconds_left), 60)
         state = (
-            f"step {report.step}  loss {report.loss:.3f}  {report.images_per_second:.0f} images/s  "
+            f"step {report.step}  loss {report.loss:z.3f}  {report.images_per_second:.0f} images/s  "
             f"{minutes}:{seconds:02} left"
         )
         if report.skipped:

@@ -1,11 +1,13 @@
-"""What a run reports: a line of JSON a report, TensorBoard, and how much of the GPU is used."""
+"""What a run reports: a line of JSON a report, TensorBoard, Weights & Biases, and how much of the GPU is used."""
 
 from __future__ import annotations
 
 import json
 import math
 import resource
+import secrets
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -132,6 +134,17 @@ def _lines_until(path: Path, step: int) -> list[str]:
     return kept
 
 
+def _curves(report: Report) -> dict[str, float]:
+    """The numbers of a step as curves are named: train/loss, and alpha/1 for the first of a list."""
+    curves: dict[str, float] = {}
+    for name, value in report.values().items():
+        if isinstance(value, list):
+            curves |= {f"{name}/{place}": number for place, number in enumerate(value, start=1)}
+        elif value is not None and name != "step":
+            curves[f"train/{name}"] = value
+    return curves
+
+
 class TensorBoard(Log):
     """Scalars and sample pictures for TensorBoard; steps after `start` are taken out."""
 
@@ -142,12 +155,8 @@ class TensorBoard(Log):
 
     def report(self, report: Report) -> None:
         """One curve a number; those of a list (alpha and weights of the layers) count from 1."""
-        for name, value in report.values().items():
-            if isinstance(value, list):
-                for place, number in enumerate(value, start=1):
-                    self._writer.add_scalar(f"{name}/{place}", number, report.step)
-            elif value is not None and name != "step":
-                self._writer.add_scalar(f"train/{name}", value, report.step)
+        for name, value in _curves(report).items():
+            self._writer.add_scalar(name, value, report.step)
 
     def validation(self, validation: Validation) -> None:
         """Scores and pictures."""
@@ -166,6 +175,62 @@ class TensorBoard(Log):
     def close(self) -> None:
         """Write what is waiting."""
         self._writer.close()
+
+
+class WeightsAndBiases(Log):
+    """Scalars and sample pictures for a project of Weights & Biases, with the names that TensorBoard's have.
+
+    The folder keeps which run it is: a run that goes on is the same one there, in which steps that come again stand
+    twice. Where it is sent, and whether (WANDB_MODE=offline), is for that package to know.
+
+    Args:
+        folder: for its files, beside a folder `wandb` that it makes.
+        project: its name.
+        settings: what the run is made with.
+
+    Raises:
+        ValueError: if the package cannot begin, as without an account.
+    """
+
+    def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        known = folder / "wandb" / "run-id"
+        known.parent.mkdir(parents=True, exist_ok=True)
+        own = known.read_text(encoding="utf-8") if known.exists() else secrets.token_hex(4)
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.resolve().name,
+                dir=folder,
+                id=own,
+                resume="allow",
+                config=dict(settings),
+                settings=wandb.Settings(console="off"),  # what the command prints is for whoever reads it
+            )
+        except wandb.Error as error:
+            raise ValueError(f"wandb: {error}") from None
+        with replacing(known) as temporary:
+            temporary.write_text(own, encoding="utf-8")
+        # by its own count a step that is reported after a later validation would be dropped
+        self._run.define_metric("*", step_metric="step")
+        self._image = wandb.Image
+
+    def report(self, report: Report) -> None:
+        """One curve a number; those of a list count from 1."""
+        self._run.log({"step": report.step, **_curves(report)})
+
+    def validation(self, validation: Validation) -> None:
+        """Scores and pictures."""
+        found = {f"validation/{name}": score for name, score in validation.scores.items() if score is not None}
+        values: dict[str, Any] = {"step": validation.step, **found}
+        if validation.samples is not None:
+            values["validation/samples"] = self._image(validation.samples.permute(1, 2, 0).numpy())
+        self._run.log(values)
+
+    def close(self) -> None:
+        """Send what is waiting."""
+        self._run.finish()
 
 
 class SamplePictures(Log):

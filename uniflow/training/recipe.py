@@ -247,13 +247,25 @@ class DataChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class AnyRun:
-    """What every run says, whatever it trains; paths are relative to where the command runs."""
+    """What every run says, whatever it trains; paths are relative to where the command runs.
+
+    Attributes:
+        recipe: how it is trained.
+        out: folder for checkpoints and logs.
+        tensorboard: whether it is logged for TensorBoard.
+        wandb: the project of Weights & Biases that it is logged to, if any.
+    """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
 
     recipe: Recipe
     out: Path | None = None
     tensorboard: bool = True
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.wandb is not None and not self.wandb.strip():
+            raise ValueError("wandb: expected the name of a project, got an empty one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -137,3 +138,82 @@ def test_skipped_pictures_are_said(capfd, run_file, out, tmp_path):
     skipped = json.loads((out / "checkpoints" / "step-00000020" / "progress.json").read_text())["skipped"]
     assert f", {skipped} unreadable pictures skipped; checkpoint in" in printed.out
     assert "\x1b[31m" not in printed.out + printed.err
+
+
+WANDB = '''
+"""Stands for the package: writes what it is told to a file."""
+import json, os
+from pathlib import Path
+
+class Error(Exception):
+    pass
+
+class Settings(dict):
+    pass
+
+class Image:
+    def __init__(self, pixels):
+        self.shape = list(pixels.shape)
+
+class Run:
+    def __init__(self, id):
+        self.id = id
+    def write(self, **values):
+        with open(os.environ["WANDB_SAID"], "a") as file:
+            file.write(json.dumps({"id": self.id, **values}, default=lambda value: value.shape) + "\\n")
+    def define_metric(self, name, step_metric):
+        self.write(defined=[name, step_metric])
+    def log(self, values):
+        self.write(logged=values)
+    def finish(self):
+        self.write(finished=True)
+
+def init(project, name, dir, id, resume, config, settings):
+    if project == "refused":
+        raise Error("No API key configured")
+    run = Run(id)
+    run.write(begun=[project, name, str(dir), resume, config["recipe"]["batch_size"]])
+    return run
+'''
+
+
+def test_weights_and_biases(capsys, train_file, out, tmp_path, monkeypatch):  # noqa: F811
+    recipe = "{{stages: [{{steps: {}}}], batch_size: 2, log_every: 1, validate_every: 2}}"
+    config = train_file(recipe=recipe.format(2), wandb="mine")
+    assert "needs wandb: pip install 'uniflow-kernels[wandb]'" in fails(capsys, "train", config)
+    assert "wandb: expected the name of a project" in fails(capsys, "train", train_file(wandb="' '"))
+    assert not out.exists()
+
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    monkeypatch.setenv("WANDB_SAID", str(tmp_path / "said"))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    ok(capsys, "train", train_file(recipe=recipe.format(2), wandb="mine"))
+    ok(capsys, "train", train_file(recipe=recipe.format(3), wandb="mine"), "--resume", "auto")
+    said = [json.loads(line) for line in (tmp_path / "said").read_text().splitlines()]
+    assert len({line["id"] for line in said}) == 1  # it goes on with the same run there
+    assert [line["begun"] for line in said if "begun" in line] == [["mine", "run", str(out), "allow", 2]] * 2
+    logged = [line["logged"] for line in said if "logged" in line]
+    assert {line["step"]: line["train/loss"] for line in logged if "train/loss" in line} == losses(out)
+    (scores,) = [line for line in logged if "validation/psnr" in line]
+    assert scores["step"] == 2
+    assert scores["validation/samples"][-1] == 3  # [H, W, 3]
+    assert [line for line in said if "finished" in line or "defined" in line] == [
+        {"id": said[0]["id"], **line} for line in ({"defined": ["*", "step"]}, {"finished": True}) * 2
+    ]
+    ok(capsys, "train", train_file(recipe=recipe.format(2), wandb="mine"), "--force")
+    assert json.loads((tmp_path / "said").read_text().splitlines()[-1])["id"] != said[0]["id"]
+    refused = fails(capsys, "train", train_file(recipe=recipe.format(2), wandb="refused"), "--force")
+    assert refused == "uniflow: wandb: No API key configured"
+
+
+def test_a_loss_of_zero_has_no_sign(capsys, train_file, out):  # noqa: F811
+    """One just below zero, as rounding makes it, is shown as zero."""
+    recipe = "{stages: [{steps: 1}], log_every: 1}"
+    config = train_file(recipe=recipe, objective="{flow_weight: -1.0e-9, distill_weight: 0}")
+    assert run(["train", str(config)]) == 0
+    printed = capsys.readouterr()
+    assert -1e-7 < losses(out)[1] < 0
+    assert ", last loss 0.0000;" in printed.out
+    assert "loss 0.000 " in printed.err

@@ -1,0 +1,85 @@
+"""The recipes in examples/: each value says where it is from, and what they describe trains."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import GOLDEN, smooth_picture
+from uniflow import UniFlow
+from uniflow.cli import run
+from uniflow.training.recipe import Run, read_run
+
+transformers, yaml = pytest.importorskip("transformers"), pytest.importorskip("yaml")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ("uniflow_internvit.yaml", "uniflow_dinov2.yaml")
+SIZE = 28  # pixels; half of what both encoders below were made for
+
+
+def internvit(folder):
+    """That of the golden checkpoint, alone."""
+    folder.mkdir()
+    encoder = UniFlow.from_pretrained(GOLDEN).state_dict()
+    kept = {key: value for key, value in encoder.items() if key.startswith(("embeddings.", "encoder."))}
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((GOLDEN / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "intern_vit_6b"}))
+
+
+def dinov2(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_value_says_where_it_is_from(name):
+    for line in (EXAMPLES / name).read_text().splitlines():
+        if re.match(r"[\s-]*\w+: *[^\s#]", line):
+            assert re.search(r"  # (paper|release|ours)\b", line), line
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_the_paper_says(name):
+    run = read_run(EXAMPLES / name, Run)
+    recipe, objective = run.recipe, run.objective
+    assert {stage.train for stage in recipe.stages} == {"all"}
+    assert sum(stage.steps for stage in recipe.stages) == 70_000
+    assert abs(recipe.batch_size - 550) < 15
+    for processes in (1, 8, 16):
+        recipe.micro_batches(processes)
+    assert (objective.beta, objective.flow_weight, objective.distill_weight) == (2.0, 1.0, 1.0)
+    assert (run.model.config["global_blocks_depth"], run.model.config["latent_ch"]) == (6, 64)
+
+
+@pytest.mark.parametrize(("name", "make"), list(zip(RECIPES, (internvit, dinov2), strict=True)))
+def test_a_step_of_each_stage(name, make, tmp_path, capsys):
+    """With a small encoder, small batches and everything else as it stands."""
+    make(tmp_path / "encoder")
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        smooth_picture((80, 70), number).save(tmp_path / "pictures" / f"{number}.png")
+    recipe = yaml.safe_load((EXAMPLES / name).read_text())
+    recipe["model"] |= {"encoder": str(tmp_path / "encoder"), "image_size": SIZE}
+    recipe["data"].pop("shards")
+    recipe["data"] |= {"folder": str(tmp_path / "pictures"), "validation": str(tmp_path / "pictures")}
+    recipe["recipe"] |= {"batch_size": 2, "micro_batch_size": 1, "workers": 0, "log_every": 1, "validate_every": 1}
+    for stage in recipe["recipe"]["stages"]:
+        stage["steps"] = 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**recipe, "tensorboard": False}))
+    assert run(["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    reports = [line for line in lines if "loss" in line]
+    assert len(reports) == len(recipe["recipe"]["stages"])
+    for report in reports:
+        assert report["gradient_norm"] > 0
+        assert len(report["weights"]) == 3  # the teacher's layers
+        assert report["encoder_learning_rate"] is not None
+    latest = max((tmp_path / "run" / "checkpoints").iterdir())
+    config = UniFlow.from_pretrained(latest).config
+    assert config.image_size == SIZE
+    assert (config.latent_ch, config.global_blocks_depth, config.num_decoder_layers) == (64, 6, 12)
