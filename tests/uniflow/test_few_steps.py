@@ -129,12 +129,12 @@ def test_it_learns_one_step(tiny):
         error = lambda: (model(images[:1], steps=1, seed=3) - images[:1]).square().mean().item()  # noqa: E731, B023
         with torch.no_grad():
             before = error()
-        for _ in range(60):
+        for _ in range(20):
             optimizer.zero_grad()
             objective(images).total.backward()
             optimizer.step()
         with torch.no_grad():
-            assert error() < 0.3 * before
+            assert error() < 0.7 * before
 
 
 def test_bad_choices(tiny, two):
