@@ -1,9 +1,10 @@
-"""Files that are either whole or not there: written beside their place, then renamed into it."""
+"""Files that are either whole or not there: written beside or below their place, then renamed into it."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,35 @@ def replacing(path: str | Path) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
+@contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """Give a temporary folder inside `folder`, which is there; its files become that one's if the block ends well.
+
+    For writers that take a folder and choose the names of their files. config.json comes last, by which readers know
+    what the rest is. If the block does not end well all of it is deleted.
+    """
+    folder = Path(folder)
+    temporary = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    with _lock:
+        _unfinished.add(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+            with replacing(folder / path.name) as place:  # for the umask's mode
+                os.replace(path, place)
+    finally:
+        _delete(temporary)
+        _unfinished.discard(temporary)
+
+
+def _delete(temporary: Path) -> None:
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        temporary.unlink(missing_ok=True)
+
+
 def _made(temporary: Path, path: Path) -> int:
     """Make the empty file, and say which mode it has: only so the umask is learned without a change of it."""
     try:
@@ -54,4 +84,4 @@ def discard_unfinished() -> None:
     """Delete what is being written, in any thread, and let nothing new be begun: the process is about to end."""
     _lock.acquire()
     for temporary in list(_unfinished):
-        temporary.unlink(missing_ok=True)
+        _delete(temporary)

@@ -117,7 +117,7 @@ def configuration(values: Mapping[str, Any], source: str, supported: Callable[[s
         if callable(getattr(own, name, None)):  # what is no field would become an attribute, in a method's place
             raise ValueError(f"{source}: transformers has no field {name} in a configuration of the kind {kind!r}")
     # by way of a file: where the package reads one, it brings what older versions wrote up to date
-    with TemporaryDirectory() as folder, _quiet(transformers):
+    with TemporaryDirectory() as folder, quiet(transformers):
         (Path(folder) / "config.json").write_text(json.dumps(kept), encoding="utf-8")
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -172,7 +172,7 @@ def loaded_model(
         ValueError: if the package makes none of the configuration.
     """
     transformers = transformers_package()
-    with _explained(config, source), _quiet(transformers):
+    with _explained(config, source), quiet(transformers):
         sketch = outline(lambda: auto.from_config(config, trust_remote_code=False, **options), state, source)
         model, info = type(sketch).from_pretrained(
             None,
@@ -209,8 +209,8 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the package's bars and tables, which say at length what an error here says in a line."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Without the bars and tables of the transformers package, which say at length what an error says in a line."""
     logging = transformers.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

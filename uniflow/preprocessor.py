@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ _BICUBIC = 3  # Pillow's number
 _CLOSE = 1e-3  # that some files round to
 
 
-def preprocessor_values(image_size: int) -> dict[str, Any]:
-    """Resized to cover a square, its middle cut out, in [0, 1], normalised with ImageNet's mean and std."""
+def preprocessor_values(
+    image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> dict[str, Any]:
+    """Resized to cover a square, its middle cut out, in [0, 1], normalised with a mean and std, one a channel."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -28,16 +31,21 @@ def preprocessor_values(image_size: int) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(IMAGENET_MEAN),
-        "image_std": list(IMAGENET_STD),
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
 
 
 def write_preprocessor(folder: str | Path, image_size: int) -> Path:
     """Write the file for a tokenizer of a trained size; the folder is made if need be."""
+    return write_values(folder, preprocessor_values(image_size))
+
+
+def write_values(folder: str | Path, values: Mapping[str, Any]) -> Path:
+    """Write the file with other values; the folder is made if need be."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / PREPROCESSOR) as path:
-        path.write_text(json.dumps(preprocessor_values(image_size), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return Path(folder) / PREPROCESSOR
 
 

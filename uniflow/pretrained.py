@@ -138,9 +138,7 @@ def pretrained_encoder(
         preprocessor = Path(source) / "preprocessor_config.json"
         said = read_json(preprocessor) if preprocessor.exists() else {}
         mean, std = mean or said.get("image_mean", IMAGENET_MEAN), std or said.get("image_std", IMAGENET_STD)
-        # of an InternVL of the transformers package the vision part alone is made
-        alone = kind == "internvl_vision"
-        return _from_huggingface(_read_model(Path(source), config if alone else values, alone), mean, std)
+        return _from_huggingface(_read_model(Path(source), values)[0], mean, std)
     if (tuple(mean or IMAGENET_MEAN), tuple(std or IMAGENET_STD)) != (IMAGENET_MEAN, IMAGENET_STD):
         which = "a UniFlow's folder says them" if kind == WITH_ENCODER else "encoders of the InternViT kind have these"
         raise ValueError(f"mean, std: expected ImageNet's, since {which}")
@@ -266,8 +264,44 @@ def _refuse_kind(source: str, kind: object, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{source}: {name} is not supported: layers would take the size of the grid for it")
 
 
-def _read_model(folder: Path, values: dict[str, Any], alone: bool) -> nn.Module:
-    """The model in a folder of the transformers package, or its vision part, if what is used of it has its weights."""
+def unused_tensors(source: str | Path, kind: str) -> dict[str, Tensor]:
+    """What the vision model in a folder of the transformers package has beside an encoder: a last norm, a pooler ...
+
+    Args:
+        source: a folder, or a repository on the Hub.
+        kind: of the vision model, as a description has it: "vit" for a ViT-MAE.
+
+    Returns:
+        Tensors by the names that the vision model has for them.
+
+    Raises:
+        FileNotFoundError, CheckpointError, ImportError: as of `pretrained_encoder`.
+        ValueError: as there; if the vision model is of another kind.
+    """
+    folder = local_folder(source)
+    model, missing = _read_model(folder, read_config(folder))
+    vision: Any = vision_part(model)
+    found = vision.config.model_type
+    if found != kind and (found, kind) != ("vit_mae", "vit"):
+        raise ValueError(f"original: expected a {kind}, as the encoder is, got a {found}")
+    place = next(name for name, module in model.named_modules() if module is vision)
+    used = {name for name, module in vision.named_modules() if any(module is part for part in used_parts(vision))}
+    return {
+        name: tensor
+        for name, tensor in vision.state_dict().items()
+        if f"{place}.{name}".lstrip(".") not in missing
+        and (name.endswith(_NOT_NEEDED) or not any(name.startswith(f"{part}.") for part in used))
+    }
+
+
+def _read_model(folder: Path, values: dict[str, Any]) -> tuple[nn.Module, list[str]]:
+    """The model in a folder of the transformers package, if what is used of it has its weights; keys that have none.
+
+    Of an InternVL the vision part alone is made.
+    """
+    config_of_vision = vision_config(values)
+    alone = config_of_vision.get("model_type") == "internvl_vision"
+    values = config_of_vision if alone else values
     _refuse_kind(str(folder), values.get("model_type"), values)
     config = configuration(values, str(folder), _is_vision)
     state = read_state(folder, mark="encoder.layer.0." if alone else None, usual="model.vision_tower.")
@@ -283,7 +317,7 @@ def _read_model(folder: Path, values: dict[str, Any], alone: bool) -> nn.Module:
             for kind, keys in wrong.items()
         },
     )
-    return model
+    return model, wrong["missing"]
 
 
 def _check_statistics(name: str, values: Sequence[float]) -> None:

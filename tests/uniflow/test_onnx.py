@@ -84,4 +84,4 @@ def test_the_command_writes_programs(model, programs, tmp_path, capsys, monkeypa
     assert run(command) == 2
     assert "exists; --force overwrites it" in capsys.readouterr().err
     assert run([*command[:-1], "tflite"]) == 2
-    assert "--format: expected onnx or pt2, got 'tflite'" in capsys.readouterr().err
+    assert "--to: expected one of onnx, pt2, transformers, internvit, got 'tflite'" in capsys.readouterr().err

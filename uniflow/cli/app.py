@@ -329,16 +329,29 @@ def export(
     checkpoint: Checkpoint,
     out: OutFolder,
     weights: Weights = None,
-    kind: Annotated[str, typer.Option("--format", help="onnx, or pt2 for torch.export.")] = "onnx",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps of the decoder.")] = 1,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", "--format", help="onnx, or pt2 for torch.export; transformers or internvit for the encoder alone."
+        ),
+    ] = "onnx",
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps of the decoder; 1 if not given.")
+    ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that the encoder came from, or OWNER/NAME, for its last norm and pooler.", show_default=False
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
-    """Write encoder and decoder as files that run without this package, for every batch and size."""
+    """Write encoder and decoder, or the encoder alone, as files that run without this package."""
     from uniflow.cli.export import export
     from uniflow.cli.inputs import Named
 
-    export(Named(checkpoint, weights), out, kind, steps, dtype, force)
+    export(Named(checkpoint, weights), out, to, steps, original, dtype, force)
 
 
 @app.command()
