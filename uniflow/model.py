@@ -356,10 +356,15 @@ class UniFlow(Stored, Resizable):
         height, width = (extent // patch * patch for extent in images.shape[-2:])
         return self.decode(self.encode(images), size=(height, width), **sampling)
 
-    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
-        """Recompute every layer and flow block in the backward pass instead of keeping its activations."""
+    def gradient_checkpointing_enable(self, enable: bool = True, flow_head: bool = True) -> None:
+        """Recompute layers in the backward pass instead of keeping their activations: the same numbers, less memory.
+
+        Args:
+            enable: whether the encoder's layers and the global blocks are recomputed.
+            flow_head: whether the flow head's blocks are, too.
+        """
         self.encoder.gradient_checkpointing = enable
-        self.flow_head.net.grad_checkpointing = enable
+        self.flow_head.net.grad_checkpointing = enable and flow_head
 
     @classmethod
     def from_encoder(

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.live_bytes import LiveBytes
 from uniflow import EncoderTeacher, UniFlowObjective, normalize
 from uniflow_kernels import layerwise_distillation, patchify
 
@@ -232,6 +233,43 @@ def test_the_teacher_does_not_run_beside_a_frozen_encoder(tiny):
     next(objective.student.encoder.parameters()).requires_grad_()
     objective(images, t, noise)
     assert calls == [1, 1, 1]
+
+
+def test_a_frozen_encoder_keeps_no_activations(tiny):
+    objective, kept = UniFlowObjective(tiny(drop_path_rate=0.5)), []
+    for name, parameter in objective.student.named_parameters():
+        parameter.requires_grad_(not name.startswith(objective.student.pretrained_parts))
+
+    def count(module, *_):
+        kept.append((module, len(saved)))
+
+    saved = []
+    for hook in ("register_forward_pre_hook", "register_forward_hook"):
+        for layer in (objective.student.embeddings, *objective.student.encoder.layers):
+            getattr(layer, hook)(count)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        objective(torch.randn(2, 3, 16, 16))
+    assert len(kept) == 6
+    assert {already for _, already in kept} == {0}
+    assert saved  # of the decoder
+
+
+def test_recomputing_takes_less_memory_for_the_same_numbers(tiny):
+    objective = UniFlowObjective(
+        tiny(drop_path_rate=0.3, num_decoder_layers=4, image_size=32).train(), chunk_tokens=None
+    )
+    images, peaks, found = torch.randn(8, 3, 32, 32), [], []
+    for enable, flow_head in ((False, True), (True, False), (True, True)):
+        objective.student.gradient_checkpointing_enable(enable, flow_head)
+        objective.zero_grad()
+        torch.manual_seed(0)
+        with LiveBytes() as live:
+            objective(images).total.backward()
+        peaks.append(live.peak)
+        found.append([parameter.grad for parameter in objective.student.parameters()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+    assert peaks[1] < 0.8 * peaks[0]
+    assert peaks[2] < 0.8 * peaks[1]
 
 
 def test_t_and_noise_are_drawn_when_not_given(tiny):

@@ -75,6 +75,7 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
             teacher = EncoderTeacher.from_pretrained(model.encoder, dtype="float32").to(device)
         made = UniFlowObjective(student, **(asdict(objective) | {"teacher": teacher, "distill_weight": weight}))
         made.resize(made.image_size if model.image_size is None else model.image_size)
+        student.gradient_checkpointing_enable(model.checkpointing != "none", flow_head=model.checkpointing == "all")
     return made
 
 

@@ -168,7 +168,8 @@ class ModelChoice:
 
     `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
     decoder's around an encoder. `image_size`, in pixels, `drop_path_rate` and `latent_noise` take the place of what any
-    of them has.
+    of them has. `checkpointing` recomputes activations in the backward pass: those of the encoder's layers and the
+    global blocks ("encoder"), or of the flow head's blocks too ("all").
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -180,12 +181,14 @@ class ModelChoice:
     image_size: int | None = None
     drop_path_rate: float | None = None
     latent_noise: float | None = None
+    checkpointing: Literal["none", "encoder", "all"] = "none"
 
     def __post_init__(self) -> None:
         if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
             raise ValueError("expected one of preset, checkpoint and encoder")
         if self.checkpoint is not None and self.config:
             raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
+        _one_of(self, "checkpointing", ("none", "encoder", "all"))
         for name in ("image_size", "drop_path_rate", "latent_noise"):
             if getattr(self, name) is not None and name in self.config:
                 raise ValueError(f"{name}: is said twice, the other time in config")

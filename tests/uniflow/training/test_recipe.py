@@ -3,8 +3,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from uniflow.cli.runs import costs_of
+from uniflow.cli.train import _objective
 from uniflow.training import Recipe, Stage
 from uniflow.training import recipe as module
 from uniflow.training.recipe import Run, read_run
@@ -135,3 +137,15 @@ def test_what_a_gpu_would_gain_is_said(monkeypatch):
     ]
     monkeypatch.setattr(module, "why_not_launched", lambda: None)
     assert costs_of(Recipe((Stage(1),), workers=4).on("cuda")) == ""
+
+
+@pytest.mark.parametrize(("said", "layers", "blocks"), [("none", 0, 0), ("encoder", 1, 0), ("all", 1, 1)])
+def test_what_is_recomputed(tmp_path, said, layers, blocks):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{preset: tiny, latent_noise: 0.3, checkpointing: {said}}}\n"
+        "data: {folder: pictures}\nrecipe: {stages: [{steps: 1}]}\n"
+    )
+    student = _objective(read_run(file, Run), torch.device("cpu")).student
+    assert (student.encoder.gradient_checkpointing, student.flow_head.net.grad_checkpointing) == (layers, blocks)
+    assert student.config.latent_noise == 0.3
