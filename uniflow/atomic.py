@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _unfinished: set[Path] = set()
 _lock = threading.Lock()
@@ -40,6 +42,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     finally:
         _unfinished.discard(temporary)
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write values to `path`, indented as people read it, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

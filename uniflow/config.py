@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from uniflow.atomic import replacing
+from uniflow.atomic import write_json
 from uniflow.reading import check_folder, read_json, shown
 
 GLOBAL_BLOCK_HEADS = 16  # the release's global blocks have 16 heads whatever the width
@@ -330,8 +329,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def write_config(folder: str | Path, values: dict[str, Any]) -> None:
     """Write `folder`/config.json, whole or not at all; the folder is made if need be."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(folder) / "config.json") as path:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "config.json", values)
 
 
 # a config.json must say these; a guess would build another model than the checkpoint's

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from uniflow.atomic import replacing
+from uniflow.atomic import replacing, write_json
 from uniflow.latents import LatentsError, check_tokenizer, fingerprint, hash_weights, meaning
 from uniflow.model import UniFlow
 from uniflow.reading import check_folder, parse_json, read_json, shown
@@ -115,7 +115,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """To its place in the folder, which is made if need be."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / MANIFEST, {"format": _FORMAT, **asdict(self)})
+        write_json(folder / MANIFEST, {"format": _FORMAT, **asdict(self)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -231,7 +231,7 @@ def finish(folder: Path, manifest: Manifest) -> tuple[int, list[str]]:
         skipped += said["skipped"]
     deviation = np.sqrt(total.squares / max(total.count, 1))
     values = {"mean": total.mean.tolist(), "std": deviation.tolist(), "rows": rows, "skipped": len(skipped)}
-    _write_json(folder / STATISTICS, values)
+    write_json(folder / STATISTICS, values)
     return sum(rows), skipped
 
 
@@ -350,8 +350,3 @@ class LatentSet:
         if labels.shape != (len(self),):
             raise LatentsError(f"{self.folder}: expected a label for each of {len(self)} latents, got {len(labels)}")
         return labels
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

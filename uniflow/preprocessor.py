@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uniflow.atomic import replacing
+from uniflow.atomic import write_json
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow.reading import read_json, shown
 
@@ -44,8 +43,7 @@ def write_preprocessor(folder: str | Path, image_size: int) -> Path:
 def write_values(folder: str | Path, values: Mapping[str, Any]) -> Path:
     """Write the file with other values; the folder is made if need be."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(folder) / PREPROCESSOR) as path:
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / PREPROCESSOR, values)
     return Path(folder) / PREPROCESSOR
 
 

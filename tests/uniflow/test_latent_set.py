@@ -87,17 +87,18 @@ def test_shards_give_what_folders_give(capsys, class_folders, tmp_path):
 
 def dies_at(place, monkeypatch):
     """Let this process be killed while it writes the file of that number, which it then has written half."""
-    written = itertools.count()
+    written, whole = itertools.count(), atomic.replacing
 
     @contextmanager
     def replacing(path):
-        with atomic.replacing(path) as temporary:
+        with whole(path) as temporary:
             yield temporary
             if next(written) == place:
                 temporary.write_bytes(temporary.read_bytes()[:100])
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(latent_set, "replacing", replacing)
+    for module in (atomic, latent_set):
+        monkeypatch.setattr(module, "replacing", replacing)
 
 
 def test_the_same_bytes_by_two_processes_that_are_killed_twice(capsys, class_folders, tmp_path, monkeypatch):
@@ -196,6 +197,17 @@ def test_moments_add_up():
     assert total.count == len(whole)
     assert torch.allclose(torch.from_numpy(total.mean), whole.mean(0), rtol=1e-12)
     assert torch.allclose(torch.from_numpy(total.squares), (whole - whole.mean(0)).square().sum(0), rtol=1e-10)
+
+
+def test_braces_in_names_that_are_there(capsys, tmp_path):
+    folder, shard = tmp_path / "{0..3}" / "a", tmp_path / "{0..3}" / "[x]{y}.tar"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (60, 60)).save(folder / "{z}.png")
+    write_shard(shard, {"a.png": (folder / "{z}.png").read_bytes()})
+    for place, given in enumerate((folder.parent, shard)):
+        ok(capsys, "encode", given, *ENCODE, "--out", tmp_path / str(place))
+    assert LatentSet(tmp_path / "0").name(0) == "a/{z}.png"
+    assert LatentSet(tmp_path / "1").name(0) == f"{shard}:a.png"
 
 
 def test_pictures_of_equal_names(capsys, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uniflow.atomic import replacing
+from uniflow.atomic import replacing, write_json
 from uniflow.cli.files import check_folder, check_outputs
 from uniflow.cli.inputs import InputError, choose_device
 from uniflow.cli.printing import say
@@ -80,8 +79,7 @@ def demo(out: Path, seconds: float, seed: int, device: str, force: bool) -> None
         "device": str(chosen),
         "torch": torch.__version__,
     }
-    with replacing(out / "metrics.json") as path:
-        path.write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(out / "metrics.json", metrics)
     to_show = held_out | dict(list(trained_on.items())[:SHOWN_TRAINED])
     shown = [_reconstruct(model, name, picture, seed) for name, picture in to_show.items()]
     _draw_reconstructions(shown, set(held_out), out / "reconstruction.png")

@@ -78,7 +78,7 @@ def encode_set(
     if how.store not in ("auto", *DTYPES):
         raise InputError(f"--store: expected auto, {', '.join(DTYPES)}, got {how.store!r}")
     check_folder(out)
-    with joined(choose_device(device)) as (processes, own_device):
+    with joined(choose_device(device), "the same command goes on from there") as (processes, own_device):
         model = load_model(checkpoint, str(own_device), dtype)
         side = model.config.image_size if how.size is None else how.size
         if side % model.config.patch_size:
@@ -113,12 +113,12 @@ def encode_set(
 
 def _find(given: Sequence[Path], how: HowToEncode) -> tuple[Pictures, np.ndarray | None, list[str] | None]:
     """The pictures, their labels if they have any, and what these are called."""
-    tars = [path for path in given if path.suffix == ".tar" or "{" in str(path)]
+    tars = [path for path in given if path.suffix == ".tar"]
     if tars and len(tars) != len(given):
         raise InputError("PICTURES: expected either tar files or folders and files of pictures, got both")
     if tars:
         with explained():
-            shards = [shard for path in tars for shard in find_shards(str(path))]
+            shards = [shard for path in tars for shard in ([path] if path.is_file() else find_shards(str(path)))]
             pictures = PictureShards(shards, picture_suffixes(), (_CLASS,), largest=how.max_pixels)
         return pictures, *_labels_of_members(pictures)
     files: list[tuple[str, Path]] = []

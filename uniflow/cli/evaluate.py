@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from uniflow.atomic import replacing
+from uniflow.atomic import write_json
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import fitted, stacked
 from uniflow.cli.files import Given, check_outputs, find_pictures
@@ -167,8 +166,7 @@ def _report(
         with explained():
             scores.originals.save(scoring.keep_reference, scores.network.digest)
     if scoring.out is not None:
-        with replacing(scoring.out) as temporary:
-            temporary.write_text(json.dumps({"scores": finite(values), "settings": settings}, indent=2) + "\n")
+        write_json(scoring.out, {"scores": finite(values), "settings": settings})
     if as_json:
         say_json(values)
         return

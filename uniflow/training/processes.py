@@ -89,8 +89,14 @@ class Processes:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+def joined(
+    device: torch.device, then: str = "--resume auto goes on from the last checkpoint"
+) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes that torchrun started, if it did; gives them and this process's device.
+
+    Args:
+        device: that of the user's choice.
+        then: what to do where another process has ended, for the message.
 
     Raises:
         ProcessLostError: instead of what torch raises where another process of the job has ended.
@@ -107,9 +113,7 @@ def joined(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
     except RuntimeError as error:
         if not _tells_of_a_loss(error):
             raise
-        raise ProcessLostError(
-            "another process of the job has ended, and so does this one; --resume auto goes on from the last checkpoint"
-        ) from None
+        raise ProcessLostError(f"another process of the job has ended, and so does this one; {then}") from None
     dist.destroy_process_group()
 
 
