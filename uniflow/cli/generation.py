@@ -77,8 +77,9 @@ def _student(model: ModelChoice, latents: LatentSet, labelled: bool) -> FlowTran
             raise ValueError(f"model.config: {error}") from None
         names = manifest.classes if labelled and manifest.classes and len(manifest.classes) == config.classes else None
         shift = shift_of(tokens, channels) if model.noise_shift == "channels" else model.noise_shift
-        origin = {"tokenizer": manifest.tokenizer, "fingerprint": manifest.fingerprint}
-        config = replace(config, noise_shift=shift, names=names, **origin)
+        config = replace(
+            config, noise_shift=shift, names=names, tokenizer=manifest.tokenizer, fingerprint=manifest.fingerprint
+        )
         _check_fits(config, "the generator", latents, classes)
         student = FlowTransformer(config)
         student.set_statistics(latents.statistics)
