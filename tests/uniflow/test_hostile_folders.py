@@ -35,9 +35,10 @@ from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.training.checkpoints import MANIFEST, check, read_json, read_tensors, write_json, write_tensors
 from uniflow.training.recipe import read_run
 from uniflow.training.state import gather
+from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionFolder
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.model import UniFluid, read_backbone
+from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.recipe import UniFluidRun
 from uniflow.unifluid.texts import make_text_tokenizer, read_text_tokenizer
 from uniflow.unifluid.tokens import read_image_tokenizer

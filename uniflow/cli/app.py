@@ -110,7 +110,7 @@ def demo(
 def train(
     config: Config, out: RunFolder = None, resume: Resume = None, device: Device = "auto", force: Force = False
 ) -> None:
-    """Train a UniFlow as a configuration says; under torchrun with all its processes."""
+    """Train a UniFlow, or a generator of its latents, as a configuration says; under torchrun with all processes."""
     from uniflow.cli.train import train
 
     train(config, out, resume, device, force)
