@@ -31,7 +31,6 @@ from uniflow.sampler import Decoder, start_of
 from uniflow.training.processes import Processes, ProcessLostError, joined
 from uniflow_kernels import __version__
 
-
 _COST = "cost of the precision: "  # how names of values begin that are no scores
 
 
