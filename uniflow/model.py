@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.encoding import ImageEncoder
+from uniflow.explanation import explained, printed
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
@@ -26,6 +27,7 @@ from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer
+from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
@@ -147,10 +149,21 @@ class UniFlow(Stored, Resizable):
             ValueError: for a precision that is unknown, or that the device does not have.
         """
         check_precision(precision, self.device, self.config.head_width)
-        if precision in (None, self.precision):
+        if precision is None or precision == self.precision:
             return self
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        return copy.deepcopy(self, shared).lower(precision)
+        return self.on_same_parameters().lower(precision)
+
+    def on_same_parameters(self) -> UniFlow:
+        """A model of modules of its own, on the very parameters and buffers of this one."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+
+    def explain(self) -> str:
+        """What its parts run on, on its device and in its dtype, and why not on something faster: a line each."""
+        return printed(self.parts())
+
+    def parts(self) -> list[OpReport]:
+        """The same, part by part."""
+        return explained(self.layers(), self.flow_head.net, self.device, self.dtype)
 
     def layers(self) -> list[nn.Module]:
         """The transformer layers, which FSDP may gather one by one; the flow head's blocks run as one operation."""
