@@ -298,6 +298,60 @@ def evaluate(
 
 
 @app.command()
+def probe(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, in a folder for each class.", show_default=False)],
+    checkpoint: Checkpoint,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the pretrained encoder, or OWNER/NAME; that which the checkpoint's run says if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures to judge by, in folders of the same classes.", show_default=False),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Without --validation: share of each class that is held out to judge by.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(callback=_check_seed, help="Of the choice of these.")] = 0,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers from 1, as in 6,12; those at the quarters if not given.", show_default=False),
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean of the patches' tokens, or class, the class token.")] = "mean",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the pictures; the checkpoint's own if not given.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest pictures that have a voice.")] = 20,
+    c: Annotated[float, typer.Option(help="C of the logistic regression: a larger one fits closer.")] = 1.0,
+    out: OutFolder = Path("out/probe"),
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep features in; one below --out if not given.", show_default=False),
+    ] = None,
+    batch_size: BatchSize = 8,
+    workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Print what the encoder's layers know of pictures' classes, beside the encoder that they were pretrained as."""
+    from uniflow.cli.inputs import Named
+    from uniflow.cli.probe import Probing, parse_layers, probe
+
+    chosen = parse_layers(layers)
+    probing = Probing(validation, held_out, seed, chosen, pooling, size, neighbours, c, out, keep)
+    named = Named(checkpoint, weights)
+    probe(folder, named, encoder, probing, batch_size, workers, strict, max_pixels, dtype, device, force, as_json)
+
+
+@app.command()
 def show(
     picture: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
     checkpoint: Checkpoint,
