@@ -256,6 +256,58 @@ def _read_header(folder: Path, manifest: Manifest, shard: int) -> tuple[dict[str
     return said, shape[0]
 
 
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Mean and standard deviation of every channel over a set of latents, float32 [C], by which generators see them."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def read(cls, folder: str | Path, model: UniFlow | None = None) -> ChannelStatistics:
+        """Those of a finished set; of its files manifest.json and statistics.json are enough.
+
+        Args:
+            folder: that `uniflow encode` wrote, or with copies of the two files.
+            model: the tokenizer that is to decode latents, to make sure that the set's are its own.
+
+        Raises:
+            FileNotFoundError: if there is no manifest.
+            LatentsError: if the set is not finished, its statistics are damaged, or it is of another model.
+        """
+        manifest = Manifest.read(Path(folder))
+        if model is not None:
+            check_tokenizer(Path(folder), manifest.tokenizer, manifest.fingerprint, model)
+        return cls._of(Path(folder), manifest, _read_statistics(Path(folder)))
+
+    @classmethod
+    def _of(cls, folder: Path, manifest: Manifest, values: dict[str, Any]) -> ChannelStatistics:
+        try:
+            mean, std = (torch.tensor(values[name], dtype=torch.float32) for name in ("mean", "std"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LatentsError(f"{folder / STATISTICS} is damaged: {shown(error)}") from None
+        if not mean.shape == std.shape == manifest.latent_shape()[1:]:
+            raise LatentsError(f"{folder / STATISTICS} does not fit {MANIFEST}")
+        return cls(mean, std)
+
+    def standardised(self, latents: Tensor) -> Tensor:
+        """Latents [..., C] less the mean, over the deviation; float32."""
+        return (latents.float() - self.mean.to(latents.device)) / self._scale(latents)
+
+    def restored(self, latents: Tensor) -> Tensor:
+        """Back from `standardised`."""
+        return latents.float() * self._scale(latents) + self.mean.to(latents.device)
+
+    def _scale(self, latents: Tensor) -> Tensor:
+        return self.std.to(latents.device).clamp_min(1e-6)  # a channel may be constant
+
+
+def _read_statistics(folder: Path) -> dict[str, Any]:
+    if not (folder / STATISTICS).exists():
+        raise LatentsError(f"{folder} is not finished: there is no {STATISTICS}; the command that began it goes on")
+    return read_json(folder / STATISTICS)
+
+
 class LatentSet:
     """The latents of a folder, in order, read from files that are mapped into memory.
 
@@ -271,7 +323,7 @@ class LatentSet:
 
     Attributes:
         manifest: see `Manifest`.
-        mean, std: float32 [C], over all latents, those of mirror images too.
+        statistics: over all latents, those of mirror images too; `mean` and `std` are its own, float32 [C].
         labels: int64 [len], or None.
     """
 
@@ -280,16 +332,14 @@ class LatentSet:
         self.manifest = Manifest.read(self.folder)
         if model is not None:
             check_tokenizer(self.folder, self.manifest.tokenizer, self.manifest.fingerprint, model)
-        if not (self.folder / STATISTICS).exists():
-            raise LatentsError(f"{folder} is not finished: there is no {STATISTICS}; the command that began it goes on")
-        statistics = read_json(self.folder / STATISTICS)
+        statistics = _read_statistics(self.folder)
+        self.statistics = ChannelStatistics._of(self.folder, self.manifest, statistics)
+        self.mean, self.std = self.statistics.mean, self.statistics.std
         try:
-            self.mean, self.std = (torch.tensor(statistics[name], dtype=torch.float32) for name in ("mean", "std"))
             rows = [int(count) for count in statistics["rows"]]
         except (KeyError, TypeError, ValueError) as error:
             raise LatentsError(f"{self.folder / STATISTICS} is damaged: {shown(error)}") from None
-        channels = self.manifest.latent_shape()[1]
-        if not (self.mean.shape == self.std.shape == (channels,)) or len(rows) != self.manifest.shards:
+        if len(rows) != self.manifest.shards:
             raise LatentsError(f"{self.folder / STATISTICS} does not fit {MANIFEST}")
         for shard, count in enumerate(rows):
             if _read_header(self.folder, self.manifest, shard)[1] != count:
@@ -303,6 +353,10 @@ class LatentSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """The numbers of all latents, shuffled, for one epoch."""
+        return rng.permutation(len(self))
 
     def latent(self, number: int, flipped: bool = False) -> Tensor:
         """[N, C], as it was written; of the mirror image if `flipped`.
@@ -323,14 +377,11 @@ class LatentSet:
 
     def standardised(self, latents: Tensor) -> Tensor:
         """Latents [..., C] less the mean, over the deviation; float32."""
-        return (latents.float() - self.mean.to(latents.device)) / self._scale(latents)
+        return self.statistics.standardised(latents)
 
     def restored(self, latents: Tensor) -> Tensor:
         """Back from `standardised`."""
-        return latents.float() * self._scale(latents) + self.mean.to(latents.device)
-
-    def _scale(self, latents: Tensor) -> Tensor:
-        return self.std.to(latents.device).clamp_min(1e-6)  # a channel may be constant
+        return self.statistics.restored(latents)
 
     def _place(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):

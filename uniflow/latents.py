@@ -170,13 +170,17 @@ def check_tokenizer(path: Path, theirs: dict[str, Any], its_fingerprint: str, mo
     Raises:
         LatentsError: saying in what they differ.
     """
-    ours = meaning(model)
+    if reason := why_not_of(theirs, its_fingerprint, model):
+        raise LatentsError(f"{path} was written by another model: {reason}")
+
+
+def why_not_of(theirs: dict[str, Any], its_fingerprint: str, model: UniFlow) -> str | None:
+    """In what a model differs from the one that made latents, arguments as of `check_tokenizer`; None in nothing."""
     differing = [
         f"{name} {shown(theirs.get(name))} not {shown(value)}"
-        for name, value in ours.items()
+        for name, value in meaning(model).items()
         if theirs.get(name) != value
     ]
     if differing:
-        raise LatentsError(f"{path} was written by another model: {', '.join(differing)}")
-    if its_fingerprint != fingerprint(model):
-        raise LatentsError(f"{path} was written by a model of the same shape with other weights")
+        return ", ".join(differing)
+    return None if its_fingerprint == fingerprint(model) else "one of the same shape with other weights"

@@ -17,7 +17,15 @@ from rich.progress import Progress
 
 from uniflow.atomic import replacing, write_json
 from uniflow.cli.bars import picture_bar
-from uniflow.cli.files import Given, Pictures, check_folder, check_outputs, find_pictures, labels_of_folders
+from uniflow.cli.files import (
+    Given,
+    Pictures,
+    check_folder,
+    check_outputs,
+    check_pictures_folder,
+    find_pictures,
+    labels_of_folders,
+)
 from uniflow.cli.inputs import InputError, Named, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import Column, Table, counted, notice, say
 from uniflow.cli.workers import Workers
@@ -172,9 +180,7 @@ def probe(
     probing.check(force)
     paths = [folder] if probing.validation is None else [folder, probing.validation]
     for path in paths:
-        if not path.is_dir():
-            found = f"{path} is a file, expected a folder of pictures"
-            raise InputError(found if path.exists() else f"no such folder: {path}")
+        check_pictures_folder(path)
     kept: dict[str, list[FeatureSet]] = {}
     with (
         joined(choose_device(device), "the same command goes on from there") as (processes, own),
@@ -198,8 +204,8 @@ def probe(
             notice(f"the checkpoint {reason}: --encoder DIR compares with it")
         for name, layers in pooled.items():
             for each in folders:
-                known = zip(each.names, (source.path for source in each.pictures.sources), strict=True)
-                key = feature_key(layers, encoders[name].fields, side, known, largest=max_pixels)
+                named_files = zip(each.names, (source.path for source in each.pictures.sources), strict=True)
+                key = feature_key(layers, encoders[name].fields, side, named_files, largest=max_pixels)
                 if len(set(processes.of_all(key))) > 1:
                     raise InputError("the processes do not find the same pictures or encoders; all must see the same")
                 features = FeatureSet(probing.features / key, layers.layers, len(each.names))
