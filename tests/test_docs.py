@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import png, smooth_picture, write_shard
 from tests.dropin.stand_ins import Canonical
+from tests.uniflow.evaluation.conftest import Colours
 from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_features import siglip
 from uniflow import UniFlow, UniFlowConfig
@@ -59,7 +60,15 @@ def prepared(tmp_path_factory):
     llama = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 256, "vocab_size": len(texts)})
     transformers.LlamaForCausalLM(llama).save_pretrained(folder / "checkpoints" / "language")
 
-    for name in ("photo.jpg", "folder/a.jpg", "folder/b.jpg", "data/validation/a.jpg"):
+    torch.jit.script(Colours()).save(folder / "inception-2015-12-05.pt")
+    for name in (
+        "photo.jpg",
+        "folder/a.jpg",
+        "folder/b.jpg",
+        "data/validation/a.jpg",
+        "samples/a.png",
+        "samples/b.png",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         smooth_picture((40, 32), len(name)).save(folder / name)
     said = '{"caption": "a seven", "question": "which digit?", "answer": "seven"}'

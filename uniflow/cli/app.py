@@ -295,8 +295,15 @@ def generate(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
-    checkpoint: Checkpoint,
+    context: typer.Context,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder, or OWNER/NAME on the Hub, to reconstruct with.", show_default=False),
+    ] = None,
+    generated: Annotated[
+        Path | None, typer.Option(help="Folder of generated pictures, to score instead.", show_default=False)
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
@@ -306,23 +313,33 @@ def evaluate(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the squares to reconstruct; the checkpoint's own if not given.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side of the squares to crop and reconstruct; else the checkpoint's own, or pictures as they are.",
+        ),
     ] = None,
     score_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the squares to score, to which both are resized.")
     ] = None,
     keep_size: KeepSize = False,
     features: Annotated[
-        Path | None, typer.Option(help="Network of the features for rFID: a program.", show_default=False)
+        Path | None, typer.Option(help="Network of the features for FID: a program.", show_default=False)
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="Network for LPIPS: a program.", show_default=False)] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Statistics of the originals' features, as .npz with mu and sigma.", show_default=False),
+        typer.Option(
+            help="Statistics of the originals' features, as .npz with mu and sigma; of --generated also their folder.",
+            show_default=False,
+        ),
     ] = None,
     keep_reference: Annotated[
         Path | None, typer.Option(help="File to keep these statistics in.", show_default=False)
     ] = None,
+    manifold: Annotated[
+        int, typer.Option(min=0, help="Pictures of each set whose features are kept for precision and recall.")
+    ] = 50_000,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the results and settings.", show_default=False)
     ] = None,
@@ -337,17 +354,50 @@ def evaluate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Reconstruct a folder of pictures and print PSNR, SSIM and, with networks, LPIPS and rFID; under torchrun too."""
+    """Score reconstructions, or generated pictures; under torchrun too.
+
+    FOLDER --checkpoint: PSNR, SSIM and, with networks, LPIPS and rFID of its pictures' reconstructions. --generated
+    --reference: FID, Inception Score, precision and recall. FOLDER --keep-reference: its statistics alone.
+    """
     from uniflow.cli.evaluate import Scoring, evaluate
+    from uniflow.cli.evaluate_generated import Judging, evaluate_generated, keep_statistics
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import Named, parse_memory
+    from uniflow.cli.inputs import InputError, Named, parse_memory
     from uniflow.cli.tokenize import Sampling
 
-    memory = parse_memory(max_memory)
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
-    scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
-    given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
-    evaluate(given, named, sampling, scoring, batch_size, workers, dtype, device, force, as_json)
+    if checkpoint is not None and folder is not None and generated is None:
+        memory = parse_memory(max_memory)
+        sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+        scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
+        given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
+        evaluate(given, named, sampling, scoring, batch_size, workers, dtype, device, force, as_json)
+        return
+    judging = Judging(features, reference, keep_reference, size, score_size, manifold, out, batch_size, workers)
+    if generated is not None:
+        _refuse_others(context, "--generated", "folder", *_OF_RECONSTRUCTIONS)
+        evaluate_generated(Given([generated], strict, max_pixels), judging, device, force, as_json)
+    elif folder is not None and keep_reference is not None:
+        _refuse_others(context, "--keep-reference without --checkpoint", "reference", "out", *_OF_RECONSTRUCTIONS)
+        keep_statistics(Given([folder], strict, max_pixels), judging, device, force, as_json)
+    else:
+        raise InputError("evaluate: expected FOLDER --checkpoint, --generated --reference, or FOLDER --keep-reference")
+
+
+_OF_RECONSTRUCTIONS = (
+    *("checkpoint", "weights", "steps", "schedule", "solver", "cfg", "cfg_interval", "temperature", "seed"),
+    *("keep_size", "lpips", "max_memory", "dtype", "precision"),
+)
+
+
+def _refuse_others(context: typer.Context, what: str, *names: str) -> None:
+    """Refuse options that would be of no use, and that somebody has given."""
+    from uniflow.cli.inputs import InputError
+
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            shown = "FOLDER" if name == "folder" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{shown}: of no use with {what}")
 
 
 @app.command()

@@ -132,10 +132,10 @@ def _find(given: Sequence[Path], how: HowToEncode) -> tuple[Pictures, np.ndarray
     named = dict(files)
     if len(named) < len(files):
         raise InputError("PICTURES: two pictures of different folders have one name; give the folder above them")
-    return PictureList(named, largest=how.max_pixels), *_labels_of_folders(list(named))
+    return PictureList(named, largest=how.max_pixels), *labels_of_folders(list(named))
 
 
-def _labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
     """The uppermost folder of each name, if all are in one."""
     folders = [name.partition("/")[0] if "/" in name else "" for name in names]
     if "" in folders:

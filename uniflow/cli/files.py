@@ -167,6 +167,13 @@ def read_picture(path: Path, max_pixels: int | None = None) -> Image.Image:
         raise InputError(explain_os_error(error)) from None
 
 
+def check_pictures_folder(path: Path) -> None:
+    """Refuse what is no folder."""
+    if not path.is_dir():
+        found = f"{path} is a file, expected a folder of pictures"
+        raise InputError(found if path.exists() else f"no such folder: {path}")
+
+
 def picture_files(folder: Path, strict: bool = False) -> list[Path]:
     """All files below `folder` whose suffix is one of a picture, sorted; hidden ones are left out.
 
