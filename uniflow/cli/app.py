@@ -241,6 +241,59 @@ def decode(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint folder of a generator, or OWNER/NAME.", show_default=False)
+    ],
+    tokenizer: Annotated[
+        Path, typer.Option(help="Folder of the tokenizer whose latents it draws, or OWNER/NAME.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for pictures, or x.png for a sheet of classes.", show_default=False)
+    ],
+    weights: Weights = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000_000, help="Pictures, 50000 if not given; on a sheet of each class, 8."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Numbers or names with commas between them; all if not given.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Of the generator.")] = 50,
+    schedule: Annotated[
+        str, typer.Option(help="auto (as it was trained), linear, or pow_ or shifted_ and a number.")
+    ] = "auto",
+    solver: Solver = "euler",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
+    decoder_steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=_MOST_STEPS, help="Of the tokenizer's decoder; its own number if not given."),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw pictures from a generator of latents: a folder of them for FID, or a sheet.
+
+    Picture i has class i of those there are, again and again, and seeds of its own. Under torchrun all processes share
+    the work, and the same command goes on where it was stopped.
+    """
+    from uniflow.cli.generate import HowToGenerate, generate
+    from uniflow.cli.inputs import Named
+
+    how = HowToGenerate(
+        steps, schedule, solver, cfg, cfg_interval, temperature, decoder_steps, seed, batch_size, workers
+    )
+    generate(Named(checkpoint, weights), Named(tokenizer), out, count, classes, how, dtype, device, force)
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)] = None,
