@@ -28,16 +28,20 @@ from uniflow.shards import Members, State, find_members, read_member
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
 
 
-class Pictures(Protocol):
-    """Where pictures come from."""
+class Shuffled(Protocol):
+    """A number of things, and in which order an epoch takes them."""
 
     def __len__(self) -> int:
         """How many there are."""
         ...
 
     def order(self, rng: np.random.Generator) -> np.ndarray:
-        """The numbers of all pictures, shuffled, for one epoch."""
+        """The numbers of all of them, shuffled, for one epoch."""
         ...
+
+
+class Pictures(Shuffled, Protocol):
+    """Where pictures come from."""
 
     def name(self, number: int) -> str:
         """What to call a picture in a message."""
@@ -175,30 +179,45 @@ def sample_key(member: str) -> str:
     return folders + slash + name.split(".")[0]
 
 
-class Epochs:
-    """Pictures without end: all of them in every epoch, each time in another order.
-
-    Instead of a picture that cannot be read comes the next one.
+class Order:
+    """Things without end: all of them in every epoch, each time in another order.
 
     Args:
-        pictures: to read.
+        things: to number.
         seed: the same seed gives the same orders.
         stream: the orders of other streams of the same seed are others; from 1.
-        chosen: bool, one a picture: whether it takes part. All do if not given.
+        chosen: bool, one a thing: whether it takes part. All do if not given.
 
     Raises:
-        ValueError: if there is no picture.
+        ValueError: if there is none.
     """
 
-    def __init__(self, pictures: Pictures, seed: int, stream: int = 1, chosen: np.ndarray | None = None) -> None:
-        self.pictures = pictures
+    def __init__(self, things: Shuffled, seed: int, stream: int = 1, chosen: np.ndarray | None = None) -> None:
+        self.things = things
         self.seed = seed
         self.stream = stream
         self.chosen = chosen
-        self.length = len(pictures) if chosen is None else int(chosen.sum())
+        self.length = len(things) if chosen is None else int(chosen.sum())
         if not self.length:
             raise ValueError("pictures: expected at least one")
         self._epoch, self._order = -1, np.empty(0, int)
+
+    def number(self, position: int) -> int:
+        """Which of them comes at a position."""
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            # not a stream of (seed, position), which samples have
+            order = self.things.order(np.random.default_rng((self.seed, epoch, self.stream)))
+            self._epoch, self._order = epoch, order if self.chosen is None else order[self.chosen[order]]
+        return int(self._order[place])
+
+
+class Epochs(Order):
+    """Pictures in such an order, read; instead of one that cannot be read comes the next. Arguments as of `Order`."""
+
+    def __init__(self, pictures: Pictures, seed: int, stream: int = 1, chosen: np.ndarray | None = None) -> None:
+        super().__init__(pictures, seed, stream, chosen)
+        self.pictures = pictures
 
     def read(self, position: int) -> tuple[int, Image.Image, list[str]]:
         """What comes at a position: a picture's number, the picture, and the names of damaged ones it stands in for.
@@ -208,21 +227,13 @@ class Epochs:
         """
         skipped: list[str] = []
         for following in range(position, position + self.length):
-            number = self._number(following)
+            number = self.number(following)
             try:
                 return number, self.pictures.open(number), skipped
             except (PictureError, OSError) as error:
                 skipped.append(self.pictures.name(number))
                 last = error
         raise PictureError(f"none of the {self.length} pictures can be read; the last: {last}")
-
-    def _number(self, position: int) -> int:
-        epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            # not a stream of (seed, position), which samples have
-            order = self.pictures.order(np.random.default_rng((self.seed, epoch, self.stream)))
-            self._epoch, self._order = epoch, order if self.chosen is None else order[self.chosen[order]]
-        return int(self._order[place])
 
 
 class Sample(NamedTuple):

@@ -122,7 +122,7 @@ def configuration(values: Mapping[str, Any], source: str, supported: Callable[[s
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the package raises whatever its configurations do
-            raise ValueError(f"{source}: transformers makes no {kind} of its config: {_short(error)}") from None
+            raise ValueError(f"{source}: transformers makes no {kind} of its config: {short_reason(error)}") from None
     config.name_or_path = ""
     return config
 
@@ -200,11 +200,12 @@ def _explained(config: Any, source: str) -> Iterator[None]:
         raise
     except Exception as error:  # the package raises whatever its models do
         raise ValueError(
-            f"{source}: transformers makes no {config.model_type} of its config: {_short(error)}"
+            f"{source}: transformers makes no {config.model_type} of its config: {short_reason(error)}"
         ) from None
 
 
-def _short(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
+    """What an exception of another package says, in one line that is not too long."""
     return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
 
 

@@ -354,6 +354,10 @@ class LatentSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """The numbers of all latents, shuffled, for one epoch."""
+        return rng.permutation(len(self))
+
     def latent(self, number: int, flipped: bool = False) -> Tensor:
         """[N, C], as it was written; of the mirror image if `flipped`.
 

@@ -9,7 +9,7 @@ from benchmarks import reference
 from benchmarks.case import Case, Problem, Size, Work, at, linear_flops, randomised
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.drawing import draw_tokens
-from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.model import Earlier, UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow.unifluid.texts import make_text_tokenizer
 
@@ -33,17 +33,16 @@ def plain(model: UniFluid, ids: Tensor, real: Tensor, order: Tensor, steps: int)
     bos = torch.full_like(ids, model.text_tokenizer.bos_token_id)
     ids, real, both = torch.cat([ids, bos]), torch.cat([real, alone]), order.repeat(2, 1)
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
-    slots, cached, tokens = [model.text_slots(ids, real)], None, []
+    slots, earlier, tokens = [model.text_slots(ids, real)], None, []
     for step, size in enumerate(group_sizes(model.config.tokens, steps)):
         places = both[:, first : first + size]
         group = torch.full_like(places, step)
-        states = model.states([*slots, model.query_slots(places, group, begin, text)], cache, cached)[:, -size:]
+        states = model.states([*slots, model.query_slots(places, group, begin, text)], cache, earlier)[:, -size:]
         cache.crop(-size)
         noise = torch.randn(size, model.config.token_channels, device=ids.device, generator=generator)
         new = reference.sample(model.head, noise.to(states.dtype), states[0], _HEAD_STEPS, _CFG, null=states[1])
         tokens.append(new)
-        seen = [part.visible for part in slots]
-        cached = torch.cat(seen if cached is None else [cached, *seen], dim=1)
+        earlier = Earlier.of(slots, earlier)
         slots = [model.content_slots(new.expand(2, -1, -1), places, group, begin, text)]
         first += size
     drawn = torch.cat(tokens).unsqueeze(0)

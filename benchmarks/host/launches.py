@@ -41,6 +41,17 @@ def _rows(device: torch.device) -> Iterator[Timed]:
             norm_modulate_backward, dh, total, x, (gate, q), norm, scale, (dshift, dscale), dgate, which, False, 1e-6
         ),
     )
+    of_layer, norm_and_scale = Rows(ROWS, 1, ROWS), (gate[:1], q)
+    yield Timed(
+        "norm_modulate, LayerScale",
+        partial(norm_modulate, x, norm_and_scale, norm, None, total, h, of_layer, rms=False, eps=1e-6),
+    )
+    yield Timed(
+        "norm_modulate_backward, LayerScale",
+        partial(
+            norm_modulate_backward, dh, total, x, norm_and_scale, norm, None, None, None, of_layer, False, 1e-6, dx=h
+        ),
+    )
     yield Timed("activation", partial(activation, x, WIDTH))
     yield Timed("activation_backward", partial(activation_backward, du, x))
 

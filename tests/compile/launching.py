@@ -190,8 +190,23 @@ def all_launches(rows: int, width: int, dtype: torch.dtype, offset: int = 0, ext
             flow_head.norm_modulate_backward(
                 dh, total, x, (gate, q), norm, scale, (dshift, dscale), dgate, which, rms, 1e-6
             )
+            flow_head.norm_modulate(x, (None, q), norm, None, total, h, which, rms, 1e-5)
+            for_all = flow_head.Rows(rows, 1, rows)
+            flow_head.norm_modulate_backward(dh, None, x, None, norm, None, None, None, for_all, rms, 1e-6)
+            flow_head.norm_modulate(x, (gate[:1], q), norm, None, total, h, for_all, rms, 1e-5)
             flow_head.norm_modulate_backward(
-                dh, None, x, None, norm, None, None, None, flow_head.Rows(rows, 1, rows), rms, 1e-6
+                dh,
+                total,
+                x,
+                (gate[:1], q),
+                norm,
+                None,
+                None,
+                dgate if for_all.per_row else None,
+                for_all,
+                rms,
+                1e-6,
+                dx=h,
             )
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         activation.activation(p, width)

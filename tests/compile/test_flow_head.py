@@ -15,16 +15,16 @@ INSTRUCTIONS = {"norm_modulate": 584, "norm_modulate_backward": 768, "activation
 TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 3}
 
 
-def norm_modulate(width, arch, dtype, *, residual=True, rms=False, shared=False):
+def norm_modulate(width, arch, dtype, *, residual=True, rms=False, shared=False, modulated=True, gated=True):
     pointers = dict.fromkeys(("x_p", "gate_p", "q_p", "shift_p", "scale_p", "sum_p", "h_p"), f"*{dtype}")
     strides = dict.fromkeys(("x_s", "gate_s", "q_s", "modulation_s", "sum_s", "h_s"), "i32")
     sizes = dict.fromkeys(("rows", "conditions", "repeat"), "i32")
-    constants = {"W": width, "RESIDUAL": residual, "WEIGHT": True, "BIAS": not rms, "MODULATED": True, "RMS": rms}
-    constants["SHARED"] = shared
+    constants = {"W": width, "RESIDUAL": residual, "WEIGHT": True, "BIAS": not rms, "MODULATED": modulated, "RMS": rms}
+    constants |= {"SHARED": shared} | ({} if gated else {"gate_p": None})
     return request("norm_modulate", arch, pointers | norm(dtype) | strides | sizes | {"eps": "fp32"}, constants, 2048)
 
 
-def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False, shared=False):
+def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False, shared=False, modulated=True):
     names = ("dh_p", "dsum_p", "x_p", "gate_p", "q_p", "scale_p", "dx_p", "dq_p", "dgate_p", "dshift_p", "dscale_p")
     pointers = dict.fromkeys(names, f"*{dtype}") | {"partial_p": "*fp32"}
     strides = ("dh_s", "dsum_s", "x_s", "gate_s", "q_s", "modulation_s", "dx_s", "dq_s", "dgate_s", "dmodulation_s")
@@ -34,9 +34,9 @@ def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False, shar
         "RESIDUAL": residual,
         "WEIGHT": True,
         "BIAS": not rms,
-        "MODULATED": True,
+        "MODULATED": modulated,
         "DSUM": True,
-        "PER_ROW": True,
+        "PER_ROW": not shared,
         "WRITE_SHIFT": False,
         "RMS": rms,
         "SHARED": shared,
@@ -85,9 +85,15 @@ def compiled(oldest):
         asked["norm_modulate_backward", arch, 1024] = norm_modulate_backward(1024, arch, "bf16")
         asked["activation", arch, 1024] = activation(1024, arch, "bf16", swiglu=True)
         asked["activation_backward", arch, 1024] = activation_backward(1024, arch, "bf16", swiglu=True)
+        # LayerScale, which all rows share
+        asked["norm_modulate", arch, 1024, "shared"] = norm_modulate(1024, arch, "bf16", shared=True, modulated=False)
+        asked["norm_modulate_backward", arch, 1024, "shared"] = norm_modulate_backward(
+            1024, arch, "bf16", shared=True, modulated=False
+        )
     # other widths and forms, in which nothing depends on the architecture
     asked["norm_modulate", 90, 1536] = norm_modulate(1536, 90, "fp32", residual=False, rms=True)
-    asked["norm_modulate", 90, 1024, "shared"] = norm_modulate(1024, 90, "bf16", shared=True)
+    asked["norm_modulate", 90, 1024, "shared", "modulated"] = norm_modulate(1024, 90, "bf16", shared=True)
+    asked["norm_modulate", 90, 768, "no gate"] = norm_modulate(768, 90, "fp32", rms=True, modulated=False, gated=False)
     asked["norm_modulate_backward", 90, 1536] = norm_modulate_backward(1536, 90, "bf16")
     asked["norm_modulate_backward", 90, 3072] = norm_modulate_backward(3072, 90, "bf16")
     asked["norm_modulate_backward", 90, 768] = norm_modulate_backward(768, 90, "fp32", residual=False, rms=True)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_dual_rows
+from tests.uniflow_kernels import test_dual_rows, test_modulated_norm
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
+from uniflow_kernels import backend
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,26 @@ def test_rows(within_twice, name, dtype, rows, conditions):
     floor = 1e-2 if dtype == torch.bfloat16 else 2e-6
     with unwritten_is_nan():
         against_definition(within_twice, make_head(72, 1, **OPTIONS[name]), rows, conditions, dtype, "none", floor)
+
+
+@pytest.mark.parametrize(
+    ("without", "dtype"),
+    [
+        (test_modulated_norm.PLAIN, torch.bfloat16),
+        pytest.param(("gate", *test_modulated_norm.PLAIN), torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=["LayerScale", "no LayerScale"],
+)
+def test_residual_and_norm(within_twice, without, dtype):
+    """LayerScale, whose gradient is summed over all rows in the kernel, and no modulation."""
+    given = test_modulated_norm.inputs("one for all", dtype, without=without)
+    exact, plain = (
+        test_modulated_norm.results(test_modulated_norm.definition, given, d) for d in (torch.float64, dtype)
+    )
+    with unwritten_is_nan(), backend("triton"):
+        found = test_modulated_norm.results(test_modulated_norm.ours, given, dtype)
+    for mine, theirs, truth in zip(found, plain, exact, strict=True):
+        within_twice(mine, theirs, truth)
 
 
 @pytest.mark.parametrize(

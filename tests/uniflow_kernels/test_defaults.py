@@ -23,6 +23,7 @@ from uniflow_kernels import (
     patch,
     patched,
     patchify,
+    residual_norm,
     seeded_noise,
     self_distillation_loss,
     to_images,
@@ -142,6 +143,7 @@ def of_verify(given):
 def of_residual(given):
     x, modulation = given.condition.clone().requires_grad_(), given.condition[:, :1]
     total, h = gated_residual_norm(x, modulation, x, modulation, modulation)
+    total, h = residual_norm(total, h, modulation)
     return [total, *with_gradients(h.square().sum(), x)]
 
 
@@ -164,6 +166,7 @@ CALLS = {
     "flow_matching_loss": of_loss,
     "fused_flow_blocks": of_blocks,
     "gated_residual_norm": of_residual,
+    "residual_norm": of_residual,
     "interpolate": of_interpolate,
     "layerwise_distillation": distilled_at_once,
     "mean_flow_loss": of_few_steps(mean_flow_loss),

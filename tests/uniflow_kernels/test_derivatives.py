@@ -24,6 +24,7 @@ from uniflow_kernels import (
     layerwise_distillation,
     modulated_norm,
     patchify,
+    residual_norm,
     to_images,
     unpatchify,
     velocity_loss,
@@ -72,6 +73,10 @@ OPS = {
     "gated_residual_norm": lambda: (
         lambda x, gate, q: torch.cat(gated_residual_norm(x, gate, q, MODULATION, MODULATION, norm="rms")),
         (numbers(2, 3, 8), MODULATION, numbers(2, 3, 8)),
+    ),
+    "residual_norm": lambda: (
+        lambda x, q, gate: torch.cat(residual_norm(x, q, gate)),
+        (numbers(2, 3, 8), numbers(2, 3, 8), numbers(8)),
     ),
     "patchify": lambda: (lambda x: patchify(x, 2).square(), (numbers(1, 3, 4, 4),)),
     "unpatchify": lambda: (lambda x: unpatchify(x, 2).square(), (numbers(1, 4, 12),)),

@@ -19,7 +19,7 @@ def test_names_the_software_and_every_op():
     } <= report.environment.keys()
     ops = {op.op for op in report.ops}
     assert {"flow_head", "patchify", "interpolate", "velocity_loss", "layerwise_distillation", "attention"} <= ops
-    assert {"modulated_norm", "flow_tangents"} <= ops
+    assert {"modulated_norm", "residual_norm", "flow_tangents"} <= ops
     assert all(op.runs and op.why for op in report.ops)
     text = str(report)
     assert all(op in text for op in ops)

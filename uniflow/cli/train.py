@@ -11,13 +11,18 @@ import torch
 from uniflow.cli.files import check_folder, check_outputs, picture_files, picture_suffixes, read_picture
 from uniflow.cli.inputs import InputError, Named, explained, load_model
 from uniflow.cli.printing import say
-from uniflow.cli.runs import Trained, find_shards, train_as_written
+from uniflow.cli.runs import Trained, check_installed, find_shards, train_as_written
+from uniflow.cli.train_generator import train as train_generator
 from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
 from uniflow.evaluation.networks import FeatureNetwork
 from uniflow.evaluation.validation import ReconstructionValidator
+from uniflow.generation.config import MODEL_TYPE as GENERATOR
+from uniflow.generation.config import FlowTransformerConfig
+from uniflow.generation.model import FlowTransformer
 from uniflow.model import UniFlow
 from uniflow.objective import UniFlowObjective
+from uniflow.reading import read_yaml
 from uniflow.teachers import EncoderTeacher
 from uniflow.training.processes import Processes
 from uniflow.training.recipe import DataChoice, ModelChoice, Run
@@ -29,8 +34,14 @@ from uniflow.unifluid.model import UniFluid
 
 
 def train(config: Path, out: Path | None, resume: str | None, device: str, force: bool) -> None:
-    """Train a UniFlow as the file says."""
-    train_as_written(config, Run, _build, out, resume, device, force)
+    """Train a UniFlow as the file says, or a generator if it has latents to train on."""
+    check_installed("yaml", "pydantic")
+    with explained():
+        said = read_yaml(config)
+    if isinstance(said, dict) and "latents" in said:
+        train_generator(config, out, resume, device, force)
+    else:
+        train_as_written(config, Run, _build, out, resume, device, force)
 
 
 def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
@@ -43,11 +54,14 @@ def gather(checkpoint: Path, out: Path, average: bool, force: bool) -> None:
     say(f"{type(model).__name__} written to {out}")
 
 
-def _untrained(average: bool, folder: Path) -> UniFlow | UniFluid:
+def _untrained(average: bool, folder: Path) -> UniFlow | UniFluid | FlowTransformer:
     """A model of the kind that the folder's config.json names, if its shards can fill it."""
     held = gathered_tensors(folder, average)
-    if read_config(folder).get("model_type") == UNIFLUID:
+    kind = read_config(folder).get("model_type")
+    if kind == UNIFLUID:
         return UniFluid.outlined(folder, held)
+    if kind == GENERATOR:
+        return FlowTransformer.outlined(FlowTransformerConfig.from_pretrained(folder), held, str(folder))
     return UniFlow.outlined(UniFlowConfig.from_pretrained(folder), held, str(folder))
 
 

@@ -26,11 +26,12 @@ from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, save_picture, to_tensor
 from uniflow.training.processes import Processes
 from uniflow.unifluid.asking import answer
+from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.drawing import draw_pictures
 from uniflow.unifluid.features import VisionFeatures
-from uniflow.unifluid.model import UniFluid, read_backbone
+from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun

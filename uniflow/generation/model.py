@@ -13,6 +13,7 @@ from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, 
 from uniflow.generation.config import FlowTransformerConfig
 from uniflow.generation.layers import AdaptiveNorm, Block, Rotation, Stream
 from uniflow.hub import local_folder
+from uniflow.latent_set import ChannelStatistics
 from uniflow.latents import LatentsError, why_not_of
 from uniflow.model import UniFlow
 from uniflow.transformer import RMSNorm
@@ -150,25 +151,25 @@ class FlowTransformer(nn.Module):
     # the latents' statistics
 
     @torch.no_grad()
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Keep mean and standard deviation of each channel [C] of the latents.
+    def set_statistics(self, statistics: ChannelStatistics) -> None:
+        """Keep mean and standard deviation of each channel of the latents.
 
         Raises:
-            ValueError: if they have another shape, or are no such numbers.
+            ValueError: if they have another number of channels, or are not finite.
         """
-        for name, value in (("mean", mean), ("std", std)):
+        for name, value in (("mean", statistics.mean), ("std", statistics.std)):
             if value.shape != self.latent_mean.shape or not bool(value.isfinite().all()):
                 raise ValueError(f"{name}: expected {self.config.latent_channels} finite numbers, got {value.tolist()}")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std.clamp_min(1e-6))  # a channel may be constant
+        self.latent_mean.copy_(statistics.mean)
+        self.latent_std.copy_(statistics.std)
 
     def standardised(self, latents: Tensor) -> Tensor:
         """Latents [..., C] of the tokenizer less the mean, over the deviation; float32."""
-        return (latents.float() - self.latent_mean) / self.latent_std
+        return ChannelStatistics(self.latent_mean, self.latent_std).standardised(latents)
 
     def restored(self, latents: Tensor) -> Tensor:
         """Back from `standardised`."""
-        return latents.float() * self.latent_std + self.latent_mean
+        return ChannelStatistics(self.latent_mean, self.latent_std).restored(latents)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowTransformer:
         """The statistics stay float32 in a model of another dtype: they belong to the latents."""

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
 from uniflow.foreign import transformers_package
 from uniflow.normalization import to_uint8
-from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.model import Earlier, UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
-from uniflow.unifluid.texts import padded, prompt_ids
+from uniflow.unifluid.texts import no_text, padded, prompt_ids
 
 if TYPE_CHECKING:
     from uniflow.unifluid.tokens import ImageTokenizer
@@ -90,26 +91,27 @@ def draw_tokens(
     elif order.shape != (batch, count):
         raise ValueError(f"order: expected shape {(batch, count)}, got {tuple(order.shape)}")
     guided = cfg != 1.0
-    if guided:  # once more without the text, of which only the beginning is left
-        ids = torch.cat([ids, torch.full_like(ids, model.text_tokenizer.bos_token_id)])
-        alone = torch.zeros_like(real)
-        alone[:, -1:] = True
-        real, order = torch.cat([real, alone]), order.repeat(2, 1)
+    if guided:  # once more without the text
+        null = no_text(model.text_tokenizer, batch, ids.device)
+        padding = (ids.shape[1] - null.shape[1], 0)
+        ids = torch.cat([ids, F.pad(null, padding, value=model.text_tokenizer.pad_token_id)])
+        real = torch.cat([real, F.pad(torch.ones_like(null, dtype=torch.bool), padding)])
+        order = order.repeat(2, 1)
     how = _Head(head_steps, cfg, temperature, schedule, solver, generator)
     cache = transformers_package().DynamicCache()
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
     slots = [model.text_slots(ids, real)]
-    cached, tokens = None, []
+    earlier, tokens = None, []
     first = 0
     for step, size in enumerate(sizes):
         places = order[:, first : first + size]
         group = torch.full_like(places, step)
         queries = model.query_slots(places, group, begin, text)
-        states = model.states([*slots, queries], cache, cached)[:, -size:]
+        states = model.states([*slots, queries], cache, earlier)[:, -size:]
         cache.crop(-size)  # no later step sees the queries
         new = how.draw(model, states)
         tokens.append(new)
-        cached = torch.cat([*([] if cached is None else [cached]), *(part.visible for part in slots)], dim=1)
+        earlier = Earlier.of(slots, earlier)
         known = new.repeat(2, 1, 1) if guided else new
         slots = [model.content_slots(known, places, group, begin, text)]
         first += size

@@ -16,21 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uniflow.checkpoint import (
-    CheckpointError,
-    as_dtype,
-    assign_state,
-    chosen_weights,
-    outline,
-    read_state,
-    refuse_keys,
-    write_state,
-)
-from uniflow.config import check_integer, read_config
-from uniflow.foreign import configuration, is_language_model, loaded_model, new_model, transformers_package
+from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
-from uniflow.reading import shown
+from uniflow.unifluid.backbone import (
+    attend,
+    check_backbone,
+    embedding_scale,
+    head_and_embedding,
+    layers_of,
+    new_backbone,
+)
 from uniflow.unifluid.config import FEW_STEPS, UniFluidConfig
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
@@ -58,6 +54,19 @@ class Slots(NamedTuple):
     sees: Tensor
 
 
+class Earlier(NamedTuple):
+    """Slots whose keys and values are kept; `visible` and `position` as of `Slots`, int64 [B, K]."""
+
+    visible: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, parts: list[Slots], before: Earlier | None = None) -> Earlier:
+        """Those of the parts, behind those of before."""
+        several = [*([] if before is None else [before]), *parts]
+        return cls(*(torch.cat([getattr(part, name) for part in several], dim=1) for name in cls._fields))
+
+
 class UniFluid(nn.Module):
     """One transformer for text, pictures that are read and pictures that are drawn.
 
@@ -69,7 +78,8 @@ class UniFluid(nn.Module):
 
     Raises:
         ImportError: if the transformers package is not installed.
-        ValueError: if the tokenizer has more ids than the transformer, or is another than the config knows.
+        ValueError: if the tokenizer has more ids than the transformer, or is another than the config knows; for a
+            language model that cannot serve, see `uniflow.unifluid.backbone.check_backbone`.
 
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
     """
@@ -91,9 +101,9 @@ class UniFluid(nn.Module):
         super().__init__()
         self.config = config
         self.text_tokenizer = text_tokenizer
-        self.backbone: Any = _new_backbone(config) if backbone is None else backbone
+        self.backbone: Any = new_backbone(config.backbone) if backbone is None else backbone
+        check_backbone(self.backbone)
         own = self.backbone.config
-        _check_sizes(own)
         if len(text_tokenizer) > own.vocab_size:
             raise ValueError(
                 f"text_tokenizer: has {len(text_tokenizer)} ids, more than the vocab_size of the backbone "
@@ -111,19 +121,19 @@ class UniFluid(nn.Module):
         self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth, times=times)
         self.register_buffer("token_mean", torch.zeros(channels))
         self.register_buffer("token_std", torch.ones(channels))
-        self._tied = "backbone.lm_head.weight" if own.tie_word_embeddings else None
+        self._head, self._embedding = (f"backbone.{name}" for name in head_and_embedding(self.backbone))
         self.register_state_dict_post_hook(_leave_out_what_is_tied)
         self.register_load_state_dict_pre_hook(_give_what_is_tied)
         self._start()
 
     def reset_parameters(self) -> None:
         """Set all parameters and buffers as in a new model, those of the backbone too, also after `to_empty`."""
-        take_tensors(self.backbone, _new_backbone(self.config))
+        take_tensors(self.backbone, new_backbone(self.config.backbone))
         self._start()
 
     def _start(self) -> None:
         """What goes into the transformer begins with the spread of its text embeddings; the backbone stays as it is."""
-        std = getattr(self.backbone.config, "initializer_range", 0.02)
+        std = getattr(self.backbone.config, "initializer_range", 0.02) * embedding_scale(self.backbone)
         for projection in filter(None, (self.token_proj, self.vision_proj)):
             nn.init.normal_(projection.weight, std=std / projection.in_features**0.5)
             nn.init.zeros_(projection.bias)
@@ -163,12 +173,12 @@ class UniFluid(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The transformer's layers."""
-        return list(self.backbone.base_model.layers)
+        return layers_of(self.backbone)
 
     def train_for(self, drawing: bool, reading: bool) -> None:
         """Leave out of the training what data of one kind have no use for: it stays as it is, and needs no moments."""
         to_draw = ("token_proj.", "place_embedding", "query_embedding", "head.")
-        to_read = ("vision_proj.", "backbone.lm_head.")  # a tied one has the name of the text embedding
+        to_read = ("vision_proj.", self._head.removesuffix("weight"))  # a tied one has the text embedding's name
         self.untrained_parts = (() if drawing else to_draw) + (() if reading else to_read)
 
     # image tokens and their statistics
@@ -306,32 +316,22 @@ class UniFluid(nn.Module):
         embedded = self.query_embedding + self.place_embedding[places]
         return Slots(embedded, begin + places, torch.full_like(groups, _NEVER), text + groups - 1)
 
-    def states(self, parts: list[Slots], cache: Cache | None = None, cached: Tensor | None = None) -> Tensor:
+    def states(self, parts: list[Slots], cache: Cache | None = None, earlier: Earlier | None = None) -> Tensor:
         """The transformer's last states [B, S, D] of all slots of the parts.
 
         Args:
             parts: one after the other, which makes no difference but to the result's order.
             cache: keys and values of earlier slots; those of the parts are added.
-            cached: the earlier slots' `visible`, [B, K].
+            earlier: which slots these are.
         """
         embedded, position, visible, sees = map(torch.cat, zip(*parts, strict=True), [1] * len(Slots._fields))
-        sees = sees.unsqueeze(2)
+        sees, others = sees.unsqueeze(2), position
         itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
         allowed = (visible.unsqueeze(1) <= sees) | itself
-        if cached is not None:
-            allowed = torch.cat([cached.unsqueeze(1) <= sees, allowed], dim=2)
-        return self.backbone.base_model(
-            inputs_embeds=embedded,
-            attention_mask=self._mask(allowed.unsqueeze(1), embedded.dtype),
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-
-    def _mask(self, allowed: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.backbone.config._attn_implementation == "sdpa":
-            return allowed
-        return torch.zeros((), dtype=dtype, device=allowed.device).where(allowed, torch.finfo(dtype).min)
+        if earlier is not None:
+            allowed = torch.cat([earlier.visible.unsqueeze(1) <= sees, allowed], dim=2)
+            others = torch.cat([earlier.position, position], dim=1)
+        return attend(self.backbone, embedded, position, allowed, others, cache)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self.backbone.get_input_embeddings()(ids)
@@ -407,72 +407,14 @@ class UniFluid(nn.Module):
         self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
 
 
-def read_backbone(folder: str | Path) -> PreTrainedModel:
-    """A pretrained language model from a local folder, to make a UniFluid of.
-
-    Raises:
-        ImportError: if the transformers package is not installed.
-        FileNotFoundError: if there is no such folder.
-        CheckpointError: if the weights are damaged or of another model; nothing is left to chance.
-        ValueError: if it holds no language model.
-
-    Nothing in the folder is executed, and nothing is downloaded.
-    """
-    transformers = transformers_package()
-    if not (Path(folder) / "config.json").exists():
-        raise FileNotFoundError(f"no config.json in {folder}")
-    try:
-        own = configuration(read_config(folder), str(folder), is_language_model)
-        state = read_state(folder)
-        model, wrong = loaded_model(
-            transformers.AutoModelForCausalLM, own, state, str(folder), attn_implementation=_attention(own)
-        )
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"{folder} holds no language model of the transformers package: {error}") from None
-    refuse_keys(folder, wrong)
-    return model
-
-
-def _new_backbone(config: UniFluidConfig) -> PreTrainedModel:
-    transformers = transformers_package()
-    try:
-        own = configuration(config.backbone, "backbone", is_language_model)
-        return new_model(transformers.AutoModelForCausalLM, own, "backbone", attn_implementation=_attention(own))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise ValueError(f"backbone: no language model of the transformers package: {error}") from None
-
-
-def _check_sizes(config: Any) -> None:
-    """Refuse a transformer whose configuration does not say what is needed of it."""
-    try:
-        sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "max_position_embeddings")}
-        tied = config.tie_word_embeddings
-    except (AttributeError, NotImplementedError) as error:
-        raise ValueError(f"backbone: a {config.model_type} cannot be used: {error}") from None
-    for name, value in sizes.items():
-        check_integer(f"backbone: {name}", value, 1, 1 << 31)
-    if not isinstance(tied, bool):
-        raise ValueError(f"backbone: tie_word_embeddings: expected true or false, got {shown(tied)}")
-
-
-def _attention(config: Any) -> str:
-    """Soft-capped attention (Gemma 2) is not in scaled_dot_product_attention."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-
-
-# a tied lm_head is the text embedding under a second name, which no file needs twice
+# a tied head is the text embedding under a second name, which no file needs twice
 
 
 def _leave_out_what_is_tied(model: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    if model._tied:
-        state.pop(prefix + model._tied, None)
+    if model.backbone.config.tie_word_embeddings:
+        state.pop(prefix + model._head, None)
 
 
 def _give_what_is_tied(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    embedding = prefix + "backbone.model.embed_tokens.weight"
-    if model._tied and embedding in state:
-        state[prefix + model._tied] = state[embedding]
+    if model.backbone.config.tie_word_embeddings and prefix + model._embedding in state:
+        state[prefix + model._head] = state[prefix + model._embedding]

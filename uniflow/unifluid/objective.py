@@ -14,6 +14,7 @@ from uniflow.flow import sample_intervals, sample_t
 from uniflow.normalization import normalize
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.texts import no_text
 from uniflow_kernels import interpolate, mean_flow_loss, self_distillation_loss, velocity_loss
 
 if TYPE_CHECKING:
@@ -122,10 +123,10 @@ class UniFluidObjective(nn.Module):
             return self._loss_at_times(states, ordered)
         if self.guidance == 1.0:
             return self._loss_of_intervals(states, ordered)
-        alone = torch.full_like(ids[:, :1], student.text_tokenizer.bos_token_id)
+        alone = no_text(student.text_tokenizer, batch, ids.device)
         with torch.no_grad():
-            null = student.draw_states(tokens, alone, torch.ones_like(real[:, :1]), order, groups)
-        has_caption = (real.sum(1) > 1).unsqueeze(1).expand(batch, count)
+            null = student.draw_states(tokens, alone, torch.ones_like(alone, dtype=torch.bool), order, groups)
+        has_caption = (real.sum(1) > alone.shape[1]).unsqueeze(1).expand(batch, count)
         return self._loss_of_intervals(states, ordered, torch.where(has_caption, self.guidance, 1.0), null)
 
     def _loss_of_intervals(

@@ -66,7 +66,7 @@ def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         FileNotFoundError: if there is no such folder.
         ImportError: if the transformers package is not installed.
-        ValueError: if there is no tokenizer in it, or one without bos or eos token.
+        ValueError: if there is no tokenizer in it, or one without an eos token, which ends answers.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -89,9 +89,8 @@ def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run"
         raise ValueError(f"{folder} holds no tokenizer that the transformers package can read: {reason}") from None
-    missing = [name for name in ("bos", "eos") if getattr(tokenizer, f"{name}_token_id") is None]
-    if missing:
-        raise ValueError(f"{folder}: expected a tokenizer with bos and eos tokens; it has no {', no '.join(missing)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: expected a tokenizer with an eos token, which ends answers; it has none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -104,18 +103,29 @@ def ids_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """What a picture is drawn from: bos and the text's ids; bos alone for None, a dropped text."""
-    return [tokenizer.bos_token_id, *([] if text is None else _ids(tokenizer, text))]
+    """What a picture is drawn from: bos, where the tokenizer has one, and the text's ids; none for a dropped text."""
+    return [*_bos(tokenizer), *([] if text is None else _ids(tokenizer, text))]
+
+
+def no_text(tokenizer: PreTrainedTokenizerBase, batch: int, device: torch.device) -> Tensor:
+    """The ids of dropped texts, int64 [batch, 1]: bos, or [batch, 0] where the tokenizer has none."""
+    begin = _bos(tokenizer)
+    # filled there: copied from the host, it would be waited for
+    return torch.full((batch, len(begin)), next(iter(begin), 0), dtype=torch.int64, device=device)
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """What an answer follows: bos, the question's ids, eos."""
-    return [tokenizer.bos_token_id, *_ids(tokenizer, question), tokenizer.eos_token_id]
+    """What an answer follows: bos, where the tokenizer has one, the question's ids, eos."""
+    return [*_bos(tokenizer), *_ids(tokenizer, question), tokenizer.eos_token_id]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """What follows a question: the answer's ids, eos."""
     return [*_ids(tokenizer, answer), tokenizer.eos_token_id]
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

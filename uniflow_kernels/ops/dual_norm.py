@@ -100,9 +100,8 @@ class _DualNorm(torch.autograd.Function):
             return (None,) * (13 + ctx.constants)
         dh = torch.zeros_like(total, memory_format=torch.contiguous_format) if dh is None else dh.contiguous()
         if ctx.constants:
-            scales = dh.new_zeros(dh.shape[-1]).expand(dh.shape) if scale is None else scale
             how = *vectors[:2], 1, *ctx.how
-            dx, dgate, dq, dshift, dscale, *found = modulated_norm_backward_op(dh, dtotal, total, gate, q, scales, *how)
+            dx, dgate, dq, dshift, dscale, *found = modulated_norm_backward_op(dh, dtotal, total, gate, q, scale, *how)
         else:
             dx, dgate, dq, dscale, *found = dual_norm_backward_op(dh, dtotal, total, gate, q, scale, vectors, *ctx.how)
             dshift = dh

@@ -79,7 +79,10 @@ def norm_modulate_kernel(
     BM: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """sum = x + gate * q, then h = norm(sum) * (1 + scale) + shift. Shift and h may be the same memory."""
+    """sum = x + gate * q, then h = norm(sum) * (1 + scale) + shift. Shift and h may be the same memory.
+
+    Without a gate it is x + q.
+    """
     index = tl.program_id(0).to(rows.dtype) * BM + tl.arange(0, BM)[:, None]  # [BM, 1]
     row, condition = index.to(tl.int64), _condition(index, conditions, repeat, SHARED)
     col = tl.arange(0, BW)[None, :]  # [1, BW]
@@ -87,7 +90,8 @@ def norm_modulate_kernel(
     # all loads before the first reduction, whose barriers none of them could pass
     x = tl.load(x_p + row * x_s + col, inside, 0.0)
     if RESIDUAL:
-        gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
+        if gate_p is not None:
+            gate = tl.load(gate_p + condition * gate_s + col, inside, 0.0)
         q = tl.load(q_p + row * q_s + col, inside, 0.0)
     if MODULATED:
         scale = tl.load(scale_p + condition * modulation_s + col, inside, 0.0)
@@ -98,7 +102,10 @@ def norm_modulate_kernel(
         bias = tl.load(bias_p + col, col < W, 0.0)
     x = x.to(tl.float32)
     if RESIDUAL:
-        rounded = (x + gate.to(tl.float32) * q.to(tl.float32)).to(sum_p.dtype.element_ty)
+        q = q.to(tl.float32)
+        if gate_p is not None:
+            q *= gate.to(tl.float32)
+        rounded = (x + q).to(sum_p.dtype.element_ty)
         tl.store(sum_p + row * sum_s + col, rounded, inside)
         x = rounded.to(tl.float32)  # the backward pass and the next block see the rounded sum: so does the norm
     centred, rstd = statistics(x, inside, W, eps, RMS)
@@ -287,7 +294,7 @@ def tile(width: int, elements: int) -> tuple[int, int, int]:
 
 def norm_modulate(
     x: Tensor,
-    residual: tuple[Tensor, Tensor] | None,
+    residual: tuple[Tensor | None, Tensor] | None,
     norm: tuple[Tensor | None, Tensor | None],
     modulation: tuple[Tensor, Tensor] | None,
     total: Tensor | None,
@@ -300,7 +307,7 @@ def norm_modulate(
 
     Args:
         x: [R, W].
-        residual: gate [C, W] and q [R, W], whose product is added to x first.
+        residual: gate [C, W] and q [R, W], whose product is added to x first; q alone if the gate is None.
         norm: weight [W] and bias [W].
         modulation: shift and scale [C, W], of one stride.
         total: where x + gate * q goes, [R, W]; may be x.
@@ -327,7 +334,7 @@ def norm_modulate(
         sum_p=total,
         h_p=h,
         x_s=x.stride()[0],
-        gate_s=gate.stride()[0],
+        gate_s=0 if gate is None else gate.stride()[0],
         q_s=q.stride()[0],
         modulation_s=shift.stride()[0],
         sum_s=total.stride()[0],
@@ -362,12 +369,13 @@ def norm_modulate_backward(
     rms: bool,
     eps: float,
     sums: ProgramSums | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Launch `norm_modulate_backward_kernel`.
 
     Args:
         dh: gradient of the result, [R, W].
-        dsum: gradient that reaches the sum from elsewhere, [R, W]; overwritten.
+        dsum: gradient that reaches the sum from elsewhere, [R, W]; overwritten if `dx` is not given.
         x: the sum, [R, W].
         residual: gate [C, W] and q [R, W], as in the forward pass.
         norm: weight [W] and bias [W].
@@ -379,6 +387,7 @@ def norm_modulate_backward(
         rms: RMS norm instead of LayerNorm.
         eps: of the norm.
         sums: where those of gradients that go row by row are added up together with those of other launches.
+        dx: where the gradient of the sum goes, [R, W].
 
     Returns:
         Gradient of the sum [R, W], of q [R, W], and the sums over rows [C, 6, W] in float32, of what belongs to the
@@ -392,9 +401,10 @@ def norm_modulate_backward(
     per_program = max(block_rows, cdiv(segment, max(1, _BACKWARD_PROGRAMS // segments)))
     per_segment = cdiv(segment, per_program)
     partial, total = of_launch(sums, segments * per_segment, (6, width), x.device)
-    dx = torch.empty_like(dh, memory_format=torch.contiguous_format) if dsum is None else dsum
-    dq = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if dx is None:
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dsum is None else dsum
     gate, q = residual or (x, x)
+    dq = None if residual is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dshift, dscale = dmodulation or (dh, dh)
     weight, bias = norm
     _launch_backward(
@@ -414,7 +424,7 @@ def norm_modulate_backward(
         dscale_p=dscale,
         partial_p=partial,
         dh_s=dh.stride()[0],
-        dsum_s=dx.stride()[0],
+        dsum_s=0 if dsum is None else dsum.stride()[0],
         x_s=x.stride()[0],
         gate_s=gate.stride()[0],
         q_s=q.stride()[0],

@@ -13,6 +13,7 @@ from uniflow import CheckpointError, UniFlow
 from uniflow.generation import FlowTransformer, FlowTransformerConfig
 from uniflow.generation.config import HEADS, PRESETS, shift_of
 from uniflow.generation.layers import Rotation
+from uniflow.latent_set import ChannelStatistics
 from uniflow.latents import LatentsError, fingerprint, meaning
 
 SHAPES = [{"head": head} for head in HEADS] + [
@@ -156,7 +157,7 @@ def test_the_shift_is_raes():
 
 def test_folders(tmp_path, tokenizer):
     model = tiny(tokenizer=meaning(tokenizer), fingerprint=fingerprint(tokenizer), names=["ä", "b", "c"])
-    model.set_statistics(torch.arange(6.0), 1 + torch.arange(6.0))
+    model.set_statistics(ChannelStatistics(torch.arange(6.0), 1 + torch.arange(6.0)))
     model.save_pretrained(tmp_path)
     read = FlowTransformer.from_pretrained(tmp_path)
     assert read.config == model.config
@@ -221,4 +222,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="labels: the model was made without classes"):
         tiny(classes=None)(x, t, labels)
     with pytest.raises(ValueError, match="mean: expected 6 finite numbers"):
-        model.set_statistics(torch.zeros(5), torch.ones(6))
+        model.set_statistics(ChannelStatistics(torch.zeros(5), torch.ones(6)))

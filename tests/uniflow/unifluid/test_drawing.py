@@ -14,7 +14,11 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("backbone", [{}, {"model_type": "gemma3_text", "sliding_window": 4}], ids=["llama", "gemma3"])
+@pytest.mark.parametrize(
+    "backbone",
+    [{}, {"model_type": "gpt2"}, *({"model_type": kind, "sliding_window": 4} for kind in ("gemma3_text", "mistral"))],
+    ids=["llama", "gpt2", "gemma3", "mistral"],
+)
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg):
     # every state that a token was drawn under is that of the whole sequence without a cache

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import check_reset
 from tests.uniflow.unifluid.conftest import LLAMA
 from uniflow.checkpoint import CheckpointError, read_state
+from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.model import UniFluid, read_backbone
+from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import ids_fingerprint, make_text_tokenizer
 
@@ -21,7 +22,8 @@ KINDS = [
     {},
     {"model_type": "gemma"},
     {"model_type": "gemma2", "sliding_window": 4},
-    {"model_type": "gemma3_text", "sliding_window": 4},
+    {"model_type": "gemma3_text", "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    {"model_type": "gpt2", "n_inner": 64},
     {"tie_word_embeddings": True},
 ]
 N = 12
@@ -40,7 +42,7 @@ def states(model, texts, tokens, order, groups):
         return model.draw_states(tokens, *texts, order, groups)
 
 
-@pytest.mark.parametrize("backbone", KINDS, ids=lambda kind: "-".join(map(str, kind.values())) or "llama")
+@pytest.mark.parametrize("backbone", KINDS, ids=lambda kind: kind.get("model_type", "llama"))
 def test_a_prediction_sees_the_text_and_earlier_steps_and_nothing_else(make_model, texts, backbone):
     model = make_model(backbone)
     tokens, order, groups = pictures()

@@ -2,8 +2,16 @@ import pickle
 import sys
 
 import pytest
+import torch
 
-from uniflow.unifluid.texts import answer_ids, make_text_tokenizer, prompt_ids, question_ids, read_text_tokenizer
+from uniflow.unifluid.texts import (
+    answer_ids,
+    make_text_tokenizer,
+    no_text,
+    prompt_ids,
+    question_ids,
+    read_text_tokenizer,
+)
 
 pytest.importorskip("transformers")
 
@@ -51,15 +59,30 @@ def test_it_survives_pickling_and_a_folder(tokenizer, tmp_path):
             assert other.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_tokenizer_without_pad_pads_with_eos_and_without_bos_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_without_pad_pads_with_eos_and_without_eos_is_refused(tokenizer, tmp_path):
     other = pickle.loads(pickle.dumps(tokenizer))
     other.pad_token = None
     other.save_pretrained(tmp_path)
     assert read_text_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
+    other.eos_token = None
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a tokenizer with an eos token, which ends answers; it has none"):
+        read_text_tokenizer(tmp_path)
+
+
+def test_without_bos_none_is_made_up(tokenizer, tmp_path):
+    """As Qwen's are: texts begin with themselves, and a dropped one has no ids at all."""
+    other = pickle.loads(pickle.dumps(tokenizer))
     other.bos_token = None
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"bos and eos tokens; it has no bos$"):
-        read_text_tokenizer(tmp_path)
+    read = read_text_tokenizer(tmp_path)
+    assert read.bos_token_id is None
+    ids = read("a seven", add_special_tokens=False).input_ids
+    assert prompt_ids(read, "a seven") == ids
+    assert prompt_ids(read, None) == []
+    assert no_text(read, 2, torch.device("cpu")).shape == (2, 0)
+    assert no_text(tokenizer, 2, torch.device("cpu")).tolist() == [[tokenizer.bos_token_id]] * 2
+    assert question_ids(read, "a seven") == [*ids, read.eos_token_id]
 
 
 def test_folders_that_hold_no_tokenizer(tokenizer, tmp_path):
