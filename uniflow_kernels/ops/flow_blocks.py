@@ -105,8 +105,9 @@ def final_norm(
 
 
 def _modulated(normed: Tensor, shift: Tensor, scale: Tensor, own: bool) -> Tensor:
-    own = own and not (torch.is_grad_enabled() or is_transforming() or is_forward_mode()) and normed.dtype == shift.dtype
-    return torch.addcmul(shift, normed, 1 + scale, out=normed if own else None)
+    recorded = torch.is_grad_enabled() or is_transforming() or is_forward_mode() or torch.compiler.is_compiling()
+    to = normed if own and not recorded and normed.dtype == shift.dtype else None
+    return torch.addcmul(shift, normed, 1 + scale, out=to)
 
 
 def split_modulation(modulation: Tensor, order: str, parts: int) -> tuple[Tensor, ...]:
