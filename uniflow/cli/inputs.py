@@ -20,7 +20,7 @@ from uniflow.reading import shown
 
 
 class _Model(Protocol):
-    """UniFlow, UniFluid."""
+    """UniFlow, UniFluid, an encoder."""
 
     @property
     def dtype(self) -> torch.dtype: ...

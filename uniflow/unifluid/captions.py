@@ -286,7 +286,8 @@ class CaptionedPictures(Samples):
         share = self.reading_share
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
-        number, picture, skipped = self._streams[kind].read(before if kind == "reading" else position - before)
+        own = before if kind == "reading" else position - before
+        number, picture, skipped = self._streams[kind].read(own, self.examples.open)
         rng = np.random.default_rng((self.seed, position))
         ids, answer = self._ids(kind, number, dropped=rng.random() < self.drop_caption)
         pixels = to_tensor(center_crop(picture, self.drawing_size if kind == "drawing" else self.reading_size))
