@@ -11,7 +11,7 @@ import itertools
 import signal
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -213,14 +213,25 @@ class Order:
 
 
 class Epochs(Order):
-    """Pictures in such an order, read; instead of one that cannot be read comes the next. Arguments as of `Order`."""
+    """Pictures in such an order, read; instead of one that cannot be read comes the next. Arguments as of `Order`.
 
-    def __init__(self, pictures: Pictures, seed: int, stream: int = 1, chosen: np.ndarray | None = None) -> None:
+    `opened` is what reads a picture of a number, and may give anything; `pictures.open` if not given.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        seed: int,
+        stream: int = 1,
+        chosen: np.ndarray | None = None,
+        opened: Callable[[int], Any] | None = None,
+    ) -> None:
         super().__init__(pictures, seed, stream, chosen)
         self.pictures = pictures
+        self.opened = pictures.open if opened is None else opened
 
-    def read(self, position: int) -> tuple[int, Image.Image, list[str]]:
-        """What comes at a position: a picture's number, the picture, and the names of damaged ones it stands in for.
+    def read(self, position: int) -> tuple[int, Any, list[str]]:
+        """What comes at a position: a picture's number, what is opened, and the names of damaged ones it stands in for.
 
         Raises:
             PictureError: if no picture can be read.
@@ -229,7 +240,7 @@ class Epochs(Order):
         for following in range(position, position + self.length):
             number = self.number(following)
             try:
-                return number, self.pictures.open(number), skipped
+                return number, self.opened(number), skipped
             except (PictureError, OSError) as error:
                 skipped.append(self.pictures.name(number))
                 last = error
