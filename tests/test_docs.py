@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import png, smooth_picture, write_shard
 from tests.dropin.stand_ins import Canonical
+from tests.uniflow.evaluation.conftest import Colours
 from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_features import siglip
 from uniflow import UniFlow, UniFlowConfig
@@ -26,8 +27,8 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$|^    ((?:uniflow|ln) [^\n]*)$", re
 # what would take hours, and the step at which a run of examples/ ends
 SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "Stage(steps=300)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
 LAST_STEP = re.compile(r"step-\d{8}")
-# its checkpoint is one of several GPUs
-NOT_RUN = ("uniflow gather ",)
+# checkpoints of several GPUs, and what an example takes minutes to write
+NOT_RUN = ("uniflow gather ", "uniflow probe out/win_win/")
 
 
 def snippets(page):
@@ -59,7 +60,16 @@ def prepared(tmp_path_factory):
     llama = transformers.LlamaConfig(**{**LLAMA, "max_position_embeddings": 256, "vocab_size": len(texts)})
     transformers.LlamaForCausalLM(llama).save_pretrained(folder / "checkpoints" / "language")
 
-    for name in ("photo.jpg", "folder/a.jpg", "folder/b.jpg", "data/validation/a.jpg"):
+    torch.jit.script(Colours()).save(folder / "inception-2015-12-05.pt")
+    for name in (
+        "photo.jpg",
+        "folder/a.jpg",
+        "folder/b.jpg",
+        "data/validation/a.jpg",
+        "samples/a.png",
+        "samples/b.png",
+        *(f"classes/{kind}/{number}.jpg" for kind in ("cat", "dog") for number in range(13)),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         smooth_picture((40, 32), len(name)).save(folder / name)
     said = '{"caption": "a seven", "question": "which digit?", "answer": "seven"}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from uniflow_kernels.modules.flow_layers import LayerNorm
 from uniflow_kernels.ops.attention import attention
+from uniflow_kernels.ops.flow_choice import dtype_of_products
+from uniflow_kernels.ops.modulated_norm import norm_has_kernels, residual_norm
+from uniflow_kernels.torch_private import plain_parts
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -41,6 +45,7 @@ class RMSNorm(nn.Module):
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+_NORMS: dict[type, str] = {LayerNorm: "layer", RMSNorm: "rms"}  # as `residual_norm` calls them
 
 
 class DropPath(nn.Module):
@@ -57,6 +62,28 @@ class DropPath(nn.Module):
         # compared and divided: of bernoulli_(rate) torch.compile would make a graph for every layer's rate
         drawn = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), dtype=torch.float32, device=x.device)
         return x * ((drawn >= self.rate) / (1 - self.rate)).to(x.dtype)
+
+    def leaves_out(self) -> bool:
+        """Whether `keep` is to be asked, so that samples are left out of the computation.
+
+        A compiled graph has no place for as many samples as there happen to be: there the branch is made of all.
+        """
+        return self.training and self.rate > 0 and not torch.compiler.is_compiling()
+
+    def keep(self, samples: int, device: torch.device) -> tuple[Tensor | None, float]:
+        """Draw which samples keep the branch, from the CPU's generator, so that no GPU is waited for.
+
+        Returns:
+            The indices of those that do, [K] in int64 on the device, and what their branch is multiplied by. None if
+            all do. If none does it is one of them, times 0: every parameter has a gradient.
+        """
+        kept = (torch.rand(samples, dtype=torch.float32, device="cpu") >= self.rate).nonzero().flatten()
+        factor = 1 / (1 - self.rate)
+        if len(kept) == samples:
+            return None, factor
+        if len(kept) == 0:
+            kept, factor = torch.zeros(1, dtype=torch.int64, device="cpu"), 0.0
+        return kept.to(device, non_blocking=True), factor
 
 
 class Attention(nn.Module):
@@ -158,10 +185,33 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
-        x = _add_branch(x, self.attn(self.norm1(x)), self.ls1, self.drop_path1)
-        return _add_branch(x, self.mlp(self.norm2(x)), self.ls2, self.drop_path2)
+        if self.drop_path1.leaves_out() or self.drop_path2.leaves_out():
+            x = _add_to_some(x, lambda some: self.attn(self.norm1(some)), self.ls1, self.drop_path1)
+            return _add_to_some(x, lambda some: self.mlp(self.norm2(some)), self.ls2, self.drop_path2)
+        x, h = _add_and_norm(x, self.drop_path1(self.attn(self.norm1(x))), self.ls1, self.norm2)
+        return _add(x, self.drop_path2(self.mlp(h)), self.ls2)
 
 
-def _add_branch(x: Tensor, branch: Tensor, scale: Tensor | None, drop_path: DropPath) -> Tensor:
-    branch = drop_path(branch)
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + branch if scale is None else torch.addcmul(x, branch, scale)
+
+
+def _add_and_norm(x: Tensor, branch: Tensor, scale: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """The sum and its norm; in one pass where there are kernels and calling the norm does nothing but its forward."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if norm_has_kernels(x, branch, scale, weight, bias) and plain_parts([norm], frozenset(_NORMS)) is not None:
+        kind, dtype = _NORMS[type(norm)], dtype_of_products(x)
+        return residual_norm(x, branch, scale, weight=weight, bias=bias, norm=kind, eps=norm.eps, dtype=dtype)
+    x = _add(x, branch, scale)
+    return x, norm(x)
+
+
+def _add_to_some(x: Tensor, branch: Callable[[Tensor], Tensor], scale: Tensor | None, drop_path: DropPath) -> Tensor:
+    """Add a branch of x [B, ...] to the samples that keep it; it is made of these alone."""
+    if not drop_path.leaves_out() or len(x) == 0:
+        return _add(x, branch(x), scale)
+    kept, factor = drop_path.keep(len(x), x.device)
+    if kept is None:
+        return _add(x, branch(x) * factor, scale)
+    made = branch(x.index_select(0, kept)) * factor
+    return x.index_add(0, kept, (made if scale is None else made * scale).to(x.dtype))

@@ -30,7 +30,7 @@ from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow.cli.train import _untrained
-from uniflow.latent_set import LatentSet, Manifest, finish, write_shard
+from uniflow.latent_set import ChannelStatistics, LatentSet, Manifest, finish, write_shard
 from uniflow.latents import EncodedPicture, read_latents, write_latents
 from uniflow.training.checkpoints import MANIFEST, check, read_json, read_tensors, write_json, write_tensors
 from uniflow.training.recipe import read_run
@@ -80,7 +80,7 @@ READERS = {
     "shards": lambda folder: gather(folder, False, lambda place: _untrained(False, place)),
     "run": read_checkpoint,
     "latents": lambda folder: read_latents(folder / "latents.safetensors", of_latents()),
-    "latent set": lambda folder: LatentSet(folder).latent(0),
+    "latent set": lambda folder: (ChannelStatistics.read(folder), LatentSet(folder).latent(0)),
     "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
     "recipe": lambda folder: read_run(folder / "run.yaml", UniFluidRun),
 }

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.conftest import randomize
 from uniflow.transformer import DropPath, RMSNorm, TransformerLayer
+from uniflow_kernels import backend
 
 
 def plain_layer(p, x, heads, norm_type, eps, act):
@@ -81,6 +82,96 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert abs(out.mean() - 1) < 0.03
     x = torch.randn(4, 3, 2)
     assert drop.eval()(x) is x
+
+
+def layer_of(**options):
+    return randomize(TransformerLayer(32, 4, 48, **options))
+
+
+@pytest.mark.parametrize("scale", [None, 0.1])
+def test_samples_that_are_dropped_are_left_out_with_the_same_numbers_and_gradients(within_twice, scale):
+    """As many as are drawn: all, some or none, of which every parameter has a gradient nevertheless."""
+    layer = layer_of(layer_scale=scale, drop_path=0.5).train()
+    x = torch.randn(5, 9, 32, generator=torch.Generator().manual_seed(1))
+    seen: dict[str, list[int]] = {"attn": [], "mlp": []}
+    for name, counts in seen.items():
+        getattr(layer, name).register_forward_hook(lambda _, given, __, counts=counts: counts.append(len(given[0])))
+    wide = layer_of(layer_scale=scale).double()
+    wide.load_state_dict(layer.state_dict())
+
+    def masked(layer, x, masks):
+        x = x + masks[0] * layer.attn(layer.norm1(x)) * (1 if layer.ls1 is None else layer.ls1)
+        return x + masks[1] * layer.mlp(layer.norm2(x)) * (1 if layer.ls2 is None else layer.ls2)
+
+    def results(run, layer, x):
+        x = x.detach().requires_grad_()
+        out = run(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+    kept = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        drawn = [torch.rand(5) >= 0.5 for _ in range(2)]
+        numbers = [int(each.sum()) for each in drawn]
+        if numbers[0] in kept:
+            continue
+        kept.add(numbers[0])
+        masks = [(each.float() / 0.5)[:, None, None] for each in drawn]
+        exact = results(lambda x: masked(wide, x, [mask.double() for mask in masks]), wide, x.double())  # noqa: B023
+        for counts in seen.values():
+            counts.clear()
+        plain = results(lambda x: masked(layer, x, masks), layer, x)  # noqa: B023
+        assert seen == {"attn": [5], "mlp": [5]}
+        torch.manual_seed(seed)
+        for mine, theirs, truth in zip(results(layer, layer, x), plain, exact, strict=True):
+            within_twice(mine, theirs, truth)
+        assert seen == {"attn": [5, max(1, numbers[0])], "mlp": [5, max(1, numbers[1])]}
+    assert kept == {0, 1, 2, 3, 4, 5}
+    assert layer(x[:0]).shape == (0, 9, 32)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["encoder", "global block", "rms"])
+def test_residual_and_norm_are_one_kernel_where_there_are_any(within_twice, name, autocast):
+    """Of a norm that somebody hooks they are not; and where the kernels cannot serve, nothing is raised."""
+    pytest.importorskip("triton")
+    layer, options = layer_of(**VARIANTS[name]), VARIANTS[name]
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+
+    def results(layer, x, served):
+        x = x.detach().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, autocast and x.dtype == torch.float32):
+            calls = []
+            hook = None if served else layer.norm2.register_forward_hook(lambda *_: calls.append(1))
+            out = layer(x)
+            if hook is not None:
+                hook.remove()
+                assert calls == [1]
+        assert out.dtype == x.dtype
+        assert ("_ModulatedNorm" in graph(out)) == served
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]
+
+    plain = results(layer, x, False)
+    with backend("triton"):
+        hooked = results(layer, x, False)
+        found = results(layer, x, True)
+        wide = layer_of(**options).double()
+        wide.load_state_dict(layer.state_dict())
+        exact = results(wide, x.double(), False)
+    assert all(map(torch.equal, hooked, plain))
+    for mine, theirs, truth in zip(found, plain, exact, strict=True):
+        within_twice(mine, theirs, truth)
+
+
+def graph(out):
+    """The names of all that is recorded for its gradient."""
+    found, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [before for before, _ in node.next_functions]
+    return " ".join(node.name() for node in found)
 
 
 def test_dropouts_act_in_training_only():

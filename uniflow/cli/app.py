@@ -241,9 +241,69 @@ def decode(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint folder of a generator, or OWNER/NAME.", show_default=False)
+    ],
+    tokenizer: Annotated[
+        Path, typer.Option(help="Folder of the tokenizer whose latents it draws, or OWNER/NAME.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for pictures, or x.png for a sheet of classes.", show_default=False)
+    ],
+    weights: Weights = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000_000, help="Pictures, 50000 if not given; on a sheet of each class, 8."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Numbers or names with commas between them; all if not given.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Of the generator.")] = 50,
+    schedule: Annotated[
+        str, typer.Option(help="auto (as it was trained), linear, or pow_ or shifted_ and a number.")
+    ] = "auto",
+    solver: Solver = "euler",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
+    decoder_steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=_MOST_STEPS, help="Of the tokenizer's decoder; its own number if not given."),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw pictures from a generator of latents: a folder of them for FID, or a sheet.
+
+    Picture i has class i of those there are, again and again, and seeds of its own. Under torchrun all processes share
+    the work, and the same command goes on where it was stopped.
+    """
+    from uniflow.cli.generate import HowToGenerate, generate
+    from uniflow.cli.inputs import Named
+
+    how = HowToGenerate(
+        steps, schedule, solver, cfg, cfg_interval, temperature, decoder_steps, seed, batch_size, workers
+    )
+    generate(Named(checkpoint, weights), Named(tokenizer), out, count, classes, how, dtype, device, force)
+
+
+@app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)],
-    checkpoint: Checkpoint,
+    context: typer.Context,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder, or OWNER/NAME on the Hub, to reconstruct with.", show_default=False),
+    ] = None,
+    generated: Annotated[
+        Path | None, typer.Option(help="Folder of generated pictures, to score instead.", show_default=False)
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     schedule: Schedule = "linear",
@@ -253,23 +313,33 @@ def evaluate(
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the squares to reconstruct; the checkpoint's own if not given.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Side of the squares to crop and reconstruct; else the checkpoint's own, or pictures as they are.",
+        ),
     ] = None,
     score_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the squares to score, to which both are resized.")
     ] = None,
     keep_size: KeepSize = False,
     features: Annotated[
-        Path | None, typer.Option(help="Network of the features for rFID: a program.", show_default=False)
+        Path | None, typer.Option(help="Network of the features for FID: a program.", show_default=False)
     ] = None,
     lpips: Annotated[Path | None, typer.Option(help="Network for LPIPS: a program.", show_default=False)] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Statistics of the originals' features, as .npz with mu and sigma.", show_default=False),
+        typer.Option(
+            help="Statistics of the originals' features, as .npz with mu and sigma; of --generated also their folder.",
+            show_default=False,
+        ),
     ] = None,
     keep_reference: Annotated[
         Path | None, typer.Option(help="File to keep these statistics in.", show_default=False)
     ] = None,
+    manifold: Annotated[
+        int, typer.Option(min=0, help="Pictures of each set whose features are kept for precision and recall.")
+    ] = 50_000,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the results and settings.", show_default=False)
     ] = None,
@@ -284,17 +354,104 @@ def evaluate(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Reconstruct a folder of pictures and print PSNR, SSIM and, with networks, LPIPS and rFID; under torchrun too."""
+    """Score reconstructions, or generated pictures; under torchrun too.
+
+    FOLDER --checkpoint: PSNR, SSIM and, with networks, LPIPS and rFID of its pictures' reconstructions. --generated
+    --reference: FID, Inception Score, precision and recall. FOLDER --keep-reference: its statistics alone.
+    """
     from uniflow.cli.evaluate import Scoring, evaluate
+    from uniflow.cli.evaluate_generated import Judging, evaluate_generated, keep_statistics
     from uniflow.cli.files import Given
-    from uniflow.cli.inputs import Named, parse_memory
+    from uniflow.cli.inputs import InputError, Named, parse_memory
     from uniflow.cli.tokenize import Sampling
 
-    memory = parse_memory(max_memory)
-    sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
-    scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
-    given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
-    evaluate(given, named, sampling, scoring, batch_size, workers, dtype, device, force, as_json)
+    if checkpoint is not None and folder is not None and generated is None:
+        memory = parse_memory(max_memory)
+        sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
+        scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
+        given, named = Given([folder], strict, max_pixels), Named(checkpoint, weights)
+        evaluate(given, named, sampling, scoring, batch_size, workers, dtype, device, force, as_json)
+        return
+    judging = Judging(features, reference, keep_reference, size, score_size, manifold, out, batch_size, workers)
+    if generated is not None:
+        _refuse_others(context, "--generated", "folder", *_OF_RECONSTRUCTIONS)
+        evaluate_generated(Given([generated], strict, max_pixels), judging, device, force, as_json)
+    elif folder is not None and keep_reference is not None:
+        _refuse_others(context, "--keep-reference without --checkpoint", "reference", "out", *_OF_RECONSTRUCTIONS)
+        keep_statistics(Given([folder], strict, max_pixels), judging, device, force, as_json)
+    else:
+        raise InputError("evaluate: expected FOLDER --checkpoint, --generated --reference, or FOLDER --keep-reference")
+
+
+_OF_RECONSTRUCTIONS = (
+    *("checkpoint", "weights", "steps", "schedule", "solver", "cfg", "cfg_interval", "temperature", "seed"),
+    *("keep_size", "lpips", "max_memory", "dtype", "precision"),
+)
+
+
+def _refuse_others(context: typer.Context, what: str, *names: str) -> None:
+    """Refuse options that would be of no use, and that somebody has given."""
+    from uniflow.cli.inputs import InputError
+
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            shown = "FOLDER" if name == "folder" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{shown}: of no use with {what}")
+
+
+@app.command()
+def probe(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, in a folder for each class.", show_default=False)],
+    checkpoint: Checkpoint,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the pretrained encoder, or OWNER/NAME; that which the checkpoint's run says if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures to judge by, in folders of the same classes.", show_default=False),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Without --validation: share of each class that is held out to judge by.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(callback=_check_seed, help="Of the choice of these.")] = 0,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers from 1, as in 6,12; those at the quarters if not given.", show_default=False),
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean of the patches' tokens, or class, the class token.")] = "mean",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the pictures; the checkpoint's own if not given.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest pictures that have a voice.")] = 20,
+    c: Annotated[float, typer.Option(help="C of the logistic regression: a larger one fits closer.")] = 1.0,
+    out: OutFolder = Path("out/probe"),
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep features in; one below --out if not given.", show_default=False),
+    ] = None,
+    batch_size: BatchSize = 8,
+    workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Print what the encoder's layers know of pictures' classes, beside the encoder that they were pretrained as."""
+    from uniflow.cli.inputs import Named
+    from uniflow.cli.probe import Probing, parse_layers, probe
+
+    chosen = parse_layers(layers)
+    probing = Probing(validation, held_out, seed, chosen, pooling, size, neighbours, c, out, keep)
+    named = Named(checkpoint, weights)
+    probe(folder, named, encoder, probing, batch_size, workers, strict, max_pixels, dtype, device, force, as_json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import torch
 from uniflow.atomic import write_json
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import fitted, stacked
-from uniflow.cli.files import Given, check_outputs, find_pictures
+from uniflow.cli.files import Given, check_outputs, check_pictures_folder, find_pictures
 from uniflow.cli.inputs import InputError, Named, choose_device, explained, load_model
 from uniflow.cli.printing import Column, Table, finite, say, say_json
 from uniflow.cli.tokenize import PSNR, SSIM, Sampling, reconstructions
@@ -96,10 +96,7 @@ def evaluate(
     """Print the mean scores over a folder, which the processes of torchrun share; rFID too, or why there is none."""
     sampling.check()
     scoring.check(force)
-    for folder in given.paths:
-        if not folder.is_dir():
-            found = f"{folder} is a file, expected a folder of pictures"
-            raise InputError(found if folder.exists() else f"no such folder: {folder}")
+    check_pictures_folder(given.paths[0])
     try:
         with joined(choose_device(device)) as (processes, own):
             model = load_model(checkpoint, str(own), dtype)

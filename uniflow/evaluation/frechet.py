@@ -23,10 +23,14 @@ class FeatureStatistics:
     Args:
         width: D, how many features a picture has.
         device: where the sums are kept; the CPU if not given.
+
+    Attributes:
+        features: those of some of the pictures, float32 [n, D] on the CPU, where they are kept beside; see `save`.
     """
 
     def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.count = 0
+        self.features: Tensor | None = None
         with torch.inference_mode(False):  # or they could not be added to outside of the mode they were made in
             self.mean = torch.zeros(width, dtype=torch.float64, device=device or "cpu")
             self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device or "cpu")
@@ -66,6 +70,8 @@ class FeatureStatistics:
     def save(self, path: Path, network: str | None = None) -> None:
         """Write `mu` and `sigma` in float64 to an .npz file, the form that pytorch-fid and others read, and `count`.
 
+        `features`, float32 [n, D], is there too if there are any.
+
         Args:
             path: the file.
             network: which network the features are of, to be kept beside them.
@@ -73,16 +79,19 @@ class FeatureStatistics:
         values = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy(), "count": np.array(self.count)}
         if network is not None:
             values["network"] = np.array(network)
+        if self.features is not None and len(self.features):
+            values["features"] = self.features.numpy()
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **values)
 
     @classmethod
-    def load(cls, path: Path, network: str | None = None) -> FeatureStatistics:
+    def load(cls, path: Path, network: str | None = None, with_features: bool = False) -> FeatureStatistics:
         """Read an .npz file with `mu` [D] and `sigma` [D, D], whoever wrote it.
 
         Args:
             path: the file.
             network: which network's features are expected, where the file says of which its own are.
+            with_features: whether `features` [n, D] are read too, where it has them.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -94,7 +103,8 @@ class FeatureStatistics:
             if not isinstance(held, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
             with held:
-                arrays = {name: held[name] for name in ("mu", "sigma", "count", "network") if name in held.files}
+                names = ("mu", "sigma", "count", "network", *(["features"] if with_features else []))
+                arrays = {name: held[name] for name in names if name in held.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: expected an .npz file with mu and sigma ({error})") from None
         mean, covariance = (arrays.get(name, np.empty(0)) for name in ("mu", "sigma"))
@@ -116,6 +126,13 @@ class FeatureStatistics:
         statistics.count = int(count)
         statistics.mean = torch.from_numpy(mean.astype(np.float64))
         statistics._scatter = torch.from_numpy(covariance.astype(np.float64)) * (statistics.count - 1)
+        if (features := arrays.get("features")) is not None:
+            if features.dtype.kind != "f" or features.shape[1:] != mean.shape or not np.isfinite(features).all():
+                raise ValueError(
+                    f"{path}: features: expected finite numbers [n, {len(mean)}], got {features.dtype} "
+                    f"{list(features.shape)}"
+                )
+            statistics.features = torch.from_numpy(features.astype(np.float32, copy=False))
         return statistics
 
 

@@ -398,7 +398,7 @@ class CaptionedPictures(Samples):
         self.reading_share = _reading_share(reading_share, captions, questions)
         # of the seed's streams the first is that of `RandomCrops`
         self._streams = {
-            kind: Epochs(examples, seed, 2 + place, kinds[:, place], partial(self._open, kind))
+            kind: Epochs(examples, seed, 2 + place, kinds[:, place])
             for place, kind in enumerate(KINDS)
             if kinds[:, place].any()
         }
@@ -417,7 +417,8 @@ class CaptionedPictures(Samples):
         share = self.reading_share
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
-        number, pictures, skipped = self._streams[kind].read(before if kind == "reading" else position - before)
+        own = before if kind == "reading" else position - before
+        number, pictures, skipped = self._streams[kind].read(own, partial(self._open, kind))
         rng = np.random.default_rng((self.seed, position))
         drawn = rng.random()
         nothing = kind == "drawing" and len(pictures) > 1 and drawn < self.drop_source

@@ -7,6 +7,7 @@ Source: adaLN-Zero of DiT (Peebles and Xie 2023, figure 3), which SiT, Lightning
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from uniflow_kernels.choice import choose
+from uniflow_kernels.choice import choose, requested
 from uniflow_kernels.ops.flow_blocks import NORMS, check_choice, conditions_of, flat_rows, layer_norm
 from uniflow_kernels.ops.flow_choice import MAX_WIDTH, is_plain
 from uniflow_kernels.ops.registration import register
@@ -210,20 +211,38 @@ def norm_is_plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether plain PyTorch serves: asked before the registered op, so that it stays open to whoever looks into it."""
     if is_plain(x.is_cuda):
         return True
+    return _backend(x.device, *_dtype_and_reason(x, others)) == "eager" or x.numel() == 0
+
+
+def norm_has_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether kernels serve `residual_norm` of these, for layers that do without where none can, whatever is asked for.
+
+    Not where torch.compile looks, which makes one kernel of the plain form itself.
+    """
+    if torch.compiler.is_compiling() or is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
+        return False
+    return x.numel() > 0 and _why_not(x.device, *_dtype_and_reason(x, others)) is None
+
+
+def _dtype_and_reason(x: Tensor, others: Sequence[Tensor | None]) -> tuple[torch.dtype, str | None]:
+    """The dtype to be asked about, and what speaks against the kernels whatever the device."""
     given = [tensor for tensor in (x, *others) if tensor is not None]
     odd = any(type(tensor) not in (Tensor, Parameter) for tensor in given)
     dtype = next((t.dtype for t in given if t.dtype == torch.float64), x.dtype)
     reason = f"up to {MAX_WIDTH} wide, not {x.shape[-1]}" if x.shape[-1] > MAX_WIDTH else None
-    reason = "a tensor is of a subclass with rules of its own" if odd else reason
-    return _backend(x.device, dtype, reason) == "eager" or x.numel() == 0
+    return dtype, "a tensor is of a subclass with rules of its own" if odd else reason
 
 
 @constant
 def _backend(device: torch.device, dtype: torch.dtype, reason: str | None) -> str:
+    return choose("modulated_norm", {"triton": _why_not(device, dtype, reason)})
+
+
+def _why_not(device: torch.device, dtype: torch.dtype, reason: str | None) -> str | None:
     reason = why_not_on(device, dtype) or reason
     if is_transforming() or is_forward_mode():
         reason = reason or "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
-    return choose("modulated_norm", {"triton": reason})
+    return reason
 
 
 # --- registered ops ---

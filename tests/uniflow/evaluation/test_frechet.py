@@ -88,6 +88,16 @@ def test_a_file_and_back(tmp_path):
         FeatureStatistics.load(tmp_path / "one.npz", "abd")
 
 
+def test_features_are_kept_beside(tmp_path):
+    """Of some pictures; whoever does not ask for them is not kept waiting by what may be 400 MB."""
+    kept = statistics(two_sets()[0])
+    kept.features = two_sets()[0][:5].float()
+    kept.save(tmp_path / "kept.npz")
+    assert FeatureStatistics.load(tmp_path / "kept.npz").features is None
+    again = FeatureStatistics.load(tmp_path / "kept.npz", with_features=True)
+    assert torch.equal(again.features, kept.features)
+
+
 def test_the_file_of_others(tmp_path):
     """As pytorch-fid, clean-fid and ADM write them: mu and sigma, and what else they like."""
     one, other = map(statistics, two_sets())
@@ -106,12 +116,14 @@ def test_the_file_of_others(tmp_path):
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "expected numbers"),
         ({"mu": np.array([{}, {}]), "sigma": np.eye(2)}, "expected an .npz file with mu and sigma"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.zeros(3)}, "count: expected"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros(2)}, "features: expected finite numbers [n, 2]"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.full((9, 2), np.inf)}, "features: expected finite"),
     ],
 )
 def test_files_that_are_none(tmp_path, arrays, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=re.escape(message)):
-        FeatureStatistics.load(tmp_path / "bad.npz")
+        FeatureStatistics.load(tmp_path / "bad.npz", with_features=True)
 
 
 def test_files_that_are_no_npz(tmp_path):
