@@ -549,6 +549,14 @@ def unifluid_generate(
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
     ],
     out: OutFolder,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to draw from beside the captions; once for each of several.", show_default=False),
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the vision encoder, for a model that sees sources by it.", show_default=False),
+    ] = None,
     weights: Weights = None,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
@@ -556,6 +564,7 @@ def unifluid_generate(
     ] = None,
     head_steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Steps of the head for each token.")] = 20,
     cfg: Cfg = 3.0,
+    cfg_source: Annotated[float, typer.Option(help="Guidance scale of the sources; 1 is none.")] = 1.0,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -563,12 +572,13 @@ def unifluid_generate(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Draw pictures from captions: a PNG each, and a sheet of all."""
+    """Draw pictures from captions, and from other pictures if given: a PNG each, and a sheet of all."""
     from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import generate
 
-    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "temperature": temperature}
-    generate(captions, Named(checkpoint, weights), tokenizer, out, count, seed, how, batch_size, dtype, device, force)
+    named, sources = Named(checkpoint, weights), source or []
+    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "cfg_source": cfg_source, "temperature": temperature}
+    generate(captions, named, tokenizer, vision, sources, out, count, seed, how, batch_size, dtype, device, force)
 
 
 @unifluid.command("ask")
@@ -580,6 +590,9 @@ def unifluid_ask(
         Path,
         typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
     ],
+    system: Annotated[
+        str | None, typer.Option(help="A system prompt, for a tokenizer with a chat template.", show_default=False)
+    ] = None,
     weights: Weights = None,
     longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
     batch_size: BatchSize = 16,
@@ -594,4 +607,4 @@ def unifluid_ask(
     from uniflow.cli.unifluid import ask
 
     given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
-    ask(given, question, named, vision, longest, batch_size, dtype, device)
+    ask(given, question, system, named, vision, longest, batch_size, dtype, device)

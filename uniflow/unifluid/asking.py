@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniflow.unifluid.conversations import end_tokens
 from uniflow.unifluid.model import UniFluid
 
 
@@ -16,8 +17,8 @@ def answer(model: UniFluid, features: Tensor, ids: Tensor, real: Tensor, longest
 
     Args:
         model: in evaluation mode.
-        features: [B, M, vision_channels], of the pictures.
-        ids: int64 [B, T], the questions, padded on the left.
+        features: [P, M, vision_channels], of the pictures of all rows, one after the other.
+        ids: int64 [B, T], the questions, see `uniflow.unifluid.conversations.question_ids` and `texts.padded`.
         real: bool [B, T], False for padding.
         longest: number of ids an answer may have, where the context has room for them.
         how: arguments of transformers' `generate`, such as do_sample, temperature, num_beams.
@@ -25,14 +26,15 @@ def answer(model: UniFluid, features: Tensor, ids: Tensor, real: Tensor, longest
     Raises:
         ValueError: if the shapes do not fit together, or the context has no room for an answer.
     """
-    room = model.check_context(features.shape[1] + ids.shape[1] + 1) + 1
+    room = model.check_context(ids.shape[1] + 1) + 1
+    model.check_slots(ids, features)
     embedded, mask = model.question(features, ids, real)
     tokenizer = model.text_tokenizer
     found = model.backbone.generate(
         inputs_embeds=embedded,
         attention_mask=mask,
         max_new_tokens=min(longest, room),
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         **{"do_sample": False, **how},
     )
