@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -239,6 +240,28 @@ def _begin(drawer: Drawer, out: Path, count: int, force: bool) -> list[list[int]
         )
     blocks = _blocks(count, drawer.how.batch_size)
     return [block for block in blocks if any(_name(number) not in pictures for number in block)]
+
+
+def classes_of(folder: Path, names: Sequence[str]) -> tuple[np.ndarray, int] | None:
+    """The class of each picture, int64 from 0 in the order in which they were chosen, and how many classes there are.
+
+    None of a folder that `generate` has not drawn, or not of classes.
+
+    Raises:
+        ValueError: if the folder's manifest is damaged, or pictures are called otherwise than it calls them.
+    """
+    if not (folder / MANIFEST).exists():
+        return None
+    chosen = read_json(folder / MANIFEST).get("classes")
+    if chosen is None:
+        return None
+    if not isinstance(chosen, list) or not chosen:
+        raise ValueError(f"{folder / MANIFEST}: classes: expected a list of them, got {shown(chosen)}")
+    stems = [name.removesuffix(SHEET) for name in names]
+    for name, stem in zip(names, stems, strict=True):
+        if not stem.isdecimal():
+            raise ValueError(f"{folder}: expected pictures as {_name(0)}, as {MANIFEST} is there, got {shown(name)}")
+    return np.array([int(stem) % len(chosen) for stem in stems], np.int64), len(chosen)
 
 
 def _blocks(count: int, size: int) -> list[list[int]]:
