@@ -124,10 +124,10 @@ def recipe(steps: int, batch: int, learning_rate: float, seed: int) -> Recipe:
     return Recipe((Stage(steps, learning_rate=learning_rate, warmup_steps=20),), batch_size=batch, seed=seed)
 
 
-def train_tokenizer(train: Digits, steps: int, seed: int) -> UniFlow:
+def train_tokenizer(train: Digits, steps: int, seed: int, config: UniFlowConfig = TOKENIZER) -> UniFlow:
     """For reconstruction alone: its encoder knows nothing yet that distillation could keep."""
     torch.manual_seed(seed)
-    model = UniFlow(TOKENIZER)
+    model = UniFlow(config)
     crops = RandomCrops(train, SIZE, seed, smallest=1.0, flip=False)
     Trainer(UniFlowObjective(model, distill_weight=0.0), crops, recipe(steps, 64, 2e-3, seed)).run()
     return model.eval()

@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```$|^    ((?:uniflow|ln) [^\n]*)$", re.DOTALL | re.MULTILINE)
 # what would take hours, and the step at which a run of examples/ ends
 SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "Stage(steps=300)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
+SHORTER |= {"--out out/samples": "--out out/samples --count 2 --steps 1"}
 LAST_STEP = re.compile(r"step-\d{8}")
 # checkpoints of several GPUs, and what an example takes minutes to write
 NOT_RUN = ("uniflow gather ", "uniflow probe out/win_win/")
@@ -93,6 +94,11 @@ def prepared(tmp_path_factory):
         for stage in config["recipe"]["stages"]:
             stage["steps"] = 1
         (folder / "examples" / name).write_text(yaml.safe_dump(config))
+    config = yaml.safe_load((ROOT / "examples" / "generator.yaml").read_text()) | {"tensorboard": False}
+    config["model"]["config"] = {"width": 32, "depth": 1, "heads": 2, "head_width": 32}
+    config["samples"] |= {"steps": 1, "columns": 1}
+    config["recipe"] |= {"batch_size": 2, "micro_batch_size": 1, "workers": 0, "stages": [{"steps": 2}]}
+    (folder / "examples" / "generator.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 

@@ -180,6 +180,15 @@ def test_folders(tmp_path, tokenizer):
         tiny().check_tokenizer(wider)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape.values())))
+def test_folders_of_every_kind(tmp_path, shape):
+    """No parameter of a head has a name by which a model in a checkpoint is found."""
+    model = tiny(**shape)
+    model.save_pretrained(tmp_path)
+    state = FlowTransformer.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_folders_of_others_are_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
