@@ -1,20 +1,22 @@
-"""The flow head's products in every tile that is shipped, compiled for GPUs that are not there."""
+"""The products of the flow head and of transformer layers in every tile, compiled for GPUs that are not there."""
 
 import pytest
 
 pytest.importorskip("triton")
 
 from tests.compile.compiling import ARCHES, Request, compile_all, is_oldest
-from uniflow_kernels.triton_kernels import flow_products as products
+from uniflow_kernels.triton_kernels import flow_products, layer_products, products
 
 pytestmark = pytest.mark.slow
 
 W = H = 1024
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block of threads may have
 # of the tiles of sm_80 on GPUs that have less of it, or of those with TMA, the ones that need the most
-LARGEST = {86: ("up",), 89: ("down",), 120: ("modulated", "down backward")}
+LARGEST = {86: ("up",), 89: ("down", "residual"), 120: ("modulated", "down backward", "folded")}
 # per thread; no more than these were needed when the kernels were written
 REGISTERS = {
+    "folded": 232,
+    "residual": 232,
     "modulated": 232,
     "up": 216,
     "gated up": 210,
@@ -28,7 +30,7 @@ PAIRS = ("modulated", "gated up")
 
 
 def request(name, arch, small=False):
-    """A product of a canonical head of width 1024 in bfloat16, which keeps all that training wants."""
+    """A product of a canonical head of width 1024 in bfloat16, which keeps all that training wants, or of a layer."""
     made = products.ARCHITECTURES[arch]
     tma, tiles = made.tma, made.small if small else made.tiles
     tile = tiles[name]
@@ -37,6 +39,18 @@ def request(name, arch, small=False):
     weight = (2,) * (name in PAIRS) + (tile.columns, tile.depth)
     ups = ("up_p", "dup_p") if gated else ()
     kernel, operands, vectors, constants = {
+        "folded": (
+            "folded_norm_kernel",
+            {"x_p": left, "w_p": weight, "out_p": rows},
+            {**dict.fromkeys(("sums_p", "moments_p"), "*fp32"), "bias_p": "*bf16"},
+            {"N": 4 * W, "K": W, "PART": tiles["residual"].piece, "ACT": "gelu", "RMS": False},
+        ),
+        "residual": (
+            "residual_product_kernel",
+            {"a_p": left, "w_p": weight, **dict.fromkeys(("x_p", "sum_p"), rows)},
+            {**dict.fromkeys(("bias_p", "scale_p"), "*bf16"), "moments_p": "*fp32"},
+            {"N": W, "K": 4 * W, "RMS": False},
+        ),
         "modulated": (
             "modulation_kernel",
             {"a_p": left, "m_p": weight, **dict.fromkeys(("x_p", "h_p", "scale_p"), rows)},
@@ -72,9 +86,10 @@ def request(name, arch, small=False):
     }
     strides = [f"{operand.removesuffix('_p')}_s" for operand in operands]
     known = {**dict.fromkeys(strides, "i32"), **described, **vectors, "eps": "fp32"}
-    arguments = getattr(products, kernel).arg_names
+    module = layer_products if hasattr(layer_products, kernel) else flow_products
+    arguments = getattr(module, kernel).arg_names
     signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in arguments}
-    return Request(f"{products.__name__}:{kernel}", signature, constants, arch, tile.warps, tile.stages)
+    return Request(f"{module.__name__}:{kernel}", signature, constants, arch, tile.warps, tile.stages)
 
 
 @pytest.fixture(scope="module")
