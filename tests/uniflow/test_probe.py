@@ -163,6 +163,35 @@ def test_the_encoder_that_a_run_was_distilled_from(capsys, folder, student, teac
     assert "run.json is not JSON" in fails(capsys, "probe", folder, "--checkpoint", student, *arguments)
 
 
+def test_a_run_around_an_encoder_of_the_transformers_package(capsys, folder, tmp_path):
+    """Its checkpoint says which folder it began with; both encoders are given another size than their own."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("yaml")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    encoder = transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
+    encoder.save_pretrained(tmp_path / "dinov2")
+    stage = "{steps: 1, train: all, learning_rate: 0.01, warmup_steps: 0}"
+    (tmp_path / "run.yaml").write_text(f"""
+model: {{encoder: {tmp_path / "dinov2"}}}
+data: {{folder: {folder}}}
+recipe: {{batch_size: 2, stages: [{stage}]}}
+tensorboard: false
+""")
+    ok(capsys, "train", tmp_path / "run.yaml", "--out", tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    how = ["--validation", folder, "--size", 24, "--layers", 2, "--neighbours", 3, "--pooling", "class"]
+    (row,) = probed(capsys, folder, "--checkpoint", checkpoint, *how, "--out", tmp_path / "out")
+    files = picture_files(folder)
+    labels = np.array([CLASSES.index(file.parent.name) for file in files])
+    pictures = normalize(torch.stack([to_tensor(center_crop(open_picture(file), 24)) for file in files]))
+    with torch.inference_mode():
+        states = encoder(pictures, output_hidden_states=True).hidden_states
+    features = Labelled(states[2][:, 0].numpy(), labels)
+    assert row["linear_teacher"] == pytest.approx(linear_accuracy(features, features))
+    assert row["knn_teacher"] == pytest.approx(neighbour_accuracy(features, features, 3))
+    settings = json.loads((tmp_path / "out" / "probe.json").read_text())["settings"]
+    assert settings["encoder"] == str(tmp_path / "dinov2")
+
+
 def test_pictures_that_cannot_be_read(capsys, folder, student, tmp_path):
     (folder / "light" / "3.png").write_text("no")
     arguments = [folder, "--checkpoint", student, "--out", tmp_path / "out"]
@@ -215,6 +244,7 @@ def test_bad_input(capsys, folder, student, tiny, tmp_path):
         (["--encoder", tmp_path / "none"], "no such checkpoint folder"),
         (["--held-out", 1], "--held-out: expected a number above 0 and below 1, got 1.0"),
         (["--held-out", 0.01], "should be greater or equal to the number of classes"),
+        (["--neighbours", 25], "--neighbours: expected at most 24, the pictures to see, got 25"),
         (["--c", 0], "--c: expected a number above 0, got 0"),
         (["--validation", tmp_path / "none"], "no such folder"),
         (["--keep", taken / "kept"], "taken is a file, expected a folder to write to"),

@@ -190,6 +190,8 @@ def probe(
         given = [Given([path], strict, max_pixels) for path in paths]
         folders = [_Folder.of(*pair) for pair in zip(paths, _all_found(given, files, stack), strict=True)]
         split = _Split.of(folders, probing)
+        if probing.neighbours > (most := np.count_nonzero(split.seen >= 0)):
+            raise InputError(f"--neighbours: expected at most {most}, the pictures to see, got {probing.neighbours}")
         with explained():
             known = encoder_source(checkpoint.folder) if encoder is None else None
         teacher = Path(known) if known is not None and Path(known).is_dir() else encoder
@@ -211,8 +213,9 @@ def probe(
                 features = FeatureSet(probing.features / key, layers.layers, len(each.names))
                 kept.setdefault(name, []).append(features)
                 bar = picture_bar(f"features of the {name}", shown=processes.first)
+                width = encoders[name].fields["hidden_size"]
                 with explained():
-                    _make(features, layers, each.pictures, side, batch_size, files, bar, processes)
+                    _make(features, layers, width, each.pictures, side, batch_size, files, bar, processes)
     if processes.first:
         settings = {
             "version": __version__,
@@ -260,6 +263,7 @@ def _pooled(encoders: Mapping[str, _Encoder], probing: Probing) -> dict[str, Poo
 def _make(
     kept: FeatureSet,
     layers: PooledLayers,
+    width: int,
     pictures: Pictures,
     side: int,
     batch_size: int,
@@ -276,7 +280,7 @@ def _make(
         parts = {part: pictures.block(PER_PART, part) for part in missing}
         task = bar.add_task("", total=sum(len(part.sources) for part in parts.values())) if parts else None
         for part, its in parts.items():
-            numbers, made = [], [layers(torch.empty(0, 3, side, side, device=layers.encoder.device)).cpu()]
+            numbers, made = [], [torch.empty(len(layers.layers), 0, width)]
             read = its.read(lambda picture: to_tensor(center_crop(picture, side)), files)
             while batch := list(islice(read, batch_size)):
                 numbers += [source.place for source, _, _ in batch]
