@@ -35,9 +35,11 @@ from uniflow.data import PictureList, RandomCrops
 from uniflow.pictures import save_picture
 from uniflow.training import Stage
 from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, answer, draw_pictures
-from uniflow.unifluid.captions import CaptionedPictures, Texts, every_text
+from uniflow.unifluid.captions import CaptionedPictures, Kind, Texts, every_text
+from uniflow.unifluid.conversations import about_a_picture, question_ids
 from uniflow.unifluid.features import VisionFeatures
-from uniflow.unifluid.texts import make_text_tokenizer, padded, question_ids
+from uniflow.unifluid.slots import picture_slots
+from uniflow.unifluid.texts import make_text_tokenizer, padded
 from uniflow.unifluid.tokens import UniFlowTokens
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -104,6 +106,10 @@ class Digits(PictureList):
         name = NAMES[int(self.labels[number])]
         return Texts(f"a {name}", QUESTION, name)
 
+    def further(self, number: int, kind: Kind) -> list[Image.Image]:
+        """None: a digit is drawn from its caption, and asked about alone."""
+        return []
+
 
 def digits() -> tuple[Digits, Digits]:
     """Those to train on and those to ask about, the same ones every time."""
@@ -118,10 +124,10 @@ def recipe(steps: int, batch: int, learning_rate: float, seed: int) -> Recipe:
     return Recipe((Stage(steps, learning_rate=learning_rate, warmup_steps=20),), batch_size=batch, seed=seed)
 
 
-def train_tokenizer(train: Digits, steps: int, seed: int) -> UniFlow:
+def train_tokenizer(train: Digits, steps: int, seed: int, config: UniFlowConfig = TOKENIZER) -> UniFlow:
     """For reconstruction alone: its encoder knows nothing yet that distillation could keep."""
     torch.manual_seed(seed)
-    model = UniFlow(TOKENIZER)
+    model = UniFlow(config)
     crops = RandomCrops(train, SIZE, seed, smallest=1.0, flip=False)
     Trainer(UniFlowObjective(model, distill_weight=0.0), crops, recipe(steps, 64, 2e-3, seed)).run()
     return model.eval()
@@ -144,8 +150,9 @@ def train_model(
     torch.manual_seed(seed)
     model = UniFluid(config, texts)
     model.set_statistics(tokenizer.encode(normalize(train.pixels)))
-    samples = CaptionedPictures(train, texts, (SIZE, SIZE), (SIZE, SIZE), 32, seed, way.reading_share)
-    batch = 2 * BATCH if 0 < way.reading_share < 1 else BATCH
+    size, share = (SIZE, SIZE), way.reading_share
+    samples = CaptionedPictures(train, texts, size, size, 32, seed, share, features=vision.tokens)
+    batch = 2 * BATCH if 0 < share < 1 else BATCH
     Trainer(UniFluidObjective(model, tokenizer, vision), samples, recipe(steps, batch, 1e-3, seed)).run()
     return model.eval()
 
@@ -184,7 +191,8 @@ def score_drawings(model: UniFluid, tokenizer: UniFlowTokens, train: Digits, jud
 
 def score_answers(model: UniFluid, vision: VisionFeatures, unseen: Digits) -> dict[str, float]:
     """How many answers about digits never seen are right, in percent."""
-    ids, real = padded([question_ids(model.text_tokenizer, QUESTION)] * len(unseen), model.text_tokenizer)
+    question = question_ids(model.text_tokenizer, about_a_picture(QUESTION), picture_slots(vision.tokens))
+    ids, real = padded([question] * len(unseen), model.text_tokenizer)
     answers = answer(model, vision(normalize(unseen.pixels)), ids, real, longest=8)
     right = [text == NAMES[label] for text, label in zip(answers, unseen.labels, strict=True)]
     return {"answers, %": 100 * float(np.mean(right))}

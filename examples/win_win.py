@@ -6,6 +6,8 @@ all layers; with the paper's adaptive weights; and with the encoder frozen. Each
 seen: how well a linear classifier does on the encoder's last layer, and how close one-step reconstructions come.
 
     python examples/win_win.py --out out/win_win      # needs uniflow-kernels[demo]
+
+The models and the digits, as pictures, are written too, so that `uniflow probe` can ask the same of more layers.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from uniflow import Recipe, Trainer, UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow import Recipe, Trainer, UniFlow, UniFlowConfig, UniFlowObjective, denormalize, normalize
 from uniflow.data import Sample, Samples
+from uniflow.evaluation import Labelled, linear_accuracy
+from uniflow.pictures import save_picture
 from uniflow.pretrained import PretrainedEncoder
 from uniflow.training import Stage
 
 CONFIG = UniFlowConfig(
     image_size=8,
     patch_size=2,
-    num_channels=1,
     hidden_size=64,
     vit_hidden_size=64,
     intermediate_size=128,
@@ -52,19 +54,31 @@ WAYS: dict[str, tuple[dict[str, Any], Literal["all", "decoder"]]] = {
 
 
 class Digits(NamedTuple):
-    """Images [N, 1, 8, 8] in [-1, 1] and their labels [N]."""
+    """Pictures, uint8 [N, 3, 8, 8], and their labels [N]."""
 
-    images: Tensor
+    pictures: Tensor
     labels: Tensor
+
+    @property
+    def images(self) -> Tensor:
+        """As the model takes them."""
+        return normalize(self.pictures)
+
+    def write(self, folder: Path) -> None:
+        """Each to a file, in a folder for each label."""
+        for number, (picture, label) in enumerate(zip(self.pictures, self.labels.tolist(), strict=True)):
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            save_picture(picture, folder / str(label) / f"{number:04}.png")
 
 
 def digits() -> tuple[Digits, Digits]:
     """1,197 to train on and 600 to test on, the same ones every time."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
-    images = torch.tensor(data.images[order], dtype=torch.float32).unsqueeze(1) / 8 - 1
+    pixels = (data.images[order] * (255 / 16)).round()  # whole numbers from 0 to 16
+    pictures = torch.tensor(pixels, dtype=torch.uint8).unsqueeze(1).expand(-1, 3, -1, -1)
     labels = torch.tensor(data.target[order])
-    return Digits(images[:-600], labels[:-600]), Digits(images[-600:], labels[-600:])
+    return Digits(pictures[:-600], labels[:-600]), Digits(pictures[-600:], labels[-600:])
 
 
 class RandomRows(Samples):
@@ -110,7 +124,7 @@ class Classification(nn.Module):
         student.add_module("head", self.head)  # to be trained with it
 
     def forward(self, images: Tensor, labels: Tensor) -> CrossEntropy:
-        """Images [B, 1, 8, 8] and their labels [B]."""
+        """Images [B, 3, 8, 8] and their labels [B]."""
         last = self.student.hidden_states(images)[-1][:, 1:]
         return CrossEntropy(F.cross_entropy(self.head(last.mean(1)), labels))
 
@@ -126,17 +140,17 @@ class Score(NamedTuple):
 def score(model: UniFlow, seen: Digits, test: Digits) -> Score:
     """Both on the test digits; the probe is fitted on the training digits."""
     model.eval()
-    features = [model.hidden_states(part.images)[-1][:, 1:].mean(1).numpy() for part in (seen, test)]
-    center, spread = features[0].mean(0), features[0].std(0) + 1e-6
-    fitted, unseen = ((part - center) / spread for part in features)
-    probe = LogisticRegression(max_iter=2000).fit(fitted, seen.labels.numpy())
-    images = model(test.images, steps=1, seed=0).clamp(-1, 1)
-    error = ((images - test.images) / 2).square().mean((1, 2, 3))  # pixels in [0, 1]
-    return Score(100 * probe.score(unseen, test.labels.numpy()), float((-10 * error.log10()).mean()))
+    known, asked = (
+        Labelled(model.hidden_states(part.images)[-1][:, 1:].mean(1).numpy(), part.labels.numpy())
+        for part in (seen, test)
+    )
+    pixels = denormalize(model(test.images, steps=1, seed=0)).clamp(0, 1)
+    error = (pixels - test.pictures / 255).square().mean((1, 2, 3))
+    return Score(linear_accuracy(known, asked), float((-10 * error.log10()).mean()))
 
 
-def run(seed: int, steps: int, teacher_steps: int) -> dict[str, Score]:
-    """One teacher, and a tokenizer around it in each of the ways; all ways see the same batches."""
+def run(seed: int, steps: int, teacher_steps: int, out: Path) -> dict[str, Score]:
+    """One teacher, and a tokenizer around it in each of the ways, written to `out`; all ways see the same batches."""
     seen, test = digits()
     torch.manual_seed(seed)
     teacher = UniFlow(CONFIG)
@@ -148,8 +162,10 @@ def run(seed: int, steps: int, teacher_steps: int) -> dict[str, Score]:
         model = UniFlow(CONFIG, encoder)
         if not scores:
             scores["the teacher"] = Score(score(model, seen, test).accuracy, float("nan"))
+            model.save_pretrained(out / "the teacher")  # its decoder knows nothing
         train(UniFlowObjective(model, **arguments), RandomRows(seed, seen.images), steps, learns)
         scores[way] = score(model, seen, test)
+        model.save_pretrained(out / way)
         print(f"seed {seed}: {way}: accuracy {scores[way].accuracy:.1f} %, PSNR {scores[way].psnr:.2f} dB", flush=True)
     return scores
 
@@ -190,16 +206,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of each tokenizer")
-    parser.add_argument("--teacher-steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("out/win_win"), help="folder for the plot and the table")
+    parser.add_argument("--teacher-steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=Path("out/win_win"), help="folder for what comes out")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("seen", "unseen"), digits(), strict=True):
+        part.write(options.out / "digits" / name)
     runs: list[dict[str, Score]] = []
     for seed in range(options.seeds):
-        runs.append(run(seed, options.steps, options.teacher_steps))
+        runs.append(run(seed, options.steps, options.teacher_steps, options.out / f"seed-{seed}"))
         (options.out / "table.md").write_text(table(runs) + "\n", encoding="utf-8")
         plot(runs, options.out / "win_win.png")
-    print(f"\n{table(runs)}\n\nplot and table in {options.out}")
+    print(f"\n{table(runs)}\n\nplot, table, models and digits in {options.out}")
 
 
 if __name__ == "__main__":

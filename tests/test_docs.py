@@ -26,9 +26,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```$|^    ((?:uniflow|ln) [^\n]*)$", re.DOTALL | re.MULTILINE)
 # what would take hours, and the step at which a run of examples/ ends
 SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "Stage(steps=300)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
+SHORTER |= {"--out out/samples": "--out out/samples --count 2 --steps 1"}
 LAST_STEP = re.compile(r"step-\d{8}")
-# its checkpoint is one of several GPUs
-NOT_RUN = ("uniflow gather ",)
+# checkpoints of several GPUs, and what an example takes minutes to write
+NOT_RUN = ("uniflow gather ", "uniflow probe out/win_win/")
 
 
 def snippets(page):
@@ -68,11 +69,13 @@ def prepared(tmp_path_factory):
         "data/validation/a.jpg",
         "samples/a.png",
         "samples/b.png",
+        *(f"classes/{kind}/{number}.jpg" for kind in ("cat", "dog") for number in range(13)),
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         smooth_picture((40, 32), len(name)).save(folder / name)
     said = '{"caption": "a seven", "question": "which digit?", "answer": "seven"}'
     (folder / "data" / "validation" / "captions.jsonl").write_text(f'{{"image": "a.jpg", {said[1:]}')
+    (folder / "questions.jsonl").write_text(f'{{"image": "photo.jpg", {said[1:]}')
     for shard in range(2):
         members = {f"{i}.png": png(smooth_picture((40, 32), i)) for i in range(4)}
         members |= {f"{i}.json": said.encode() for i in range(4)}
@@ -91,6 +94,11 @@ def prepared(tmp_path_factory):
         for stage in config["recipe"]["stages"]:
             stage["steps"] = 1
         (folder / "examples" / name).write_text(yaml.safe_dump(config))
+    config = yaml.safe_load((ROOT / "examples" / "generator.yaml").read_text()) | {"tensorboard": False}
+    config["model"]["config"] = {"width": 32, "depth": 1, "heads": 2, "head_width": 32}
+    config["samples"] |= {"steps": 1, "columns": 1}
+    config["recipe"] |= {"batch_size": 2, "micro_batch_size": 1, "workers": 0, "stages": [{"steps": 2}]}
+    (folder / "examples" / "generator.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 

@@ -11,10 +11,10 @@ import itertools
 import signal
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from uniflow.pictures import PictureError, open_picture, to_tensor
+from uniflow.pictures import Box, PictureError, cut, open_part, open_picture, to_tensor
 from uniflow.shards import Members, State, find_members, read_member
+
+T = TypeVar("T")
 
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
 
@@ -51,6 +53,10 @@ class Pictures(Shuffled, Protocol):
         """Read a picture as RGB; raises PictureError or OSError if it cannot be read."""
         ...
 
+    def open_part(self, number: int, part: Callable[[int, int], Box], size: int) -> Image.Image:
+        """Read a part of a picture as a square, see `uniflow.pictures.open_part`; raises what `open` raises."""
+        ...
+
 
 class PictureList:
     """Picture files, or RGB pictures in memory, by name; `largest` is how many pixels a file's may have."""
@@ -74,6 +80,13 @@ class PictureList:
         """Read the file, or take the picture as it is."""
         picture = self.pictures[number]
         return open_picture(picture, largest=self.largest) if isinstance(picture, Path) else picture
+
+    def open_part(self, number: int, part: Callable[[int, int], Box], size: int) -> Image.Image:
+        """A part of the file, or of the picture."""
+        picture = self.pictures[number]
+        if isinstance(picture, Path):
+            return open_part(picture, part, size, largest=self.largest)
+        return cut(picture, part(*picture.size), size)
 
 
 class PictureShards:
@@ -138,6 +151,10 @@ class PictureShards:
     def open(self, number: int) -> Image.Image:
         """Read a member."""
         return open_picture(io.BytesIO(self._read(number, 0)), self.name(number), self.largest)
+
+    def open_part(self, number: int, part: Callable[[int, int], Box], size: int) -> Image.Image:
+        """Read a part of a member."""
+        return open_part(io.BytesIO(self._read(number, 0)), part, size, self.name(number), self.largest)
 
     def beside(self, number: int, suffix: str, most: int) -> tuple[str, bytes] | None:
         """The member of a picture's key and one of the `texts`: shard.tar:member, and its first bytes; None without."""
@@ -219,8 +236,12 @@ class Epochs(Order):
         super().__init__(pictures, seed, stream, chosen)
         self.pictures = pictures
 
-    def read(self, position: int) -> tuple[int, Image.Image, list[str]]:
+    def read(self, position: int, opening: Callable[[int], T]) -> tuple[int, T, list[str]]:
         """What comes at a position: a picture's number, the picture, and the names of damaged ones it stands in for.
+
+        Args:
+            position: in the endless stream.
+            opening: reads the picture of a number, as `Pictures.open` does.
 
         Raises:
             PictureError: if no picture can be read.
@@ -229,7 +250,7 @@ class Epochs(Order):
         for following in range(position, position + self.length):
             number = self.number(following)
             try:
-                return number, self.pictures.open(number), skipped
+                return number, opening(number), skipped
             except (PictureError, OSError) as error:
                 skipped.append(self.pictures.name(number))
                 last = error
@@ -276,7 +297,8 @@ class RandomCrops(Samples):
     """An endless stream of random square crops, uint8 [3, S, S], flipped at random.
 
     Every epoch shows all pictures in another order. Instead of a picture that cannot be read comes the next one.
-    Crops are cut where pictures are decoded (in the workers), so that only uint8 squares travel to the GPU.
+    Crops are cut where pictures are decoded (in the workers), so that only uint8 squares travel to the GPU. A JPEG is
+    decoded no larger than its crop needs, see `uniflow.pictures.open_part`.
 
     Args:
         pictures: to crop.
@@ -304,8 +326,7 @@ class RandomCrops(Samples):
         Raises:
             PictureError: if no picture can be read.
         """
-        number, picture, skipped = self.epochs.read(position)
-        crop = self._crop(picture, np.random.default_rng((self.seed, position)))
+        number, crop, skipped = self.epochs.read(position, lambda number: self._crop(number, position))
         return Sample(crop, self.pictures.name(number), skipped)
 
     def collate(self, values: list[Tensor]) -> tuple[Tensor]:
@@ -316,13 +337,16 @@ class RandomCrops(Samples):
         """Crops of another size of the same pictures."""
         return RandomCrops(self.pictures, image_size, self.seed, self.smallest, self.flip)
 
-    def _crop(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
-        shorter = min(picture.size)
-        side = rng.uniform(min(shorter, max(self.size, self.smallest * shorter)), shorter)
-        left, top = (rng.uniform(0, extent - side) for extent in picture.size)
-        box = (left, top, left + side, top + side)
-        crop = picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-        pixels = to_tensor(crop)
+    def _crop(self, number: int, position: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, position))
+
+        def part(width: int, height: int) -> Box:
+            shorter = min(width, height)
+            side = rng.uniform(min(shorter, max(self.size, self.smallest * shorter)), shorter)
+            left, top = (rng.uniform(0, extent - side) for extent in (width, height))
+            return left, top, left + side, top + side
+
+        pixels = to_tensor(self.pictures.open_part(number, part, self.size))
         return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
 
 

@@ -26,7 +26,7 @@ from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer, kernel_states, last_of
-from uniflow_kernels.ops.flow_fp8 import check_precision
+from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from uniflow.atomic import replacing
@@ -28,10 +29,17 @@ else:
 # by Pillow's names: those whose readers are Pillow's own and start no other program, as that of EPS would
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", *(["AVIF"] if _HAS_AVIF else []))
 _LARGEST_FILE = 1 << 31  # bytes, unless more pixels are allowed than fit; readers of some formats take it whole
+# EXIF orientations that exchange width and height, and those whose first column, or line, is shown as the last one
+_TURNED, _FROM_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+_SMALLER = (8, 4, 2, 1)  # times that a JPEG can be decoded smaller
+_LEFT = 2.0  # pixels a side that are left for each of the result's when a part is made smaller before it is resampled
 _STRIP = 64  # times as long as the size that is cut out of it
 
 # what Pillow logs it raises as well, but where no one listens Python would print it, without the picture's name
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 class PictureError(ValueError):
@@ -102,6 +110,53 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
         PictureError: if it is no picture, damaged or truncated, or of floating-point values; or no file to read from
             but a pipe or a device.
     """
+    return _opened(file, name, largest, _upright)
+
+
+def open_part(
+    file: Path | BinaryIO,
+    part: Callable[[int, int], Box],
+    size: int,
+    name: str | None = None,
+    largest: int | None = None,
+) -> Image.Image:
+    """Read a part of a picture, resized to a square, as `cut` makes it of `open_picture`; errors as there.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where the part is so much larger than the result
+    that twice as many pixels a side are left: this takes a part of the time, and comes as near to exact resampling as
+    `cut` of the whole. The part is the same.
+
+    Args:
+        file: as of `open_picture`.
+        part: given width and height of the picture as it is shown, says which part; it is asked once.
+        size: side of the square.
+        name, largest: as of `open_picture`.
+    """
+
+    def read(opened: Image.Image, name: str) -> Image.Image:
+        if not isinstance(opened, JpegImageFile):
+            picture = _upright(opened, name)
+            return cut(picture, part(*picture.size), size)
+        orientation = opened.getexif().get(ExifTags.Base.Orientation)
+        width, height = reversed(opened.size) if orientation in _TURNED else opened.size
+        left, top, right, bottom = part(width, height)
+        side = min(right - left, bottom - top)
+        times = next((times for times in _SMALLER if times * _LEFT * size <= side), 1)
+        if times > 1 and opened.draft(None, (opened.width // times, opened.height // times)) is None:
+            times = 1
+        picture = _upright(opened, name)
+        # a last pixel stands for less than the others where `times` does not divide the side
+        x = picture.width - width / times if orientation in _FROM_RIGHT else 0.0
+        y = picture.height - height / times if orientation in _FROM_BELOW else 0.0
+        return cut(picture, (left / times + x, top / times + y, right / times + x, bottom / times + y), size)
+
+    return _opened(file, name, largest, read)
+
+
+def _opened(
+    file: Path | BinaryIO, name: str | None, largest: int | None, read: Callable[[Image.Image, str], Image.Image]
+) -> Image.Image:
+    """What `read` makes of a picture, whose header was read, and its name; with the errors of `open_picture`."""
     name = str(file) if name is None else name
     if isinstance(file, Path):
         try:
@@ -112,25 +167,12 @@ def open_picture(file: Path | BinaryIO, name: str | None = None, largest: int | 
             raise PictureError(str(error)) from None
         if (size := file.stat().st_size) > (most := max(_LARGEST_FILE, 8 * (largest or 0))):
             raise TooLargeError(f"{name} is too large: {size} bytes, at most {most} are read")
-    with _warnings.naming(name):
-        return _open(file, name, largest)
-
-
-def _open(file: Path | BinaryIO, name: str, largest: int | None) -> Image.Image:
     try:
-        with Image.open(file, formats=FORMATS) as opened:
+        with _warnings.naming(name), Image.open(file, formats=FORMATS) as opened:
             width, height = opened.size
             if largest is not None and width * height > largest:
                 raise TooLargeError(f"{name} is too large: {width}x{height} pixels, at most {largest} are allowed")
-            picture = ImageOps.exif_transpose(opened)  # reads the pixels too
-            if picture.mode.startswith("I"):
-                # Pillow would clip 16-bit values at 255
-                return Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8)).convert(
-                    "RGB"
-                )
-            if picture.mode == "F":
-                raise PictureError(f"{name}: pictures of floating-point values are not supported")
-            return picture.convert("RGB")
+            return read(opened, name)
     except (FileNotFoundError, PermissionError, PictureError):
         raise
     except UnidentifiedImageError:
@@ -139,6 +181,22 @@ def _open(file: Path | BinaryIO, name: str, largest: int | None) -> Image.Image:
         raise TooLargeError(f"{name} is too large: {error}") from None
     except Exception as error:  # a reader of Pillow may end in any on a damaged file
         raise PictureError(f"{name} is damaged: {str(error) or type(error).__name__}") from None
+
+
+def _upright(opened: Image.Image, name: str) -> Image.Image:
+    """Read the pixels, as 8-bit RGB and turned as EXIF says; copied only where they change."""
+    ImageOps.exif_transpose(opened, in_place=True)  # reads the pixels too
+    if opened.mode.startswith("I"):
+        # Pillow would clip 16-bit values at 255
+        return Image.fromarray((np.asarray(opened).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
+    if opened.mode == "F":
+        raise PictureError(f"{name}: pictures of floating-point values are not supported")
+    return opened if opened.mode == "RGB" else opened.convert("RGB")
+
+
+def cut(picture: Image.Image, box: Box, size: int) -> Image.Image:
+    """A part of a picture as a square: bicubic, on what is made smaller before, while twice as many pixels are left."""
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=_LEFT)
 
 
 def center_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:

@@ -16,7 +16,7 @@ from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow_kernels import seeded_noise, to_images
 from uniflow_kernels.graphs import GraphCache, Reader, why_not_graph
 from uniflow_kernels.modules.sampling import follow
-from uniflow_kernels.ops.flow_fp8 import bytes_per_row
+from uniflow_kernels.ops.fp8_linear import bytes_per_row
 from uniflow_kernels.ops.noise import integer_seed, where_drawn
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Plan

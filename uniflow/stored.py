@@ -17,7 +17,7 @@ from uniflow.flow_decoder import FlowDecoder
 from uniflow.hub import local_folder, model_card, push
 from uniflow.preprocessor import check_preprocessor, write_preprocessor
 from uniflow.pretrained import PretrainedEncoder, described_encoder
-from uniflow_kernels.ops.flow_fp8 import check_precision
+from uniflow_kernels.ops.fp8_linear import check_precision
 
 # what a model card counts the parameters of
 _PARTS = {

@@ -91,12 +91,17 @@ class EncoderTeacher(nn.Module):
             return self.embeddings
         made = copy.deepcopy(trained)
         resize_embeddings(made, image_size)
-        return made.requires_grad_(False).eval().to(next(self.encoder.parameters()).device, self.dtype)
+        return made.requires_grad_(False).eval().to(self.device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return next(self.encoder.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.encoder.parameters()).device
 
     @property
     def prefix_tokens(self) -> int:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.ops.attention import attention
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
+    from uniflow_kernels.ops.fp8_linear import fp8_linear
     from uniflow_kernels.ops.images import to_images
     from uniflow_kernels.ops.modulated_norm import gated_residual_norm, modulated_norm, residual_norm
     from uniflow_kernels.ops.noise import noise_seed, seeded_noise
@@ -30,6 +31,7 @@ __all__ = [
     "backend",
     "doctor",
     "flow_matching_loss",
+    "fp8_linear",
     "fused_flow_blocks",
     "gated_residual_norm",
     "interpolate",
@@ -60,6 +62,7 @@ _MODULES = {
     "backend": "choice",
     "doctor": "diagnosis",
     "flow_matching_loss": "modules.flow_matching",
+    "fp8_linear": "ops.fp8_linear",
     "fused_flow_blocks": "ops.flow_head",
     "gated_residual_norm": "ops.modulated_norm",
     "interpolate": "ops.velocity",

@@ -13,7 +13,7 @@ import torch
 from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
-from uniflow_kernels.ops.flow_fp8 import explain_fp8
+from uniflow_kernels.ops.fp8_linear import explain_fp8
 from uniflow_kernels.ops.transformer_layers import OP, explain_layers
 
 

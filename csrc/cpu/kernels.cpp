@@ -306,31 +306,50 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
   return sums;
 }
 
+// How many tokens are taken at once: the roots and quotients of one, which wait for its sums, are made beside the others'.
+constexpr int kTokens = 4;
+
 void distances(const Distances& job, int64_t begin, int64_t end, float* memory) {
   const Scratch scratch(memory, job.width);
   const int64_t in_layer = job.batch * job.length, size = bytes_of(job.type);
+  const int64_t at_once = job.type == kFloat32 ? kTokens : 1;  // what is converted lies in scratch, which has room for one
   const float largest = job.type == kFloat16 ? 65504.0f : job.type == kBFloat16 ? 3.3895313892515355e38f : 3.4028234663852886e38f;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  for (int64_t unit = begin, count = 1; unit < end; unit += count) {
     const int64_t number = unit / in_layer, place = unit - number * in_layer;
     const int64_t image = place / job.length, token = place - image * job.length;
     const Layer& layer = job.layers[number];
     char* out = layer.gradient == nullptr ? nullptr : at(layer.gradient, place * job.width * size);
+    count = 1;
     if (token < job.skip) {
       if (out != nullptr) memset(out, 0, job.width * size);
       continue;
     }
-    const int64_t of_student = image * layer.student_batch + token * layer.student_token;
-    const int64_t of_teacher = image * layer.teacher_batch + token * layer.teacher_token;
-    const float* __restrict student = floats(at(layer.student, of_student * size), job.type, job.width, scratch.rows[0]);
-    const float* __restrict teacher = floats(at(layer.teacher, of_teacher * size), job.type, job.width, scratch.rows[1]);
-    const uniflow::CosineTerms terms = uniflow::cosine_terms(sums_of(student, teacher, job.width));
-    job.distances[(number * job.batch + image) * (job.length - job.skip) + token - job.skip] = terms.distance;
+    while (count < at_once && unit + count < end && token + count < job.length) ++count;
+    const float *students[kTokens], *teachers[kTokens];
+    uniflow::CosineSums sums[kTokens];
+    uniflow::CosineTerms terms[kTokens];
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t of_student = image * layer.student_batch + (token + k) * layer.student_token;
+      const int64_t of_teacher = image * layer.teacher_batch + (token + k) * layer.teacher_token;
+      students[k] = floats(at(layer.student, of_student * size), job.type, job.width, scratch.rows[0]);
+      teachers[k] = floats(at(layer.teacher, of_teacher * size), job.type, job.width, scratch.rows[1]);
+      sums[k] = sums_of(students[k], teachers[k], job.width);
+    }
+    float* found = job.distances + (number * job.batch + image) * (job.length - job.skip) + token - job.skip;
+    for (int64_t k = 0; k < count; ++k) {
+      terms[k] = uniflow::cosine_terms(sums[k]);
+      found[k] = terms[k].distance;
+    }
     if (out == nullptr) continue;
-    float power = 1.0f;
-    if (layer.powers != nullptr) layer.powers[place] = power = uniflow::gradient_power(terms.student_least);
-    float* __restrict gradient = job.type == kFloat32 ? reinterpret_cast<float*>(out) : scratch.rows[2];
-    for (int64_t i = 0; i < job.width; ++i) gradient[i] = power * uniflow::cosine_gradient(terms, student[i], teacher[i], largest);
-    if (job.type != kFloat32) store(gradient, job.type, job.width, out);
+    for (int64_t k = 0; k < count; ++k) {
+      float power = 1.0f;
+      if (layer.powers != nullptr) layer.powers[place + k] = power = uniflow::gradient_power(terms[k].student_least);
+      float* __restrict gradient = job.type == kFloat32 ? reinterpret_cast<float*>(out) + k * job.width : scratch.rows[2];
+      const float *__restrict student = students[k], *__restrict teacher = teachers[k];
+      const uniflow::CosineTerms of = terms[k];
+      for (int64_t i = 0; i < job.width; ++i) gradient[i] = power * uniflow::cosine_gradient(of, student[i], teacher[i], largest);
+      if (job.type != kFloat32) store(gradient, job.type, job.width, out);
+    }
   }
 }
 

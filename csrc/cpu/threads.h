@@ -10,20 +10,23 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace uniflow_cpu {
 
 class Threads {
  public:
-  Threads() : start_(reinterpret_cast<Start>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))) {
+  Threads()
+      : start_(reinterpret_cast<Start>(dlsym(RTLD_DEFAULT, "GOMP_parallel"))),
+        number_(reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"))) {
     pthread_atfork(nullptr, nullptr, [] { forked().store(true); });
   }
 
-  bool found() const { return start_ != nullptr; }
+  bool found() const { return start_ != nullptr && number_ != nullptr; }
 
   // How many threads share `units` of which at least `least` are worth one.
   int share(int threads, int64_t units, int64_t least) const {
-    if (start_ == nullptr || forked().load(std::memory_order_relaxed)) return 1;
+    if (!found() || forked().load(std::memory_order_relaxed)) return 1;
     return static_cast<int>(std::clamp<int64_t>(units / std::max<int64_t>(1, least), 1, std::max(1, threads)));
   }
 
@@ -34,26 +37,44 @@ class Threads {
       work(0, units, 0);
       return;
     }
-    // four runs a thread, so that one that is late does not keep the others
-    Shared<Work> shared{work, units, (units + 4 * threads - 1) / (4 * threads)};
+    Shared<Work> shared(work, threads, units, number_);
     start_(&Shared<Work>::take, &shared, static_cast<unsigned>(threads), 0);
   }
 
  private:
   using Start = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  using Number = int (*)();
 
+  // Each thread has a part of its own, the same in every call of as many units, so that it finds in its cache what it wrote
+  // there before; it takes it in four runs, and then what is left of the others', so that one that is late keeps nobody.
   template <class Work>
   struct Shared {
+    struct alignas(64) Part {
+      std::atomic<int64_t> next;
+      int64_t end;
+    };
+
     const Work& work;
-    int64_t units, run;
-    std::atomic<int64_t> next{0};
-    std::atomic<int> thread{0};
+    const int64_t run;
+    const Number number;
+    std::vector<Part> parts;
+
+    Shared(const Work& work, int threads, int64_t units, Number number)
+        : work(work), run((units + 4 * threads - 1) / (4 * threads)), number(number), parts(threads) {
+      for (int i = 0; i < threads; ++i) {
+        parts[i].next.store(units * i / threads, std::memory_order_relaxed);
+        parts[i].end = units * (i + 1) / threads;
+      }
+    }
 
     static void take(void* data) {
       auto& shared = *static_cast<Shared*>(data);
-      const int thread = shared.thread.fetch_add(1);
-      for (int64_t begin; (begin = shared.next.fetch_add(shared.run)) < shared.units;)
-        shared.work(begin, std::min(begin + shared.run, shared.units), thread);
+      const int own = shared.number(), threads = static_cast<int>(shared.parts.size());
+      for (int turn = 0; turn < threads; ++turn) {
+        Part& part = shared.parts[(own + turn) % threads];
+        for (int64_t begin; (begin = part.next.fetch_add(shared.run)) < part.end;)
+          shared.work(begin, std::min(begin + shared.run, part.end), own);
+      }
     }
   };
 
@@ -63,6 +84,7 @@ class Threads {
   }
 
   Start start_;
+  Number number_;
 };
 
 }  // namespace uniflow_cpu

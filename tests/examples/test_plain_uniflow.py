@@ -32,10 +32,11 @@ def test_a_flow_head_of_a_width_of_its_own(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     read, plain = UniFlow.from_pretrained(tmp_path), PlainUniFlow.from_pretrained(tmp_path)
     assert read.flow_head.net.model_channels == 96
+    assert all(torch.equal(value, read.state_dict()[name]) for name, value in model.state_dict().items())
     latents = model.encode(torch.randn(2, 3, 16, 16))
     for steps in (1, 3):
         expected = model.decode(latents, steps, noise=noise)
-        assert torch.equal(read.decode(latents, steps, noise=noise), expected)
+        assert_golden(read.decode(latents, steps, noise=noise), expected)  # sums may depend on where a weight lies
         assert_golden(plain.decode(latents, noise, steps), expected)
 
 

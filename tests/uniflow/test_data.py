@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.conftest import png, smooth_picture, write_shard
 from uniflow.data import Epochs, PictureList, PictureShards, Positions, RandomCrops, load
-from uniflow.pictures import PictureError
+from uniflow.pictures import PictureError, open_picture
 
 
 def pictures(count=5):
@@ -65,6 +65,18 @@ def test_pictures_smaller_than_a_crop_are_enlarged(tmp_path):
         RandomCrops(PictureList({}), 16)
 
 
+def test_crops_of_jpegs_are_those_of_the_whole_pictures(tmp_path):
+    """Decoded smaller or not: the same places, sizes and directions as of pictures in memory."""
+    smooth_picture((300, 200), 0).save(tmp_path / "x.jpg", quality=95)
+    files = PictureList({"x": tmp_path / "x.jpg"})
+    whole = PictureList({"x": open_picture(tmp_path / "x.jpg")})
+    shards = PictureShards([write_shard(tmp_path / "x.tar", {"x.jpg": (tmp_path / "x.jpg").read_bytes()})], (".jpg",))
+    crops, others, again = (take(RandomCrops(source, 16), 30) for source in (files, whole, shards))
+    assert equal(crops, again)
+    assert not equal(crops, others)  # or none was decoded smaller
+    assert max((one.int() - other.int()).abs().max() for one, other in zip(crops, others, strict=True)) <= 6
+
+
 def test_a_damaged_picture_is_skipped_and_named(picture_folder):
     (picture_folder / "bad.png").write_text("no picture")
     files = PictureList({name: picture_folder / name for name in ("a.png", "bad.png", "b.jpg", "gone.png")})
@@ -80,7 +92,7 @@ def test_streams_of_chosen_pictures():
     """Each is all of its pictures in every epoch, in an order that other streams do not have."""
     source, chosen = pictures(12), np.arange(12) % 3 > 0
     streams = [Epochs(source, 5, stream, chosen) for stream in (2, 3)]
-    orders = [[stream.read(position)[0] for position in range(16)] for stream in streams]
+    orders = [[stream.read(position, source.open)[0] for position in range(16)] for stream in streams]
     for order in orders:
         assert sorted(order[:8]) == sorted(order[8:]) == list(np.flatnonzero(chosen))
     assert orders[0] != orders[1]

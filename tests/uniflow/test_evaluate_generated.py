@@ -12,6 +12,7 @@ from tests.uniflow.evaluation.conftest import Colours, colours  # noqa: F401
 from tests.uniflow.test_cli import fails, ok
 from tests.uniflow.training import two
 from uniflow.cli import main, run
+from uniflow.cli.generate import MANIFEST
 from uniflow.evaluation import FeatureStatistics, frechet_distance
 from uniflow.evaluation.inception_score import InceptionScore
 from uniflow.evaluation.manifolds import precision_recall
@@ -145,6 +146,28 @@ def test_what_could_not_be_computed(capsys, tmp_path, colours):  # noqa: F811
     assert [note.split(" w")[0] for note in notes] == ["IS", "precision and recall"]
     assert "3 pictures are no more than the 3 features" in printed.err
     assert "classes" not in printed.err
+
+
+def test_classes_of_what_uniflow_generate_has_drawn(capsys, originals, colours, tmp_path):  # noqa: F811
+    """By the pictures' numbers: the file beside them says which classes come in turn."""
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for i in range(7):
+        smooth_picture((16, 16), i).save(folder / f"{i:06}.png")
+    (folder / MANIFEST).write_text(json.dumps({"classes": [207, 5, 9]}))
+    arguments = ["--generated", folder, "--reference", originals, "--features", colours, "--size", 16]
+    found = scores(capsys, *arguments)
+    assert (found["classes"], found["fewest_of_a_class"], found["most_of_a_class"]) == (3, 2, 3)
+    (folder / MANIFEST).write_text(json.dumps({"classes": None}))
+    assert scores(capsys, *arguments)["classes"] is None
+    for manifest, name, message in (
+        ({"classes": 3}, "000000.png", "classes: expected a list of them, got 3"),
+        ({"classes": [1]}, "a.png", "expected pictures as 000000.png, as generation.json is there, got 'a.png'"),
+    ):
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        (folder / "000000.png").rename(folder / name)
+        with pytest.raises(AssertionError, match=message):
+            ok(capsys, "evaluate", *arguments)
 
 
 def test_processes_share_the_pictures(generated, originals, colours, tmp_path):  # noqa: F811

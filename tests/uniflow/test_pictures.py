@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 from tests.conftest import smooth_picture
 from uniflow.cli.files import picture_suffixes
@@ -20,7 +21,9 @@ from uniflow.pictures import (
     PictureError,
     TooLargeError,
     center_crop,
+    cut,
     fit_to_patches,
+    open_part,
     open_picture,
     save_picture,
     to_tensor,
@@ -100,6 +103,101 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6
     original.save(tmp_path / "x.png", exif=exif)
     assert open_picture(tmp_path / "x.png").size == (10, 20)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The sizes at which JPEGs were decoded."""
+    sizes = []
+    plain = JpegImageFile.load
+
+    def load(self):
+        if self.tile:
+            sizes.append(self.size)
+        return plain(self)
+
+    monkeypatch.setattr(JpegImageFile, "load", load)
+    return sizes
+
+
+def unlike(picture, other):
+    """The largest difference of any two values."""
+    return np.abs(np.asarray(picture, int) - np.asarray(other, int)).max()
+
+
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}], ids=str)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_part_of_a_jpeg_is_that_of_the_whole(tmp_path, decoded, orientation, how):
+    """Decoded smaller, however it is turned, of sides that 8 does not divide: the same part, within a few values."""
+    how = dict(how)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth_picture((331, 203), 0).convert(how.pop("mode", "RGB")).save(tmp_path / "x.jpg", quality=95, exif=exif, **how)
+    whole, asked = open_picture(tmp_path / "x.jpg"), []
+
+    def part(width, height):
+        asked.append((width, height))
+        return 0.2 * width + 0.3, 0.1 * height, 0.2 * width + 150.3, 0.1 * height + 150
+
+    for size, smaller in ((80, 1), (30, 2), (18, 4), (9, 8)):
+        decoded.clear()
+        made = open_part(tmp_path / "x.jpg", part, size)
+        assert decoded == [(-(-331 // smaller), -(-203 // smaller))]
+        expected = cut(whole, part(*whole.size), size)
+        assert (made.mode, made.size) == ("RGB", (size, size))
+        assert unlike(made, expected) <= (4 if smaller > 1 else 0)
+    assert set(asked) == {whole.size}
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 60), st.floats(0.01, 1), st.data())
+def test_twice_as_many_pixels_are_left(width, height, size, share, data):
+    """Of any part of any picture, whose box stays inside of what is decoded."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 100, 50)).save(file, "jpeg")
+    side = share * min(width, height)
+    left, top = (data.draw(st.floats(0, 1)) * (extent - side) for extent in (width, height))
+    found = []
+
+    def look(picture, box, size):
+        found.append((picture.size, box))
+        return cut(picture, box, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uniflow.pictures.cut", look)
+        made = open_part(file, lambda *_: (left, top, left + side, top + side), size, "x.jpg")
+    ((decoded, box),) = found
+    assert decoded == (width, height) or box[2] - box[0] >= 2 * size * 0.999
+    assert made.getpixel((0, 0)) == made.getpixel((size - 1, size - 1))
+
+
+def test_parts_of_other_pictures_are_decoded_whole(tmp_path):
+    original = smooth_picture((200, 120), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "webp", "tif"):
+        original.save(tmp_path / f"x.{suffix}", exif=exif)
+        whole = open_picture(tmp_path / f"x.{suffix}")
+        assert whole.size == (120, 200)
+        made = open_part(tmp_path / f"x.{suffix}", lambda width, height: (0, 80, width, 200), 10)
+        assert unlike(made, cut(whole, (0, 80, 120, 200), 10)) == 0
+
+
+def test_a_part_of_a_damaged_jpeg(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    with pytest.raises(TooLargeError, match=r"x\.jpg is too large: 64x64 pixels, at most 4000 are allowed"):
+        open_part(path, lambda *_: (0, 0, 64, 64), 4, largest=4000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(PictureError, match=r"x\.jpg is damaged"):
+        open_part(path, lambda *_: (0, 0, 64, 64), 4)
+
+
+def test_pixels_that_do_not_change_are_not_copied(tmp_path, monkeypatch):
+    """A copy of a photograph takes as long as decoding it."""
+    for suffix in ("jpg", "png"):
+        smooth_picture((40, 20), 0).save(tmp_path / f"x.{suffix}")
+    monkeypatch.setattr(Image.Image, "copy", None)
+    assert {open_picture(tmp_path / name).size for name in ("x.jpg", "x.png")} == {(40, 20)}
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif", "bmp", "gif"])

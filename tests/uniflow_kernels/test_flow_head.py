@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 
 from tests.conftest import check_reset, derivative_error, randomize
+from tests.live_bytes import LiveBytes
 from uniflow_kernels import FlowHead, backend
 
 
@@ -156,6 +157,29 @@ def test_hooks_fire_once_for_each_module(options):
     expected = sorted(name for name, _ in head.named_modules() if name != "res_blocks")  # a list is not called
     head(*make_inputs())
     assert sorted(calls) == expected
+
+
+@torch.no_grad()
+def test_what_a_hook_keeps_is_not_written_over():
+    """Where nothing is recorded a head writes over what nobody else has; a hook's outputs are somebody's."""
+    head, kept = make_head(), []
+    for module in head.modules():
+        module.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    head(*make_inputs())
+    assert kept
+    assert all(torch.equal(out, then) for out, then in kept)
+
+
+@pytest.mark.parametrize("options", [options for options in OPTIONS if "mlp" not in options])
+def test_what_is_not_recorded_is_written_over(options):
+    """The same bits in the memory of nine rows of the width: three are modulations."""
+    head = randomize(FlowHead(24, 256, 24, 40, 4, **options))
+    x, t, c = make_inputs(512)
+    with backend("eager"):
+        with torch.no_grad(), LiveBytes() as live:
+            out = head(x, t, c)
+        assert torch.equal(out, head(x, t, c))
+    assert live.peak < 9.5 * 512 * 256 * 4
 
 
 def test_hooks_on_all_modules_fire():

@@ -43,6 +43,8 @@ def test_groups_of_rows_have_seeds_of_their_own(on_all_backends, columns, first_
     ours = seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row)
     assert ours.is_contiguous()
     assert torch.equal(ours, seeded_noise(20, columns, SEEDS, offset=2**40 + 1, first_row=first_row))
+    apart = torch.stack([SEEDS, SEEDS + 1], 1).unbind(1)[0]  # not next to each other in memory
+    assert torch.equal(ours, seeded_noise(20, columns, apart, offset=2**40 + 1, first_row=first_row))
     with backend("eager"):
         each = [seeded_noise(4, columns, seed, offset=2**40 + 1, first_row=first_row) for seed in SEEDS]
     assert torch.allclose(ours, torch.cat(each), rtol=0, atol=1e-6)

@@ -241,6 +241,59 @@ def decode(
 
 
 @app.command()
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint folder of a generator, or OWNER/NAME.", show_default=False)
+    ],
+    tokenizer: Annotated[
+        Path, typer.Option(help="Folder of the tokenizer whose latents it draws, or OWNER/NAME.", show_default=False)
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for pictures, or x.png for a sheet of classes.", show_default=False)
+    ],
+    weights: Weights = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, max=10_000_000, help="Pictures, 50000 if not given; on a sheet of each class, 8."),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Numbers or names with commas between them; all if not given.", show_default=False),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Of the generator.")] = 50,
+    schedule: Annotated[
+        str, typer.Option(help="auto (as it was trained), linear, or pow_ or shifted_ and a number.")
+    ] = "auto",
+    solver: Solver = "euler",
+    cfg: Cfg = 1.0,
+    cfg_interval: CfgInterval = None,
+    temperature: Temperature = 1.0,
+    decoder_steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=_MOST_STEPS, help="Of the tokenizer's decoder; its own number if not given."),
+    ] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    workers: Workers = 2,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Draw pictures from a generator of latents: a folder of them for FID, or a sheet.
+
+    Picture i has class i of those there are, again and again, and seeds of its own. Under torchrun all processes share
+    the work, and the same command goes on where it was stopped.
+    """
+    from uniflow.cli.generate import HowToGenerate, generate
+    from uniflow.cli.inputs import Named
+
+    how = HowToGenerate(
+        steps, schedule, solver, cfg, cfg_interval, temperature, decoder_steps, seed, batch_size, workers
+    )
+    generate(Named(checkpoint, weights), Named(tokenizer), out, count, classes, how, dtype, device, force)
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     folder: Annotated[Path | None, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)] = None,
@@ -348,6 +401,60 @@ def _refuse_others(context: typer.Context, what: str, *names: str) -> None:
 
 
 @app.command()
+def probe(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, in a folder for each class.", show_default=False)],
+    checkpoint: Checkpoint,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the pretrained encoder, or OWNER/NAME; that which the checkpoint's run says if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Weights = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the pictures to judge by, in folders of the same classes.", show_default=False),
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Without --validation: share of each class that is held out to judge by.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(callback=_check_seed, help="Of the choice of these.")] = 0,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers from 1, as in 6,12; those at the quarters if not given.", show_default=False),
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean of the patches' tokens, or class, the class token.")] = "mean",
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the pictures; the checkpoint's own if not given.")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=1, help="Nearest pictures that have a voice.")] = 20,
+    c: Annotated[float, typer.Option(help="C of the logistic regression: a larger one fits closer.")] = 1.0,
+    out: OutFolder = Path("out/probe"),
+    keep: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep features in; one below --out if not given.", show_default=False),
+    ] = None,
+    batch_size: BatchSize = 8,
+    workers: Workers = 2,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Print what the encoder's layers know of pictures' classes, beside the encoder that they were pretrained as."""
+    from uniflow.cli.inputs import Named
+    from uniflow.cli.probe import Probing, parse_layers, probe
+
+    chosen = parse_layers(layers)
+    probing = Probing(validation, held_out, seed, chosen, pooling, size, neighbours, c, out, keep)
+    named = Named(checkpoint, weights)
+    probe(folder, named, encoder, probing, batch_size, workers, strict, max_pixels, dtype, device, force, as_json)
+
+
+@app.command()
 def show(
     picture: Annotated[Path, typer.Argument(help="Picture file.", show_default=False)],
     checkpoint: Checkpoint,
@@ -441,6 +548,14 @@ def unifluid_generate(
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
     ],
     out: OutFolder,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture to draw from beside the captions; once for each of several.", show_default=False),
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the vision encoder, for a model that sees sources by it.", show_default=False),
+    ] = None,
     weights: Weights = None,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
@@ -448,6 +563,7 @@ def unifluid_generate(
     ] = None,
     head_steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Steps of the head for each token.")] = 20,
     cfg: Cfg = 3.0,
+    cfg_source: Annotated[float, typer.Option(help="Guidance scale of the sources; 1 is none.")] = 1.0,
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -455,35 +571,120 @@ def unifluid_generate(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Draw pictures from captions: a PNG each, and a sheet of all."""
+    """Draw pictures from captions, and from other pictures if given: a PNG each, and a sheet of all."""
     from uniflow.cli.inputs import Named
     from uniflow.cli.unifluid import generate
 
-    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "temperature": temperature}
-    generate(captions, Named(checkpoint, weights), tokenizer, out, count, seed, how, batch_size, dtype, device, force)
+    named, sources = Named(checkpoint, weights), source or []
+    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "cfg_source": cfg_source, "temperature": temperature}
+    generate(captions, named, tokenizer, vision, sources, out, count, seed, how, batch_size, dtype, device, force)
+
+
+_Vision = Annotated[
+    Path,
+    typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+]
+System = Annotated[
+    str | None, typer.Option(help="A system prompt, for a tokenizer with a chat template.", show_default=False)
+]
+Longest = Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")]
+TextTemperature = Annotated[float, typer.Option(min=0, help="Of the text that is drawn; 0 takes the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens that have this probability together.")
+]
+Beams = Annotated[int, typer.Option(min=1, max=1000, help="Answers that are followed side by side.")]
+TextSeed = Annotated[int, typer.Option(callback=_check_seed, help="Of the text that is drawn.")]
 
 
 @unifluid.command("ask")
 def unifluid_ask(
-    pictures: Pictures,
-    question: Annotated[str, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)],
-    checkpoint: UniFluidCheckpoint,
-    vision: Annotated[
-        Path,
-        typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(help="Picture files, and folders of them; or a file *.jsonl of questions.", show_default=False),
     ],
+    checkpoint: UniFluidCheckpoint,
+    vision: _Vision,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File *.jsonl for the responses to one.", show_default=False)
+    ] = None,
+    system: System = None,
     weights: Weights = None,
-    longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
+    longest: Longest = 64,
+    temperature: TextTemperature = 0.0,
+    top_p: TopP = 1.0,
+    beams: Beams = 1,
+    seed: TextSeed = 0,
     batch_size: BatchSize = 16,
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
-    """Answer a question about pictures: a line each, the file, a tab and the answer."""
-    from uniflow.cli.files import Given
-    from uniflow.cli.inputs import Named
-    from uniflow.cli.unifluid import ask
+    """Answer a question about pictures, a line each: the file, a tab and the answer; or those of a file, into another.
 
-    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
-    ask(given, question, named, vision, longest, batch_size, dtype, device)
+    A line of the file is an object of JSON with image and question, or choices too. Under torchrun all processes share
+    its questions.
+    """
+    from uniflow.cli.files import Given
+    from uniflow.cli.inputs import InputError, Named
+    from uniflow.cli.unifluid import ask
+    from uniflow.cli.unifluid_questions import Asking, ask_file, how_to_write
+
+    named, how = Named(checkpoint, weights), how_to_write(temperature, top_p, beams)
+    asking = Asking(named, vision, system, how, longest, seed, batch_size, strict, max_pixels, dtype, device)
+    if pictures[0].suffix == ".jsonl" and len(pictures) == 1:
+        if question is not None or out is None:
+            raise InputError(f"{pictures[0]}: expected --out FILE.jsonl, and no --question: the file has its own")
+        ask_file(pictures[0], asking, out, force)
+    elif question is None or out is not None:
+        raise InputError("PICTURES: expected --question, and no --out: answers are printed")
+    else:
+        ask(Given(pictures, strict, max_pixels), question, asking)
+
+
+@unifluid.command("evaluate")
+def unifluid_evaluate(
+    questions: Annotated[
+        Path, typer.Argument(help="File *.jsonl of questions and answers, or that `ask` wrote.", show_default=False)
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder of a UniFluid, or OWNER/NAME, to ask; else the file has responses.",
+            show_default=False,
+        ),
+    ] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="Folder of its vision encoder (or tokenizer).", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the results.", show_default=False)] = None,
+    system: System = None,
+    weights: Weights = None,
+    longest: Longest = 64,
+    temperature: TextTemperature = 0.0,
+    top_p: TopP = 1.0,
+    beams: Beams = 1,
+    seed: TextSeed = 0,
+    batch_size: BatchSize = 16,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Score answers: exact match and VQA accuracy, and of several choices how often the likeliest is right."""
+    from uniflow.cli.inputs import InputError, Named
+    from uniflow.cli.unifluid_questions import Asking, evaluate_file, how_to_write
+
+    if (checkpoint is None) != (vision is None):
+        raise InputError("--checkpoint, --vision: expected both, to ask, or neither, to score the file's responses")
+    asking = None
+    if checkpoint is not None and vision is not None:
+        named, how = Named(checkpoint, weights), how_to_write(temperature, top_p, beams)
+        asking = Asking(named, vision, system, how, longest, seed, batch_size, strict, max_pixels, dtype, device)
+    evaluate_file(questions, asking, out, force, as_json)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import most_encoded
-from uniflow.cli.files import check_folder, picture_files, picture_suffixes
+from uniflow.cli.files import check_folder, labels_of_folders, picture_files, picture_suffixes
 from uniflow.cli.inputs import DTYPES, InputError, Named, choose_device, explained, load_model
 from uniflow.cli.printing import counted, notice, say
 from uniflow.cli.runs import find_shards
@@ -133,16 +133,6 @@ def _find(given: Sequence[Path], how: HowToEncode) -> tuple[Pictures, np.ndarray
     if len(named) < len(files):
         raise InputError("PICTURES: two pictures of different folders have one name; give the folder above them")
     return PictureList(named, largest=how.max_pixels), *labels_of_folders(list(named))
-
-
-def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """The uppermost folder of each name, if all are in one."""
-    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
-    if "" in folders:
-        return None, None
-    classes = sorted(set(folders))
-    places = {name: place for place, name in enumerate(classes)}
-    return np.array([places[folder] for folder in folders], np.int64), classes
 
 
 def _labels_of_members(pictures: PictureShards) -> tuple[np.ndarray | None, list[str] | None]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from uniflow.atomic import write_json
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import Item, runs, stacked
-from uniflow.cli.encode_set import labels_of_folders
-from uniflow.cli.files import Given, check_outputs, check_pictures_folder, find_pictures
+from uniflow.cli.files import Given, check_outputs, check_pictures_folder, find_pictures, labels_of_folders
+from uniflow.cli.generate import classes_of
 from uniflow.cli.inputs import InputError, choose_device, explained
 from uniflow.cli.printing import Column, Table, counted, finite, notice, say, say_json
 from uniflow.cli.workers import Workers
@@ -72,6 +72,7 @@ class Judging:
 class _Found:
     """What was made of a folder's pictures, whole in the first process; the names of all, and what they took."""
 
+    folder: Path
     pictures: PictureSet
     names: list[str]
     skipped: int
@@ -182,7 +183,8 @@ def _judged(
             order.add(run[0].source.place // batch, judged)
         order.finish()
         pictures.skipped = sum(processes.of_all(share.skipped))
-    found = _Found(made, [source.name for source in pictures.sources], pictures.skipped, time.perf_counter() - start)
+    names, seconds = [source.name for source in pictures.sources], time.perf_counter() - start
+    found = _Found(given.paths[0], made, names, pictures.skipped, seconds)
     if processes.first:
         if not found.count:
             raise InputError(f"none of {pictures.skipped} pictures can be read")
@@ -222,11 +224,11 @@ def _values(found: _Found, reference: FeatureStatistics, device: torch.device) -
 
 
 def _per_class(found: _Found) -> list[int] | None:
-    """How many pictures each class has; None if they are in no folders of classes."""
+    """How many pictures each class has, by folders or as `uniflow generate` has drawn them; None if there are none."""
     labels, classes = labels_of_folders(found.names)
-    if labels is None or classes is None:
-        return None
-    return np.bincount(labels[found.pictures.places], minlength=len(classes)).tolist()
+    known = None if labels is None or classes is None else (labels, len(classes))
+    known = known or classes_of(found.folder, found.names)
+    return None if known is None else np.bincount(known[0][found.pictures.places], minlength=known[1]).tolist()
 
 
 def _report(values: dict[str, Any], reference: FeatureStatistics, as_json: bool) -> None:

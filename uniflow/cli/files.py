@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from PIL import Image
 
 from uniflow.cli.bars import picture_bar
@@ -82,9 +83,16 @@ class Pictures:
 
     def share(self, block: int, rank: int, world: int) -> Pictures:
         """Those of every block of so many neighbours that falls to process `rank` of `world`."""
-        share = copy(self)
-        share.sources = [source for source in self.sources if source.place // block % world == rank]
-        return share
+        return self._some(lambda place: place // block % world == rank)
+
+    def block(self, block: int, number: int) -> Pictures:
+        """Those of one block of so many neighbours."""
+        return self._some(lambda place: place // block == number)
+
+    def _some(self, chosen: Callable[[int], bool]) -> Pictures:
+        some = copy(self)
+        some.sources = [source for source in self.sources if chosen(source.place)]
+        return some
 
     def read(self, fit: Callable[[Image.Image], T], files: Workers) -> Iterator[tuple[Source, tuple[int, int], T]]:
         """Each with its own width and height and what `fit` makes of it.
@@ -199,6 +207,16 @@ def picture_files(folder: Path, strict: bool = False) -> list[Path]:
     if not files:
         raise InputError(f"no pictures in {folder}")
     return sorted(files)
+
+
+def labels_of_folders(names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """The uppermost folder of each name, int64 [N] into what these are called, if all are in one."""
+    folders = [name.partition("/")[0] if "/" in name else "" for name in names]
+    if "" in folders:
+        return None, None
+    classes = sorted(set(folders))
+    places = {name: place for place, name in enumerate(classes)}
+    return np.array([places[folder] for folder in folders], np.int64), classes
 
 
 def picture_suffixes() -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from uniflow.reading import shown
 
 
 class _Model(Protocol):
-    """UniFlow, UniFluid."""
+    """UniFlow, UniFluid, an encoder."""
 
     @property
     def dtype(self) -> torch.dtype: ...

@@ -33,7 +33,7 @@ from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.pictures import save_picture
 from uniflow.sampler import Batch, Decoder
-from uniflow_kernels.ops.flow_fp8 import check_precision
+from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.solvers import Interval, Plan
 
 LATENTS = ".safetensors"

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from uniflow.cli.files import check_folder, check_outputs, picture_files, picture_suffixes, read_picture
-from uniflow.cli.generation import train as train_generator
 from uniflow.cli.inputs import InputError, Named, explained, load_model
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, check_installed, find_shards, train_as_written
+from uniflow.cli.train_generator import train as train_generator
 from uniflow.config import UniFlowConfig, read_config
 from uniflow.data import PictureList, Pictures, PictureShards, RandomCrops
 from uniflow.evaluation.networks import FeatureNetwork

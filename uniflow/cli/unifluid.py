@@ -21,26 +21,27 @@ from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures,
 from uniflow.cli.inputs import InputError, Named, check_finite, check_text, explained, load_checkpoint
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
+from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, save_picture, to_tensor
+from uniflow.pictures import center_crop, open_picture, save_picture, to_tensor
 from uniflow.training.processes import Processes
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.drawing import draw_pictures
+from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
+from uniflow.unifluid.slots import source_slots
 from uniflow.unifluid.texts import (
     ids_fingerprint,
     make_text_tokenizer,
     padded,
     prompt_ids,
-    question_ids,
     read_text_tokenizer,
 )
 from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
@@ -61,12 +62,20 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     data, recipe = run.data, run.recipe
     tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
     examples = _examples(data)
-    vision = _vision(run, tokenizer).to(device) if _reads(data, examples) else None
+    vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
     texts = (student.text_tokenizer, *sizes, _longest_text(data, student, vision))
-    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, data.drop_caption, data.flip)
+    count, seen = student.config.tokens, vision.tokens if vision else 0
+    slots: dict[str, Any] = {
+        "features": seen,
+        "source": source_slots(student.config.sources, seen, count),
+        "context": student.check_context(0),
+        "tokens": count,
+    }
+    dropped = (data.drop_caption, data.flip, data.drop_source)
+    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots)
     _, size = recipe.micro_batches(processes.world)
     samples.check_batches(size)
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
@@ -77,24 +86,35 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
         return Trained(objective, samples, None)
     unseen = CaptionFolder(data.validation)
     share = None if vision and samples.reading_share < 1 else float(samples.reading_share)  # scored is what is trained
-    scored = CaptionedPictures(unseen, *texts, recipe.seed, share, drop_caption=0.0)
-    captions = [] if share == 1 else _first_captions(unseen, run.samples.captions)
-    how = {"steps": run.samples.steps, "head_steps": run.samples.head_steps, "cfg": run.samples.cfg}
+    scored = CaptionedPictures(unseen, *texts, recipe.seed, share, drop_caption=0.0, drop_source=0.0, **slots)
+    first = [] if share == 1 else _first_captions(unseen, run.samples.captions)
+    shown = scored.collate([scored.whole("drawing", number) for number in first])[0] if first else None
+    how = {name: value for name, value in asdict(run.samples).items() if name != "captions"}
+    from_others = any(unseen.texts(number).sources for number in first)
+    if run.samples.cfg_source != 1 and not (student.config.sources and from_others):
+        raise InputError(f"samples.cfg_source: expected 1 for data without sources, got {run.samples.cfg_source}")
     if run.samples.steps is not None:
         group_sizes(student.config.tokens, run.samples.steps)  # too many are found now, not at the first validation
-    validator = DrawingValidator(objective, scored, min(len(unseen), _VALIDATED), size, captions, how)
+    validator = DrawingValidator(objective, scored, min(len(unseen), _VALIDATED), size, shown, how)
     return Trained(objective, samples, validator)
 
 
-def _reads(data: DataChoice, examples: Examples) -> bool:
-    return data.reading_share != 0 and any(examples.texts(number).question for number in range(len(examples)))
+def _reads(run: UniFluidRun, examples: Examples) -> bool:
+    """Whether features of pictures are needed, to answer questions or to draw from sources."""
+    texts = [examples.texts(number) for number in range(len(examples))]
+    asked = run.data.reading_share != 0 and any(text.conversation() for text in texts)
+    return asked or (run.model.sources != "tokens" and _draws_from_others(examples))
+
+
+def _draws_from_others(examples: Examples) -> bool:
+    return any(examples.texts(number).sources for number in range(len(examples)))
 
 
 def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:
     if run.vision is None and not isinstance(tokenizer, UniFlowTokens):
         raise InputError(
-            f"vision: the data have questions, and {run.tokenizer} gives no features to read; expected the folder of a "
-            "vision encoder, or data.reading_share: 0"
+            f"vision: the data have questions or sources, and {run.tokenizer} gives no features to read; expected the "
+            "folder of a vision encoder, or data.reading_share: 0 and model.sources: tokens"
         )
     return VisionFeatures(run.vision or run.tokenizer)
 
@@ -137,6 +157,7 @@ def _student(
         model.head,
         model.order,
         None if vision is None else vision.width,
+        model.sources if _draws_from_others(examples) else None,
         tokenizer.fingerprint(),
         None if vision is None else vision.fingerprint(),
         ids_fingerprint(texts),
@@ -155,16 +176,22 @@ def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, d
     return torch.cat(found)
 
 
-def _first_captions(examples: Examples, count: int) -> list[str]:
-    """The first captions that differ from each other."""
-    captions = (examples.texts(number).caption for number in range(len(examples)))
-    return list(islice(dict.fromkeys(filter(None, captions)), count))
+def _first_captions(examples: Examples, count: int) -> list[int]:
+    """The numbers of the first captions that differ from each other; with sources, of any."""
+    numbers: dict[object, int] = {}
+    for number in range(len(examples)):
+        texts = examples.texts(number)
+        if texts.caption:
+            numbers.setdefault(number if texts.sources else texts.caption, number)
+    return list(islice(numbers.values(), count))
 
 
 def generate(
     captions: Sequence[str],
     checkpoint: Named,
     tokenizer: Path,
+    vision: Path | None,
+    sources: Sequence[Path],
     out: Path,
     count: int,
     seed: int,
@@ -176,10 +203,12 @@ def generate(
 ) -> None:
     """Draw `count` pictures for each caption, a PNG each, and all of them on one sheet, a row a caption.
 
-    `how` are arguments of `uniflow.unifluid.drawing.draw_tokens`.
+    `how` are arguments of `uniflow.unifluid.drawing.draw_tokens`; `sources` are pictures that all are drawn from.
     """
-    check_finite("--temperature", how["temperature"])
-    check_finite("--cfg", how["cfg"])
+    for name in ("temperature", "cfg", "cfg_source"):
+        check_finite(f"--{name.replace('_', '-')}", how[name])
+    if how["cfg_source"] != 1 and not sources:
+        raise InputError(f"--cfg-source: expected 1 without --source, got {how['cfg_source']}")
     check_folder(out)
     names = _names(captions)
     files = [out / f"{name}-{number}.png" for name in names for number in range(count)]
@@ -190,8 +219,10 @@ def generate(
         images.set_grid(model.config.grid)
         check_tokenizer(model, images)
         group_sizes(model.config.tokens, how["steps"] or 1)  # a bad value is found before anything is drawn
+        seen = _seen(model, images, vision, sources)
+        slots = 0 if seen is None else sum(part.shape[0] * part.shape[1] for part in seen if part is not None)
         for caption in captions:
-            model.check_context(len(prompt_ids(model.text_tokenizer, caption)) + model.config.tokens)
+            model.check_context(slots + len(prompt_ids(model.text_tokenizer, caption)) + model.config.tokens)
     generator = torch.Generator().manual_seed(seed)
     prompts = [caption for caption in captions for _ in range(count)]
     pictures: list[Tensor] = []
@@ -199,7 +230,9 @@ def generate(
         task = bar.add_task("", total=len(prompts))
         for first in range(0, len(prompts), batch_size):
             with explained():
-                batch = draw_pictures(model, images, prompts[first : first + batch_size], generator, **how).cpu()
+                part = prompts[first : first + batch_size]
+                again = None if seen is None else seen.repeated(len(part))
+                batch = draw_pictures(model, images, part, generator, again, **how).cpu()
             out.mkdir(parents=True, exist_ok=True)
             for picture, file in zip(batch, files[first:], strict=False):
                 save_picture(picture, file)
@@ -209,36 +242,43 @@ def generate(
     say(f"{len(pictures)} pictures and {SHEET} written to {out}")
 
 
-def ask(
-    given: Given,
-    question: str,
-    checkpoint: Named,
-    vision: Path,
-    longest: int,
-    batch_size: int,
-    dtype: str,
-    device: str,
-) -> None:
+def _seen(model: UniFluid, tokenizer: ImageTokenizer, vision: Path | None, sources: Sequence[Path]) -> Sources | None:
+    """What the model sees of the pictures that it draws from."""
+    if not sources:
+        return None
+    features = None
+    if vision is not None and model.config.sources != "tokens":
+        features = VisionFeatures(vision).to(model.device)
+        check_vision(model, features)
+    opened = [open_picture(source) for source in sources]
+    sizes = (tokenizer.image_size, features.image_size if features else tokenizer.image_size)
+    pixels = [torch.stack([to_tensor(center_crop(picture, size)) for picture in opened]) for size in sizes]
+    return see_sources(model, tokenizer, features, *(part.to(model.device) for part in pixels))
+
+
+def ask(given: Given, question: str, asking: Asking) -> None:
     """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
+    asking.check()
     check_text("--question", question)
     with Workers(1) as files, find_pictures(given, files) as pictures:
-        model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
+        model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, asking.device, asking.dtype)
         with explained():
-            features = VisionFeatures(vision).to(model.device)
+            features = VisionFeatures(asking.vision).to(model.device)
             check_vision(model, features)
-            prompt = question_ids(model.text_tokenizer, question)
+            prompt = asking.prompt(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:
             return to_tensor(center_crop(picture, features.image_size))
 
-        for batch in runs(pictures.read(fit, files), lambda _: batch_size, lambda _: None):
-            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
-            crops = torch.stack([pixels for _, _, pixels in batch])
-            with explained():
-                seen = features(normalize(crops.to(model.device)))
-                answers = answer(model, seen, ids, real, longest)
-            for (source, _, _), text in zip(batch, answers, strict=True):
-                say(str(source.path), " ".join(text.split()))
+        with drawn_by(asking.seed, model.device):
+            for batch in runs(pictures.read(fit, files), lambda _: asking.batch_size, lambda _: None):
+                ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+                crops = torch.stack([pixels for _, _, pixels in batch])
+                with explained():
+                    seen = features(normalize(crops.to(model.device)))
+                    answers = answer(model, seen, ids, real, asking.longest, **asking.how)
+                for (source, _, _), text in zip(batch, answers, strict=True):
+                    say(str(source.path), " ".join(text.split()))
     pictures.say_skipped()
 
 

@@ -76,7 +76,7 @@ class FeatureSet:
 
     def missing(self) -> list[int]:
         """The parts that are not there."""
-        return [part for part in range(-(-self.pictures // PER_PART)) if not self._path(part).exists()]
+        return [part for part in self._parts() if not self._path(part).exists()]
 
     def write(self, part: int, numbers: Sequence[int], features: Tensor) -> None:
         """Write a part, whole or not at all.
@@ -104,7 +104,7 @@ class FeatureSet:
 
     def numbers(self) -> np.ndarray:
         """Of the pictures that there are features of, int64 [n], in order; errors as of `features`."""
-        return np.concatenate([each.numpy() for each in self._read(_NUMBERS)])
+        return np.concatenate([self._read(part, _NUMBERS) for part in self._parts()])
 
     def features(self, layer: int) -> np.ndarray:
         """Of a layer, float32 [n, D].
@@ -112,22 +112,29 @@ class FeatureSet:
         Raises:
             ValueError: if a part is missing, or damaged.
         """
-        return np.concatenate([each.numpy() for each in self._read(_name(layer))])
+        return np.concatenate([self._read(part, _name(layer)) for part in self._parts()])
+
+    def _parts(self) -> range:
+        return range(-(-self.pictures // PER_PART))
 
     def _path(self, part: int) -> Path:
         return self.folder / f"features-{part:05}.safetensors"
 
-    def _read(self, name: str) -> Iterable[Tensor]:
-        if missing := self.missing():
-            raise ValueError(f"{self.folder} is not finished: {self._path(missing[0]).name} is missing")
-        for part in range(-(-self.pictures // PER_PART)):
-            try:
-                with safe_open(self._path(part), framework="pt") as file:
-                    yield file.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(
-                    f"{self._path(part)} is damaged: delete it, and it is made again ({shown(error)})"
-                ) from None
+    def _read(self, part: int, name: str) -> np.ndarray:
+        path = self._path(part)
+        if not path.exists():
+            raise ValueError(f"{self.folder} is not finished: {path.name} is missing")
+        try:
+            with safe_open(path, framework="np") as file:
+                numbers = file.get_tensor(_NUMBERS)
+                found = numbers if name == _NUMBERS else file.get_tensor(name)
+        except Exception as error:  # the reader raises whatever a forged header makes it meet
+            raise ValueError(f"{path} is damaged: delete it, and it is made again ({shown(error)})") from None
+        ends = [part * PER_PART - 1, *numbers.ravel(), min((part + 1) * PER_PART, self.pictures)]
+        fits = found is numbers if name == _NUMBERS else (found.ndim, found.dtype) == (2, np.float32)
+        if numbers.dtype != np.int64 or not (np.diff(ends) > 0).all() or len(found) != len(ends) - 2 or not fits:
+            raise ValueError(f"{path} is damaged: delete it, and it is made again (its numbers do not fit together)")
+        return found
 
 
 def _name(layer: int) -> str:

@@ -90,7 +90,8 @@ def neighbour_accuracy(seen: Labelled, unseen: Labelled, neighbours: int = 20, t
 def linear_accuracy(seen: Labelled, unseen: Labelled, c: float = 1.0, iterations: int = 2000) -> float:
     """How many of the unseen pictures a linear classifier names rightly that learns of those seen, in percent.
 
-    It is a logistic regression on features with mean 0 and deviation 1 over the pictures seen.
+    It is a logistic regression on features with mean 0 and deviation 1 over the pictures seen, in float64, to where its
+    gradient is below 1e-6: stopped as early as scikit-learn does by default, some would depend on the pictures' order.
 
     Args:
         seen: to learn of.
@@ -108,9 +109,9 @@ def linear_accuracy(seen: Labelled, unseen: Labelled, c: float = 1.0, iterations
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=iterations))
-    classifier.fit(seen.features, seen.labels)
-    return 100 * float(classifier.score(unseen.features, unseen.labels))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-6, max_iter=iterations))
+    classifier.fit(seen.features.astype(np.float64), seen.labels)
+    return 100 * float(classifier.score(unseen.features.astype(np.float64), unseen.labels))
 
 
 def split_by_class(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from uniflow.generation.model import FlowTransformer
+from uniflow.model import UniFlow
 from uniflow_kernels import seeded_noise
 from uniflow_kernels.solvers import Plan, guide, integrate
 
@@ -60,6 +61,13 @@ def usual_schedule(model: FlowTransformer) -> str:
     """The schedule of a sampler that goes with the noise levels that the model was trained at."""
     shift = model.config.noise_shift
     return "linear" if shift == 1.0 else f"shifted_{shift}"
+
+
+def picture_size(model: FlowTransformer, tokenizer: UniFlow) -> tuple[int, int]:
+    """(H, W) in pixels of what a generator draws."""
+    lines, across = model.config.grid
+    patch = tokenizer.config.patch_size
+    return lines * patch, across * patch
 
 
 def check_labels(model: FlowTransformer, labels: Tensor | None) -> None:

@@ -264,7 +264,7 @@ class WideHead(nn.Module):
         width = config.head_width
         self.grid = config.grid if config.positions == "rotary" else None
         self.channels = width // config.wide_heads  # of a head of attention
-        self.latent_proj = nn.Linear(config.latent_channels, width)
+        self.input_proj = nn.Linear(config.latent_channels, width)
         self.cond_proj = nn.Linear(config.width, width)
         self.blocks = nn.ModuleList(Block(width, config.wide_heads, config.mlp) for _ in range(config.head_depth))
         self.norm = AdaptiveNorm(width)
@@ -278,7 +278,7 @@ class WideHead(nn.Module):
     def forward(self, x: Tensor, h: Tensor, time: Tensor) -> Tensor:
         """The noisy tokens [B, N, C], the transformer's states [B, N, W] and the time's embedding to [B, N, C]."""
         condition = nn.functional.silu(self.cond_proj(h + time))
-        stream = Stream(self.latent_proj(x))
+        stream = Stream(self.input_proj(x))
         rotation = None if self.grid is None else Rotation.of(self.grid, self.channels, x.device)
         for block in self.blocks:
             stream = block(stream, condition, rotation)

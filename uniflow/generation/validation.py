@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from uniflow.generation.drawing import draw_latents, picture_seeds, usual_schedule
+from uniflow.generation.drawing import draw_latents, picture_seeds, picture_size, usual_schedule
 from uniflow.generation.model import FlowTransformer
 from uniflow.generation.objective import FlowTransformerObjective
 from uniflow.generation.samples import LatentSamples
@@ -65,19 +65,11 @@ class GeneratorValidator:
         classes = student.config.classes
         rows = self.rows if classes is None else min(self.rows, classes)
         plan = Plan(self.steps, usual_schedule(student), cfg=1.0 if classes is None else self.cfg)
-        numbers, pictures = range(rows * self.columns), []
+        numbers, pictures, size = range(rows * self.columns), [], picture_size(student, tokenizer)
         for first in range(0, len(numbers), self.batch_size):
             part = list(numbers[first : first + self.batch_size])
             seeds, decoder_seeds = picture_seeds(_SEED, part)
             labels = None if classes is None else torch.tensor(part, dtype=torch.int64, device="cpu") // self.columns
             latents = draw_latents(student, seeds, labels, plan)
-            size = picture_size(student, tokenizer)
             pictures.append(to_uint8(tokenizer.decode(latents, seed=decoder_seeds, size=size)).cpu())
         return rearrange(torch.cat(pictures), "(rows n) c h w -> c (rows h) (n w)", n=self.columns)
-
-
-def picture_size(model: FlowTransformer, tokenizer: UniFlow) -> tuple[int, int]:
-    """(H, W) in pixels of what a generator draws."""
-    lines, across = model.config.grid
-    patch = tokenizer.config.patch_size
-    return lines * patch, across * patch

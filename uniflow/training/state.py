@@ -100,6 +100,27 @@ def read_settings(folder: Path, progress: Progress) -> dict[str, Any]:
     return settings
 
 
+def encoder_source(folder: Path) -> str | None:
+    """Which encoder a checkpoint, or its averages, of `uniflow train` learnt from: its teacher, or what it began with.
+
+    Returns:
+        A folder as the run's file says it, relative to where it was trained, or a name on the Hub; None if the folder
+        is the checkpoint of no such run.
+
+    Raises:
+        CheckpointError: if what it was made with cannot be read.
+    """
+    path = (folder.parent if folder.name == _AVERAGE else folder) / _SETTINGS
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    for part, name in (("objective", "teacher"), ("model", "encoder"), ("model", "checkpoint")):
+        values = settings.get(part)
+        if isinstance(values, dict) and isinstance(found := values.get(name), str):
+            return found
+    return None
+
+
 def read_random_states(folder: Path, processes: Processes) -> None:
     """Go on where `write_training` took them; a process that was not there then keeps its own.
 

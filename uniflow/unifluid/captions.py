@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import center_crop, to_tensor
+from uniflow.pictures import center_crop, open_picture, to_tensor
 from uniflow.reading import check_file, parse_json, printable, shown
-from uniflow.unifluid.texts import answer_ids, padded, prompt_ids, question_ids
+from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
+from uniflow.unifluid.slots import picture_slots
+from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +36,29 @@ class CaptionError(ValueError):
 
 
 class Texts(NamedTuple):
-    """What is said about a picture: a caption to draw it from, a question with its answer, or both; "" for the rest."""
+    """What is said about a picture: a caption to draw it from, a question with its answer, or both; "" for the rest.
+
+    In the place of question and answer there may be a conversation, `turns`, which may be about several pictures.
+    `sources` is how many pictures beside its caption a picture is drawn from.
+    """
 
     caption: str = ""
     question: str = ""
     answer: str = ""
+    turns: tuple[Turn, ...] = ()
+    sources: int = 0
+
+    def conversation(self) -> list[Turn]:
+        """The turns, or those of question and answer; none if there are neither."""
+        if self.turns or not self.question:
+            return list(self.turns)
+        return about_a_picture(self.question, self.answer)
+
+    def written(self) -> Iterator[str]:
+        """All that is said, a text after the other."""
+        yield from filter(None, (self.caption, self.question, self.answer))
+        for turn in self.turns:
+            yield from filter(None, turn.text.split(PICTURE))
 
 
 class Examples(Pictures, Protocol):
@@ -47,18 +68,26 @@ class Examples(Pictures, Protocol):
         """What is said about a picture; raises CaptionError if this is nothing, or not as it should be."""
         ...
 
+    def further(self, number: int, kind: Kind) -> list[Image.Image]:
+        """Pictures beside the first: a drawing's sources, what is read besides it; errors as of `open`."""
+        ...
+
 
 def every_text(examples: Examples) -> Iterator[str]:
     """All captions, questions and answers, to make a tokenizer for."""
     for number in range(len(examples)):
-        yield from (text for text in examples.texts(number) if text)
+        yield from examples.texts(number).written()
 
 
 class CaptionFolder(PictureList):
     """A folder with captions.jsonl, in which each line is a JSON object: {"image": "a.png", "caption": "a seven"}.
 
     Instead of a caption, or beside it, a line may hold a question and its answer. Images are given relative to the
-    folder; any number of lines may be about the same one.
+    folder; any number of lines may be about the same one. Beside a caption may stand the `source`, one picture or a
+    list, that the image is drawn from: {"image": "b.png", "caption": "make it bold", "source": "a.png"}. A conversation
+    stands in the place of question and answer as `messages`, as chat templates take them, of a "role" and a "content":
+    a text, or a list of {"type": "text", "text": ...} and {"type": "image"}, one for each picture of `image`, which may
+    be a list. If no message has an image, they stand before the first one of the user.
 
     Raises:
         FileNotFoundError: if there is no captions.jsonl.
@@ -70,19 +99,18 @@ class CaptionFolder(PictureList):
         file = folder / CAPTIONS
         if not file.exists():
             raise FileNotFoundError(f"no {CAPTIONS} in {folder}")
-        try:
-            check_file(file)
-        except ValueError as error:
-            raise CaptionError(str(error)) from None
         images: dict[str, Path] = {}
         self._texts: list[Texts] = []
-        with file.open("rb") as lines:
-            for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
-                if line.strip() or len(line) > _LONGEST:
-                    where = f"{file}:{number}"
-                    fields = _fields(line.rstrip(b"\n"), where)
-                    self._texts.append(_texts(fields, where))
-                    images[f"{where} ({fields.get('image')})"] = _image(folder, fields.get("image"), where)
+        self._further: list[dict[Kind, list[Path]]] = []
+        for where, fields in read_lines(file):
+            first, *rest = _images(folder, "image", fields, where)
+            sources = _images(folder, "source", fields, where)
+            texts = _texts(fields, where, pictures=1 + len(rest))._replace(sources=len(sources))
+            if sources and not texts.caption:
+                raise CaptionError(f"{where}: source without caption")
+            self._texts.append(texts)
+            self._further.append({"drawing": sources, "reading": rest})
+            images[f"{where} ({first.relative_to(folder)})"] = first
         if not images:
             raise CaptionError(f"{file} holds no examples")
         super().__init__(images)
@@ -90,6 +118,10 @@ class CaptionFolder(PictureList):
     def texts(self, number: int) -> Texts:
         """What a line says."""
         return self._texts[number]
+
+    def further(self, number: int, kind: Kind) -> list[Image.Image]:
+        """The sources of a line, or its images behind the first."""
+        return [open_picture(file, largest=self.largest) for file in self._further[number][kind]]
 
 
 class CaptionShards(PictureShards):
@@ -125,12 +157,36 @@ class CaptionShards(PictureShards):
             where, data = found
             _check_length(data, where)
             fields["caption"] = data.decode(errors="surrogateescape").strip()
+        if fields.get("source") is not None:
+            raise CaptionError(f"{where}: source: pictures are drawn from others in folders with {CAPTIONS} alone")
         return _texts(fields, where)
+
+    def further(self, number: int, kind: Kind) -> list[Image.Image]:
+        """None: a sample has one picture."""
+        return []
 
 
 def _check_length(text: bytes, where: str) -> None:
     if len(text) > _LONGEST:
         raise CaptionError(f"{where} is longer than {_LONGEST >> 20} MiB")
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line of a file stands, but for empty ones, and the object of JSON in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CaptionError: if it is no regular file, or for a line that is no object or longer than 1 MiB.
+    """
+    try:
+        check_file(file)
+    except ValueError as error:
+        raise CaptionError(str(error)) from None
+    with file.open("rb") as lines:
+        for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
+            if line.strip() or len(line) > _LONGEST:
+                where = f"{file}:{number}"
+                yield where, _fields(line.rstrip(b"\n"), where)
 
 
 def _fields(line: bytes, where: str) -> dict[str, Any]:
@@ -146,59 +202,121 @@ def _fields(line: bytes, where: str) -> dict[str, Any]:
     return fields
 
 
-def _texts(fields: dict[str, Any], where: str) -> Texts:
-    texts = Texts(*(_text(fields, name, where) for name in Texts._fields))
+def _texts(fields: dict[str, Any], where: str, pictures: int = 1) -> Texts:
+    caption, question, answer = (text_of(fields.get(name), name, where) for name in ("caption", "question", "answer"))
+    texts = Texts(caption, question, answer)
     if bool(texts.question) != bool(texts.answer):
         raise CaptionError(f"{where}: {'question without answer' if texts.question else 'answer without question'}")
+    if fields.get("messages") is not None:
+        if texts.question:
+            raise CaptionError(f"{where}: expected either messages, or question and answer")
+        texts = texts._replace(turns=_turns(fields["messages"], where, pictures))
     if not any(texts):
         raise CaptionError(f"{where}: expected a caption, or question and answer")
     return texts
 
 
-def _text(fields: dict[str, Any], name: str, where: str) -> str:
-    text = fields.get(name)
-    if text is None:
+def _turns(messages: Any, where: str, pictures: int) -> tuple[Turn, ...]:
+    """Messages as chat templates take them, which the assistant ends, about so many pictures."""
+    if not isinstance(messages, list):
+        raise CaptionError(f"{where}: messages: expected a list, got {shown(messages)}")
+    turns = [_turn(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
+    try:
+        check_turns(turns)
+    except ValueError as error:
+        raise CaptionError(f"{where}: messages: {error}") from None
+    if turns[-1].role != "assistant":
+        raise CaptionError(f"{where}: messages: expected the assistant to speak last")
+    named = sum(turn.text.count(PICTURE) for turn in turns)
+    if not named:
+        first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+        turns[first] = Turn("user", PICTURE * pictures + turns[first].text)
+    elif named != pictures:
+        raise CaptionError(f"{where}: messages: expected as many images as image names, {pictures}, got {named}")
+    return tuple(turns)
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise CaptionError(f"{where}: expected an object with role {', '.join(ROLES)}, got {shown(message)}")
+    role, content = message["role"], message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    pieces = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image" and role == "user":
+            pieces.append(PICTURE)
+        elif kind == "text":
+            pieces.append(text_of(part.get("text"), "content", where, required=True))
+        else:
+            raise CaptionError(f"{where}: content: expected texts, and images of the user, got {shown(part)}")
+    if not any(piece != PICTURE for piece in pieces):
+        raise CaptionError(f"{where}: content: expected a text")
+    return Turn(role, "".join(pieces))
+
+
+def text_of(text: Any, name: str, where: str, required: bool = False) -> str:
+    """What is a text, not empty, of valid Unicode; "" for none unless it is required; else raises CaptionError."""
+    if text is None and not required:
         return ""
-    # half a surrogate pair, as of an emoji that was cut, has no UTF-8
-    if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
+    # half a surrogate pair, as of an emoji that was cut, has no UTF-8; a picture's place is no text
+    if not isinstance(text, str) or not text.strip() or re.search(f"[\ud800-\udfff{PICTURE}]", text):
         raise CaptionError(f"{where}: {name}: expected a text, not empty, of valid Unicode, got {shown(text)}")
     return text
 
 
-def _image(folder: Path, image: Any, where: str) -> Path:
+def _images(folder: Path, name: str, fields: dict[str, Any], where: str) -> list[Path]:
+    """The pictures that a field names; a list where there may be one: of `source`, and of `image` with messages."""
+    named = fields.get(name)
+    if name == "source" and named is None:
+        return []
+    if not (isinstance(named, list) and named and (name == "source" or fields.get("messages") is not None)):
+        return [picture_of(folder, name, named, where)]
+    if name == "image" and len(named) > 1 and fields.get("caption") is not None:
+        raise CaptionError(f"{where}: image: expected one picture, to draw from the caption, got {shown(named)}")
+    return [picture_of(folder, name, part, where) for part in named]
+
+
+def picture_of(folder: Path, name: str, image: Any, where: str) -> Path:
+    """The file of a picture in the folder, relative to which it is named; raises CaptionError if it is none."""
     if not isinstance(image, str) or not image:
-        raise CaptionError(f"{where}: image: expected the path of a picture in the folder, got {shown(image)}")
+        raise CaptionError(f"{where}: {name}: expected the path of a picture in the folder, got {shown(image)}")
     if Path(image).is_absolute() or ".." in Path(image).parts:
-        raise CaptionError(f"{where}: image: {printable(image)} is outside the folder")
+        raise CaptionError(f"{where}: {name}: {printable(image)} is outside the folder")
     try:
         there = (folder / image).is_file()
     except OSError:  # its name is too long
         there = False
     if not there:
-        raise CaptionError(f"{where}: image: no such file: {printable(str(folder / image))}")
+        raise CaptionError(f"{where}: {name}: no such file: {printable(str(folder / image))}")
     return folder / image
 
 
 class Drawings(NamedTuple):
-    """Pictures to draw from their captions, padded on the left; possibly none.
+    """Pictures to draw from their captions, and from other pictures if there are any; possibly none.
 
     images: uint8 [B, 3, H, W], as the image tokenizer takes them.
-    ids: int64 [B, T], bos and the caption.
+    ids: int64 [B, T], the sources' slots (below zero), bos and the caption, padded before the text.
     real: bool [B, T], False for padding.
+    sources: uint8 [P, 3, H, W], the sources of all rows one after the other, as the image tokenizer takes them; none
+        if not given.
+    seen: uint8 [P, 3, H', W'], the same as the vision encoder takes them.
     """
 
     images: Tensor
     ids: Tensor
     real: Tensor
+    sources: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Readings(NamedTuple):
-    """Pictures with questions and answers, padded on the left; possibly none.
+    """Pictures with questions and answers, padded before the last text; possibly none.
 
-    images: uint8 [B, 3, H, W], as the vision encoder takes them.
-    ids: int64 [B, T], bos, the question, eos, the answer, eos.
+    images: uint8 [P, 3, H, W], the pictures of all rows one after the other, as the vision encoder takes them.
+    ids: int64 [B, T], the slots of pictures (below zero), bos, the question, eos, the answer, eos; or a conversation.
     real: bool [B, T], False for padding.
-    answer: bool [B, A], of the last A ids: True for what is to be predicted, the answer and its eos.
+    answer: bool [B, A], of the last A ids: True for what is to be predicted, answers and their ends.
     """
 
     images: Tensor
@@ -208,12 +326,21 @@ class Readings(NamedTuple):
 
 
 class CaptionedPicture(NamedTuple):
-    """What `CaptionedPictures` collates: a picture, uint8 [3, H, W], ids [T], and how many of these are the answer."""
+    """What `CaptionedPictures` collates.
+
+    kind: whether it is drawn or read.
+    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read.
+    ids: int64 [T].
+    predicted: bool [T], which ids are to be predicted.
+    sources, seen: uint8 [S, 3, H, W] and [S, 3, H', W'], see `Drawings`.
+    """
 
     kind: Kind
     pixels: Tensor
     ids: Tensor
-    answer: int
+    predicted: Tensor
+    sources: Tensor
+    seen: Tensor
 
 
 class CaptionedPictures(Samples):
@@ -227,12 +354,17 @@ class CaptionedPictures(Samples):
         examples: `CaptionFolder` or `CaptionShards`; the texts of all of them are read here once.
         tokenizer: for the texts, see `uniflow.unifluid.texts`.
         drawing_size, reading_size: (H, W) of pictures to draw and to read.
-        max_text: how many ids an example may have, with bos and eos.
+        max_text: how many ids an example may have, with bos and eos, and without the slots of pictures.
         seed: the same seed gives the same stream.
         reading_share: the share of readings, in any run of neighbours; if not given a half, or all or none where there
             are examples of one kind only.
         drop_caption: the share of captions dropped, for guidance: their ids are bos alone.
         flip: whether half of the pictures are mirrored; what is said of left and right is then no longer true.
+        drop_source: of the drawings that have sources, the share that is drawn from nothing at all, for guidance.
+        features: slots of a picture that is read, M of the vision encoder; none for data without such.
+        source: the slots of a drawing's source, see `uniflow.unifluid.slots.source_slots`.
+        context: slots that the transformer has positions for; a drawing needs some for its own tokens.
+        tokens: how many these are.
 
     Raises:
         CaptionError: for texts that are not as they should be or longer than `max_text`; in shards a text that is too
@@ -251,9 +383,16 @@ class CaptionedPictures(Samples):
         reading_share: float | None = None,
         drop_caption: float = 0.1,
         flip: bool = False,
+        drop_source: float = 0.05,
+        *,
+        features: int = 0,
+        source: Sequence[int] = (),
+        context: int | None = None,
+        tokens: int = 0,
     ) -> None:
-        if not 0 <= drop_caption <= 1:
-            raise ValueError(f"drop_caption: expected a share in [0, 1], got {drop_caption}")
+        for name, dropped in (("drop_caption", drop_caption), ("drop_source", drop_source)):
+            if not 0 <= dropped <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {dropped}")
         self.examples = examples
         self.tokenizer = tokenizer
         self.drawing_size = drawing_size
@@ -262,6 +401,10 @@ class CaptionedPictures(Samples):
         self.seed = seed
         self.drop_caption = drop_caption
         self.flip = flip
+        self.drop_source = drop_source
+        self.slots: dict[Kind, list[int]] = {"drawing": list(source), "reading": picture_slots(features)}
+        self.context = context
+        self.tokens = tokens
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
         self.reading_share = _reading_share(reading_share, captions, questions)
@@ -274,7 +417,7 @@ class CaptionedPictures(Samples):
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
-                    self._ids(kind, number)
+                    self._ids(kind, number, examples.texts(number).sources)
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -286,13 +429,35 @@ class CaptionedPictures(Samples):
         share = self.reading_share
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
-        number, picture, skipped = self._streams[kind].read(before if kind == "reading" else position - before)
+        own = before if kind == "reading" else position - before
+        number, pictures, skipped = self._streams[kind].read(own, partial(self._open, kind))
         rng = np.random.default_rng((self.seed, position))
-        ids, answer = self._ids(kind, number, dropped=rng.random() < self.drop_caption)
-        pixels = to_tensor(center_crop(picture, self.drawing_size if kind == "drawing" else self.reading_size))
-        pixels = pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
-        value = CaptionedPicture(kind, pixels, torch.tensor(ids, dtype=torch.int64, device="cpu"), answer)
+        drawn = rng.random()
+        nothing = kind == "drawing" and len(pictures) > 1 and drawn < self.drop_source
+        dropped = nothing or drawn < self.drop_caption + (self.drop_source if len(pictures) > 1 else 0.0)
+        value = self._value(kind, number, pictures[:1] if nothing else pictures, dropped)
+        if self.flip and rng.random() < 0.5:
+            value = value._replace(**{name: getattr(value, name).flip(-1) for name in ("pixels", "sources", "seen")})
         return Sample(value, self.examples.name(number), skipped)
+
+    def whole(self, kind: Kind, number: int) -> CaptionedPicture:
+        """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
+        return self._value(kind, number, self._open(kind, number), False)
+
+    def _open(self, kind: Kind, number: int) -> list[Image.Image]:
+        return [self.examples.open(number), *self.examples.further(number, kind)]
+
+    def _value(self, kind: Kind, number: int, pictures: list[Image.Image], dropped: bool) -> CaptionedPicture:
+        drawn, sources = (pictures[:1], pictures[1:]) if kind == "drawing" else (pictures, [])
+        ids, predicted = self._ids(kind, number, len(sources), dropped)
+        return CaptionedPicture(
+            kind,
+            _pixels(drawn, self.drawing_size if kind == "drawing" else self.reading_size),
+            torch.tensor(ids, dtype=torch.int64, device="cpu"),
+            torch.tensor(predicted, dtype=torch.bool, device="cpu"),
+            _pixels(sources, self.drawing_size),
+            _pixels(sources, self.reading_size),
+        )
 
     def check_batches(self, size: int) -> None:
         """Refuse batches of `size` neighbours of which some lack a kind: their losses would not count as the others'.
@@ -311,31 +476,46 @@ class CaptionedPictures(Samples):
         """Samples to a batch of each kind, in which those of the other kind are left out."""
         drawn, read = ([value for value in values if value.kind == kind] for kind in KINDS)
         drawings, readings = (padded([value.ids for value in part], self.tokenizer) for part in (drawn, read))
-        lengths = torch.tensor([value.answer for value in read], dtype=torch.int64, device="cpu")
-        longest = max((value.answer for value in read), default=0)
-        answer = torch.arange(longest, 0, -1, device="cpu") <= lengths.unsqueeze(1)
+        predicted = padded_marks([value.ids for value in read], [value.predicted for value in read])
+        first = int(predicted.any(0).float().argmax()) if predicted.any() else predicted.shape[1]
         return (
-            Drawings(_stacked(drawn, self.drawing_size), *drawings),
-            Readings(_stacked(read, self.reading_size), *readings, answer),
+            Drawings(
+                _joined([value.pixels for value in drawn], self.drawing_size),
+                *drawings,
+                _joined([value.sources for value in drawn], self.drawing_size),
+                _joined([value.seen for value in drawn], self.reading_size),
+            ),
+            Readings(_joined([value.pixels for value in read], self.reading_size), *readings, predicted[:, first:]),
         )
 
-    def _ids(self, kind: Kind, number: int, dropped: bool = False) -> tuple[list[int], int]:
-        """Of an example, with how many of them are the answer."""
-        caption, question, answer = self.examples.texts(number)
-        if kind == "drawing":
-            ids, predicted = prompt_ids(self.tokenizer, None if dropped else caption), []
-        else:
-            ids, predicted = question_ids(self.tokenizer, question), answer_ids(self.tokenizer, answer)
-        if len(ids) + len(predicted) > self.max_text:
+    def _ids(self, kind: Kind, number: int, sources: int, dropped: bool = False) -> tuple[list[int], list[bool]]:
+        """Of an example, and which of them are to be predicted."""
+        texts, slots = self.examples.texts(number), self.slots[kind]
+        try:
+            if kind == "drawing":
+                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, slots * sources)
+                predicted = [False] * len(ids)
+            else:
+                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), slots)
+        except ValueError as error:
+            raise CaptionError(f"{self.examples.name(number)}: {error}") from None
+        written = sum(number >= 0 for number in ids)
+        if written > self.max_text:
             raise CaptionError(
-                f"{self.examples.name(number)}: a text of {len(ids) + len(predicted)} ids, with bos and eos; at most "
+                f"{self.examples.name(number)}: a text of {written} ids, with bos and eos; at most "
                 f"{self.max_text} (max_text) are allowed"
             )
-        return ids + predicted, len(predicted)
+        length = len(ids) + (self.tokens if kind == "drawing" else 0)
+        if self.context is not None and length > self.context:
+            raise CaptionError(
+                f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "
+                f"for {self.context}"
+            )
+        return ids, predicted
 
 
 def _kinds(texts: Texts) -> tuple[bool, bool]:
-    return bool(texts.caption), bool(texts.question)
+    return bool(texts.caption), bool(texts.conversation())
 
 
 def _reading_share(share: float | None, captions: bool, questions: bool) -> Fraction:
@@ -351,7 +531,9 @@ def _reading_share(share: float | None, captions: bool, questions: bool) -> Frac
     return Fraction(str(share))  # the decimal that was written, so that every run has its share exactly
 
 
-def _stacked(values: list[CaptionedPicture], size: tuple[int, int]) -> Tensor:
-    if not values:
-        return torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu")
-    return torch.stack([value.pixels for value in values])
+def _pixels(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
+    return _joined([to_tensor(center_crop(picture, size)).unsqueeze(0) for picture in pictures], size)
+
+
+def _joined(parts: list[Tensor], size: tuple[int, int]) -> Tensor:
+    return torch.cat([torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu"), *parts])

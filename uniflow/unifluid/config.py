@@ -8,6 +8,7 @@ from typing import Any
 
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
 from uniflow.reading import printable, shown
+from uniflow.unifluid.slots import SOURCES
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
 HEADS = ("flow", "ddpm", *FEW_STEPS)
@@ -31,6 +32,8 @@ class UniFluidConfig:
             "self_distillation", the mean velocity between two times, for few steps.
         order: in which the image tokens come: "random", for every picture another one, or "raster".
         vision_channels: size of a feature of the pictures that are read; None for a model that only draws.
+        sources: what a drawing sees of the pictures that it is drawn from beside its text: their "features", their
+            clean image "tokens", or "both"; None for a model that draws from text alone.
         tokenizer: fingerprint of the image tokenizer it was trained with, if known.
         vision: fingerprint of what its features come from, if known.
         text_tokenizer: fingerprint of the text tokenizer, if known; see `uniflow.unifluid.texts.ids_fingerprint`.
@@ -47,6 +50,7 @@ class UniFluidConfig:
     head: str = "flow"
     order: str = "random"
     vision_channels: int | None = None
+    sources: str | None = None
     tokenizer: str | None = None
     vision: str | None = None
     text_tokenizer: str | None = None
@@ -66,6 +70,10 @@ class UniFluidConfig:
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
+        if self.sources is not None and self.sources not in SOURCES:
+            raise ValueError(f"sources: expected one of {', '.join(SOURCES)}, got {shown(self.sources)}")
+        if self.sources in ("features", "both") and self.vision_channels is None:
+            raise ValueError(f"sources: {self.sources} of pictures need vision_channels")
         if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
         for name in ("tokenizer", "vision", "text_tokenizer"):

@@ -28,6 +28,7 @@ from uniflow.unifluid.backbone import (
     new_backbone,
 )
 from uniflow.unifluid.config import FEW_STEPS, UniFluidConfig
+from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
 
@@ -118,6 +119,7 @@ class UniFluid(nn.Module):
         self.vision_proj = None if config.vision_channels is None else nn.Linear(config.vision_channels, width)
         out_channels = 2 * channels if config.head == "ddpm" else channels
         times = 2 if config.head in FEW_STEPS else 1
+        self.source_embedding = nn.Parameter(torch.empty(width)) if config.sources in ("tokens", "both") else None
         self.head = FlowHead(channels, config.head_width, out_channels, width, config.head_depth, times=times)
         self.register_buffer("token_mean", torch.zeros(channels))
         self.register_buffer("token_std", torch.ones(channels))
@@ -137,8 +139,9 @@ class UniFluid(nn.Module):
         for projection in filter(None, (self.token_proj, self.vision_proj)):
             nn.init.normal_(projection.weight, std=std / projection.in_features**0.5)
             nn.init.zeros_(projection.bias)
-        for embedding in (self.place_embedding, self.query_embedding):
-            nn.init.normal_(embedding, std=std)
+        for embedding in (self.place_embedding, self.query_embedding, self.source_embedding):
+            if embedding is not None:
+                nn.init.normal_(embedding, std=std)
         self.head.reset_parameters()
         nn.init.zeros_(self.token_mean)
         nn.init.ones_(self.token_std)
@@ -177,8 +180,10 @@ class UniFluid(nn.Module):
 
     def train_for(self, drawing: bool, reading: bool) -> None:
         """Leave out of the training what data of one kind have no use for: it stays as it is, and needs no moments."""
-        to_draw = ("token_proj.", "place_embedding", "query_embedding", "head.")
-        to_read = ("vision_proj.", self._head.removesuffix("weight"))  # a tied one has the text embedding's name
+        to_draw = ("token_proj.", "place_embedding", "query_embedding", "source_embedding", "head.")
+        to_read: tuple[str, ...] = (self._head.removesuffix("weight"),)  # a tied one has the text embedding's name
+        if self.config.sources not in ("features", "both"):
+            to_read += ("vision_proj.",)
         self.untrained_parts = (() if drawing else to_draw) + (() if reading else to_read)
 
     # image tokens and their statistics
@@ -223,8 +228,8 @@ class UniFluid(nn.Module):
         """What the model expects for the last ids of texts about pictures.
 
         Args:
-            features: [B, M, vision_channels], before the text.
-            ids: int64 [B, T], padded on the left.
+            features: [P, M, vision_channels], of the pictures of all rows, one after the other.
+            ids: int64 [B, T], padded; where features stand, `uniflow.unifluid.slots.FEATURES`.
             real: bool [B, T], False for padding.
             last: A, how many of the ids are to be predicted, less than T.
 
@@ -232,7 +237,8 @@ class UniFluid(nn.Module):
             Logits [B, A, V]: row j is what is expected in the place of ids[:, T - A + j], from what stands before it.
 
         Raises:
-            ValueError: if the model reads no pictures, or the sequence is longer than the transformer's context.
+            ValueError: if the model reads no pictures, there are not as many features as slots (asked on a CPU), or the
+                sequence is longer than the transformer's context.
         """
         embedded, mask = self.question(features, ids, real)
         position = mask.cumsum(1).sub_(1).clamp_(min=0)
@@ -242,39 +248,44 @@ class UniFluid(nn.Module):
         return logits[:, :-1]
 
     def question(self, features: Tensor, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and text as the transformer's inputs: embeddings [B, M + T, D] and their mask, int64 [B, M + T].
+        """Features and text as the transformer's inputs: embeddings [B, T, D] and their mask, int64 [B, T].
 
         Arguments and errors as of `answer_logits`.
         """
-        if self.vision_proj is None:
-            raise ValueError("features: the model was made without vision_channels, it reads no pictures")
-        if features.ndim != 3 or features.shape[-1] != self.config.vision_channels:
-            raise ValueError(
-                f"features: expected shape [B, M, {self.config.vision_channels}], got {tuple(features.shape)}"
-            )
-        self.check_context(features.shape[1] + ids.shape[1])
-        projected = self.vision_proj(features.to(self.vision_proj.weight.dtype))
-        text = self._embed(ids)
-        mask = torch.cat([real.new_ones(projected.shape[:2]), real], dim=1).long()
-        return torch.cat([projected.to(text.dtype), text], dim=1), mask
+        self.check_context(ids.shape[1])
+        if ids.device.type == "cpu":
+            self.check_slots(ids, features)
+        return self._embed(ids, features), real.long()
 
     # drawing
 
-    def draw_states(self, tokens: Tensor, ids: Tensor, real: Tensor, order: Tensor, groups: Tensor) -> Tensor:
+    def draw_states(
+        self,
+        tokens: Tensor,
+        ids: Tensor,
+        real: Tensor,
+        order: Tensor,
+        groups: Tensor,
+        features: Tensor | None = None,
+        clean: Tensor | None = None,
+    ) -> Tensor:
         """What the head is conditioned on, for all tokens of pictures that are known, as in training.
 
         Args:
             tokens: [B, N, C], normalised, in raster order.
-            ids: int64 [B, T], the text, padded on the left.
+            ids: int64 [B, T], the text, padded, with the slots of sources before it, see `uniflow.unifluid.slots`.
             real: bool [B, T], False for padding.
             order: int64 [B, N], see `uniflow.unifluid.orders.draw_orders`.
             groups: int64 [B, N], rising: the step of each token of `order`, from 0.
+            features: [P, M, vision_channels] of the sources of all rows, one after the other.
+            clean: [P, N, C], their image tokens, normalised, in raster order.
 
         Returns:
             [B, N, D], in the order of `order`.
 
         Raises:
-            ValueError: if the shapes do not fit together, or the context is too long.
+            ValueError: if the shapes do not fit together, there are not as many features or tokens of sources as slots
+                (asked on a CPU), or the context is too long.
         """
         shape = (len(ids), self.config.tokens)
         if tokens.shape != (*shape, self.config.token_channels):
@@ -285,18 +296,25 @@ class UniFluid(nn.Module):
             if value.shape != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
         ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
-        text = self.text_slots(ids, real)
+        text = self.text_slots(ids, real, features, clean)
         begin = real.sum(1, keepdim=True)
         content = self.content_slots(ordered, order, groups, begin, ids.shape[1])
         queries = self.query_slots(order, groups, begin, ids.shape[1])
         return self.states([text, content, queries])[:, -self.config.tokens :]
 
-    def text_slots(self, ids: Tensor, real: Tensor) -> Slots:
-        """Text before the image tokens: each id sees those before it, and padding nothing."""
+    def text_slots(
+        self, ids: Tensor, real: Tensor, features: Tensor | None = None, clean: Tensor | None = None
+    ) -> Slots:
+        """Text and sources before the image tokens: each slot sees those before it, and padding nothing.
+
+        Arguments as of `draw_states`.
+        """
         self.check_context(ids.shape[1] + self.config.tokens)
+        if ids.device.type == "cpu":
+            self.check_slots(ids, features, clean)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         position = (real.cumsum(1) - 1).clamp(min=0)
-        return Slots(self._embed(ids), position, column.where(real, _NEVER), column.where(real, -1))
+        return Slots(self._embed(ids, features, clean), position, column.where(real, _NEVER), column.where(real, -1))
 
     def content_slots(self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
         """Known tokens, which see the text, each other's step and the steps before.
@@ -333,8 +351,38 @@ class UniFluid(nn.Module):
             others = torch.cat([earlier.position, position], dim=1)
         return attend(self.backbone, embedded, position, allowed, others, cache)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.backbone.get_input_embeddings()(ids)
+    def _embed(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> Tensor:
+        """The embeddings of ids, and in the slots of pictures of what is seen of them."""
+        embedded = self.backbone.get_input_embeddings()(ids.clamp(min=0))
+        if features is not None and features.numel() and self.vision_proj is not None:
+            projected = self.vision_proj(features.to(self.vision_proj.weight.dtype))
+            embedded = _placed(embedded, ids == FEATURES, projected)
+        if clean is not None and clean.numel() and self.source_embedding is not None:
+            projected = self.token_proj(clean.to(self.token_proj.weight.dtype))
+            embedded = _placed(embedded, ids == TOKENS, projected + self.place_embedding + self.source_embedding)
+        return embedded
+
+    def check_slots(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> None:
+        """Raise a ValueError unless there are as many features, and clean tokens, as slots for them among the ids."""
+        config = self.config
+        for name, given, channels, slot, missing in (
+            ("features", features, config.vision_channels, FEATURES, "vision_channels, it reads no pictures"),
+            (
+                "clean",
+                clean,
+                config.token_channels if self.source_embedding is not None else None,
+                TOKENS,
+                "such sources",
+            ),
+        ):
+            wanted = int((ids == slot).sum())
+            if channels is None and (wanted or (given is not None and len(given))):
+                raise ValueError(f"{name}: the model was made without {missing}")
+            if given is not None and (given.ndim != 3 or given.shape[-1] != channels) and len(given):
+                raise ValueError(f"{name}: expected shape [P, M, {channels}], got {tuple(given.shape)}")
+            found = 0 if given is None else given.shape[0] * given.shape[1]
+            if wanted != found:
+                raise ValueError(f"{name}: expected as many as the ids have slots for, {wanted}, got {found}")
 
     def check_context(self, length: int) -> int:
         """How much room the transformer's context has left behind `length` tokens.
@@ -405,6 +453,12 @@ class UniFluid(nn.Module):
         """Write config.json and the text tokenizer, in a folder of its own."""
         self.config.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
+
+
+def _placed(embedded: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    """Rows [P, M, D], one after the other, in those of the slots [B, T, D] that `where`, bool [B, T], marks."""
+    number = (where.flatten().cumsum(0) - 1).clamp(min=0).view(where.shape)
+    return torch.where(where.unsqueeze(-1), rows.flatten(0, 1)[number].to(embedded.dtype), embedded)
 
 
 # a tied head is the text embedding under a second name, which no file needs twice

@@ -109,7 +109,7 @@ class UniFluidObjective(nn.Module):
         return UniFluidLosses(text + self.image_weight * image, text.detach(), image.detach(), self.image_weight)
 
     def _draw(self, drawings: Drawings) -> Tensor:
-        images, ids, real = drawings
+        images, ids, real, sources, seen = drawings
         student = self.student
         if not len(images):
             return self.image_weight.new_zeros(())
@@ -117,7 +117,8 @@ class UniFluidObjective(nn.Module):
         batch, count, _ = tokens.shape
         order = draw_orders(batch, count, student.config.order, tokens.device)
         groups = draw_groups(batch, count, tokens.device)
-        states = student.draw_states(tokens, ids, real, order, groups)
+        features, clean = self.looked_at(sources, seen)
+        states = student.draw_states(tokens, ids, real, order, groups, features, clean)
         ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
         if student.head.times == 1:
             return self._loss_at_times(states, ordered)
@@ -126,8 +127,20 @@ class UniFluidObjective(nn.Module):
         alone = no_text(student.text_tokenizer, batch, ids.device)
         with torch.no_grad():
             null = student.draw_states(tokens, alone, torch.ones_like(alone, dtype=torch.bool), order, groups)
-        has_caption = (real.sum(1) > alone.shape[1]).unsqueeze(1).expand(batch, count)
-        return self._loss_of_intervals(states, ordered, torch.where(has_caption, self.guidance, 1.0), null)
+        given = (real.sum(1) > alone.shape[1]).unsqueeze(1).expand(batch, count)  # a caption, or sources
+        return self._loss_of_intervals(states, ordered, torch.where(given, self.guidance, 1.0), null)
+
+    def looked_at(self, sources: Tensor | None, seen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Features and clean tokens of the pictures that are drawn from, as far as the student sees them."""
+        wanted = self.student.config.sources
+        features = clean = None
+        if seen is not None and len(seen) and wanted in ("features", "both"):
+            if self.vision is None:
+                raise ValueError("drawings: the objective was made without vision, expected no sources")
+            features = self.vision(normalize(seen))
+        if sources is not None and len(sources) and wanted in ("tokens", "both"):
+            clean = self.student.normalized(self.tokenizer.encode(normalize(sources)))
+        return features, clean
 
     def _loss_of_intervals(
         self, condition: Tensor, tokens: Tensor, cfg: float | Tensor = 1.0, null: Tensor | None = None
@@ -169,7 +182,7 @@ class UniFluidObjective(nn.Module):
 
     def _read(self, readings: Readings) -> Tensor:
         images, ids, real, answer = readings
-        if not len(images):
+        if not len(ids):
             return self.image_weight.new_zeros(())
         if self.vision is None:
             raise ValueError("readings: the objective was made without vision, expected no readings")

@@ -21,6 +21,7 @@ class ModelChoice:
             for the texts of the data. A run that shall go on with other texts than it began with takes that of its
             checkpoint, CHECKPOINT/text_tokenizer.
         vocabulary: ids of a tokenizer that is made.
+        sources: what a drawing sees of the pictures it is drawn from, if the data have any; see `UniFluidConfig`.
         head_width, head_depth, head, order: see `UniFluidConfig`.
     """
 
@@ -30,6 +31,7 @@ class ModelChoice:
     config: dict[str, Any] | None = None
     text_tokenizer: Path | None = None
     vocabulary: int = 4096
+    sources: Literal["features", "tokens", "both"] = "both"
     head_width: int = 1024
     head_depth: int = 6
     head: Literal["flow", "ddpm", "mean_flow", "self_distillation"] = "flow"
@@ -61,7 +63,7 @@ class DataChoice:
         folder: with captions.jsonl.
         shards: WebDataset tar files, as in "data/train-{0000..0099}.tar" or "data/*.tar".
         validation: folder with captions.jsonl, to score on.
-        reading_share, drop_caption, flip: see `CaptionedPictures`.
+        reading_share, drop_caption, drop_source, flip: see `CaptionedPictures`.
         max_text: ids that a text may have; what the transformer's context leaves if not given.
         statistics: pictures that the mean and deviation of the image tokens are taken from.
     """
@@ -73,6 +75,7 @@ class DataChoice:
     validation: Path | None = None
     reading_share: float | None = None
     drop_caption: float = 0.1
+    drop_source: float = 0.05
     flip: bool = False
     max_text: int | None = None
     statistics: int = 1024
@@ -94,6 +97,7 @@ class SamplesChoice:
     steps: int | None = None
     head_steps: int = 20
     cfg: float = 3.0
+    cfg_source: float = 1.0
 
     def __post_init__(self) -> None:
         at_least(self, 0, "captions")

@@ -97,48 +97,65 @@ def read_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def ids_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what each id stands for, which tells ids of one tokenizer from those of another."""
+    """A hash of what each id stands for, and of the chat template if there is one: it tells tokenizers apart."""
     meaning = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if tokenizer.chat_template is not None:
+        meaning.append(tokenizer.chat_template)
     return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None) -> list[int]:
-    """What a picture is drawn from: bos, where the tokenizer has one, and the text's ids; none for a dropped text."""
-    return [*_bos(tokenizer), *([] if text is None else _ids(tokenizer, text))]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str | None, before: Sequence[int] = ()) -> list[int]:
+    """What a picture is drawn from: bos, where the tokenizer has one, and the text's ids; none for a dropped text.
+
+    `before` are the slots of pictures that stand before it, see `uniflow.unifluid.slots`.
+    """
+    return [*before, *begin_ids(tokenizer), *([] if text is None else text_ids(tokenizer, text))]
 
 
 def no_text(tokenizer: PreTrainedTokenizerBase, batch: int, device: torch.device) -> Tensor:
     """The ids of dropped texts, int64 [batch, 1]: bos, or [batch, 0] where the tokenizer has none."""
-    begin = _bos(tokenizer)
+    begin = begin_ids(tokenizer)
     # filled there: copied from the host, it would be waited for
     return torch.full((batch, len(begin)), next(iter(begin), 0), dtype=torch.int64, device=device)
 
 
-def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """What an answer follows: bos, where the tokenizer has one, the question's ids, eos."""
-    return [*_bos(tokenizer), *_ids(tokenizer, question), tokenizer.eos_token_id]
-
-
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """What follows a question: the answer's ids, eos."""
-    return [*_ids(tokenizer, answer), tokenizer.eos_token_id]
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # a text that spells a special token must not become one: its "<eos>" would end it
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
 def padded(rows: Sequence[Sequence[int] | Tensor], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Ids padded on the left, int64 [B, T], and which of them are real, bool [B, T]."""
+    """Ids, int64 [B, T], padded before the text that ends them, and which of them are real, bool [B, T].
+
+    Pictures that stand first begin in the same column in all rows.
+    """
     length = max(map(len, rows), default=0)
     ids = torch.full((len(rows), length), tokenizer.pad_token_id, dtype=torch.int64, device="cpu")
     real = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
-    for row, own in enumerate(rows):
-        ids[row, length - len(own) :] = torch.as_tensor(own, device="cpu")
-        real[row, length - len(own) :] = True
+    for row, given in enumerate(rows):
+        own = torch.as_tensor(given, dtype=torch.int64, device="cpu")
+        columns = _columns(own, length)
+        ids[row, columns], real[row, columns] = own, True
     return ids, real
+
+
+def padded_marks(rows: Sequence[Tensor], marks: Sequence[Tensor]) -> Tensor:
+    """What is marked of each row's ids, bool, in the columns that `padded` gives them; False for padding."""
+    length = max(map(len, rows), default=0)
+    found = torch.zeros(len(rows), length, dtype=torch.bool, device="cpu")
+    for row, (ids, own) in enumerate(zip(rows, marks, strict=True)):
+        found[row, _columns(ids, length)] = own
+    return found
+
+
+def _columns(ids: Tensor, length: int) -> Tensor:
+    places = torch.arange(len(ids), device="cpu")
+    pictures = places[ids < 0]
+    first = pictures[-1] + 1 if len(pictures) else 0
+    return torch.where(places < first, places, places + length - len(ids))
+
+
+def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Bos, where the tokenizer has one."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text by itself."""
+    # a text that spells a special token must not become one: its "<eos>" would end it
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids

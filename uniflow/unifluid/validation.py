@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from einops import rearrange
 
+from uniflow.normalization import to_uint8
 from uniflow.training.logs import Validation
 from uniflow.training.processes import Processes
-from uniflow.unifluid.captions import CaptionedPictures
-from uniflow.unifluid.drawing import draw_pictures
+from uniflow.unifluid.captions import CaptionedPictures, Drawings, Readings
+from uniflow.unifluid.drawing import Sources, draw_tokens
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective
+
+B = TypeVar("B", Drawings, Readings)
 
 _SEED = 0  # of the orders, times and noise of a score
 _ACROSS = 8  # pictures in a row
@@ -27,7 +29,7 @@ class DrawingValidator:
     Args:
         objective: of which the student is scored.
         samples: the other data; `count` samples of it, `batch_size` at a time.
-        captions: to draw.
+        shown: what is drawn, captions and sources; None for nothing.
         how: arguments of `draw_tokens`.
     """
 
@@ -35,7 +37,7 @@ class DrawingValidator:
     samples: CaptionedPictures
     count: int
     batch_size: int
-    captions: Sequence[str]
+    shown: Drawings | None
     how: dict[str, Any]
 
     def score(self, student: UniFluid, step: int, processes: Processes) -> Validation:
@@ -49,19 +51,27 @@ class DrawingValidator:
                 drawings, readings = self.samples.collate([self.samples[position].value for position in positions])
                 # what either loss is a mean of
                 count = torch.tensor([readings.answer.sum(), len(drawings.images)], dtype=torch.int64, device="cpu")
-                batch = (type(part)(*(tensor.to(device) for tensor in part)) for part in (drawings, readings))
-                losses = self.objective(*batch)
+                losses = self.objective(_on(device, drawings), _on(device, readings))
                 totals += count * torch.stack([losses.text, losses.image]).double().cpu()
                 counts += count
         names = ("validation_text", "validation_image")
         scores: dict[str, float | None] = {
             name: float(total / count) for name, total, count in zip(names, totals, counts, strict=True) if count
         }
-        if not self.captions:
+        if self.shown is None:
             return Validation(step, scores)
         generator = torch.Generator().manual_seed(_SEED)
-        pictures = draw_pictures(student, self.objective.tokenizer, self.captions, generator, **self.how).cpu()
+        given, tokenizer = _on(device, self.shown), self.objective.tokenizer
+        features, clean = self.objective.looked_at(given.sources, given.seen)
+        sources = None if features is None and clean is None else Sources(features, clean)
+        tokens = draw_tokens(student, given.ids, given.real, sources=sources, generator=generator, **self.how)
+        pictures = to_uint8(tokenizer.decode(tokens, generator)).cpu()
         short = -len(pictures) % min(_ACROSS, len(pictures))
         pictures = torch.cat([pictures, pictures.new_zeros(short, *pictures.shape[1:])])
         sheet = rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=min(_ACROSS, len(pictures)))
         return Validation(step, scores, sheet)
+
+
+def _on(device: torch.device, batch: B) -> B:
+    moved: list[Any] = [None if tensor is None else tensor.to(device) for tensor in batch]
+    return type(batch)(*moved)

@@ -27,9 +27,10 @@ from uniflow_kernels.modules.flow_layers import (
 from uniflow_kernels.modules.sampling import check_dtype, replayed, sampler, start
 from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, block_after_block, check_choice
 from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, explain, what_is_shared
-from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_precision, explain_fp8, refused
+from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks, run_quantized
 from uniflow_kernels.ops.flow_tangents import Dual, Rules, flow_blocks_with_tangents
+from uniflow_kernels.ops.fp8_linear import check_precision, explain_fp8, refused
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
 from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked

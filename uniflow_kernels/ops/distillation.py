@@ -174,7 +174,7 @@ def _weigh(alpha: Tensor, beta: float, detach_weights: bool, kind: str) -> tuple
     is_kept = alpha.is_cpu and not is_watched(alpha)
     prior = _kept_log_depths(alpha.numel()) if is_kept else _log_depths(alpha.numel(), alpha.device)
     weights = torch.softmax(torch.add(prior, constant if detach_weights else alpha, alpha=beta), dim=0)
-    return (weights * alpha).sum(), constant, weights.detach()
+    return torch.dot(weights, alpha), constant, weights.detach()
 
 
 def _log_depths(layers: int, device: torch.device) -> Tensor:

@@ -70,6 +70,7 @@ def flow_block(
     order: str,
     norm: Callable[[Tensor], Tensor],
     mlp: Callable[[Tensor], Tensor],
+    own: bool = False,
 ) -> Tensor:
     """One block: x + gate * mlp(norm(x) * (1 + scale) + shift).
 
@@ -79,12 +80,15 @@ def flow_block(
         order: one of MODULATION_ORDERS.
         norm: [..., W] -> [..., W].
         mlp: [..., W] -> [..., W].
+        own: whether nobody else has what the norm gives; where nothing is recorded it is then written over.
     """
     shift, scale, gate = split_modulation(modulation, order, 3)
-    return torch.addcmul(x, gate, mlp(torch.addcmul(shift, norm(x), 1 + scale)))
+    return torch.addcmul(x, gate, mlp(_modulated(norm(x), shift, scale, own)))
 
 
-def final_norm(x: Tensor, modulation: Tensor | None, order: str, norm: Callable[[Tensor], Tensor]) -> Tensor:
+def final_norm(
+    x: Tensor, modulation: Tensor | None, order: str, norm: Callable[[Tensor], Tensor], own: bool = False
+) -> Tensor:
     """What the output's linear layer is given: norm(x) * (1 + scale) + shift, or norm(x) without a modulation.
 
     Args:
@@ -92,11 +96,18 @@ def final_norm(x: Tensor, modulation: Tensor | None, order: str, norm: Callable[
         modulation: shift and scale side by side in the given order, [..., 2W], broadcastable to x's rows; or None.
         order: one of MODULATION_ORDERS.
         norm: [..., W] -> [..., W].
+        own: as of `flow_block`.
     """
     if modulation is None:
         return norm(x)
     shift, scale = split_modulation(modulation, order, 2)
-    return torch.addcmul(shift, norm(x), 1 + scale)
+    return _modulated(norm(x), shift, scale, own)
+
+
+def _modulated(normed: Tensor, shift: Tensor, scale: Tensor, own: bool) -> Tensor:
+    recorded = torch.is_grad_enabled() or is_transforming() or is_forward_mode() or torch.compiler.is_compiling()
+    to = normed if own and not recorded and normed.dtype == shift.dtype else None
+    return torch.addcmul(shift, normed, 1 + scale, out=to)
 
 
 def split_modulation(modulation: Tensor, order: str, parts: int) -> tuple[Tensor, ...]:
@@ -165,7 +176,7 @@ def flow_blocks(
     made = [partial(modulations.of_group, i) for i in range(groups)]
     each = [partial(_block, form, block, made[i // per_group]) for i, block in enumerate(blocks)]
     x = block_after_block(x, each, made if per_group > 1 else (), recompute)
-    return final_norm(x, modulations.of_last_norm(), form.modulation_order, partial(_norm, form))
+    return final_norm(x, modulations.of_last_norm(), form.modulation_order, partial(_norm, form), own=True)
 
 
 def block_after_block(
@@ -189,6 +200,7 @@ def block_after_block(
     modulation = None
     for i, block in enumerate(blocks):
         if shared and i % per_group == 0:
+            modulation = None  # before the next one is made
             modulation = shared[i // per_group]()
         x = checkpoint(block, x, modulation, use_reentrant=False) if recompute else block(x, modulation)
     return x
@@ -210,14 +222,15 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def _block(form: Form, block: Block, own: Callable[[], Tensor], x: Tensor, shared: Tensor | None) -> Tensor:
     """One block, with its group's modulation or its own."""
-    activation = F.silu if form.mlp == "silu" else swiglu
-    return flow_block(
-        x,
-        own() if shared is None else shared,
-        form.modulation_order,
-        lambda x: _norm(form, x, *block.norm),
-        lambda h: F.linear(activation(F.linear(h, *block.up)), *block.down),
-    )
+
+    def mlp(h: Tensor) -> Tensor:
+        p = F.linear(h, *block.up)
+        del h  # where nothing is recorded nobody else has it, nor p
+        p = swiglu(p) if form.mlp == "swiglu" else F.silu(p, inplace=not torch.is_grad_enabled())
+        return F.linear(p, *block.down)
+
+    modulation = own() if shared is None else shared
+    return flow_block(x, modulation, form.modulation_order, lambda x: _norm(form, x, *block.norm), mlp, own=True)
 
 
 def _norm(form: Form, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

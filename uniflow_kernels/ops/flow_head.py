@@ -25,8 +25,9 @@ from uniflow_kernels.ops.flow_blocks import (
     in_order,
 )
 from uniflow_kernels.ops.flow_choice import FEW, Call, call_of, choose_path, dtype_of_products, of_products
-from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_fp8, check_precision, chunks
+from uniflow_kernels.ops.flow_fp8 import QuantizedLayers, check_fp8, chunks
 from uniflow_kernels.ops.flow_passes import Pass
+from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.registration import register, wants_gradient
 from uniflow_kernels.packing import packed
 

@@ -215,7 +215,7 @@ def _seeded_noise(seeds: Tensor, rows: int, columns: int, offset: int, first_row
     if kernels is None:
         return plain_seeded_noise(rows, columns, seeds, offset, seeds.device, first_row)
     noise = _seeded_noise_fake(seeds, rows, columns, offset, first_row)
-    kernels.seeded_noise(seeds, offset, first_row, noise)
+    kernels.seeded_noise(seeds.contiguous(), offset, first_row, noise)  # they read it by its address
     return noise
 
 

@@ -4,6 +4,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from uniflow import EncoderTeacher
 from uniflow.evaluation import feature_set
@@ -73,3 +74,22 @@ def test_what_is_not_finite_or_damaged(tmp_path):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"features-00000\.safetensors is damaged: delete it, and it is made again"):
         kept.features(1)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"pictures": torch.tensor([0, 2]), "layer.1": torch.ones(2, 3)},  # there are two pictures
+        {"pictures": torch.tensor([1, 0]), "layer.1": torch.ones(2, 3)},
+        {"pictures": torch.tensor([-1, 0]), "layer.1": torch.ones(2, 3)},
+        {"pictures": torch.tensor([0.0, 1.0]), "layer.1": torch.ones(2, 3)},
+        {"pictures": torch.tensor([0, 1]), "layer.1": torch.ones(3, 3)},
+        {"pictures": torch.tensor([0, 1]), "layer.1": torch.ones(2)},
+        {"pictures": torch.tensor([0, 1]), "layer.1": torch.ones(2, 3, dtype=torch.float64)},
+        {"pictures": torch.tensor([0, 1]), "layer.2": torch.ones(2, 3)},
+    ],
+)
+def test_a_part_that_someone_else_wrote(tmp_path, tensors):
+    save_file(tensors, tmp_path / "features-00000.safetensors")
+    with pytest.raises(ValueError, match=r"features-00000\.safetensors is damaged: delete it"):
+        FeatureSet(tmp_path, (1,), 2).features(1)

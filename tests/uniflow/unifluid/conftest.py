@@ -4,7 +4,9 @@ import torch
 pytest.importorskip("transformers")
 
 from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.drawing import Sources
 from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import make_text_tokenizer
 
 LLAMA = {
@@ -48,3 +50,25 @@ def texts():
     real = torch.ones(2, 5, dtype=torch.bool)
     real[1, :2] = False
     return ids, real
+
+
+@pytest.fixture
+def asked(texts):
+    """Those texts with slots for the features of a picture before each: 4 of them, or others."""
+
+    def with_slots(features=4, ids=None, real=None):
+        ids, real = texts if ids is None else (ids, real)
+        slots = torch.full((len(ids), features), FEATURES)
+        return torch.cat([slots, ids], 1), torch.cat([torch.ones_like(slots, dtype=torch.bool), real], 1)
+
+    return with_slots
+
+
+@pytest.fixture
+def edits(texts):
+    """Two prompts with two sources each, of 4 features and 12 clean tokens, and what is seen of these."""
+    ids, real = texts
+    before = torch.tensor([[FEATURES] * 4 + [TOKENS] * 12] * 2).repeat(1, 2)
+    generator = torch.Generator().manual_seed(3)
+    sources = Sources(torch.randn(4, 4, 7, generator=generator), torch.randn(4, 12, 5, generator=generator))
+    return torch.cat([before, ids], 1), torch.cat([torch.ones_like(before, dtype=torch.bool), real], 1), sources

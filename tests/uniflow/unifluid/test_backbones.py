@@ -12,14 +12,9 @@ from uniflow.checkpoint import CheckpointError
 from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, answer, draw_tokens
 from uniflow.unifluid.backbone import embedding_scale, read_backbone
 from uniflow.unifluid.captions import Drawings, Readings
-from uniflow.unifluid.texts import (
-    answer_ids,
-    make_text_tokenizer,
-    padded,
-    prompt_ids,
-    question_ids,
-    read_text_tokenizer,
-)
+from uniflow.unifluid.conversations import about_a_picture, question_ids
+from uniflow.unifluid.slots import picture_slots
+from uniflow.unifluid.texts import make_text_tokenizer, padded, prompt_ids, read_text_tokenizer, text_ids
 
 transformers = pytest.importorskip("transformers")
 
@@ -106,7 +101,10 @@ def test_a_family_is_trained_draws_and_answers(model, tmp_path):
     tokenizer = model.text_tokenizer
     objective = UniFluidObjective(model.train(), Tokens(), Vision())
     images = torch.randint(256, (2, 3, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    asked, answered = question_ids(tokenizer, "which digit?"), answer_ids(tokenizer, "seven")
+    asked, answered = (
+        question_ids(tokenizer, about_a_picture("which digit?"), picture_slots(12)),
+        [*text_ids(tokenizer, "seven"), tokenizer.eos_token_id],
+    )
     drawings = Drawings(images, *padded([prompt_ids(tokenizer, text) for text in ("a seven", None)], tokenizer))
     readings = Readings(images, *padded([asked + answered] * 2, tokenizer), torch.ones(2, len(answered)).bool())
     before = copy.deepcopy(model.state_dict())
@@ -120,12 +118,12 @@ def test_a_family_is_trained_draws_and_answers(model, tmp_path):
     again = UniFluid.from_pretrained(tmp_path)
     for cfg in (1.0, 2.0):
         drawn, same = (
-            draw_tokens(m, *drawings[1:], 4, head_steps=2, cfg=cfg, generator=torch.Generator().manual_seed(0))
+            draw_tokens(m, *drawings[1:3], 4, head_steps=2, cfg=cfg, generator=torch.Generator().manual_seed(0))
             for m in (model, again)
         )
         assert torch.isfinite(drawn).all()
         assert torch.equal(drawn, same)
-    prompt = padded([asked, asked[1:]], tokenizer)
+    prompt = padded([asked, [*asked[:12], *asked[13:]]], tokenizer)
     features = Vision()(images.float())
     found = answer(model, features, *prompt, longest=6)
     assert len(found) == 2

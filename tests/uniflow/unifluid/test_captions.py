@@ -11,7 +11,9 @@ from tests.conftest import png, smooth_picture, write_shard
 from uniflow.data import Positions, load
 from uniflow.pictures import PictureError, center_crop, to_tensor
 from uniflow.unifluid.captions import CaptionedPictures, CaptionError, CaptionFolder, CaptionShards, Texts, every_text
-from uniflow.unifluid.texts import answer_ids, make_text_tokenizer, prompt_ids, question_ids
+from uniflow.unifluid.conversations import PICTURE, Turn, about_a_picture, conversation_ids
+from uniflow.unifluid.slots import FEATURES, TOKENS
+from uniflow.unifluid.texts import make_text_tokenizer, prompt_ids
 
 pytest.importorskip("transformers")
 
@@ -22,7 +24,7 @@ LINES = [
     {"image": "more/b.png", "caption": "a three", "question": "is it a seven?", "answer": "no"},
     {"image": "b.png", "caption": "a one", "question": None},
 ]
-SIZES = {"drawing_size": (8, 12), "reading_size": (16, 16), "max_text": 40}
+SIZES = {"drawing_size": (8, 12), "reading_size": (16, 16), "max_text": 40, "features": 4}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,83 @@ def test_a_line_that_is_no_example_is_named(tmp_path, line, message):
     assert "\n" not in str(caught.value)
 
 
+EDITED = {"image": "b.png", "caption": "make it bold", "source": ["a.png", "more/b.png"]}
+TALK = {
+    "image": ["a.png", "b.png"],
+    "messages": [
+        {"role": "system", "content": "Answer in a word."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "is "}, {"type": "image"}, {"type": "text", "text": "?"}],
+        },
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
+    ],
+}
+
+
+def test_sources_and_conversations(tmp_path):
+    silent = {"image": ["a.png", "b.png"], "messages": [{"role": "user", "content": "which?"}, TALK["messages"][2]]}
+    examples = CaptionFolder(write_folder(tmp_path, [EDITED, TALK, silent, {**EDITED, "source": "a.png"}]))
+    assert examples.texts(0) == Texts("make it bold", sources=2)
+    assert examples.texts(3).sources == 1
+    picture_a, picture_b, further = (smooth_picture((40, 30), seed) for seed in range(3))
+    assert np.array_equal(examples.open(0), picture_b)
+    for found, expected in zip(examples.further(0, "drawing"), (picture_a, further), strict=True):
+        assert np.array_equal(found, expected)
+    assert examples.texts(1).turns == (
+        Turn("system", "Answer in a word."),
+        Turn("user", f"is {PICTURE}?"),
+        Turn("assistant", "no"),
+        Turn("user", f"{PICTURE}is"),
+        Turn("assistant", "yes"),
+    )
+    assert np.array_equal(examples.open(1), picture_a)
+    assert np.array_equal(examples.further(1, "reading")[0], picture_b)
+    assert examples.further(1, "drawing") == []
+    assert examples.texts(2).turns[0] == Turn("user", f"{PICTURE}{PICTURE}which?")  # none is named: all stand first
+    assert [*every_text(examples)][:4] == ["make it bold", "Answer in a word.", "is ", "?"]
+
+
+def messages(*changed, image=("a.png", "b.png")):
+    """The conversation with other messages in the place of its own, None for none."""
+    told = list(TALK["messages"])
+    for number, message in changed:
+        told[number] = message
+    return {"image": list(image), "messages": [message for message in told if message is not None]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**EDITED, "source": "none.png"}, "source: no such file: .*none.png"),
+        ({**EDITED, "source": ["a.png", "../b.png"]}, "source: ../b.png is outside the folder"),
+        ({**EDITED, "source": []}, r"source: expected the path of a picture in the folder, got \[\]"),
+        ({"image": "a.png", **QUESTION, "source": "b.png"}, "source without caption"),
+        ({**TALK, "image": []}, r"image: expected the path of a picture in the folder, got \[\]"),
+        ({**TALK, "image": "a.png"}, "messages: expected as many images as image names, 1, got 2"),
+        ({**TALK, "caption": "a seven"}, "image: expected one picture, to draw from the caption"),
+        ({**TALK, **QUESTION}, "expected either messages, or question and answer"),
+        ({**TALK, "messages": "hello"}, "messages: expected a list, got 'hello'"),
+        ({**TALK, "messages": []}, "messages: expected user and assistant in turns"),
+        (messages((4, None)), "messages: expected the assistant to speak last"),
+        (messages((2, None)), "messages: expected user and assistant in turns"),
+        (messages((0, {"role": "nobody", "content": "x"})), "message 1: expected an object with role system, user"),
+        (messages((0, {"role": ["user"], "content": "x"})), "message 1: expected an object with role system, user"),
+        (messages((1, {"role": "user", "content": None})), "message 2: content: expected a text"),
+        (messages((1, {"role": "user", "content": [{"type": "image"}]})), "message 2: content: expected a text"),
+        (messages((1, {"role": "user", "content": [{"type": "video"}]})), "message 2: content: expected texts, and"),
+        (messages((2, {"role": "assistant", "content": [{"type": "image"}]})), "message 3: content: expected texts"),
+        (messages((2, {"role": "assistant", "content": f"no {PICTURE}"})), "message 3: content: expected a text"),
+    ],
+)  # fmt: skip
+def test_sources_and_conversations_that_cannot_be(tmp_path, line, message):
+    write_folder(tmp_path, [LINES[0], "", line])
+    with pytest.raises(CaptionError, match=rf"captions\.jsonl:3:? {message}"):
+        CaptionFolder(tmp_path)
+
+
 def test_a_folder_without_examples(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no captions\.jsonl in"):
         CaptionFolder(tmp_path)
@@ -187,12 +266,13 @@ def test_what_a_drawing_and_a_reading_are(folder, tokenizer):
         for line, wanted in ((1, lambda s: s.value.kind == "drawing"), (3, lambda s: s.value.kind == "reading"))
     )
     assert drawn.value.ids.tolist() == prompt_ids(tokenizer, "a seven")
-    assert drawn.value.answer == 0
-    assert torch.equal(drawn.value.pixels, to_tensor(center_crop(smooth_picture((40, 30), 0), (8, 12))))
-    question, answer = question_ids(tokenizer, "is it a seven?"), answer_ids(tokenizer, "no")
-    assert read.value.ids.tolist() == question + answer
-    assert read.value.answer == len(answer)
-    assert torch.equal(read.value.pixels, to_tensor(center_crop(smooth_picture((40, 30), 2), (16, 16))))
+    assert not drawn.value.predicted.any()
+    assert torch.equal(drawn.value.pixels[0], to_tensor(center_crop(smooth_picture((40, 30), 0), (8, 12))))
+    ids, predicted = conversation_ids(tokenizer, about_a_picture("is it a seven?", "no"), [FEATURES] * 4)
+    assert read.value.ids.tolist() == ids
+    assert read.value.predicted.tolist() == predicted
+    assert sum(predicted) == 3
+    assert torch.equal(read.value.pixels[0], to_tensor(center_crop(smooth_picture((40, 30), 2), (16, 16))))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +355,7 @@ def test_the_share_must_fit_the_examples(tmp_path, tokenizer):
 
 def test_a_text_that_is_too_long_is_named(tmp_path, tokenizer):
     line = LINES[2]
-    length = len(question_ids(tokenizer, line["question"]) + answer_ids(tokenizer, line["answer"]))
+    length = len(conversation_ids(tokenizer, about_a_picture(line["question"], line["answer"]), [])[0])
     examples = CaptionFolder(write_folder(tmp_path, [LINES[0], line]))
     sizes = {**SIZES, "max_text": length}
     CaptionedPictures(examples, tokenizer, **sizes)
@@ -304,10 +384,65 @@ def test_a_damaged_picture_is_skipped_and_named(tmp_path, tokenizer):
         samples[1]
 
 
+def test_drawings_with_sources(tmp_path, tokenizer):
+    """Their pictures in both sizes and their slots; of some everything is dropped, of some the caption alone."""
+    source = [FEATURES] * 2 + [TOKENS]
+    examples = CaptionFolder(write_folder(tmp_path, [EDITED, {"image": "a.png", "caption": "a seven"}]))
+    how = {"drop_caption": 0.3, "drop_source": 0.2, "flip": True, "source": source}
+    samples = CaptionedPictures(examples, tokenizer, **SIZES, **how)
+    bos, caption = [tokenizer.bos_token_id], prompt_ids(tokenizer, "make it bold")
+    whole = samples.whole("drawing", 0)
+    assert whole.ids.tolist() == source * 2 + caption
+    for place, seed in enumerate((0, 2)):
+        picture = smooth_picture((40, 30), seed)
+        assert torch.equal(whole.sources[place], to_tensor(center_crop(picture, (8, 12))))
+        assert torch.equal(whole.seen[place], to_tensor(center_crop(picture, (16, 16))))
+    counts = dict.fromkeys(("nothing", "sources", "whole"), 0)
+    for position in range(400):
+        sample = samples[position]
+        if ":1 " not in sample.name:
+            assert len(sample.value.sources) == 0
+            continue
+        ids, sources = sample.value.ids.tolist(), len(sample.value.sources)
+        kind = {0: "nothing", 2: "whole" if ids[len(source) * 2 :] == caption else "sources"}[sources]
+        assert ids == source * sources + (caption if kind == "whole" else bos)
+        counts[kind] += 1
+        mirrored = torch.equal(sample.value.pixels, whole.pixels.flip(-1))
+        if sources:
+            assert torch.equal(sample.value.sources, whole.sources.flip(-1) if mirrored else whole.sources)
+    assert 25 < counts["nothing"] < 57
+    assert 40 < counts["sources"] < 82
+    drawings, _ = samples.collate([whole, samples.whole("drawing", 1), whole])
+    assert torch.equal(drawings.sources, torch.cat([whole.sources] * 2))
+    assert torch.equal(drawings.seen, torch.cat([whole.seen] * 2))
+    assert drawings.ids[1].tolist()[-3:] == prompt_ids(tokenizer, "a seven")[-3:]
+    with pytest.raises(CaptionError, match=r"jsonl:1 .*: text and pictures take \d+ slots; .* positions for 20"):
+        CaptionedPictures(examples, tokenizer, **SIZES, source=source, context=20, tokens=12)
+    with pytest.raises(ValueError, match=r"drop_source: expected a share in \[0, 1\], got 2"):
+        CaptionedPictures(examples, tokenizer, **SIZES, drop_source=2)
+
+
+def test_readings_of_several_pictures(tmp_path, tokenizer):
+    told = {**TALK, "messages": TALK["messages"][1:]}  # there is no template for a system prompt
+    folder = write_folder(tmp_path, [told, {"image": "b.png", **QUESTION}])
+    samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
+    values = [samples.whole("reading", number) for number in (0, 1)]
+    _, readings = samples.collate(values)
+    assert torch.equal(readings.images, torch.cat([value.pixels for value in values]))
+    assert len(readings.images) == 3
+    for row, value in enumerate(values):
+        assert readings.ids[row][readings.real[row]].tolist() == value.ids.tolist()
+        answers = readings.ids[row, -readings.answer.shape[1] :][readings.answer[row]]
+        assert answers.tolist() == value.ids[value.predicted].tolist()
+    assert (readings.ids == FEATURES).sum() == 12
+    with pytest.raises(CaptionError, match=r"jsonl:1 .*: a system prompt needs a tokenizer with a chat template"):
+        CaptionedPictures(CaptionFolder(write_folder(tmp_path, [TALK])), tokenizer, **SIZES)
+
+
 # batches
 
 
-def test_batches_are_padded_on_the_left(folder, tokenizer):
+def test_batches_are_padded_before_the_last_text(folder, tokenizer):
     samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
     values = [samples[position].value for position in range(12)]
     drawings, readings = samples.collate(values)
@@ -320,13 +455,14 @@ def test_batches_are_padded_on_the_left(folder, tokenizer):
         assert batch.ids.dtype == torch.int64
         assert batch.real.dtype == torch.bool
         for row, value in enumerate(own):
-            padding = longest - len(value.ids)
-            assert torch.equal(batch.images[row], value.pixels)
-            assert batch.ids[row].tolist() == [tokenizer.pad_token_id] * padding + value.ids.tolist()
-            assert batch.real[row].tolist() == [False] * padding + [True] * len(value.ids)
+            padding, pictures = longest - len(value.ids), 4 if kind == "reading" else 0
+            assert torch.equal(batch.images[row], value.pixels[0])
+            assert batch.ids[row, :pictures].tolist() == [FEATURES] * pictures
+            assert batch.ids[row, pictures : pictures + padding].tolist() == [tokenizer.pad_token_id] * padding
+            assert batch.ids[row][batch.real[row]].tolist() == value.ids.tolist()
             if kind == "reading":
-                longest_answer = max(value.answer for value in own)
-                assert batch.answer[row].tolist() == [False] * (longest_answer - value.answer) + [True] * value.answer
+                answers = [int(own_value.predicted.sum()) for own_value in own]
+                assert batch.answer[row].tolist() == [False] * (max(answers) - answers[row]) + [True] * answers[row]
     assert not drawings.real.all()
 
 
@@ -334,8 +470,11 @@ def test_a_batch_of_one_kind_has_no_rows_of_the_other(folder, tokenizer):
     samples = CaptionedPictures(CaptionFolder(folder), tokenizer, **SIZES)
     drawings, readings = samples.collate([samples[1].value])
     assert readings.images.shape == (1, 3, 16, 16)
-    assert [tuple(tensor.shape) for tensor in drawings] == [(0, 3, 8, 12), (0, 0), (0, 0)]
-    assert [tensor.dtype for tensor in drawings] == [torch.uint8, torch.int64, torch.bool]
+    assert [tuple(tensor.shape) for tensor in drawings] == [
+        *((0, 3, 8, 12), (0, 0), (0, 0)),
+        *((0, 3, 8, 12), (0, 3, 16, 16)),
+    ]
+    assert [tensor.dtype for tensor in drawings[:3]] == [torch.uint8, torch.int64, torch.bool]
     drawings, readings = samples.collate([samples[0].value])
     assert drawings.images.shape == (1, 3, 8, 12)
     assert [tuple(tensor.shape) for tensor in readings] == [(0, 3, 16, 16), (0, 0), (0, 0), (0, 0)]

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -210,6 +211,53 @@ def test_train_around_a_pretrained_backbone(capsys, run_file, place, make_model)
     ok(capsys, *command, "--tokenizer", place / "tokenizer", "--count", 1, "--out", place / "drawn")
 
 
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_train_with_sources_and_conversations(capsys, run_file, place, make_model):
+    """Around a backbone whose tokenizer has a chat template; its validation draws from the first sources."""
+    given = make_model({"max_position_embeddings": 128})
+    tokenizer = pickle.loads(pickle.dumps(given.text_tokenizer))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    given.backbone.save_pretrained(place / "llama")
+    tokenizer.save_pretrained(place / "llama")
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "which?"}]
+    talk += [{"role": "assistant", "content": "red"}]
+    lines = [{"image": f"{n}.png", "caption": "its mirror image", "source": f"{n + 1}.png"} for n in range(4)]
+    lines += [{"image": ["5.png", "6.png"], "messages": talk}, {"image": "0.png", "caption": "a red square"}]
+    (place / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    model = f"{{backbone: {place / 'llama'}, head_width: 32, head_depth: 1}}"
+    recipe = f"{{{RECIPE.replace('steps: 4', 'steps: 2')}}}"
+    samples = "{captions: 3, steps: 2, head_steps: 2, cfg: 2.0, cfg_source: 1.5}"
+    ok(capsys, "unifluid", "train", run_file(model=model, recipe=recipe, samples=samples))
+    assert all(text > 0 and image > 0 for _, text, image in losses(place / "run").values())
+    trained = UniFluid.from_pretrained(last(place / "run"))
+    assert trained.config.sources == "both"
+    assert trained.text_tokenizer.chat_template == TEMPLATE
+
+    for parameter in trained.head.parameters():  # so short a training leaves its output about zero
+        nn.init.normal_(parameter, std=0.2)
+    trained.save_pretrained(place / "model")
+    seen = ["--checkpoint", place / "model", "--tokenizer", place / "tokenizer", "--head-steps", 2, "--count", 1]
+    source = ["--source", place / "data" / "1.png"]
+    command = ["unifluid", "generate", "its mirror image", *seen, "--cfg-source", 2]
+    assert "--cfg-source: expected 1 without --source" in fails(capsys, *command, "--out", place / "none")
+    assert "vision: the model sees features" in fails(capsys, *command, *source, "--out", place / "none")
+    assert not (place / "none").exists()
+    drawn = {}
+    for name, sources in (("one", source), ("other", ["--source", place / "data" / "2.png"]), ("two", source * 2)):
+        ok(capsys, *command, *sources, "--vision", place / "tokenizer", "--out", place / name)
+        drawn[name] = (place / name / "sheet.png").read_bytes()
+    assert len(set(drawn.values())) == 3
+    ask = ["unifluid", "ask", place / "data" / "0.png", "--question", "which?", "--checkpoint", last(place / "run")]
+    assert ok(capsys, *ask, "--vision", place / "tokenizer", "--system", "Be brief.", "--longest", 4).count("\t") == 1
+    assert "spells no special token" in fails(capsys, *ask, "--vision", place / "tokenizer", "--system", "<|im_end|>")
+
+
 @pytest.fixture
 def others(place):
     """An AutoencoderKL of diffusers and a SigLIP, as folders."""
@@ -364,6 +412,10 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["generate", "\udcff"], {}, r"captions: expected a text, not empty and in UTF-8, got '\udcff'"),
         (["generate", "a"], {"--count": 10**9}, "Invalid value for '--count'"),
         (["generate", "a"], {"--cfg": "nan"}, "cfg: expected a finite number, got nan"),
+        (["generate", "a"], {"--source": picture}, "sources: the model draws from text alone"),
+        (["generate", "a"], {"--source": place / "none.png"}, "none.png"),
+        (["generate", "a"], {"--cfg-source": "nan"}, "--cfg-source: expected a finite number, got nan"),
+        (["ask", picture], {"--system": "x"}, "a system prompt needs a tokenizer with a chat template"),
         (["generate", "a"], {"--temperature": "inf"}, "--temperature: expected a finite number, got inf"),
         (["generate", "a red square", long], {"--batch-size": 1}, "context: the transformer has positions for 64 tok"),
         (["generate", "a"], {"--steps": 5}, "steps: expected between 1 and 4, the picture's tokens, got 5"),
@@ -416,7 +468,7 @@ def test_training_that_cannot_be(capsys, run_file, place, others):
     once = "stages: [{steps: 1}]"
     small = {"tokenizer": others["tokenizer"], "image_size": "[8, 8]"}
     cases = [
-        (small, "vision: the data have questions, and"),
+        (small, "vision: the data have questions or sources, and"),
         ({**small, "vision": others["tokenizer"]}, "encoder"),
         ({"data": f"{{folder: {long}}}"}, r"captions.jsonl:2 (1.png): a text of"),
         ({"data": f"{{folder: {both}, max_text: 4}}"}, "at most 4 (max_text) are allowed"),
@@ -430,6 +482,7 @@ def test_training_that_cannot_be(capsys, run_file, place, others):
         ({"data": f"{{folder: {place / 'file'}}}"}, "no captions.jsonl in"),
         ({"data": f"{{shards: {place / 'none.tar'}}}"}, "no such file"),
         ({"data": f"{{shards: {place / 'file'}}}"}, "is no tar"),
+        ({"samples": "{cfg_source: 2}"}, "samples.cfg_source: expected 1 for data without sources, got 2"),
         ({"samples": "{steps: 5}"}, "steps: expected between 1 and 4"),
         ({"samples": "{head_steps: 0}"}, "samples: head_steps: expected at least 1, got 0"),
         ({"recipe": f"{{{once}, batch_size: 3, micro_batch_size: 1}}"}, "micro_batch_size: expected at least 2"),

@@ -3,7 +3,7 @@ import torch
 
 from uniflow.unifluid import drawing
 from uniflow.unifluid.asking import answer
-from uniflow.unifluid.drawing import draw_tokens
+from uniflow.unifluid.drawing import draw_pictures, draw_tokens, see_sources
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow_kernels import FlowHead
 
@@ -40,6 +40,54 @@ def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg
             bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
             null = model.draw_states(tokens, bos, torch.ones_like(bos, dtype=torch.bool), order, groups)
             torch.testing.assert_close(states[2:], null, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cfg", "cfg_source"), [(1.0, 1.0), (2.0, 1.0), (1.5, 2.5), (1.0, 0.0)])
+def test_text_and_sources_are_guided_apart(make_model, edits, cfg, cfg_source):
+    # the definition: one token after the other without a cache, the head step by step under three states
+    model = make_model(sources="both", backbone={"max_position_embeddings": 128})
+    ids, real, sources = edits
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
+    how = {"sources": sources, "cfg": cfg, "cfg_source": cfg_source}
+    drawn = draw_tokens(model, ids, real, head_steps=3, order=order, generator=seeded(1), **how)
+    bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
+    without = torch.cat([ids[:, :32], bos], 1)
+    prompts = [
+        (ids, real, *sources),
+        (without, torch.ones_like(without, dtype=torch.bool), *sources),
+        (bos, torch.ones_like(bos, dtype=torch.bool), None, None),
+    ]
+    tokens, groups, noise = torch.zeros(2, N, 5), torch.arange(N).expand(2, N), seeded(1)
+    with torch.no_grad():
+        for rank in range(N):
+            both, source, none = (
+                model.draw_states(tokens, prompt, which, order, groups, *seen)[:, rank]
+                for prompt, which, *seen in prompts
+            )
+            x = torch.randn(2, 1, 5, generator=noise)[:, 0]
+            for step in range(3):
+                t = torch.full((2,), 1000 * step / 3)
+                v, v_source, v_none = (model.head(x, t, state) for state in (both, source, none))
+                x = x + (v_none + cfg_source * (v_source - v_none) + cfg * (v - v_source)) / 3
+            tokens[torch.arange(2), order[:, rank]] = x
+    torch.testing.assert_close(drawn, model.denormalized(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_sources_that_do_not_fit(make_model, texts, edits):
+    ids, real, sources = edits
+    model = make_model(sources="both", backbone={"max_position_embeddings": 128})
+    with pytest.raises(ValueError, match="features: expected as many as the ids have slots for, 16, got 0"):
+        draw_tokens(model, ids, real)
+    with pytest.raises(ValueError, match="cfg_source: expected 1 without sources, or of a head that is no flow; got 2"):
+        draw_tokens(model, *texts, cfg_source=2.0)
+    with pytest.raises(ValueError, match="cfg_source: expected 1 without sources, or of a head that is no flow; got 2"):
+        draw_tokens(make_model(sources="both", head="ddpm"), ids, real, sources=sources, cfg_source=2.0)
+    with pytest.raises(ValueError, match="sources: the model draws from text alone"):
+        see_sources(make_model(), None, None, torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="vision: the model sees features of its sources, expected their encoder"):
+        see_sources(model, None, None, torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="sources: expected as many for each of 3 captions, got 4"):
+        draw_pictures(model, None, ["a", "b", "c"], sources=sources)
 
 
 def test_each_token_is_drawn_by_the_head_under_its_state(make_model, texts):
@@ -109,16 +157,16 @@ def test_bad_input(make_model, texts):
         draw_tokens(model, *texts, schedule="sideways")
 
 
-def test_answers_are_the_likeliest_ids(make_model, texts):
+def test_answers_are_the_likeliest_ids(make_model, asked):
     model = make_model()
-    ids, real = texts
+    ids, real = asked()
     features = torch.randn(2, 4, 7, generator=seeded())
     with torch.no_grad():
         expected = []
         for row in range(2):
             text = ids[row : row + 1, ~real[row].logical_not()]
             for _ in range(4):
-                grown = torch.cat([text, text[:, :1]], dim=1)  # whatever id stands in the place that is predicted
+                grown = torch.cat([text, text[:, -1:]], dim=1)  # whatever id stands in the place that is predicted
                 logits = model.answer_logits(
                     features[row : row + 1], grown, torch.ones_like(grown, dtype=torch.bool), 1
                 )
@@ -130,9 +178,9 @@ def test_answers_are_the_likeliest_ids(make_model, texts):
     assert answers == [text.strip() for text in model.text_tokenizer.batch_decode(expected, skip_special_tokens=True)]
 
 
-def test_answers_end_with_the_context(make_model, texts):
+def test_answers_end_with_the_context(make_model, asked):
     model = make_model({"max_position_embeddings": 12})
-    ids, real = texts
+    ids, real = asked()
     features = torch.randn(2, 4, 7, generator=seeded())
     lengths = []
     model.backbone.base_model.register_forward_hook(
@@ -141,4 +189,4 @@ def test_answers_end_with_the_context(make_model, texts):
     answer(model, features, ids, real, longest=50)
     assert sum(lengths) <= 12
     with pytest.raises(ValueError, match="positions for 12 tokens, got 13"):
-        answer(model, torch.randn(2, 7, 7), ids, real)
+        answer(model, torch.randn(2, 7, 7), *asked(7))

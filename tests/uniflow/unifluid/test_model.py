@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import check_reset
@@ -16,6 +17,7 @@ from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import ids_fingerprint, make_text_tokenizer
 
 KINDS = [
@@ -116,28 +118,76 @@ def test_the_order_within_a_step_makes_no_difference(make_model, texts):
     assert (states(model, texts, tokens, moved, groups)[:, 10:] - before[:, 2:]).abs().max() > 1e-3
 
 
-def test_answers_are_predicted_from_the_picture_and_what_stands_before(make_model, texts):
+def test_answers_are_predicted_from_the_picture_and_what_stands_before(make_model, asked):
     model = make_model()
-    ids, real = texts
+    ids, real = asked()
     features = torch.randn(2, 4, 7)
     with torch.no_grad():
         logits = model.answer_logits(features, ids, real, 2)
         assert logits.shape == (2, 2, 300)
         changed = ids.clone()
-        changed[:, 3] = 7
+        changed[:, 7] = 7
         difference = (model.answer_logits(features, changed, real, 2) - logits).abs().amax(-1)
         assert difference[:, 0].max() == 0  # the place of an id does not see it
         assert (difference[:, 1] > 0).all()
         assert ((model.answer_logits(features + 1, ids, real, 2) - logits).abs().amax(-1) > 0).all()
-        alone = model.answer_logits(features[1:], ids[1:, 2:], real[1:, 2:], 2)
+        kept = real[1]
+        alone = model.answer_logits(features[1:], ids[1:, kept], real[1:, kept], 2)
     torch.testing.assert_close(logits[1:], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_reach_every_parameter(make_model, texts):
-    model = make_model()
+def test_every_prediction_sees_the_sources_and_they_nothing_behind_them(make_model, edits):
+    model = make_model(sources="both")
+    ids, real, sources = edits
     tokens, order, groups = pictures()
-    loss = model.draw_states(tokens, *texts, order, groups).square().mean()
-    loss = loss + model.answer_logits(torch.randn(2, 4, 7), *texts, 2).square().mean()
+
+    def states(ids, features, clean):
+        with torch.no_grad():
+            return model.draw_states(tokens, ids, real, order, groups, features, clean)
+
+    before = states(ids, *sources)
+    for name in ("features", "clean"):
+        changed = getattr(sources, name).clone()
+        changed[3, 2] += 1  # of the second row's second picture
+        difference = (states(ids, **{**sources._asdict(), name: changed}) - before).abs().amax(-1)
+        assert difference[0].max() == 0
+        assert (difference[1] > 0).all()
+    # each of a picture's tokens has its place
+    swapped = sources.clean[:, [1, 0, *range(2, N)]]
+    assert ((states(ids, sources.features, swapped) - before).abs().amax(-1) > 1e-3).all()
+    # and a source's token is another thing than the picture's own
+    with torch.no_grad():
+        text = model.text_slots(ids, real, *sources).embedded[0, 4 : 4 + N]
+        own = model.content_slots(sources.clean[:1], torch.arange(N).unsqueeze(0), groups[:1], 0, 0).embedded[0]
+        torch.testing.assert_close(text - own, model.source_embedding.expand(N, -1))
+        alone = model.states([model.text_slots(ids, real, *sources)])
+        changed = ids.clone()
+        changed[:, -1] = 7
+        after = model.states([model.text_slots(changed, real, *sources)])
+    torch.testing.assert_close(after[:, :-1], alone[:, :-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seen", ["features", "tokens"])
+def test_a_model_may_see_a_part_of_its_sources(make_model, texts, tmp_path, seen):
+    model = make_model(sources=seen, **({"vision_channels": None} if seen == "tokens" else {}))
+    assert (model.source_embedding is None) == (seen == "features")
+    model.save_pretrained(tmp_path)
+    again = UniFluid.from_pretrained(tmp_path)
+    tokens, order, groups = pictures()
+    slot, given = (FEATURES, torch.randn(2, 4, 7)) if seen == "features" else (TOKENS, torch.randn(2, N, 5))
+    ids, real = (F.pad(part, (given.shape[1], 0), value=value) for part, value in zip(texts, (slot, True), strict=True))
+    how = {"features" if seen == "features" else "clean": given}
+    assert torch.equal(*(m.draw_states(tokens, ids, real, order, groups, **how) for m in (model, again)))
+    with pytest.raises(ValueError, match=f"expected as many as the ids have slots for, {given.shape[1] * 2}, got 0"):
+        model.draw_states(tokens, ids, real, order, groups)
+
+
+def test_gradients_reach_every_parameter(make_model, edits, asked):
+    model = make_model(sources="both")
+    tokens, order, groups = pictures()
+    ids, real, sources = edits
+    loss = model.draw_states(tokens, ids, real, order, groups, *sources).square().mean()
+    loss = loss + model.answer_logits(torch.randn(2, 4, 7), *asked(), 2).square().mean()
     loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None and not name.startswith("head.")]
     assert without == []
@@ -158,7 +208,7 @@ def test_statistics(make_model):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_checkpoints(make_model, texts, tmp_path, tied):
+def test_checkpoints(make_model, texts, asked, tmp_path, tied):
     model = make_model({"tie_word_embeddings": tied})
     model.set_statistics(torch.randn(50, N, 5))
     model.save_pretrained(tmp_path)
@@ -168,7 +218,7 @@ def test_checkpoints(make_model, texts, tmp_path, tied):
     tokens, order, groups = pictures()
     assert torch.equal(states(again, texts, tokens, order, groups), states(model, texts, tokens, order, groups))
     features = torch.randn(2, 4, 7)
-    assert torch.equal(again.answer_logits(features, *texts, 2), model.answer_logits(features, *texts, 2))
+    assert torch.equal(again.answer_logits(features, *asked(), 2), model.answer_logits(features, *asked(), 2))
     assert torch.equal(again.token_std, model.token_std)
     assert again.text_tokenizer("a seven").input_ids == model.text_tokenizer("a seven").input_ids
     other = make_model({"tie_word_embeddings": tied}, seed=1)
@@ -231,7 +281,7 @@ def test_copies_and_pickles(make_model, texts):
         assert torch.equal(states(other, texts, *picture), before)
 
 
-def test_bad_input(make_model, texts, text_tokenizer):
+def test_bad_input(make_model, texts, asked, text_tokenizer):
     model = make_model()
     tokens, order, groups = pictures()
     ids, real = texts
@@ -239,14 +289,21 @@ def test_bad_input(make_model, texts, text_tokenizer):
         model.draw_states(tokens[..., :4], ids, real, order, groups)
     with pytest.raises(ValueError, match=r"order: expected shape \(2, 12\)"):
         model.draw_states(tokens, ids, real, order[:, :3], groups)
-    with pytest.raises(ValueError, match=r"features: expected shape \[B, M, 7\]"):
-        model.answer_logits(torch.randn(2, 4, 6), ids, real, 2)
+    with pytest.raises(ValueError, match=r"features: expected shape \[P, M, 7\]"):
+        model.answer_logits(torch.randn(2, 4, 6), *asked(), 2)
+    for features in (torch.randn(2, 3, 7), torch.randn(1, 4, 7), torch.empty(0, 4, 7)):
+        with pytest.raises(ValueError, match=r"slots for, 8, got [0-6]"):
+            model.answer_logits(features, *asked(), 2)
+    with pytest.raises(ValueError, match="features: expected as many as the ids have slots for, 0, got 8"):
+        model.answer_logits(torch.randn(2, 4, 7), *texts, 2)
+    with pytest.raises(ValueError, match="clean: the model was made without such sources"):
+        model.draw_states(tokens, ids, real, order, groups, clean=tokens)
     with pytest.raises(ValueError, match="positions for 64 tokens, got 72"):
         model.draw_states(tokens, ids.repeat(1, 12), real.repeat(1, 12), order, groups)
     with pytest.raises(ValueError, match="positions for 64 tokens, got 84"):
-        model.answer_logits(torch.randn(2, 79, 7), ids, real, 2)
+        model.answer_logits(torch.randn(2, 79, 7), *asked(79), 2)
     with pytest.raises(ValueError, match="reads no pictures"):
-        make_model(vision_channels=None).answer_logits(torch.randn(2, 4, 7), ids, real, 2)
+        make_model(vision_channels=None).answer_logits(torch.randn(2, 4, 7), *asked(), 2)
     with pytest.raises(ValueError, match="more than the vocab_size of the backbone \\(32\\)"):
         make_model({"vocab_size": 32})
 
@@ -273,6 +330,8 @@ def test_bad_input(make_model, texts, text_tokenizer):
         ({"head_depth": 1e30}, "head_depth: expected an integer of at least 1"),
         ({"head_width": 10**9}, "head_width: expected an integer of at most"),
         ({"token_channels": 2**40}, "token_channels: expected an integer of at most"),
+        ({"sources": "all"}, "sources: expected one of features, tokens, both, got 'all'"),
+        ({"sources": "both", "vision_channels": None}, "sources: both of pictures need vision_channels"),
         ({"tokenizer": 3}, "tokenizer: expected a fingerprint, got 3"),
     ],
 )

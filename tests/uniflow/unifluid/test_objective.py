@@ -10,6 +10,7 @@ from uniflow.unifluid.captions import Drawings, Readings
 from uniflow.unifluid.drawing import draw_tokens
 from uniflow.unifluid.objective import UniFluidObjective
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import padded, prompt_ids
 
 N = 12
@@ -39,15 +40,15 @@ class Vision(nn.Module):
 
 
 @pytest.fixture
-def batch(texts):
+def batch(texts, asked):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2, 3, 6, 8), dtype=torch.uint8, generator=generator)
     answer = torch.tensor([[False, True, True], [True, True, True]])
-    return Drawings(images, *texts), Readings(images.flip(0), *texts, answer)
+    return Drawings(images, *texts), Readings(images.flip(0), *asked(N), answer)
 
 
 def no_drawings(drawings):
-    return Drawings(*(part[:0] for part in drawings))
+    return Drawings(*(part[:0] for part in drawings[:3]))
 
 
 def no_readings(readings):
@@ -89,11 +90,34 @@ def test_the_losses_are_what_they_are_said_to_be(make_model, batch):
         total, count = 0.0, 0
         for row in range(2):
             for column in torch.nonzero(readings.answer[row])[:, 0] - 3:
-                stop = 5 + column + 1 if column < -1 else 5
+                stop = N + 5 + column + 1
                 ids, real = readings.ids[row : row + 1, :stop], readings.real[row : row + 1, :stop]
                 logits = model.answer_logits(features[row : row + 1], ids, real, 1)[0]
                 total, count = total + F.cross_entropy(logits, ids[0, -1:]), count + 1
         torch.testing.assert_close(losses.text, total / count)
+
+
+def test_drawings_see_their_sources(make_model, batch):
+    model = make_model(sources="both", backbone={"max_position_embeddings": 128})
+    objective = UniFluidObjective(model, Tokens(), Vision())
+    from uniflow import normalize
+
+    images = batch[0].images
+    slots = torch.tensor([[FEATURES] * N + [TOKENS] * N] * 2)
+    ids, real = torch.cat([slots, batch[0].ids], 1), torch.cat([torch.ones(2, 2 * N).bool(), batch[0].real], 1)
+    torch.manual_seed(5)
+    loss = objective(Drawings(images, ids, real, images.flip(0), images.flip(1)), no_readings(batch[1])).image
+    torch.manual_seed(5)
+    with torch.no_grad():
+        tokens = model.normalized(Tokens().encode(normalize(images)))
+        order, groups = draw_orders(2, N, "random", torch.device("cpu")), draw_groups(2, N, torch.device("cpu"))
+        seen = Vision()(normalize(images.flip(1))), model.normalized(Tokens().encode(normalize(images.flip(0))))
+        states = model.draw_states(tokens, ids, real, order, groups, *seen)
+        ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
+        expected = objective._loss_at_times(states, ordered)
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="drawings: the objective was made without vision, expected no sources"):
+        UniFluidObjective(model, Tokens())(Drawings(images, ids, real, images, images), no_readings(batch[1]))
 
 
 def test_either_part_may_be_empty(make_model, batch):

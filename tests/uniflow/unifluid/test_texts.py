@@ -4,14 +4,8 @@ import sys
 import pytest
 import torch
 
-from uniflow.unifluid.texts import (
-    answer_ids,
-    make_text_tokenizer,
-    no_text,
-    prompt_ids,
-    question_ids,
-    read_text_tokenizer,
-)
+from uniflow.unifluid.conversations import about_a_picture, question_ids
+from uniflow.unifluid.texts import make_text_tokenizer, no_text, padded, padded_marks, prompt_ids, read_text_tokenizer
 
 pytest.importorskip("transformers")
 
@@ -41,12 +35,20 @@ def test_merges_shorten_what_was_learned_from_and_the_size_is_kept(tokenizer):
         make_text_tokenizer(TEXTS, 258)
 
 
-def test_prompts_questions_and_answers(tokenizer):
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+def test_prompts(tokenizer):
     ids = prompt_ids(tokenizer, "a seven")[1:]
-    assert prompt_ids(tokenizer, None) == [bos]
-    assert question_ids(tokenizer, "a seven") == [bos, *ids, eos]
-    assert answer_ids(tokenizer, "a seven") == [*ids, eos]
+    assert prompt_ids(tokenizer, None) == [tokenizer.bos_token_id]
+    assert prompt_ids(tokenizer, "a seven", [-1, -2]) == [-1, -2, tokenizer.bos_token_id, *ids]
+
+
+def test_padding_stands_before_the_text_that_ends_a_row(tokenizer):
+    pad = tokenizer.pad_token_id
+    rows = [[-1, -1, 5, -1, -1, 6, 7], [-1, -1, 5, 6, 7], [5], []]
+    ids, real = padded(rows, tokenizer)
+    assert ids.tolist()[:3] == [rows[0], [-1, -1, pad, pad, 5, 6, 7], [pad] * 6 + [5]]
+    assert [ids[row][real[row]].tolist() for row in range(4)] == rows
+    given = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    assert torch.equal(padded_marks(given, [row == 5 for row in given]), ids == 5)
 
 
 def test_it_survives_pickling_and_a_folder(tokenizer, tmp_path):
@@ -54,8 +56,8 @@ def test_it_survives_pickling_and_a_folder(tokenizer, tmp_path):
     for other in (pickle.loads(pickle.dumps(tokenizer)), read_text_tokenizer(tmp_path)):
         assert len(other) == len(tokenizer)
         for text in STRANGE:
-            ids = question_ids(other, text)
-            assert ids == question_ids(tokenizer, text)
+            ids = prompt_ids(other, text)
+            assert ids == prompt_ids(tokenizer, text)
             assert other.decode(ids, skip_special_tokens=True) == text
 
 
@@ -82,7 +84,7 @@ def test_without_bos_none_is_made_up(tokenizer, tmp_path):
     assert prompt_ids(read, None) == []
     assert no_text(read, 2, torch.device("cpu")).shape == (2, 0)
     assert no_text(tokenizer, 2, torch.device("cpu")).tolist() == [[tokenizer.bos_token_id]] * 2
-    assert question_ids(read, "a seven") == [*ids, read.eos_token_id]
+    assert question_ids(read, about_a_picture("a seven"), []) == [*ids, read.eos_token_id]
 
 
 def test_folders_that_hold_no_tokenizer(tokenizer, tmp_path):

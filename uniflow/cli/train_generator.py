@@ -1,4 +1,4 @@
-"""Generators by the command: how `uniflow train` makes one of a folder of latents."""
+"""`uniflow train` of a generator: what a folder of latents and a file say of it."""
 
 from __future__ import annotations
 
