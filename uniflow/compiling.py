@@ -12,6 +12,7 @@ from uniflow.model import UniFlow
 from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.graphs import why_not_graph
 from uniflow_kernels.ops.flow_choice import UNMEASURED
+from uniflow_kernels.ops.transformer_layers import explain_layers
 from uniflow_kernels.triton_kernels import why_not_launched
 
 Size = tuple[int, int]
@@ -67,7 +68,7 @@ class CompiledUniFlow:
         self.model = model.on_same_parameters().eval()
         if precision is not None:
             self.model = self.model.at_precision(precision)
-        reason = why_not_compiled(model.device)
+        reason = why_not_compiled(self.model)
         if reason is None:
             for layer in self.model.layers():
                 layer.compile()
@@ -90,11 +91,16 @@ def _again(model: UniFlow, batch: int, size: Size | None, precision: str | None,
     return CompiledUniFlow(model, batch, size, precision, **decoding)
 
 
-def why_not_compiled(device: torch.device) -> str | None:
+def why_not_compiled(model: UniFlow) -> str | None:
     """Why the layers are not put through torch.compile; None if they are."""
-    if device.type == "cpu":
+    if model.device.type == "cpu":
         return _ON_A_CPU
-    return why_not_launched()
+    if (reason := why_not_launched()) is not None:
+        return reason
+    runs, why = explain_layers(model.device, model.dtype, model.config.hidden_size)
+    if model.precision is None and why.startswith("measured"):
+        return f"kernels were {why}: {runs}"
+    return None
 
 
 def _layers(reason: str | None) -> OpReport:

@@ -12,8 +12,11 @@ from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 from uniflow_kernels.ops.attention import why_not_flash_attn
-from uniflow_kernels.ops.flow_choice import UNMEASURED
+from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED
 from uniflow_kernels.ops.fp8_linear import explain_fp8
+from uniflow_kernels.ops.transformer_layers import OP as LAYERS
+from uniflow_kernels.ops.transformer_layers import explain_layers
+from uniflow_kernels.torch_private import is_compiled
 from uniflow_kernels.triton_kernels import why_not_on
 
 
@@ -28,7 +31,7 @@ def explained(layers: Sequence[nn.Module], head: FlowHead, device: torch.device,
     own = [layer for layer in layers if isinstance(layer, TransformerLayer)]
     parts = [_products(layers, device, dtype)]
     if own:
-        parts += [_attention(own, device, dtype), _norms(device, dtype)]
+        parts += [_attention(own, device, dtype), _fused(own, device, dtype), _norms(device, dtype)]
     if len(own) < len(layers):
         parts.append(OpReport("other layers", f"{len(layers) - len(own)} as the transformers package has them", ""))
     name, _, text = head.explain().partition(": ")
@@ -38,7 +41,7 @@ def explained(layers: Sequence[nn.Module], head: FlowHead, device: torch.device,
 
 def printed(parts: Sequence[OpReport]) -> str:
     """A line each."""
-    return "\n".join(f"{part.op:18} {part.runs}" + (f"; {part.why}" if part.why else "") for part in parts)
+    return "\n".join(f"{part.op:19} {part.runs}" + (f"; {part.why}" if part.why else "") for part in parts)
 
 
 def _products(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> OpReport:
@@ -61,7 +64,15 @@ def _attention(layers: Sequence[TransformerLayer], device: torch.device, dtype: 
     return OpReport("attention", "flash-attn", UNMEASURED)
 
 
+def _fused(layers: Sequence[TransformerLayer], device: torch.device, dtype: torch.dtype) -> OpReport:
+    if any(type(part) is Fp8Linear for layer in layers for part in layer.modules()):
+        return OpReport(LAYERS, RUNS["eager"], "products in fp8 are called one by one")
+    if any(map(is_compiled, layers)):
+        return OpReport(LAYERS, RUNS["eager"], "torch.compile fuses what they do")
+    return OpReport(LAYERS, *explain_layers(device, dtype, layers[0].attn.proj.in_features))
+
+
 def _norms(device: torch.device, dtype: torch.dtype) -> OpReport:
     if (reason := why_not_on(device, dtype)) is not None:
-        return OpReport("residual_norm", "plain PyTorch", f"Triton: {reason}")
+        return OpReport("residual_norm", RUNS["eager"], f"Triton: {reason}")
     return OpReport("residual_norm", "Triton, where the layers are not compiled", UNMEASURED)

@@ -41,7 +41,7 @@ def test_each_part_is_reported(tiny):
     model = tiny()
     fast = uniflow.compile(model)
     lines = str(fast).split("\n")
-    names = ["layers", "products", "attention", "residual_norm", "flow_head", "launches"]
+    names = ["layers", "products", "attention", "transformer_layers", "residual_norm", "flow_head", "launches"]
     assert [line.split()[0] for line in lines] == names
     assert "as they are; torch.compile: " in lines[0]
     assert lines[-1].endswith("one by one; CUDA graphs: it runs on CUDA, not on cpu")
@@ -55,7 +55,7 @@ def test_each_part_is_reported(tiny):
 
 def test_where_the_layers_are_compiled_it_is_its_own(tiny, monkeypatch):
     compiled = []
-    monkeypatch.setattr(compiling, "why_not_compiled", lambda device: None)
+    monkeypatch.setattr(compiling, "why_not_compiled", lambda model: None)
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compiled.append(self))
     model = tiny()
     fast = uniflow.compile(model)
