@@ -48,7 +48,7 @@ def _check_seed(seed: int) -> int:  # said in an error alone: a range of 19 digi
 Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
+    str | None, typer.Option(help="fp8 for products of 8-bit floats, on request.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
@@ -187,6 +187,7 @@ def encode(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -205,9 +206,9 @@ def encode(
     if out.suffix == LATENTS:
         how.check_of_one_file()
         given = Given(pictures, strict, max_pixels)
-        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, device, force)
+        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, precision, device, force)
     else:
-        encode_set(pictures, named, out, how, keep_size, dtype, device, force)
+        encode_set(pictures, named, out, how, keep_size, dtype, precision, device, force)
 
 
 @app.command()
@@ -580,30 +581,111 @@ def unifluid_generate(
     generate(captions, named, tokenizer, vision, sources, out, count, seed, how, batch_size, dtype, device, force)
 
 
+_Vision = Annotated[
+    Path,
+    typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+]
+System = Annotated[
+    str | None, typer.Option(help="A system prompt, for a tokenizer with a chat template.", show_default=False)
+]
+Longest = Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")]
+TextTemperature = Annotated[float, typer.Option(min=0, help="Of the text that is drawn; 0 takes the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens that have this probability together.")
+]
+Beams = Annotated[int, typer.Option(min=1, max=1000, help="Answers that are followed side by side.")]
+TextSeed = Annotated[int, typer.Option(callback=_check_seed, help="Of the text that is drawn.")]
+
+
 @unifluid.command("ask")
 def unifluid_ask(
-    pictures: Pictures,
-    question: Annotated[str, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)],
-    checkpoint: UniFluidCheckpoint,
-    vision: Annotated[
-        Path,
-        typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(help="Picture files, and folders of them; or a file *.jsonl of questions.", show_default=False),
     ],
-    system: Annotated[
-        str | None, typer.Option(help="A system prompt, for a tokenizer with a chat template.", show_default=False)
+    checkpoint: UniFluidCheckpoint,
+    vision: _Vision,
+    question: Annotated[
+        str | None, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File *.jsonl for the responses to one.", show_default=False)
+    ] = None,
+    system: System = None,
     weights: Weights = None,
-    longest: Annotated[int, typer.Option(min=1, help="Text tokens an answer may have.")] = 64,
+    longest: Longest = 64,
+    temperature: TextTemperature = 0.0,
+    top_p: TopP = 1.0,
+    beams: Beams = 1,
+    seed: TextSeed = 0,
     batch_size: BatchSize = 16,
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
-    """Answer a question about pictures: a line each, the file, a tab and the answer."""
-    from uniflow.cli.files import Given
-    from uniflow.cli.inputs import Named
-    from uniflow.cli.unifluid import ask
+    """Answer a question about pictures, a line each: the file, a tab and the answer; or those of a file, into another.
 
-    given, named = Given(pictures, strict, max_pixels), Named(checkpoint, weights)
-    ask(given, question, system, named, vision, longest, batch_size, dtype, device)
+    A line of the file is an object of JSON with image and question, or choices too. Under torchrun all processes share
+    its questions.
+    """
+    from uniflow.cli.files import Given
+    from uniflow.cli.inputs import InputError, Named
+    from uniflow.cli.unifluid import ask
+    from uniflow.cli.unifluid_questions import Asking, ask_file, how_to_write
+
+    named, how = Named(checkpoint, weights), how_to_write(temperature, top_p, beams)
+    asking = Asking(named, vision, system, how, longest, seed, batch_size, strict, max_pixels, dtype, device)
+    if pictures[0].suffix == ".jsonl" and len(pictures) == 1:
+        if question is not None or out is None:
+            raise InputError(f"{pictures[0]}: expected --out FILE.jsonl, and no --question: the file has its own")
+        ask_file(pictures[0], asking, out, force)
+    elif question is None or out is not None:
+        raise InputError("PICTURES: expected --question, and no --out: answers are printed")
+    else:
+        ask(Given(pictures, strict, max_pixels), question, asking)
+
+
+@unifluid.command("evaluate")
+def unifluid_evaluate(
+    questions: Annotated[
+        Path, typer.Argument(help="File *.jsonl of questions and answers, or that `ask` wrote.", show_default=False)
+    ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint folder of a UniFluid, or OWNER/NAME, to ask; else the file has responses.",
+            show_default=False,
+        ),
+    ] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="Folder of its vision encoder (or tokenizer).", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file for the results.", show_default=False)] = None,
+    system: System = None,
+    weights: Weights = None,
+    longest: Longest = 64,
+    temperature: TextTemperature = 0.0,
+    top_p: TopP = 1.0,
+    beams: Beams = 1,
+    seed: TextSeed = 0,
+    batch_size: BatchSize = 16,
+    strict: Strict = False,
+    max_pixels: MaxPixels = _MAX_PIXELS,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Score answers: exact match and VQA accuracy, and of several choices how often the likeliest is right."""
+    from uniflow.cli.inputs import InputError, Named
+    from uniflow.cli.unifluid_questions import Asking, evaluate_file, how_to_write
+
+    if (checkpoint is None) != (vision is None):
+        raise InputError("--checkpoint, --vision: expected both, to ask, or neither, to score the file's responses")
+    asking = None
+    if checkpoint is not None and vision is not None:
+        named, how = Named(checkpoint, weights), how_to_write(temperature, top_p, beams)
+        asking = Asking(named, vision, system, how, longest, seed, batch_size, strict, max_pixels, dtype, device)
+    evaluate_file(questions, asking, out, force, as_json)

@@ -21,6 +21,7 @@ from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures,
 from uniflow.cli.inputs import InputError, Named, check_finite, check_text, explained, load_checkpoint
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
+from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
 from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, open_picture, save_picture, to_tensor
@@ -29,14 +30,13 @@ from uniflow.unifluid.asking import answer
 from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.conversations import about_a_picture, question_ids
 from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
-from uniflow.unifluid.slots import picture_slots, source_slots
+from uniflow.unifluid.slots import source_slots
 from uniflow.unifluid.texts import (
     ids_fingerprint,
     make_text_tokenizer,
@@ -256,40 +256,29 @@ def _seen(model: UniFluid, tokenizer: ImageTokenizer, vision: Path | None, sourc
     return see_sources(model, tokenizer, features, *(part.to(model.device) for part in pixels))
 
 
-def ask(
-    given: Given,
-    question: str,
-    system: str | None,
-    checkpoint: Named,
-    vision: Path,
-    longest: int,
-    batch_size: int,
-    dtype: str,
-    device: str,
-) -> None:
+def ask(given: Given, question: str, asking: Asking) -> None:
     """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
+    asking.check()
     check_text("--question", question)
-    if system is not None:
-        check_text("--system", system)
     with Workers(1) as files, find_pictures(given, files) as pictures:
-        model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
+        model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, asking.device, asking.dtype)
         with explained():
-            features = VisionFeatures(vision).to(model.device)
+            features = VisionFeatures(asking.vision).to(model.device)
             check_vision(model, features)
-            picture = picture_slots(features.tokens)
-            prompt = question_ids(model.text_tokenizer, about_a_picture(question, system=system), picture)
+            prompt = asking.prompt(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:
             return to_tensor(center_crop(picture, features.image_size))
 
-        for batch in runs(pictures.read(fit, files), lambda _: batch_size, lambda _: None):
-            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
-            crops = torch.stack([pixels for _, _, pixels in batch])
-            with explained():
-                seen = features(normalize(crops.to(model.device)))
-                answers = answer(model, seen, ids, real, longest)
-            for (source, _, _), text in zip(batch, answers, strict=True):
-                say(str(source.path), " ".join(text.split()))
+        with drawn_by(asking.seed, model.device):
+            for batch in runs(pictures.read(fit, files), lambda _: asking.batch_size, lambda _: None):
+                ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+                crops = torch.stack([pixels for _, _, pixels in batch])
+                with explained():
+                    seen = features(normalize(crops.to(model.device)))
+                    answers = answer(model, seen, ids, real, asking.longest, **asking.how)
+                for (source, _, _), text in zip(batch, answers, strict=True):
+                    say(str(source.path), " ".join(text.split()))
     pictures.say_skipped()
 
 

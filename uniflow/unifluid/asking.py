@@ -1,14 +1,17 @@
-"""Asking: answers to questions about pictures, by the generation of the transformers package."""
+"""Asking: answers to questions about pictures, by the generation of the transformers package; how likely some are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniflow.unifluid.conversations import end_tokens
+from uniflow.unifluid.conversations import Turn, conversation_ids, end_tokens
 from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.slots import picture_slots
+from uniflow.unifluid.texts import padded, padded_marks
 
 
 @torch.no_grad()
@@ -39,3 +42,29 @@ def answer(model: UniFluid, features: Tensor, ids: Tensor, real: Tensor, longest
         **{"do_sample": False, **how},
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def log_likelihoods(model: UniFluid, features: Tensor, conversations: Sequence[Sequence[Turn]]) -> Tensor:
+    """How likely the model would answer so: log p(the assistant's turns, each with its end | all that stands before).
+
+    Args:
+        model: in evaluation mode.
+        features: [P, M, vision_channels], of the pictures of all conversations, one after the other.
+        conversations: B of them, see `uniflow.unifluid.conversations.conversation_ids`.
+
+    Returns:
+        [B], float32: natural logarithms, summed over the ids of the answers.
+
+    Raises:
+        ValueError: for conversations that cannot be, shapes that do not fit together, or too short a context.
+    """
+    tokenizer, picture = model.text_tokenizer, picture_slots(features.shape[1])
+    found = [conversation_ids(tokenizer, turns, picture) for turns in conversations]
+    rows = [torch.tensor(ids) for ids, _ in found]
+    ids, real = (part.to(features.device) for part in padded(rows, tokenizer))
+    answers = padded_marks(rows, [torch.tensor(predicted) for _, predicted in found])
+    last = ids.shape[1] - int(answers.any(0).nonzero()[0])
+    logits = model.answer_logits(features, ids, real, last).float()
+    chosen = logits.log_softmax(-1).gather(2, ids[:, -last:].clamp(min=0).unsqueeze(2)).squeeze(2)  # slots are below 0
+    return chosen.where(answers[:, -last:].to(chosen.device), 0).sum(1)

@@ -99,26 +99,18 @@ class CaptionFolder(PictureList):
         file = folder / CAPTIONS
         if not file.exists():
             raise FileNotFoundError(f"no {CAPTIONS} in {folder}")
-        try:
-            check_file(file)
-        except ValueError as error:
-            raise CaptionError(str(error)) from None
         images: dict[str, Path] = {}
         self._texts: list[Texts] = []
         self._further: list[dict[Kind, list[Path]]] = []
-        with file.open("rb") as lines:
-            for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
-                if line.strip() or len(line) > _LONGEST:
-                    where = f"{file}:{number}"
-                    fields = _fields(line.rstrip(b"\n"), where)
-                    first, *rest = _images(folder, "image", fields, where)
-                    sources = _images(folder, "source", fields, where)
-                    texts = _texts(fields, where, pictures=1 + len(rest))._replace(sources=len(sources))
-                    if sources and not texts.caption:
-                        raise CaptionError(f"{where}: source without caption")
-                    self._texts.append(texts)
-                    self._further.append({"drawing": sources, "reading": rest})
-                    images[f"{where} ({first.relative_to(folder)})"] = first
+        for where, fields in read_lines(file):
+            first, *rest = _images(folder, "image", fields, where)
+            sources = _images(folder, "source", fields, where)
+            texts = _texts(fields, where, pictures=1 + len(rest))._replace(sources=len(sources))
+            if sources and not texts.caption:
+                raise CaptionError(f"{where}: source without caption")
+            self._texts.append(texts)
+            self._further.append({"drawing": sources, "reading": rest})
+            images[f"{where} ({first.relative_to(folder)})"] = first
         if not images:
             raise CaptionError(f"{file} holds no examples")
         super().__init__(images)
@@ -179,6 +171,24 @@ def _check_length(text: bytes, where: str) -> None:
         raise CaptionError(f"{where} is longer than {_LONGEST >> 20} MiB")
 
 
+def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line of a file stands, but for empty ones, and the object of JSON in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CaptionError: if it is no regular file, or for a line that is no object or longer than 1 MiB.
+    """
+    try:
+        check_file(file)
+    except ValueError as error:
+        raise CaptionError(str(error)) from None
+    with file.open("rb") as lines:
+        for number, line in enumerate(iter(partial(lines.readline, _LONGEST + 1), b""), 1):
+            if line.strip() or len(line) > _LONGEST:
+                where = f"{file}:{number}"
+                yield where, _fields(line.rstrip(b"\n"), where)
+
+
 def _fields(line: bytes, where: str) -> dict[str, Any]:
     _check_length(line, where)
     try:
@@ -193,7 +203,7 @@ def _fields(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _texts(fields: dict[str, Any], where: str, pictures: int = 1) -> Texts:
-    caption, question, answer = (_text(fields.get(name), name, where) for name in ("caption", "question", "answer"))
+    caption, question, answer = (text_of(fields.get(name), name, where) for name in ("caption", "question", "answer"))
     texts = Texts(caption, question, answer)
     if bool(texts.question) != bool(texts.answer):
         raise CaptionError(f"{where}: {'question without answer' if texts.question else 'answer without question'}")
@@ -237,7 +247,7 @@ def _turn(message: Any, where: str) -> Turn:
         if kind == "image" and role == "user":
             pieces.append(PICTURE)
         elif kind == "text":
-            pieces.append(_text(part.get("text"), "content", where, required=True))
+            pieces.append(text_of(part.get("text"), "content", where, required=True))
         else:
             raise CaptionError(f"{where}: content: expected texts, and images of the user, got {shown(part)}")
     if not any(piece != PICTURE for piece in pieces):
@@ -245,7 +255,8 @@ def _turn(message: Any, where: str) -> Turn:
     return Turn(role, "".join(pieces))
 
 
-def _text(text: Any, name: str, where: str, required: bool = False) -> str:
+def text_of(text: Any, name: str, where: str, required: bool = False) -> str:
+    """What is a text, not empty, of valid Unicode; "" for none unless it is required; else raises CaptionError."""
     if text is None and not required:
         return ""
     # half a surrogate pair, as of an emoji that was cut, has no UTF-8; a picture's place is no text
@@ -260,13 +271,14 @@ def _images(folder: Path, name: str, fields: dict[str, Any], where: str) -> list
     if name == "source" and named is None:
         return []
     if not (isinstance(named, list) and named and (name == "source" or fields.get("messages") is not None)):
-        return [_image(folder, name, named, where)]
+        return [picture_of(folder, name, named, where)]
     if name == "image" and len(named) > 1 and fields.get("caption") is not None:
         raise CaptionError(f"{where}: image: expected one picture, to draw from the caption, got {shown(named)}")
-    return [_image(folder, name, part, where) for part in named]
+    return [picture_of(folder, name, part, where) for part in named]
 
 
-def _image(folder: Path, name: str, image: Any, where: str) -> Path:
+def picture_of(folder: Path, name: str, image: Any, where: str) -> Path:
+    """The file of a picture in the folder, relative to which it is named; raises CaptionError if it is none."""
     if not isinstance(image, str) or not image:
         raise CaptionError(f"{where}: {name}: expected the path of a picture in the folder, got {shown(image)}")
     if Path(image).is_absolute() or ".." in Path(image).parts:
