@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import UniFlowConfig
-from uniflow.transformer import TransformerLayer
+from uniflow.transformer import TransformerLayer, kernel_states, last_of
 from uniflow_kernels.torch_private import always
 
 
@@ -103,12 +103,19 @@ class LayerStack(nn.Module):
 
     def states(self, x: Tensor, *positions: Tensor) -> Iterator[Tensor]:
         """Embeddings [B, S, D] -> the output of every layer, each computed when it is asked for."""
+        fused = None if positions else kernel_states(self.layers, x)
+        if fused is not None:
+            yield from fused
+            return
         for layer in self.layers:
             x = self._run(layer, x, *positions)
             yield x
 
     def last(self, x: Tensor, *positions: Tensor) -> Tensor:
         """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
+        fused = None if positions else kernel_states(self.layers, x)
+        if fused is not None:
+            return last_of(fused, x)
         for layer in self.layers:
             x = self._run(layer, x, *positions)
         return x

@@ -25,7 +25,7 @@ from uniflow.pretrained import (
 from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
-from uniflow.transformer import RMSNorm, TransformerLayer
+from uniflow.transformer import RMSNorm, TransformerLayer, kernel_states, last_of
 from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
@@ -204,11 +204,15 @@ class UniFlow(Stored, Resizable):
         self.check_latents(latents)
         grid = patch_grid(latents.shape[1], self.config.patch_size, size)
         x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
-        for block in self.global_blocks:
-            if self.encoder.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        fused = kernel_states(self.global_blocks, x)
+        if fused is not None:
+            x = last_of(fused, x)
+        else:
+            for block in self.global_blocks:
+                if self.encoder.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
         return x + resize_position_embedding(self.decoder_pos_embed, grid)
 
     def check_latents(self, latents: Tensor) -> None:
