@@ -200,10 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     one_seed = partial(run, steps=options.steps, tokenizer_steps=options.tokenizer_steps, out=options.out)
     # models so small gain nothing from a second thread, seeds do from a second process
+    runs: list[tuple[dict[str, dict[str, float]], ...]] = []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        runs = list(pool.map(one_seed, range(options.seeds)))
-    tables = "\n\n".join(digits.table(list(part)) for part in zip(*runs, strict=True))
-    (options.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
+        for made in pool.map(one_seed, range(options.seeds)):
+            runs.append(made)
+            tables = "\n\n".join(digits.table(list(part)) for part in zip(*runs, strict=True))
+            (options.out / "tables.md").write_text(tables + "\n", encoding="utf-8")
     print(f"\n{tables}\n\nsheet and tables in {options.out}")
 
 

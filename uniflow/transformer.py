@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniflow_kernels.modules.flow_layers import LayerNorm
+from uniflow_kernels.modules.flow_layers import LayerNorm, affine_of
 from uniflow_kernels.ops.attention import attention
 from uniflow_kernels.ops.flow_choice import dtype_of_products
 from uniflow_kernels.ops.modulated_norm import norm_has_kernels, residual_norm
-from uniflow_kernels.torch_private import plain_parts
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
+from uniflow_kernels.ops.transformer_layers import (
+    ACTIVATIONS,
+    Layer,
+    LayerForm,
+    choose_layers_path,
+    may_have_kernels,
+    transformer_layers,
+)
+from uniflow_kernels.torch_private import is_compiled, plain_parts
 
 
 class RMSNorm(nn.Module):
@@ -113,12 +114,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj_drop(self.proj(self.attend(self.qkv(x))))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Queries, keys and values side by side, [B, S, 3W] -> [B, S, W]; nothing is copied."""
+        q, k, v = qkv.chunk(3, dim=-1)
         if self.qk_normalization:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
         dropout = self.attention_dropout if self.training else 0.0
-        return self.proj_drop(self.proj(attention(q, k, v, dropout, self.allow_flash_attn).flatten(2)))
+        return attention(q, k, v, dropout, self.allow_flash_attn).flatten(2)
 
 
 class MLP(nn.Module):
@@ -128,6 +133,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.activation = act
         self.act = ACTIVATIONS[act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,6 +179,11 @@ class TransformerLayer(nn.Module):
         self.drop_path1 = DropPath(drop_path)
         self.drop_path2 = DropPath(drop_path)
 
+    def draws(self) -> bool:
+        """Whether anything is drawn in training."""
+        rates = (self.drop_path1.rate, self.drop_path2.rate, self.attn.attention_dropout, self.attn.proj_drop.p)
+        return any(rates)
+
     @torch.no_grad()
     def fold_layer_scale(self) -> None:
         """Multiply LayerScale into the weights of the projection before it: the same function without a scale."""
@@ -190,6 +201,56 @@ class TransformerLayer(nn.Module):
             return _add_to_some(x, lambda some: self.mlp(self.norm2(some)), self.ls2, self.drop_path2)
         x, h = _add_and_norm(x, self.drop_path1(self.attn(self.norm1(x))), self.ls1, self.norm2)
         return _add(x, self.drop_path2(self.mlp(h)), self.ls2)
+
+    def tensors(self) -> Layer:
+        """As `transformer_layers` takes them."""
+        attn, mlp = self.attn, self.mlp
+        norms, products = map(affine_of, (self.norm1, self.norm2)), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        (norm1, norm2), (qkv, proj, fc1, fc2) = norms, map(affine_of, products)
+        return Layer(norm1, qkv, attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
+
+    @property
+    def form(self) -> LayerForm:
+        """The kind of norm and the activation."""
+        norm: Any = self.norm1
+        return LayerForm(_NORMS[type(norm)], norm.eps, self.mlp.activation)
+
+
+# what stands in a layer, of which calling does nothing but its forward
+_PARTS = frozenset({TransformerLayer, Attention, MLP, DropPath, nn.Linear, nn.Dropout, *_NORMS})
+
+
+def kernel_states(layers: nn.ModuleList, x: Tensor, path: str = "auto") -> Iterator[Tensor] | None:
+    """The output of every layer, each computed when it is asked for, by kernels; None where layers' own forwards serve.
+
+    These serve where a gradient is wanted, something is to fire or to be drawn between, layers are compiled, of several
+    kinds or of another class, or nothing says that kernels are faster: `uniflow_kernels.ops.transformer_layers`.
+
+    Args:
+        layers: one after the other.
+        x: [B, S, W].
+        path: of those, where no other may serve; an error is raised where it cannot.
+    """
+    if len(layers) == 0 or (path == "auto" and not may_have_kernels(x)):
+        return None
+    if any(type(layer) is not TransformerLayer or is_compiled(layer) for layer in layers):
+        return None
+    if plain_parts(list(layers), _PARTS) is None:
+        return None
+    own: Any = layers
+    form = own[0].form
+    if any(layer.training and layer.draws() for layer in own) or any(layer.form != form for layer in own):
+        return None
+    tensors = [layer.tensors() for layer in own]
+    chosen = choose_layers_path(x, tensors, form, path)
+    return None if chosen == "eager" else transformer_layers(x, tensors, form, chosen)
+
+
+def last_of(states: Iterator[Tensor], x: Tensor) -> Tensor:
+    """The last of them, x if there is none; the others are let go as soon as possible."""
+    for state in states:
+        x = state
+    return x
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

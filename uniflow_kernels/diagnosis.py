@@ -14,6 +14,7 @@ from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
 from uniflow_kernels.ops.fp8_linear import explain_fp8
+from uniflow_kernels.ops.transformer_layers import OP, explain_layers
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def doctor() -> DoctorReport:
     names = ("interpolate", "velocity_loss", "layerwise_distillation", "patchify", "unpatchify")
     losses = [_loss(name, cuda) for name in names]
     triton_only = [_triton_only(name, cuda) for name in _TRITON_ONLY]
-    return DoctorReport(environment, [_flow_head(cuda), _fp8(cuda), *losses, *triton_only, _attention(cuda)])
+    return DoctorReport(
+        environment, [_flow_head(cuda), _fp8(cuda), _layers(cuda), *losses, *triton_only, _attention(cuda)]
+    )
 
 
 def _cpu_part() -> str:
@@ -77,6 +80,11 @@ def _cpu_part() -> str:
 def _flow_head(cuda: bool) -> OpReport:
     call = Call(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, width=1024, hidden=1024, rows=1)
     return OpReport("flow_head", *explain(call))
+
+
+def _layers(cuda: bool) -> OpReport:
+    device = torch.device("cuda" if cuda else "cpu")
+    return OpReport(OP, *explain_layers(device, torch.bfloat16, 1024))
 
 
 def _fp8(cuda: bool) -> OpReport:

@@ -212,6 +212,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calling the module calls what torch.compile made of it, by the method `compile`."""
+    return module._compiled_call_impl is not None
+
+
 def plain_parts(parts: list[Any], classes: frozenset[type]) -> list[Any] | None:
     """The modules and all that is in them, if calling any does nothing but the forward of its class, one of these.
 

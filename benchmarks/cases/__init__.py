@@ -16,6 +16,7 @@ from benchmarks.cases import (
     flow_matching,
     flow_tangents,
     images,
+    layers,
     modulated_norm,
     noise,
     patches,
@@ -32,6 +33,7 @@ _FILES = (
     noise,
     images,
     attention,
+    layers,
     modulated_norm,
     flow_tangents,
     few_tokens,
@@ -40,7 +42,7 @@ _FILES = (
     decode,
     tokenizer,
 )
-_FIRST = ("flow_head_paths", "flow_head", "encode", "train_step")
+_FIRST = ("flow_head_paths", "layer_paths", "flow_head", "encode", "train_step")
 _ALL = {case.name: case for file in _FILES for case in file.CASES}
 CASES: dict[str, Case] = {name: _ALL[name] for name in dict.fromkeys((*_FIRST, *_ALL))}
 

@@ -93,7 +93,7 @@ def _duals(device: torch.device) -> Iterator[Timed]:
 
 
 def _products(device: torch.device) -> Iterator[Timed]:
-    from uniflow_kernels.triton_kernels import flow_products as products
+    from uniflow_kernels.triton_kernels import flow_products, layer_products, products
 
     empty = partial(torch.zeros, dtype=torch.bfloat16, device=device)
     x, a, h, scale, u, p, total, gate, q, dq = (empty(ROWS, WIDTH) for _ in range(10))
@@ -102,16 +102,23 @@ def _products(device: torch.device) -> Iterator[Timed]:
     norm = empty(WIDTH), empty(WIDTH)
     of_x = products.moments(x, False)
     yield Timed("moments", partial(products.moments, x, False))
-    yield Timed("modulated", partial(products.modulated, x, of_x, a, layer, norm, h, None, False, False, 1e-6))
+    yield Timed("modulated", partial(flow_products.modulated, x, of_x, a, layer, norm, h, None, False, False, 1e-6))
     yield Timed(
-        "modulated, scale kept", partial(products.modulated, x, of_x, a, layer, norm, h, scale, False, False, 1e-6)
+        "modulated, scale kept", partial(flow_products.modulated, x, of_x, a, layer, norm, h, scale, False, False, 1e-6)
     )
-    yield Timed("up", partial(products.up, h, square, u, None))
-    yield Timed("up, p kept", partial(products.up, h, square, u, p))
-    made = products.down(x, a, layer, u, square, total, None, None, False)
-    yield Timed("down", partial(products.down, x, a, layer, u, square, total, None, None, False, made))
-    yield Timed("down, gate and q kept", partial(products.down, x, a, layer, u, square, total, gate, q, False, made))
-    yield Timed("down_backward", partial(products.down_backward, dq, square[0], p))
+    yield Timed("up", partial(flow_products.up, h, square, u, None))
+    yield Timed("up, p kept", partial(flow_products.up, h, square, u, p))
+    made = flow_products.down(x, a, layer, u, square, total, None, None, False)
+    yield Timed("down", partial(flow_products.down, x, a, layer, u, square, total, None, None, False, made))
+    yield Timed(
+        "down, gate and q kept", partial(flow_products.down, x, a, layer, u, square, total, gate, q, False, made)
+    )
+    yield Timed("down_backward", partial(flow_products.down_backward, dq, square[0], p))
+    sums = torch.zeros(WIDTH, device=device)
+    folded = partial(layer_products.folded_norm, x, made, square[0], sums, sums)
+    yield Timed("folded_norm", partial(folded, "gelu", False, 1e-6))
+    residual = partial(layer_products.residual_product, a, square, square[1], x, False)
+    yield Timed("residual_product", partial(residual, made))
 
 
 def _pixels(device: torch.device) -> Iterator[Timed]:

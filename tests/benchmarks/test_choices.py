@@ -3,6 +3,7 @@ import json
 from benchmarks import choices
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
+from uniflow_kernels.ops import transformer_layers
 from uniflow_kernels.ops.flow_choice import PATHS
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -59,7 +60,7 @@ def test_the_table_has_the_paths_by_their_times(results_file, tmp_path):
         known | orders(["eager", "rows"], ["rows", "eager"]) | {"rows": 64},
         known | orders(["eager", "rows", "products"], ["products", "rows", "eager"]) | {"rows": 512},
     ]
-    assert len(out.read_text().splitlines()) == 2 + 4  # one size a line
+    assert len(out.read_text().splitlines()) == 2 + 5  # one size a line
 
 
 def test_the_later_of_two_measurements_counts(results_file, tmp_path):
@@ -82,7 +83,8 @@ def test_nothing_is_written_where_no_gpu_was_measured(results_file, tmp_path, ca
 
 def test_the_case_holds_every_form_to_its_path(monkeypatch):
     """The backward pass too, which is called outside the form."""
-    problem = CASES[choices.CASE].problem("cpu", {"tokens": 5, "width": 16, "depth": 2, "dtype": "float32"})
+    paths = choices.OPS["flow_head"]
+    problem = CASES[paths.case].problem("cpu", {"tokens": 5, "width": 16, "depth": 2, "dtype": "float32"})
     taken = []
     forward, backward = Pass.forward, Pass.backward
     monkeypatch.setattr(Pass, "forward", lambda self, path: taken.append(path) or forward(self, path))
@@ -98,4 +100,33 @@ def test_the_case_holds_every_form_to_its_path(monkeypatch):
         form(*problem.inputs).sum().backward()
         assert taken == expected[label]
         taken.clear()
-    assert {choices.PATHS[label] for label in expected} == set(PATHS)
+    assert {paths.of_forms[label] for label in expected} == set(PATHS)
+
+
+def test_the_case_of_layers_holds_every_form_to_its_path(monkeypatch):
+    paths, taken = choices.OPS["transformer_layers"], []
+    size = {"tokens": 10, "length": 5, "width": 64, "dtype": "float32"}
+    problem = CASES[paths.case].problem("cpu", size)
+    for name in ("_by_rows", "_by_products"):
+        run = getattr(transformer_layers, name)
+        note = lambda *given, name=name, run=run: taken.append((name, *given[3:])) or run(*given)  # noqa: E731
+        monkeypatch.setattr(transformer_layers, name, note)
+    expected = {"ours": ("_by_rows",), "products": ("_by_products", False), "small products": ("_by_products", True)}
+    libraries = {label: load() for label, load in problem.libraries.items()}
+    for label, form in {"ours": problem.ours, "plain": problem.plain, **libraries}.items():
+        assert form(*problem.inputs).shape == (2, 5, 64)
+        assert taken == ([expected[label]] if label in expected else [])
+        taken.clear()
+    assert set(paths.of_forms) == {"ours", *libraries}
+    assert set(paths.of_forms.values()) == {"eager", *transformer_layers.KERNELS}
+
+
+def test_tables_of_several_ops_are_written(results_file, tmp_path):
+    of_layers = entry(512, ours=(2, 3), own=(3, 4), products=(1, 2), plain=(9, 9)) | {"case": "layer_paths"}
+    out = tmp_path / "table.json"
+    assert (
+        main(["choices", str(results_file(entries=[entry(64, ours=(1, 1)), of_layers], **GPU)), "--out", str(out)]) == 0
+    )
+    table = json.loads(out.read_text())
+    assert [len(entries) for entries in table.values()] == [1, 1]
+    assert table["transformer_layers"][0]["inference"] == ["products", "rows", "eager"]

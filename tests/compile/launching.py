@@ -33,8 +33,10 @@ from uniflow_kernels.triton_kernels import (
     flow_products,
     images,
     launch,
+    layer_products,
     noise,
     patches,
+    products,
     velocity,
 )
 from uniflow_kernels.triton_kernels.launch import Launch
@@ -267,13 +269,13 @@ def _pixels(rows: int, dtype: torch.dtype, offset: int) -> None:
 
 def all_products(rows: int, width: int, extra: int = 0, arch: int = 90) -> None:
     """The products' launches, kept results and biases there or not."""
-    before = flow_products.architecture
-    flow_products.architecture = lambda device: arch
+    before = products.architecture
+    products.architecture = lambda device: arch
     try:
         for dtype in (torch.bfloat16, torch.float16):
             _products(rows, width, dtype, extra)
     finally:
-        flow_products.architecture = before
+        products.architecture = before
 
 
 def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
@@ -282,7 +284,7 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
 
     x, a, h, u, total, gate, q, dq = (matrix(rows, width) for _ in range(8))
     vector = of(width, dtype=dtype)
-    moments = flow_products.moments(x, False)
+    moments = products.moments(x, False)
     for bias in (None, of(3 * width, dtype=dtype)):
         side = None if bias is None else bias[:width]
         for kept in (None, q):
@@ -294,6 +296,11 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
             flow_products.down(x, a, layer, u, square, total, kept, None if kept is None else gate, True)
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         flow_products.down_backward(dq, matrix(width, width), p)
+    for sums, side in ((torch.zeros(width), torch.zeros(width)), (None, None)):
+        rms = sums is None
+        layer_products.folded_norm(x, moments, matrix(width, width), sums, side, "gelu", rms, 1e-6)
+        bias = None if rms else vector
+        layer_products.residual_product(a, (matrix(width, width), bias), bias, x, None if rms else False)
 
 
 @check
@@ -307,7 +314,7 @@ def every_launch_is_the_same_as_tritons() -> None:
                 all_products(rows, 64, extra)
                 all_products(rows, 64, extra, arch=80)
     launches = {name.removesuffix(", kept") for name in seen}
-    assert len(launches) == 20, launches  # every kernel of the package
+    assert len(launches) == 22, launches  # every kernel of the package
     assert {f"{name}, kept" for name in launches} <= set(seen), seen
 
 
@@ -358,11 +365,11 @@ def memory_that_is_freed_and_taken_again_is_described_as_it_is_now() -> None:
         for rows, stride in ((64, 64), (64, 80), (32, 64), (32, 80), (64, 64)):
             x = block[: rows * stride].view(rows, stride)[:, :64]
             others = [of(rows, 64) for _ in range(2)]
-            flow_products.architecture, before = (lambda device: 90), flow_products.architecture
+            products.architecture, before = (lambda device: 90), products.architecture
             try:
                 flow_products.up(x, (of(64, 64), None), others[0], others[1])
             finally:
-                flow_products.architecture = before
+                products.architecture = before
     assert launched == ["up_kernel, kept"] * 5
     tensor = of(64, 64)
     seen = weakref.ref(tensor)

@@ -9,7 +9,7 @@ from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, doctor, flow_matching_loss, fused_flow_blocks
 from uniflow_kernels.ops.flow_blocks import flow_blocks
 from uniflow_kernels.ops.flow_choice import KERNELS, SMALL
-from uniflow_kernels.triton_kernels.flow_products import ARCHITECTURES, architecture
+from uniflow_kernels.triton_kernels.products import ARCHITECTURES, architecture
 
 pytestmark = [
     pytest.mark.gpu,

@@ -66,6 +66,17 @@ def flow() -> None:
         sum(part.sum() for part in head.jvp(x, dt[:, 0].float(), y, dx, 1.0)).backward()
 
 
+def layers() -> None:
+    """Launch the products of transformer layers."""
+    from tests.uniflow_kernels.test_transformer_layers import make, run, tokens
+    from uniflow_kernels import backend
+    from uniflow_kernels.ops.transformer_layers import LayerForm
+
+    rows, width, half = SIZES["rows"], SIZES["width"], torch.bfloat16
+    with backend("triton"):
+        run(tokens((2, rows // 2, width), half), make(width, 4 * width, half, layers=1), LayerForm(), "products")
+
+
 def losses(csrc: bool) -> None:
     """Launch every other kernel, or those of the CUDA part."""
     from uniflow_kernels import (
@@ -177,6 +188,7 @@ def main(archs: list[int]) -> None:
         torch.manual_seed(0)
         with emulated(arch) as triton:
             flow()
+            layers()
             losses(csrc=False)
         parts, findings = {"Triton": counted(False, triton)}, len(triton.findings)
         if nvcc():

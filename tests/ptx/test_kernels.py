@@ -1,10 +1,10 @@
-"""Every kernel of the flow head as it is compiled: forward and backward, sizes that end inside tiles, the 2x rule."""
+"""Every kernel of flow head and layers as it is compiled: both passes, sizes that end inside tiles, the 2x rule."""
 
 import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_dual_rows, test_modulated_norm
+from tests.uniflow_kernels import test_dual_rows, test_modulated_norm, test_transformer_layers
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
 
@@ -36,6 +36,23 @@ def test_rows(within_twice, name, dtype, rows, conditions):
     floor = 1e-2 if dtype == torch.bfloat16 else 2e-6
     with unwritten_is_nan():
         against_definition(within_twice, make_head(72, 1, **OPTIONS[name]), rows, conditions, dtype, "none", floor)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "hidden"),
+    [
+        ("ViT", 144, 272),
+        pytest.param("rms", 136, 264, marks=pytest.mark.slow),
+        pytest.param("tanh", 144, 136, marks=pytest.mark.slow),
+    ],
+)
+def test_layers(within_twice, name, width, hidden):
+    """Norms folded into products, GELU by tanh.approx, residuals and the moments that they leave."""
+    _, _, form, there = test_transformer_layers.FORMS[name]
+    layers = test_transformer_layers.make(width, hidden, torch.bfloat16, **there)
+    x = test_transformer_layers.tokens((2, 65, width), torch.bfloat16)
+    with unwritten_is_nan():
+        test_transformer_layers.against_definition(within_twice, layers, x, form, "products", 1e-2)
 
 
 @pytest.mark.parametrize(

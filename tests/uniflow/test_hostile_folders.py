@@ -30,8 +30,9 @@ from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow.cli.train import _untrained
+from uniflow.generation import FlowTransformer, FlowTransformerConfig
 from uniflow.latent_set import ChannelStatistics, LatentSet, Manifest, finish, write_shard
-from uniflow.latents import EncodedPicture, read_latents, write_latents
+from uniflow.latents import EncodedPicture, fingerprint, meaning, read_latents, write_latents
 from uniflow.training.checkpoints import MANIFEST, check, read_json, read_tensors, write_json, write_tensors
 from uniflow.training.recipe import read_run
 from uniflow.training.state import gather
@@ -81,6 +82,7 @@ READERS = {
     "run": read_checkpoint,
     "latents": lambda folder: read_latents(folder / "latents.safetensors", of_latents()),
     "latent set": lambda folder: (ChannelStatistics.read(folder), LatentSet(folder).latent(0)),
+    "generator": lambda folder: FlowTransformer.from_pretrained(folder).check_tokenizer(of_latents()),
     "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
     "recipe": lambda folder: read_run(folder / "run.yaml", UniFluidRun),
 }
@@ -128,6 +130,9 @@ def whole(tmp_path_factory, golden_folder):
     manifest.write(place / "latent set")
     write_shard(place / "latent set", manifest, 0, torch.zeros(2, 16, 16), None, None, ["a", "b"], [])
     finish(place / "latent set", manifest)
+    known = {"names": ["a", "b"], "tokenizer": meaning(of_latents()), "fingerprint": fingerprint(of_latents())}
+    of_kind = FlowTransformerConfig(16, (4, 4), 2, 16, 1, 2, head_width=16, head_depth=1, **known)
+    FlowTransformer(of_kind).save_pretrained(place / "generator")
     smooth_picture((8, 8), 0).save(place / "captions" / "a.png")
     (place / "captions" / "captions.jsonl").write_text('{"image": "a.png", "caption": "a seven"}\n' * 2)
     shutil.copy(Path(__file__).parents[2] / "examples" / "unifluid.yaml", place / "recipe" / "run.yaml")

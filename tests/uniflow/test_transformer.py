@@ -1,11 +1,15 @@
 """The transformer layer in all its variants, against the release's plain form in float64."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from tests.conftest import randomize
-from uniflow.transformer import DropPath, RMSNorm, TransformerLayer
+from uniflow.encoder import LayerStack
+from uniflow.transformer import DropPath, RMSNorm, TransformerLayer, kernel_states
 from uniflow_kernels import backend
 
 
@@ -160,6 +164,69 @@ def test_residual_and_norm_are_one_kernel_where_there_are_any(within_twice, name
         exact = results(wide, x.double(), False)
     assert all(map(torch.equal, hooked, plain))
     for mine, theirs, truth in zip(found, plain, exact, strict=True):
+        within_twice(mine, theirs, truth)
+
+
+PATHS = ("rows", "products", "small products")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layers_run_by_kernels_as_their_forwards_do(within_twice, name, path):
+    """Through both layers and what is handed from one to the next, in every variant."""
+    pytest.importorskip("triton")
+    layers = nn.ModuleList(layer_of(**VARIANTS[name]).eval() for _ in range(2))
+    wide = copy.deepcopy(layers).double()
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    with backend("triton"):
+        found = list(kernel_states(layers, x, path))
+    plain, exact = (list(LayerStack(stack).states(to)) for stack, to in ((layers, x), (wide, x.double())))
+    assert len(found) == 2
+    for mine, theirs, truth in zip(found, plain, exact, strict=True):
+        within_twice(mine, theirs, truth)
+
+
+@torch.no_grad()
+def test_what_keeps_layers_from_running_by_kernels(monkeypatch):
+    pytest.importorskip("triton")
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+
+    def served(*layers):
+        with backend("triton"):
+            return kernel_states(nn.ModuleList(layers), x) is not None
+
+    layer = layer_of().eval()
+    assert served(layer, layer_of(drop_path=0.1).eval(), layer_of(layer_scale=0.1).train())
+    assert kernel_states(nn.ModuleList([layer]), x) is None  # on a CPU, where no kernels are asked for
+    assert not served()
+    assert not served(layer, nn.Identity())
+    assert not served(layer, layer_of(drop_path=0.1).train())
+    assert not served(layer, layer_of(dropout=0.1).train())
+    assert not served(layer, layer_of(eps=1e-3))
+    assert not served(layer, layer_of(act="silu"))
+    hooked = layer_of().eval()
+    hooked.mlp.fc1.register_forward_hook(lambda *_: None)
+    assert not served(hooked)
+    compiled = layer_of().eval()
+    compiled.compile(backend="eager")
+    assert not served(compiled)
+    with torch.enable_grad():
+        assert not served(layer)
+
+
+@torch.no_grad()
+def test_a_stack_runs_its_layers_by_kernels(within_twice, monkeypatch):
+    pytest.importorskip("triton")
+    stack = LayerStack(layer_of(layer_scale=0.5).eval() for _ in range(2))
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
+    plain, exact = stack(x), copy.deepcopy(stack).double()(x.double())
+    for layer in stack.layers:
+        monkeypatch.setattr(type(layer), "forward", None)  # whoever calls it fails
+    with backend("triton"):
+        states, last = stack(x), stack.last(x)
+    assert torch.equal(states[-1], last)
+    for mine, theirs, truth in zip(states, plain, exact, strict=True):
         within_twice(mine, theirs, truth)
 
 

@@ -12,7 +12,7 @@ from uniflow_kernels.ops import flow_head
 from uniflow_kernels.ops.flow_blocks import Affine, Block, in_order
 from uniflow_kernels.ops.flow_head import RECOMPUTE
 from uniflow_kernels.ops.flow_passes import Pass
-from uniflow_kernels.triton_kernels import flow_products
+from uniflow_kernels.triton_kernels import products
 
 OPTIONS = {
     "canonical": {},
@@ -292,7 +292,7 @@ def test_products_as_they_are_made_on_a_gpu(within_twice, monkeypatch, arch):
 
     tests/ptx has those of a canonical head.
     """
-    monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[arch])
+    monkeypatch.setitem(products.ARCHITECTURES, 0, products.ARCHITECTURES[arch])
     head = make_head(136, depth=1, **{**OPTIONS["VibeVoice"], "hidden": 144})
     against_definition(within_twice, head, (130,), (130,), torch.float16, floor=1e-3, path="products")
 
@@ -735,24 +735,24 @@ def test_why_there_are_no_products(monkeypatch):
     turned = final._replace(weight=final.weight.detach().t().contiguous().t())
     assert "do not follow each other" in reason(head, *inputs(), (blocks, modulations, turned))
     monkeypatch.setitem(
-        flow_products.ARCHITECTURES,
+        products.ARCHITECTURES,
         0,
-        flow_products.ARCHITECTURES[90]._replace(dtypes=(torch.float16, torch.float32)),
+        products.ARCHITECTURES[90]._replace(dtypes=(torch.float16, torch.float32)),
     )
     assert reason(make_head(66, depth=1), *inputs(width=66)).startswith("TMA takes rows that begin at")
     assert reason(make_head(depth=1, hidden=41), *inputs()).startswith("TMA takes rows that begin at")
     x, y = inputs()
     assert reason(head, torch.cat([x.flatten(), x[0]])[1 : 1 + x.numel()].view(x.shape), y).startswith("TMA takes")
     assert reason(head, x[:1].detach().expand(19, 64), y) == "TMA takes rows that do not overlap"
-    monkeypatch.setitem(flow_products.ARCHITECTURES, 0, flow_products.ARCHITECTURES[80])
+    monkeypatch.setitem(products.ARCHITECTURES, 0, products.ARCHITECTURES[80])
     assert "not torch.float32" in reason(head, x, y)
-    monkeypatch.delitem(flow_products.ARCHITECTURES, 0)
+    monkeypatch.delitem(products.ARCHITECTURES, 0)
     assert "no tiles for compute capability" in reason(head, x, y)
 
 
 @triton.jit
 def place_kernel(places_p, rows, columns: tl.constexpr, height: tl.constexpr, width: tl.constexpr):
-    row, col = flow_products._place(rows, columns, height, width)
+    row, col = products.place(rows, columns, height, width)
     tl.store(places_p + 2 * tl.program_id(0), row)
     tl.store(places_p + 2 * tl.program_id(0) + 1, col)
 
@@ -769,7 +769,7 @@ def test_every_tile_is_made_once(rows, columns):
 def test_moments_of_rows_far_from_zero(within_twice):
     """Sums of squares are never subtracted: a mean a thousand times the spread costs no digits."""
     x = torch.randn(5, 100, generator=torch.Generator().manual_seed(0)) + 1000
-    moments = flow_products.moments(x, rms=False).values[0]
+    moments = products.moments(x, rms=False).values[0]
     exact = torch.stack([x.double().mean(1), x.double().var(1, unbiased=False) * 100])
     plain = torch.stack([x.mean(1), x.var(1, unbiased=False) * 100])
     for triple in zip(moments, plain, exact, strict=True):

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, doctor, graphs
 from uniflow_kernels.choice import in_graph, is_in_graph
-from uniflow_kernels.ops import flow_choice
+from uniflow_kernels.ops import flow_choice, transformer_layers
 from uniflow_kernels.ops.flow_choice import PATHS, RUNS, UNMEASURED, Call, call_of, choose_path, explain
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 
@@ -39,14 +39,14 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(arch, 10))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         flow_choice.architecture.cache_clear()
-        flow_choice._gpu.cache_clear()
+        flow_choice.gpu_name.cache_clear()
 
-    monkeypatch.setattr(flow_choice, "_table", lambda: TABLE)
+    monkeypatch.setattr(flow_choice, "_table", lambda op: TABLE)
     pretend(90)
     flow_choice.measured.cache_clear()
     yield pretend
     flow_choice.architecture.cache_clear()
-    flow_choice._gpu.cache_clear()
+    flow_choice.gpu_name.cache_clear()
     flow_choice.measured.cache_clear()
 
 
@@ -103,7 +103,7 @@ def test_each_gpu_has_its_own_measurements_or_the_nearest_ones(gpu, monkeypatch,
     fields = ("inference", "training", "graph_inference", "graph_training")
     entries = [{**TABLE[1], "gpu": kind, **{field: [by] for field in fields}} for kind, by in first.items()]
     entries[-1]["arch"] = 89
-    monkeypatch.setattr(flow_choice, "_table", lambda: entries)
+    monkeypatch.setattr(flow_choice, "_table", lambda op: entries)
     gpu(90, name)
     assert path(64) == first[nearest]
     _, why = explain(call(1))
@@ -193,7 +193,7 @@ def interpreted(monkeypatch):
     def order(*paths):
         entry = {"arch": 0, "dtype": "float32", "width": 32, "gpu": "none", "rows": 1}
         orders = dict.fromkeys(("inference", "training", "graph_inference", "graph_training"), paths)
-        monkeypatch.setattr(flow_choice, "_table", lambda: [{**entry, **orders}])
+        monkeypatch.setattr(flow_choice, "_table", lambda op: [{**entry, **orders}])
         monkeypatch.setattr(flow_choice, "why_not_on", lambda device, dtype: None)
         monkeypatch.setattr(flow_choice, "_why_not_few", lambda call: "a GPU has no such path")
         flow_choice.measured.cache_clear()
@@ -273,7 +273,7 @@ def test_facts_of_a_call():
 
 def test_the_table_is_read_once(gpu, monkeypatch):
     reads = []
-    monkeypatch.setattr(flow_choice, "_table", lambda: reads.append(1) or TABLE)
+    monkeypatch.setattr(flow_choice, "_table", lambda op: reads.append(1) or TABLE)
     flow_choice.measured.cache_clear()
     for rows in range(1, 100):
         path(rows)
@@ -311,11 +311,12 @@ def test_doctor_says_it(gpu, monkeypatch):
 
 def test_the_shipped_table():
     table = json.loads(files("uniflow_kernels").joinpath(flow_choice.FILE).read_text())
-    assert table.keys() == {"flow_head"}
-    for entry in table["flow_head"]:
+    paths = {"flow_head": PATHS, "transformer_layers": ("eager", *transformer_layers.KERNELS)}
+    assert table.keys() == paths.keys()
+    for op, entry in ((op, entry) for op, entries in table.items() for entry in entries):
         assert entry.keys() == {
             *("arch", "dtype", "width", "rows", "inference", "training", "graph_inference", "graph_training"),
             *("gpu", "date", "commit"),
         }
         orders = ("inference", "training", "graph_inference", "graph_training")
-        assert {path for order in orders for path in entry[order]} <= set(PATHS)
+        assert {path for order in orders for path in entry[order]} <= set(paths[op])

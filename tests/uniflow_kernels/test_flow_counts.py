@@ -9,7 +9,7 @@ from uniflow_kernels import FlowHead, backend, fused_flow_blocks
 from uniflow_kernels.modules import sampling
 from uniflow_kernels.ops.flow_choice import KERNELS
 from uniflow_kernels.ops.flow_head import _flow_blocks, _flow_blocks_backward, _modulated_flow_blocks
-from uniflow_kernels.triton_kernels import activation, flow_products
+from uniflow_kernels.triton_kernels import activation, flow_products, products
 from uniflow_kernels.triton_kernels import flow_head as row_kernels
 
 DEPTH, WIDTH, ROWS = 12, 16, 8
@@ -69,7 +69,7 @@ def launched(monkeypatch):
 
     replace(row_kernels, "norm_modulate")
     replace(activation, "activation", lambda p, hidden: p.new_empty(p.shape[0], hidden))
-    replace(flow_products, "moments", lambda x, rms: None)
+    replace(products, "moments", lambda x, rms: None)
     for name in ("modulated", "up", "down"):
         replace(flow_products, name)
     return launches

@@ -48,7 +48,7 @@ def _check_seed(seed: int) -> int:  # said in an error alone: a range of 19 digi
 Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
+    str | None, typer.Option(help="fp8 for products of 8-bit floats, on request.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
@@ -187,6 +187,7 @@ def encode(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -205,9 +206,9 @@ def encode(
     if out.suffix == LATENTS:
         how.check_of_one_file()
         given = Given(pictures, strict, max_pixels)
-        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, device, force)
+        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, precision, device, force)
     else:
-        encode_set(pictures, named, out, how, keep_size, dtype, device, force)
+        encode_set(pictures, named, out, how, keep_size, dtype, precision, device, force)
 
 
 @app.command()

@@ -172,7 +172,7 @@ def explain(call: Call) -> tuple[str, str]:
         return RUNS["eager"], f"Triton: {reason}"
     if (reason := _why_not_backend()) is not None:
         return RUNS["eager"] if requested() == "eager" else "nothing", reason
-    gpu = _gpu(call.device)
+    gpu = gpu_name(call.device)
     known = measured(gpu, architecture(call.device), _name(call.dtype), call.width)
     served = ""
     last = None
@@ -274,7 +274,7 @@ def _why_not_path(call: Call, path: str) -> str | None:
     """Why a path cannot serve what the kernels can; in a graph of any number of rows the op finds it out."""
     if path not in ("products", *SMALL) or call.rows is None:
         return None
-    from uniflow_kernels.triton_kernels import flow_products as products
+    from uniflow_kernels.triton_kernels import products
 
     # y is not looked at: what the products are given is SiLU(y), in memory of its own
     x = [flat_rows(x) for x in call.inputs[:1]]
@@ -290,7 +290,7 @@ def _order(call: Call) -> tuple[str, ...]:
     """
     assert call.rows is not None
     arch = architecture(call.device)
-    known = measured(_gpu(call.device), arch, _name(call.dtype), call.width)
+    known = measured(gpu_name(call.device), arch, _name(call.dtype), call.width)
     found = fastest_first(known, call.rows, call.training, is_in_graph())
     counted = arch == 90 and call.dtype.itemsize == 2 and call.width >= 256 and call.rows >= _PRODUCTS_FROM
     return (*found, *(("products", "rows") if counted else ("rows",)))
@@ -317,7 +317,7 @@ class Measured(NamedTuple):
 
 
 @lru_cache
-def measured(gpu: str, arch: int, dtype: str, width: int) -> tuple[Measured, ...]:
+def measured(gpu: str, arch: int, dtype: str, width: int, op: str = "flow_head") -> tuple[Measured, ...]:
     """All that was measured on a GPU, by rising number of rows.
 
     Of a GPU on which nothing was measured it is what was on the nearest one of its compute capability: the one whose
@@ -328,8 +328,9 @@ def measured(gpu: str, arch: int, dtype: str, width: int) -> tuple[Measured, ...
         arch: compute capability times ten.
         dtype: of the products, such as "bfloat16".
         width: of a row.
+        op: of which paths; of "transformer_layers" those of `uniflow_kernels.ops.transformer_layers`.
     """
-    entries = [entry for entry in _table() if (entry["arch"], entry["dtype"], entry["width"]) == (arch, dtype, width)]
+    entries = [entry for entry in _table(op) if (entry["arch"], entry["dtype"], entry["width"]) == (arch, dtype, width)]
     names = sorted({entry["gpu"] for entry in entries})
     nearest = max(names, key=lambda name: (name == gpu, _common(name, gpu)), default=None)
     found = [{field: entry[field] for field in Measured._fields} for entry in entries if entry["gpu"] == nearest]
@@ -349,7 +350,7 @@ def fastest_first(known: Sequence[Measured], rows: int, training: bool, graph: b
 
 
 @lru_cache
-def _gpu(device: torch.device) -> str:
+def gpu_name(device: torch.device) -> str:
     """A GPU's name; of a CPU, where Triton's interpreter runs, none."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
@@ -359,5 +360,5 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @lru_cache
-def _table() -> list[dict[str, Any]]:
-    return json.loads(files("uniflow_kernels").joinpath(FILE).read_text(encoding="utf-8"))["flow_head"]
+def _table(op: str) -> list[dict[str, Any]]:
+    return json.loads(files("uniflow_kernels").joinpath(FILE).read_text(encoding="utf-8"))[op]

@@ -170,7 +170,7 @@ class Pass:
 
     def _forward_by_products(self, small: bool) -> tuple[Tensor, Kept]:
         """Three launches a block; shift, scale and gate are written only where they are kept."""
-        from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels import flow_products, products
 
         a, groups, final = self.layers
         kept = Kept([], [], [], [], [])
@@ -185,9 +185,9 @@ class Pass:
                 h, scale, gate = self.split(kept.modulations[-1])  # h where shift would be
                 p, q = kept.p[-1], kept.q[-1]
             self._modulated(x, moments, layer, block.norm, h, scale, small)
-            products.up(h=h, affine=block.up, u=u, p=p, small=small)
+            flow_products.up(h=h, affine=block.up, u=u, p=p, small=small)
             total = self.empty(self.rows, self.width) if x is self.x or self.keep != "nothing" else x
-            moments = products.down(
+            moments = flow_products.down(
                 x=x,
                 a=a,
                 modulation=layer,
@@ -278,9 +278,9 @@ class Pass:
         small: bool,
     ) -> None:
         """h = norm(x) * (1 + scale) + shift by a product of a; `of_x`: the moments of x."""
-        from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels import flow_products
 
-        products.modulated(
+        flow_products.modulated(
             x=x,
             of_x=of_x,
             a=self.layers.a,
@@ -300,7 +300,7 @@ class Pass:
 
     def _activations(self, i: int, x: Tensor, kept: Kept, path: str) -> _Activations:
         """Those of block i, whose input is x, kept or computed again."""
-        from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels import flow_products, products
         from uniflow_kernels.triton_kernels.activation import activation
 
         block, group = self.blocks[i], i // self.per_group
@@ -312,7 +312,7 @@ class Pass:
             h, scale = self.empty(self.rows, self.width), self.empty(self.rows, self.width)
             p, u = self.empty(self.rows, block.up.weight.shape[0]), self.empty(self.rows, self.hidden)
             self._modulated(x, products.moments(x, self._is_rms), layer, block.norm, h, scale, path in SMALL)
-            products.up(h=h, affine=block.up, u=u, p=p, small=path in SMALL)
+            flow_products.up(h=h, affine=block.up, u=u, p=p, small=path in SMALL)
             gate = F.linear(self.layers.a, *self._gate_layer(layer))
             return _Activations(h, scale, gate, p, F.linear(u, *block.down))
         shift, scale, gate = self.split(self.modulations.of_group(group))
@@ -332,7 +332,7 @@ class Pass:
             weight_gradients: whether those of the weights are wanted.
             path: as in `forward`.
         """
-        from uniflow_kernels.triton_kernels import flow_products as products
+        from uniflow_kernels.triton_kernels import flow_products
         from uniflow_kernels.triton_kernels.activation import activation_backward
         from uniflow_kernels.triton_kernels.flow_head import norm_modulate_backward
         from uniflow_kernels.triton_kernels.sums import ProgramSums
@@ -373,7 +373,7 @@ class Pass:
             block = self.blocks[i]
             assert dq is not None
             if path != "rows":
-                dp, u, dup = products.down_backward(dq, block.down.weight, now.p, path in SMALL, of_activations)
+                dp, u, dup = flow_products.down_backward(dq, block.down.weight, now.p, path in SMALL, of_activations)
             else:
                 dp, u, dup = activation_backward(dq @ block.down.weight, now.p, of_activations)
             gradients.affine(block.down, dq, u, [_over_rows(sums[:, 5])])

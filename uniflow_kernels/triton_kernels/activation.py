@@ -30,15 +30,21 @@ def hardware_tanh(x, beside):
 
 @triton.jit
 def sigmoid(x, beside):
-    """Of any float dtype, in float32, in the layout of another tensor: else Triton may make it once for each layout.
+    """Of any float dtype, in float32, in the layout of another tensor: else Triton may make it once for each layout."""
+    return sigmoid_for(x.to(tl.float32), beside, x.dtype)
 
-    Of bfloat16 by tanh: half as much work, and an error of 2^-12 at most, where rounding the results to bfloat16 has
+
+@triton.jit
+def sigmoid_for(x, beside, dtype: tl.constexpr):
+    """Of float32 x, for results that are rounded to a dtype; `beside` as above.
+
+    For bfloat16 by tanh: half as much work, and an error of 2^-12 at most, where rounding the results to bfloat16 has
     2^-9 of them. float16 rounds eight times as finely, and a gradient by tanh would break the 2x rule there.
     """
-    if x.dtype == tl.bfloat16:
-        return 0.5 + 0.5 * hardware_tanh(0.5 * x.to(tl.float32), beside)
+    if dtype == tl.bfloat16:
+        return 0.5 + 0.5 * hardware_tanh(0.5 * x, beside)
     else:
-        return tl.sigmoid(x.to(tl.float32))
+        return tl.sigmoid(x)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,239 +1,29 @@
-"""Products of the flow head whose epilogues do what surrounds them: it costs no pass over memory of its own.
-
-Every product is A [M, K] times B transposed, in tiles of [BM, BN] results; a program makes one. Where two halves of a
-weight meet in the epilogue (shift and scale, or the two halves of a SwiGLU), a program makes both tiles as one of
-[BM, 2 BN]: the weight [2N, K] is read as [2, N, K], so that nothing needs to be packed. Tensors are read and written
-through TMA descriptors, or, where the architecture has none, through pointers; both read zeros beyond the edges and
-write nothing there. Names end in _p for a tensor (or its descriptor) and in _s for the elements from one row to the
-next.
-"""
+"""The products of the flow head: what makes the modulations, and both layers of the MLP, with all around them."""
 
 from __future__ import annotations
-
-from functools import lru_cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from uniflow_kernels.triton_kernels import architecture
 from uniflow_kernels.triton_kernels.activation import sigmoid
-from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
+from uniflow_kernels.triton_kernels.products import (
+    Moments,
+    halves,
+    piece_of,
+    place,
+    plan_of,
+    product,
+    read,
+    read_moments,
+    rounded,
+    vector,
+    write,
+    write_moments,
+)
 from uniflow_kernels.triton_kernels.sums import ProgramSums, of_launch
-
-
-class Tile(NamedTuple):
-    """BM rows and BN columns of a result (of each half of a pair), made from BK columns of A at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-    @property
-    def piece(self) -> int:
-        """Columns that the epilogue takes at a time."""
-        return self.columns // (4 if self.columns > 128 else 2)
-
-
-class Architecture(NamedTuple):
-    """How the products are made on GPUs of one compute capability."""
-
-    tma: bool
-    dtypes: tuple[torch.dtype, ...]
-    tiles: dict[str, Tile]
-    small: dict[str, Tile] | None = None  # of which a multiprocessor holds two, if there are such tiles
-
-
-# tensor cores multiply no float32; whether TF32 may stand in is the caller's choice, which the library's products heed
-_HALF = (torch.bfloat16, torch.float16)
-_HOPPER = {
-    "modulated": Tile(128, 128, 64, 8, 4),
-    "up": Tile(128, 256, 64, 8, 4),
-    "gated up": Tile(128, 128, 64, 8, 4),
-    "down": Tile(128, 128, 64, 8, 4),
-    "down backward": Tile(128, 256, 64, 8, 3),
-    "gated down backward": Tile(128, 128, 64, 8, 4),
-}
-# one block's product runs while the other's epilogue does: at most 113 KiB of shared memory and half the registers
-_HALF_OF_HOPPER = {
-    "modulated": Tile(128, 64, 64, 8, 3),
-    "up": Tile(128, 128, 64, 8, 3),
-    "gated up": Tile(128, 64, 64, 8, 3),
-    "down": Tile(128, 64, 64, 4, 4),
-    "down backward": Tile(128, 128, 64, 8, 3),
-    "gated down backward": Tile(128, 64, 64, 8, 3),
-}
-_SHALLOW = {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}  # at most 99 KiB of shared memory
-# by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
-ARCHITECTURES = {
-    0: Architecture(
-        False,
-        (torch.float32, *_HALF),
-        dict.fromkeys(_HOPPER, Tile(128, 128, 128, 4, 1)),
-        dict.fromkeys(_HOPPER, Tile(128, 64, 128, 4, 1)),
-    ),
-    80: Architecture(False, _HALF, _SHALLOW),
-    86: Architecture(False, _HALF, _SHALLOW),
-    89: Architecture(False, _HALF, _SHALLOW),
-    90: Architecture(True, _HALF, _HOPPER, _HALF_OF_HOPPER),
-    100: Architecture(True, _HALF, _HOPPER),
-    120: Architecture(True, _HALF, _SHALLOW),
-}
-
-
-@triton.jit
-def _place(M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """The first row and column of this program's tile. Eight rows of tiles in turn share B's tiles in the L2 cache."""
-    program = tl.program_id(0)
-    group = program // (8 * tl.cdiv(N, BN))
-    height = tl.minimum(tl.cdiv(M, BM) - group * 8, 8)
-    within = program % (8 * tl.cdiv(N, BN))
-    return (group * 8 + within % height) * BM, (within // height) * BN
-
-
-@triton.jit
-def _read(t_p, t_s, row, col, rows, COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr):
-    """[BM, BN] of a tensor [rows, COLS]."""
-    if TMA:
-        return t_p.load([row, col])
-    else:
-        r = row + tl.arange(0, BM)[:, None]
-        c = col + tl.arange(0, BN)[None, :]
-        return tl.load(t_p + r.to(tl.int64) * t_s + c, (r < rows) & (c < COLS), 0.0)
-
-
-@triton.jit
-def _read_weight(
-    w_p,
-    w_s,
-    row,
-    col,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PAIR: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """[BN, BK] of a weight [N, K]; as a pair [2 BN, BK] of [2, N, K]: rows of its first half, then of its second."""
-    if not PAIR:
-        return _read(w_p, w_s, row, col, N, K, BN, BK, TMA)
-    elif TMA:
-        return tl.reshape(w_p.load([0, row, col]), (2 * BN, BK))
-    else:
-        i = tl.arange(0, 2 * BN)[:, None]
-        r = row + i % BN
-        c = col + tl.arange(0, BK)[None, :]
-        return tl.load(w_p + (r + i // BN * N).to(tl.int64) * w_s + c, (r < N) & (c < K), 0.0)
-
-
-@triton.jit
-def _write(t_p, t_s, row, col, rows, COLS: tl.constexpr, tile, TMA: tl.constexpr):
-    """Write a tile of a tensor [rows, COLS]."""
-    if TMA:
-        t_p.store([row, col], tile.to(t_p.dtype))
-    else:
-        r = row + tl.arange(0, tile.shape[0])[:, None]
-        c = col + tl.arange(0, tile.shape[1])[None, :]
-        tl.store(t_p + r.to(tl.int64) * t_s + c, tile.to(t_p.dtype.element_ty), (r < rows) & (c < COLS))
-
-
-@triton.jit
-def _columns(v_p, col, N: tl.constexpr, BN: tl.constexpr):
-    """[1, BN] of a vector [N], in float32."""
-    c = col + tl.arange(0, BN)[None, :]
-    return tl.load(v_p + c, c < N, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _halves(tile):
-    """[BM, BN] -> left and right, without a change of layout."""
-    BM: tl.constexpr = tile.shape[0]
-    BN: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
-
-
-@triton.jit
-def _piece(tile, i: tl.constexpr, PIECES: tl.constexpr):
-    """The i-th of two or four pieces of a tile's columns. An epilogue takes one at a time, for fewer registers."""
-    left, right = _halves(tile)
-    if PIECES == 2:
-        return left if i == 0 else right
-    else:
-        first, second = _halves(left if i < 2 else right)
-        return first if i % 2 == 0 else second
-
-
-@triton.jit
-def _product(
-    a_p,
-    a_s,
-    b_p,
-    b_s,
-    row,
-    col,
-    M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PAIR: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """A [M, K] @ B [N, K] transposed -> [BM, BN] in float32, or [BM, 2 BN] of a pair."""
-    total = tl.zeros((BM, 2 * BN if PAIR else BN), tl.float32)
-    for k in tl.range(0, K, BK):
-        a = _read(a_p, a_s, row, k, M, K, BM, BK, TMA)
-        b = _read_weight(b_p, b_s, col, k, N, K, BN, BK, PAIR, TMA)
-        total = tl.dot(a, b.T, total, input_precision="ieee")
-    return total
-
-
-@triton.jit
-def _write_moments(moments_p, x, part, row, col, M, N: tl.constexpr, RMS: tl.constexpr):
-    """Of x's columns inside N, row by row: the mean, and the sum of squares about it (RMS: about zero)."""
-    r = row + tl.arange(0, x.shape[0])
-    to = moments_p + 2 * part * M.to(tl.int64) + r
-    if not RMS:
-        mean = tl.sum(x, 1) / tl.minimum(tl.maximum(N - col, 1), x.shape[1])
-        tl.store(to, mean, r < M)
-        x = tl.where(col + tl.arange(0, x.shape[1])[None, :] < N, x - mean[:, None], 0.0)
-    tl.store(to + M, tl.sum(x * x, 1), r < M)
-
-
-@triton.jit
-def _read_moments(moments_p, row, M, eps, W: tl.constexpr, PART: tl.constexpr, BM: tl.constexpr, RMS: tl.constexpr):
-    """Mean and 1/std [BM] of rows of W, from the moments [parts, 2, M] of their parts of PART columns each.
-
-    Sums of squares about the parts' own means are added, never squares of means subtracted: nothing cancels.
-    """
-    PARTS: tl.constexpr = (W + PART - 1) // PART
-    part = tl.arange(0, triton.next_power_of_2(PARTS))[:, None]
-    r = row + tl.arange(0, BM)[None, :]
-    inside = (part < PARTS) & (r < M)
-    at = moments_p + (2 * part).to(tl.int64) * M + r
-    squares = tl.load(at + M, inside, 0.0)  # [parts, BM]
-    mean = tl.zeros((BM,), tl.float32)
-    if not RMS:
-        count = tl.minimum(tl.maximum(W - part * PART, 0), PART).to(tl.float32)
-        means = tl.load(at, inside, 0.0)
-        mean = tl.sum(count * means, 0) / W
-        apart = means - mean[None, :]
-        squares += count * apart * apart
-    return mean, tl.rsqrt(tl.sum(squares, 0) / W + eps)
-
-
-@triton.jit
-def _rounded(tile, like_p, TMA: tl.constexpr):
-    """A tile in the dtype of a tensor."""
-    return tile.to(like_p.dtype if TMA else like_p.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -265,26 +55,26 @@ def modulation_kernel(
     TMA: tl.constexpr,
 ):
     """h = norm(x) * (1 + scale) + shift, with shift and scale [M, W] from a and m [2, W, W]; scale may be kept."""
-    row, col = _place(M, W, BM, BN)
-    first, second = _halves(_product(a_p, a_s, m_p, m_s, row, col, M, W, W, BM, BN, BK, True, TMA))
-    mean, rstd = _read_moments(moments_p, row, M, eps, W, PART, BM, RMS)
+    row, col = place(M, W, BM, BN)
+    first, second = halves(product(a_p, a_s, m_p, m_s, row, col, M, W, W, BM, BN, BK, True, TMA))
+    mean, rstd = read_moments(moments_p, row, M, eps, W, PART, BM, RMS)
     for i in tl.static_range(BN // BP):
         c = col + i * BP
-        scale, shift = _piece(second, i, BN // BP), _piece(first, i, BN // BP)  # [BM, BP] each
+        scale, shift = piece_of(second, i, BN // BP), piece_of(first, i, BN // BP)  # [BM, BP] each
         if SCALE_FIRST:
             scale, shift = shift, scale
         if mbias_p is not None:
-            scale += _columns(mbias_p + (0 if SCALE_FIRST else W), c, W, BP)
-            shift += _columns(mbias_p + (W if SCALE_FIRST else 0), c, W, BP)
+            scale += vector(mbias_p + (0 if SCALE_FIRST else W), c, W, BP)
+            shift += vector(mbias_p + (W if SCALE_FIRST else 0), c, W, BP)
         if scale_p is not None:
-            _write(scale_p, scale_s, row, c, M, W, scale, TMA)
-        x = _read(x_p, x_s, row, c, M, W, BM, BP, TMA).to(tl.float32)
+            write(scale_p, scale_s, row, c, M, W, scale, TMA)
+        x = read(x_p, x_s, row, c, M, W, BM, BP, TMA).to(tl.float32)
         h = (x - mean[:, None]) * rstd[:, None]
         if weight_p is not None:
-            h *= _columns(weight_p, c, W, BP)
+            h *= vector(weight_p, c, W, BP)
         if bias_p is not None:
-            h += _columns(bias_p, c, W, BP)
-        _write(h_p, h_s, row, c, M, W, h * (1 + scale) + shift, TMA)
+            h += vector(bias_p, c, W, BP)
+        write(h_p, h_s, row, c, M, W, h * (1 + scale) + shift, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -310,30 +100,30 @@ def up_kernel(
     TMA: tl.constexpr,
 ):
     """u = SiLU(p) with p from h and w [H, K]; GATED: SiLU(p) * up, from w [2, H, K]. p and up may be kept."""
-    row, col = _place(M, H, BM, BN)
-    total = _product(h_p, h_s, w_p, w_s, row, col, M, H, K, BM, BN, BK, GATED, TMA)
+    row, col = place(M, H, BM, BN)
+    total = product(h_p, h_s, w_p, w_s, row, col, M, H, K, BM, BN, BK, GATED, TMA)
     if GATED:
-        gates, ups = _halves(total)
+        gates, ups = halves(total)
     else:
         gates, ups = total, total
     for i in tl.static_range(BN // BP):
         c = col + i * BP
-        p = _piece(gates, i, BN // BP)  # [BM, BP]
+        p = piece_of(gates, i, BN // BP)  # [BM, BP]
         if bias_p is not None:
-            p += _columns(bias_p, c, H, BP)
-        p = _rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
+            p += vector(bias_p, c, H, BP)
+        p = rounded(p, u_p, TMA)  # as it is kept: the backward pass makes the same u of it
         if p_p is not None:
-            _write(p_p, p_s, row, c, M, H, p, TMA)
+            write(p_p, p_s, row, c, M, H, p, TMA)
         u = p.to(tl.float32) * sigmoid(p, p.to(tl.float32))
         if GATED:
-            up = _piece(ups, i, BN // BP)
+            up = piece_of(ups, i, BN // BP)
             if bias_p is not None:
-                up += _columns(bias_p + H, c, H, BP)
-            up = _rounded(up, u_p, TMA)
+                up += vector(bias_p + H, c, H, BP)
+            up = rounded(up, u_p, TMA)
             if up_p is not None:
-                _write(up_p, p_s, row, c, M, H, up, TMA)
+                write(up_p, p_s, row, c, M, H, up, TMA)
             u *= up.to(tl.float32)
-        _write(u_p, u_s, row, c, M, H, u, TMA)
+        write(u_p, u_s, row, c, M, H, u, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -368,26 +158,26 @@ def down_kernel(
     TMA: tl.constexpr,
 ):
     """sum = x + gate * q and its moments; the gate from a and the last third of g [3W, W], q from u and w [W, H]."""
-    row, col = _place(M, W, BM, BN)
-    gates = _product(a_p, a_s, g_p, g_s, row, 2 * W + col, M, 3 * W, W, BM, BN, BK, False, TMA)
+    row, col = place(M, W, BM, BN)
+    gates = product(a_p, a_s, g_p, g_s, row, 2 * W + col, M, 3 * W, W, BM, BN, BK, False, TMA)
     if gbias_p is not None:
-        gates += _columns(gbias_p, 2 * W + col, 3 * W, BN)
-    gates = _rounded(gates, sum_p, TMA)  # half the registers, while the second product is made
-    qs = _product(u_p, u_s, w_p, w_s, row, col, M, W, H, BM, BN, BK, False, TMA)
+        gates += vector(gbias_p, 2 * W + col, 3 * W, BN)
+    gates = rounded(gates, sum_p, TMA)  # half the registers, while the second product is made
+    qs = product(u_p, u_s, w_p, w_s, row, col, M, W, H, BM, BN, BK, False, TMA)
     for i in tl.static_range(BN // BP):
         c = col + i * BP
-        gate, q = _piece(gates, i, BN // BP), _piece(qs, i, BN // BP)  # [BM, BP] each
+        gate, q = piece_of(gates, i, BN // BP), piece_of(qs, i, BN // BP)  # [BM, BP] each
         if bias_p is not None:
-            q += _columns(bias_p, c, W, BP)
+            q += vector(bias_p, c, W, BP)
         if gate_p is not None:
-            _write(gate_p, gate_s, row, c, M, W, gate, TMA)
+            write(gate_p, gate_s, row, c, M, W, gate, TMA)
         if q_p is not None:
-            _write(q_p, q_s, row, c, M, W, q, TMA)
-        x = _read(x_p, x_s, row, c, M, W, BM, BP, TMA).to(tl.float32)
-        x = _rounded(x + gate.to(tl.float32) * q, sum_p, TMA)
-        _write(sum_p, sum_s, row, c, M, W, x, TMA)
+            write(q_p, q_s, row, c, M, W, q, TMA)
+        x = read(x_p, x_s, row, c, M, W, BM, BP, TMA).to(tl.float32)
+        x = rounded(x + gate.to(tl.float32) * q, sum_p, TMA)
+        write(sum_p, sum_s, row, c, M, W, x, TMA)
         # of the rounded sum, which is what the next norm is given
-        _write_moments(moments_p, x.to(tl.float32), c // BP, row, c, M, W, RMS)
+        write_moments(moments_p, x.to(tl.float32), c // BP, row, c, M, W, RMS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -416,167 +206,37 @@ def down_backward_kernel(
     TMA: tl.constexpr,
 ):
     """dp (and dup) from du = dq @ w [K, H], u once more, and the tile's sums over rows, [row tiles, H or 2H]."""
-    row, col = _place(M, H, BM, BN)
+    row, col = place(M, H, BM, BN)
     dus = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, K, BK):
-        dq = _read(dq_p, dq_s, row, k, M, K, BM, BK, TMA)
-        w = _read(w_p, w_s, k, col, K, H, BK, BN, TMA)
+        dq = read(dq_p, dq_s, row, k, M, K, BM, BK, TMA)
+        w = read(w_p, w_s, k, col, K, H, BK, BN, TMA)
         dus = tl.dot(dq, w, dus, input_precision="ieee")
     sums_p = partial_p + (row // BM).to(tl.int64) * (2 * H if GATED else H)
     for i in tl.static_range(BN // BP):
         c = col + i * BP
         columns = c + tl.arange(0, BP)
-        du = _piece(dus, i, BN // BP)  # [BM, BP]
-        p = _read(p_p, p_s, row, c, M, H, BM, BP, TMA)
+        du = piece_of(dus, i, BN // BP)  # [BM, BP]
+        p = read(p_p, p_s, row, c, M, H, BM, BP, TMA)
         s = sigmoid(p, du)
         u = p.to(tl.float32) * s
         dp = du * (s + u * (1 - s))
         if GATED:
-            up = _read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
+            up = read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
             dup = du * u
-            _write(dup_p, dp_s, row, c, M, H, dup, TMA)
+            write(dup_p, dp_s, row, c, M, H, dup, TMA)
             tl.store(sums_p + H + columns, tl.sum(dup, 0), columns < H)
             dp *= up
             u *= up
-        _write(dp_p, dp_s, row, c, M, H, dp, TMA)
-        _write(u_p, u_s, row, c, M, H, u, TMA)
+        write(dp_p, dp_s, row, c, M, H, dp, TMA)
+        write(u_p, u_s, row, c, M, H, u, TMA)
         tl.store(sums_p + columns, tl.sum(dp, 0), columns < H)
 
 
-@triton.jit(do_not_specialize=["M"])
-def moments_kernel(x_p, moments_p, x_s, M, W: tl.constexpr, RMS: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
-    """The moments [1, 2, M] of whole rows."""
-    row = tl.program_id(0) * BM
-    x = _read(x_p, x_s, row, 0, M, W, BM, BW, False).to(tl.float32)
-    _write_moments(moments_p, x, 0, row, 0, M, W, RMS)
-
-
-class Moments(NamedTuple):
-    """Mean and sum of squares about it, float32 [parts, 2, R], of parts of so many `columns` of each of R rows."""
-
-    values: Tensor
-    columns: int
-
-
-def why_not(
-    device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...], tensors: list[Tensor], small: bool = False
-) -> str | None:
-    """Why these products cannot be made of such tensors, None if they can.
-
-    Args:
-        device: of all tensors.
-        dtype: of the products' operands.
-        row_widths: lengths of all matrices' rows.
-        tensors: what is given as an operand, vectors too.
-        small: whether in tiles of which a multiprocessor holds two.
-    """
-    arch = architecture(device)
-    if arch not in ARCHITECTURES:
-        return f"it has no tiles for compute capability {arch / 10}"
-    tma, dtypes, *_ = ARCHITECTURES[arch]
-    if small and ARCHITECTURES[arch].small is None:
-        return f"it has no small tiles for compute capability {arch / 10}"
-    if dtype not in dtypes:
-        return f"it takes {' and '.join(map(str, dtypes))}, not {dtype}"
-    if any(tensor.stride(-1) != 1 for tensor in tensors):
-        return "elements of a row do not follow each other"
-    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
-    steps = [*row_widths, *(matrix.stride(0) for matrix in matrices)]
-    if tma and (any(step * dtype.itemsize % 16 for step in steps) or any(m.data_ptr() % 16 for m in matrices)):
-        return "TMA takes rows that begin at multiples of 16 bytes"
-    if tma and any(matrix.stride(0) < matrix.shape[1] for matrix in matrices):
-        return "TMA takes rows that do not overlap"
-    return None
-
-
-class _Plan:
-    """How a product is made on a kind of GPU, and what its kernel takes for its tensors."""
-
-    def __init__(self, tile: Tile, tma: bool, kinds: dict[str, str]) -> None:
-        self.tile, self.kinds = tile, kinds
-        self.describe = self._describe if tma else None
-        blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BP": tile.piece, "TMA": tma}
-        self.constants: dict[str, Any] = {**blocks, "num_warps": tile.warps, "num_stages": tile.stages}
-
-    def grid(self, rows: int, columns: int) -> tuple[int]:
-        return (cdiv(rows, self.tile.rows) * cdiv(columns, self.tile.columns),)
-
-    def _describe(self, name: str, matrix: Tensor) -> Any:
-        """The descriptor of an operand of that name, or the tensor itself where the kernel takes a pointer."""
-        if name not in self.kinds:
-            return matrix
-        kind, tile, (stride, one) = self.kinds[name], self.tile, matrix.stride()
-        shape, strides = list(matrix.shape), [stride, one]
-        if kind == "left":
-            block = [tile.rows, tile.depth]
-        elif kind == "weight":
-            block = [tile.columns, tile.depth]
-        elif kind == "turned":
-            block = [tile.depth, tile.columns]
-        elif kind == "rows":
-            block = [tile.rows, tile.piece]
-        else:
-            half = shape[0] // 2 if kind == "pair" else shape[1]
-            shape, strides, block = [2, half, shape[1]], [half * stride, stride, one], [2, tile.columns, tile.depth]
-        return TensorDescriptor(matrix, shape, strides, block)
-
-
-# how the products' operands are read and written: A "left" in [BM, BK], B [N, K] as a "weight" in [BN, BK], both halves
-# of [2N, K] as a "pair" or the first two thirds of [3K, K] as a "first pair", read as [2, N, K] in [2, BN, BK]; B
-# "turned" [K, N] in [BK, BN]; and "rows", of which the epilogue takes [BM, BP] at a time
-_ROWS = dict.fromkeys(
-    ("x_p", "h_p", "scale_p", "p_p", "up_p", "gate_p", "q_p", "sum_p", "dp_p", "dup_p", "u_p"), "rows"
-)
-_UP = {**_ROWS, "h_p": "left", "w_p": "weight"}
-_DOWN_BACKWARD = {**_ROWS, "dq_p": "left", "w_p": "turned"}
-_KINDS = {
-    "modulated": {**_ROWS, "a_p": "left", "m_p": "first pair"},
-    "up": _UP,
-    "gated up": {**_UP, "w_p": "pair"},
-    "down": {**_ROWS, "a_p": "left", "g_p": "weight", "u_p": "left", "w_p": "weight"},
-    "down backward": _DOWN_BACKWARD,
-    "gated down backward": _DOWN_BACKWARD,
-}
-
-
-@lru_cache
-def _plan_of(name: str, tile: Tile, tma: bool) -> _Plan:
-    return _Plan(tile, tma, _KINDS[name])
-
-
-def _plan(name: str, like: Tensor, small: bool) -> _Plan:
-    """Of a product of tensors on a device."""
-    made = ARCHITECTURES[architecture(like.device)]
-    tiles = made.small if small and made.small else made.tiles
-    return _plan_of(name, tiles[name], made.tma)
-
-
-_launch_moments = Launch(moments_kernel)
 _launch_modulated = Launch(modulation_kernel)
 _launch_up = Launch(up_kernel)
 _launch_down = Launch(down_kernel)
 _launch_down_backward = Launch(down_backward_kernel)
-
-
-def moments(x: Tensor, rms: bool) -> Moments:
-    """Of whole rows of x [R, W]."""
-    rows, width = x.shape
-    values = torch.empty(1, 2, rows, dtype=torch.float32, device=x.device)
-    block_rows, columns, warps = tile(width, FORWARD_TILE)
-    grid = (cdiv(rows, block_rows),)
-    _launch_moments(
-        grid,
-        x_p=x,
-        moments_p=values,
-        x_s=x.stride()[0],
-        M=rows,
-        W=width,
-        RMS=rms,
-        BM=block_rows,
-        BW=columns,
-        num_warps=warps,
-    )
-    return Moments(values, width)
 
 
 def modulated(
@@ -608,7 +268,7 @@ def modulated(
         small: whether in tiles of which a multiprocessor holds two, as everywhere below.
     """
     rows, width = x.shape
-    plan = _plan("modulated", x, small)
+    plan = plan_of("modulated", x, small)
     weight, bias = modulation
     _launch_modulated(
         plan.grid(rows, width),
@@ -656,7 +316,7 @@ def up(h: Tensor, affine: tuple[Tensor, Tensor | None], u: Tensor, p: Tensor | N
     rows, hidden = u.shape
     weight, bias = affine
     gated = weight.shape[0] != hidden
-    plan = _plan("gated up" if gated else "up", h, small)
+    plan = plan_of("gated up" if gated else "up", h, small)
     gates, ups = _sides(p, hidden)
     _launch_up(
         plan.grid(rows, hidden),
@@ -710,7 +370,7 @@ def down(
         The sum's moments.
     """
     rows, width = x.shape
-    plan = _plan("down", x, small)
+    plan = plan_of("down", x, small)
     parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
     if done is not None and done.values.shape == (parts, 2, rows):
         values = done.values
@@ -765,7 +425,7 @@ def down_backward(
     """
     rows, hidden = dq.shape[0], weight.shape[1]
     gated = p.shape[1] != hidden
-    plan = _plan("gated down backward" if gated else "down backward", dq, small)
+    plan = plan_of("gated down backward" if gated else "down backward", dq, small)
     dp, u = torch.empty_like(p), torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
     programs = cdiv(rows, plan.tile.rows)
     partial, total = of_launch(sums, programs, p.shape[1:], p.device)

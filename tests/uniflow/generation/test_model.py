@@ -232,3 +232,14 @@ def test_what_does_not_fit_is_refused():
         tiny(classes=None)(x, t, labels)
     with pytest.raises(ValueError, match="mean: expected 6 finite numbers"):
         model.set_statistics(ChannelStatistics(torch.zeros(5), torch.ones(6)))
+
+
+def test_blocks_are_traced_whole_as_the_trainer_compiles_them():
+    """Only here: the stream, without a branch at first, is handed from graph to graph."""
+    model = tiny()
+    x, t, labels = inputs()
+    expected = model(x, t, labels)
+    torch.compiler.reset()
+    for block in model.layers():
+        block.compile(fullgraph=True, backend="eager")
+    assert torch.allclose(model(x, t, labels), expected, atol=1e-5)

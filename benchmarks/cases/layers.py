@@ -1,0 +1,76 @@
+"""Which path of transformer layers is the fastest in inference: two layers, so that one ends where the next begins."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Case, Problem, Work, at, attention_flops, linear_flops, randomised
+from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow_kernels import backend
+
+LENGTH = 1025
+
+
+def build(tokens: int, length: int, width: int, dtype: str) -> Problem:
+    """Layers as the base preset has them, heads of 64."""
+    precision = getattr(torch, dtype)
+    made = (TransformerLayer(width, width // 64, 4 * width, eps=1e-6, layer_scale=1.0) for _ in range(2))
+    layers = randomised(nn.ModuleList(made), precision).requires_grad_(False).eval()
+    x = torch.randn(tokens // length, length, width, dtype=precision)
+    flops = linear_flops(tokens, layers) + 2 * attention_flops(tokens // length, length, width)
+    return Problem(
+        inputs=(layers, x),
+        ours=partial(_on_path, path="rows"),
+        plain=_plain,
+        tokens=tokens,
+        forward=Work.of(flops, layers, x, x),
+        libraries={
+            **{path: partial(partial, _on_path, path=path) for path in ("products", "small products")},
+            "own": lambda: _own,
+        },
+    )
+
+
+def _on_path(layers: nn.ModuleList, x: Tensor, path: str) -> Tensor:
+    with torch.no_grad(), backend("triton"):
+        states = kernel_states(layers, x, path)
+        assert states is not None
+        return last_of(states, x)
+
+
+def _own(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """Their own forwards, with a kernel between attention and MLP where there is one."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _plain(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    with backend("eager"):
+        return _own(layers, x)
+
+
+CASES = (
+    Case(
+        "layer_paths",
+        "Which path of transformer layers is the fastest in inference, by dtype, width and number of rows?",
+        build,
+        cuda=tuple(
+            at(
+                tokens=batch * LENGTH,
+                length=LENGTH,
+                width=width,
+                dtype=dtype,
+                quick=dtype == "bfloat16" and width == 1024,
+                compile=width == 1024 and batch == 32,
+            )
+            for batch in (1, 8, 32, 128)
+            for width, dtype in ((1024, "bfloat16"), (768, "bfloat16"), (1152, "bfloat16"), (1024, "float16"))
+        ),
+        cpu=(),  # there is but one
+        check_at_most={"tokens": 2 * LENGTH},
+    ),
+)

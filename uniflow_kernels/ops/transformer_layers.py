@@ -1,0 +1,282 @@
+"""Pre-norm transformer layers without gradients: attention and MLP, each behind a norm and on a residual branch.
+
+On a GPU several paths can serve: plain PyTorch ("eager", the layers' own forwards), row kernels that do residual,
+LayerScale and norm around the library's products ("rows"), and products that do the row kernels' work ("products", or
+"small products" in tiles of which a multiprocessor holds two): then nothing but what the products and attention read
+and write passes through memory. Which one does is what was measured: `measured.json`, by `python -m benchmarks
+choices`. Where nothing was, plain PyTorch serves, unless Triton is asked for by name.
+
+Source: the ViT's layer (Dosovitskiy et al. 2021) with LayerScale (Touvron et al. 2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from uniflow_kernels.choice import is_in_graph, requested
+from uniflow_kernels.ops.flow_blocks import Affine, check_choice, flat_rows
+from uniflow_kernels.ops.flow_choice import (
+    MAX_WIDTH,
+    RUNS,
+    SMALL,
+    UNMEASURED,
+    Measured,
+    fastest_first,
+    gpu_name,
+    is_plain,
+    measured,
+)
+from uniflow_kernels.ops.modulated_norm import residual_norm
+from uniflow_kernels.ops.registration import wants_gradient
+from uniflow_kernels.packing import packed
+from uniflow_kernels.torch_private import is_forward_mode, is_transforming
+from uniflow_kernels.triton_kernels import architecture, why_not_on
+
+OP = "transformer_layers"
+KERNELS = ("rows", "products", "small products")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+# of float16 the weight times the norm's may leave its range, where channels of large numbers have small weights
+_FOLDS = (torch.bfloat16, torch.float32)
+
+
+class Layer(NamedTuple):
+    """The tensors of one layer of width W and hidden width H.
+
+    Args:
+        norm1, norm2: weight [W] and bias [W] or None; an RMS norm has no bias.
+        qkv: [3W, W].
+        attend: what makes [B, S, W] of queries, keys and values side by side, [B, S, 3W].
+        proj: [W, W], with a bias or without, as all products.
+        scale1, scale2: LayerScale [W]; None for none.
+        fc1: [H, W].
+        fc2: [W, H].
+    """
+
+    norm1: Affine
+    qkv: Affine
+    attend: Callable[[Tensor], Tensor]
+    proj: Affine
+    scale1: Tensor | None
+    norm2: Affine
+    fc1: Affine
+    fc2: Affine
+    scale2: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        affines = (self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
+        return [t for t in (*(t for affine in affines for t in affine), self.scale1, self.scale2) if t is not None]
+
+
+class LayerForm(NamedTuple):
+    """The kind of norm ("layer" or "rms"), its eps, and the activation of the MLP, one of ACTIVATIONS."""
+
+    norm: str = "layer"
+    eps: float = 1e-5
+    activation: str = "gelu"
+
+
+class Folded(NamedTuple):
+    """A product with the norm before it in it.
+
+    Args:
+        weight: the product's times the norm's, [N, K], in the dtype of the product's.
+        sums: of each of its rows, [N] in float32, of what was rounded: so a row's mean cancels, however large it is.
+        bias: the product's, and what the norm's bias makes, [N] in float32.
+    """
+
+    weight: Tensor
+    sums: Tensor
+    bias: Tensor | None
+
+
+def fold_norm(norm: Affine, affine: Affine) -> Folded:
+    """The product behind a norm as `Folded`."""
+    wide = affine.weight.float()
+    weight = (wide if norm.weight is None else wide * norm.weight.float()).to(affine.weight.dtype)
+    bias = None if affine.bias is None else affine.bias.float()
+    if norm.bias is not None:
+        made = wide @ norm.bias.float()
+        bias = made if bias is None else bias + made
+    return Folded(weight, weight.sum(1, dtype=torch.float32), bias)
+
+
+def plain_layer(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
+    """The definition: one layer in plain PyTorch, [B, S, W] -> [B, S, W]."""
+    attended = F.linear(layer.attend(F.linear(_norm(x, layer.norm1, form), *layer.qkv)), *layer.proj)
+    x = x + (attended if layer.scale1 is None else attended * layer.scale1)
+    hidden = ACTIVATIONS[form.activation](F.linear(_norm(x, layer.norm2, form), *layer.fc1))
+    made = F.linear(hidden, *layer.fc2)
+    return x + (made if layer.scale2 is None else made * layer.scale2)
+
+
+def _norm(x: Tensor, norm: Affine, form: LayerForm) -> Tensor:
+    if form.norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], norm.weight, form.eps)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, form.eps)
+
+
+def transformer_layers(x: Tensor, layers: Sequence[Layer], form: LayerForm, path: str) -> Iterator[Tensor]:
+    """The output of each layer, computed when it is asked for; no gradient is recorded.
+
+    Args:
+        x: [B, S, W].
+        layers: at least one.
+        form: of all of them.
+        path: "eager" or one of KERNELS, as `choose_layers_path` says.
+    """
+    if path == "eager":
+        for layer in layers:
+            x = plain_layer(x, layer, form)
+            yield x
+    elif path == "rows":
+        yield from _by_rows(x, layers, form)
+    else:
+        yield from _by_products(x, layers, form, path in SMALL)
+
+
+def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Tensor]:
+    """Row kernels that add, scale and norm: also where one layer ends and the next begins."""
+
+    def add_and_norm(x: Tensor, q: Tensor, scale: Tensor | None, norm: Affine) -> tuple[Tensor, Tensor]:
+        return residual_norm(x, q, scale, weight=norm.weight, bias=norm.bias, norm=form.norm, eps=form.eps)
+
+    h = _norm(x, layers[0].norm1, form)
+    for layer, following in zip(layers, (*layers[1:], None), strict=True):
+        attended = F.linear(layer.attend(F.linear(h, *layer.qkv)), *layer.proj)
+        x, h = add_and_norm(x, attended, layer.scale1, layer.norm2)
+        made = F.linear(ACTIVATIONS[form.activation](F.linear(h, *layer.fc1)), *layer.fc2)
+        if following is not None:
+            x, h = add_and_norm(x, made, layer.scale2, following.norm1)
+        else:
+            x = x + made if layer.scale2 is None else torch.addcmul(x, made, layer.scale2)
+        yield x
+
+
+def _by_products(x: Tensor, layers: Sequence[Layer], form: LayerForm, small: bool) -> Iterator[Tensor]:
+    """Four products a layer and attention: each reads what the one before wrote, and nothing else."""
+    from uniflow_kernels.triton_kernels.layer_products import folded_norm, residual_product
+    from uniflow_kernels.triton_kernels.products import Moments, moments
+
+    shape, rms = x.shape, form.norm == "rms"
+
+    def normed(rows: Tensor, of_rows: Moments, norm: Affine, affine: Affine, activation: str) -> Tensor:
+        made = packed("folded norm", (*norm, *affine), lambda *given: fold_norm(Affine(*given[:2]), Affine(*given[2:])))
+        return folded_norm(rows, of_rows, *made, activation, rms, form.eps, small)
+
+    rows = flat_rows(x)
+    known: Moments | None = moments(rows, rms)
+    for i, layer in enumerate(layers):
+        assert known is not None
+        qkv = normed(rows, known, layer.norm1, layer.qkv, "none")
+        attended = flat_rows(layer.attend(qkv.view(*shape[:-1], -1)))
+        rows, known = residual_product(attended, layer.proj, layer.scale1, rows, rms, known, small)
+        del qkv, attended  # before the largest of all is made
+        assert known is not None
+        hidden = normed(rows, known, layer.norm2, layer.fc1, form.activation)
+        wanted = rms if i + 1 < len(layers) else None
+        rows, known = residual_product(hidden, layer.fc2, layer.scale2, rows, wanted, known, small)
+        yield rows.view(shape)
+
+
+def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path: str = "auto") -> str:
+    """The path of a call: the first in the order of their measured times that can serve.
+
+    Args:
+        x, layers, form: as `transformer_layers` takes them.
+        path: one of KERNELS where no other may serve, as in tests and benchmarks; else "auto".
+
+    Returns:
+        "eager" or one of KERNELS.
+
+    Raises:
+        ValueError: for an unknown path, or one that cannot serve, saying why.
+    """
+    check_choice("path", path, ("auto", *KERNELS))
+    if path != "auto":
+        reason = _why_not(x, layers) or _why_not_path(x, layers, path)
+        if reason is not None:
+            raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
+        return path
+    if not may_have_kernels(x) or _why_not(x, layers) is not None:
+        return "eager"
+    among = KERNELS if requested() == "triton" else ("eager", *KERNELS)
+    order = _order(x.device, x.dtype, x.shape[-1], x.shape[:-1].numel())
+    return next((each for each in order if each in among and _why_not_path(x, layers, each) is None), "eager")
+
+
+def may_have_kernels(x: Tensor) -> bool:
+    """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
+    if torch.compiler.is_compiling() or is_plain(x.is_cuda) or requested() not in ("auto", "triton") or not x.numel():
+        return False
+    return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
+
+
+def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
+    """What serves layers of a width by their rows, and why: where that was measured, or what speaks against kernels."""
+    reason = _why_not_here(device, dtype, width)
+    if reason is not None:
+        return RUNS["eager"], f"Triton: {reason}"
+    known = _known(device, dtype, width)
+    if not known:
+        return RUNS["eager"], f"Triton, on request: {UNMEASURED}"
+    served = "; ".join(
+        f"from {rows} rows {RUNS[_order(device, dtype, width, rows)[0]]}" for rows in [each.rows for each in known]
+    )
+    return served, f"measured on {known[0].gpu}"
+
+
+def _known(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Measured, ...]:
+    return measured(gpu_name(device), architecture(device), str(dtype).removeprefix("torch."), width, OP)
+
+
+def _order(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
+    """The paths, the fastest first; the last serves wherever kernels do. "eager" alone where nothing was measured."""
+    found = fastest_first(_known(device, dtype, width), rows, training=False, graph=is_in_graph())
+    return (*found, "rows") if found or requested() == "triton" else ("eager",)
+
+
+def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    if width > MAX_WIDTH:
+        return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
+    return why_not_on(device, dtype)
+
+
+def _why_not(x: Tensor, layers: Sequence[Layer]) -> str | None:
+    """Why no kernels can serve."""
+    if (reason := _why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
+        return reason
+    if is_transforming() or is_forward_mode():
+        return "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
+    every = [x, *(tensor for layer in layers for tensor in layer.tensors())]
+    if wants_gradient(every):
+        return "it has no gradients"
+    if any(type(tensor) not in (Tensor, Parameter) for tensor in every):
+        return "a tensor is of a subclass with rules of its own"
+    if torch.is_autocast_enabled(x.device.type) or any(tensor.dtype != x.dtype for tensor in every):
+        return "x and the layers are not of one dtype"
+    return None
+
+
+def _why_not_path(x: Tensor, layers: Sequence[Layer], path: str) -> str | None:
+    """Why a path cannot serve what kernels can."""
+    if path in ("eager", "rows"):
+        return None
+    from uniflow_kernels.triton_kernels import products
+
+    if x.dtype not in _FOLDS:
+        return f"the norm is folded into weights of bfloat16, not {x.dtype}"
+    given = [affine.weight for layer in layers for affine in (layer.proj, layer.fc2)]
+    width, hidden = x.shape[-1], {layer.fc1.weight.shape[0] for layer in layers}
+    return products.why_not(x.device, x.dtype, (width, 3 * width, *hidden), [flat_rows(x), *given], path in SMALL)
