@@ -1,5 +1,6 @@
 """`uniflow probe` as a person uses it: the table, what is kept, who the teacher is, processes."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -62,6 +63,18 @@ def made(monkeypatch):
 
     monkeypatch.setattr(PooledLayers, "forward", counted)
     return counts
+
+
+def interrupted_at(count):
+    """`center_crop`, during which Ctrl-C is heard once so many pictures are read."""
+    read = itertools.count(1)
+
+    def crop(picture, size):
+        if next(read) == count:
+            raise KeyboardInterrupt
+        return center_crop(picture, size)
+
+    return crop
 
 
 @torch.inference_mode()
@@ -129,6 +142,16 @@ def test_features_are_made_once_and_an_interrupted_run_goes_on(capsys, folder, s
     made.clear()
     assert probed(capsys, *arguments, "--neighbours", 20, "--batch-size", 3) == first
     assert not made
+    shutil.rmtree(kept)
+    monkeypatch.setattr("uniflow.cli.probe.center_crop", interrupted_at(20))
+    assert run(list(map(str, ["probe", *arguments]))) == 130
+    capsys.readouterr()
+    whole = sum(made)
+    assert whole == len(list(kept.rglob("*.safetensors"))) * 8 > 0
+    monkeypatch.setattr("uniflow.cli.probe.center_crop", center_crop)
+    assert probed(capsys, *arguments) == first
+    assert sum(made) == 30  # none twice
+    made.clear()
     parts = sorted(kept.rglob("*.safetensors"))
     assert len(parts) == 4
     before = [part.read_bytes() for part in parts]

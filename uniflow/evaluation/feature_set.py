@@ -93,7 +93,7 @@ class FeatureSet:
         if not features.isfinite().all():
             raise ValueError("the features are not finite: the weights are not, or too large for the dtype")
         tensors = {_name(layer): each.contiguous() for layer, each in zip(self.layers, features.cpu(), strict=True)}
-        tensors[_NUMBERS] = torch.tensor(numbers, dtype=torch.int64)
+        tensors[_NUMBERS] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         path = self._path(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
