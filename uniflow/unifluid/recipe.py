@@ -22,8 +22,8 @@ class ModelChoice:
             checkpoint, CHECKPOINT/text_tokenizer.
         vocabulary: ids of a tokenizer that is made.
         sources: what a drawing sees of the pictures it is drawn from, if the data have any; see `UniFluidConfig`.
-        checkpointing: recomputes activations in the backward pass, those of the backbone's layers or, with "all", of the
-            head's blocks too.
+        checkpointing: recomputes activations in the backward pass: those of the backbone's layers, and with "all" of
+            the head's blocks.
         head_width, head_depth, head, order: see `UniFluidConfig`.
     """
 
