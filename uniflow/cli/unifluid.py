@@ -58,6 +58,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
+    if run.model.checkpointing != "none":
+        student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
     texts = (student.text_tokenizer, *sizes, _longest_text(data, student, vision))
     count, seen = student.config.tokens, vision.tokens if vision else 0
