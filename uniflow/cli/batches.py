@@ -146,3 +146,8 @@ def runs(items: Iterable[T], longest: Callable[[T], int], key: Callable[[T], obj
         run.append(item)
     if run:
         yield run
+
+
+def seeds_of_blocks(seed: int, blocks: int) -> list[int]:
+    """A seed for each block of what processes share: what is drawn for it is the same whoever has it."""
+    return torch.randint(1 << 62, (blocks,), generator=torch.Generator().manual_seed(seed)).tolist()
