@@ -7,7 +7,7 @@ import torch
 
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow_kernels import fp8_linear
-from uniflow_kernels.ops.fp8_linear import quantize, why_not_scaled
+from uniflow_kernels.ops.fp8_linear import quantize, quantized, why_not_scaled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +55,19 @@ def test_rows_of_zeros_and_numbers_that_are_none():
     on_cpu, scale = quantize(rows[3:].cpu())
     assert torch.equal(quantize(rows[3:])[0].cpu().view(torch.uint8), on_cpu.view(torch.uint8))
     assert torch.equal(quantize(rows[3:])[1].cpu(), scale)
+
+
+@SCALED
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [16, 1024, 4096, 16384])
+def test_the_kernel_gives_the_bits_of_a_cpu(width, dtype):
+    rows = (torch.randn(1025, width) * 10.0 ** torch.linspace(-4, 4, width)).to(dtype)
+    rows[2] = 0
+    for given in (rows, rows[:1], rows[::2]):
+        exact, exact_scale = quantize(given)
+        q, scale = quantized(given.cuda())
+        assert torch.equal(scale.cpu(), exact_scale)
+        assert torch.equal(q.cpu().view(torch.uint8), exact.view(torch.uint8))
 
 
 def model():

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.conftest import randomize
 from uniflow import UniFlow, UniFlowConfig
+from uniflow.export.programs import export_programs
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
@@ -78,6 +79,11 @@ def test_what_is_saved_is_in_full_precision(model, tmp_path):
     with torch.inference_mode():
         assert torch.equal(encoder(images()), model.at_precision("fp8").encode(images()))
         assert torch.equal(model.compile_encoder(3, precision="fp8")(images()), encoder(images()))
+
+
+def test_no_program_is_made_of_it(model):
+    with pytest.raises(ValueError, match="model: expected it in full precision, as other runtimes have it, got fp8"):
+        export_programs(model.at_precision("fp8"))
 
 
 def test_an_encoder_of_the_transformers_package(tmp_path):

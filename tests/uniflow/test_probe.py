@@ -134,7 +134,6 @@ def test_judged_by_another_folder(capsys, folder, student, tmp_path):
 
 def test_features_are_made_once_and_an_interrupted_run_goes_on(capsys, folder, student, tmp_path, made, monkeypatch):
     monkeypatch.setattr(feature_set, "PER_PART", 8)
-    monkeypatch.setattr("uniflow.cli.probe.PER_PART", 8)
     kept = tmp_path / "kept"
     arguments = [folder, "--checkpoint", student, "--out", tmp_path / "out", "--keep", kept, "--force"]
     first = probed(capsys, *arguments)
@@ -230,7 +229,6 @@ def test_pictures_that_cannot_be_read(capsys, folder, student, tmp_path):
 def test_processes_share_the_pictures(folder, student, tmp_path, monkeypatch):
     """One and two: the same table, and the same features to the bit."""
     monkeypatch.setattr(feature_set, "PER_PART", 8)
-    monkeypatch.setattr("uniflow.cli.probe.PER_PART", 8)
 
     def act():
         out = ["--out", tmp_path / "out", "--keep", tmp_path / f"kept-{world}", "--force", "--json"]

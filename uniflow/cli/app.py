@@ -367,6 +367,7 @@ def evaluate(
     from uniflow.cli.tokenize import Sampling
 
     if checkpoint is not None and folder is not None and generated is None:
+        _refuse_others(context, "--checkpoint", "manifold")
         memory = parse_memory(max_memory)
         sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
         scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
