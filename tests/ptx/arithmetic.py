@@ -41,6 +41,14 @@ def _double(function: Callable) -> Callable:
     return lambda *values: function(*[value.astype(np.float64) for value in values]).astype(np.float32)
 
 
+def _fma_of_bf16(*bits: np.ndarray) -> np.ndarray:
+    """In float64, which holds the product and mostly the sum, rounded once, to eight bits."""
+    a, b, c = (from_bf16(each).astype(np.float64) for each in bits)
+    exact = a * b + c
+    quantum = np.ldexp(1.0, np.maximum(np.frexp(exact)[1], -125) - 8)
+    return to_bf16((np.rint(exact / quantum) * quantum).astype(np.float32))
+
+
 def _wide(kind: np.dtype) -> np.dtype:
     return (SIGNED if kind.kind == "i" else UNSIGNED)[2 * kind.itemsize]
 
@@ -83,6 +91,8 @@ def _mad(instruction: Instruction, program: Any) -> Step:
 
 @builds("fma")
 def _fma(instruction: Instruction, program: Any) -> Step:
+    if instruction.op == "fma.rn.bf16":
+        return elementwise(instruction, program, _fma_of_bf16, *uniform(TYPES["bf16"], 3))
     if instruction.op not in ("fma.rn.f32", "fma.rn.ftz.f32"):
         raise PtxError(instruction.op)
     return elementwise(instruction, program, _double(lambda a, b, c: a * b + c), *uniform(TYPES["f32"], 3))
