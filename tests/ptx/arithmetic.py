@@ -73,6 +73,11 @@ def _mul(instruction: Instruction, program: Any) -> Step:
             raise PtxError("mul.hi of 64 bits")
         return elementwise(instruction, program, _high(kind), [kind] * 2, kind)
     _check(instruction, {"lo", "rn", "ftz"})
+    if instruction.parts[-1] in ("bf16x2", "f16x2"):
+        raise PtxError(instruction.op)
+    if instruction.parts[-1] == "bf16":  # whose products float32 holds
+        exact = lambda a, b: to_bf16(from_bf16(a) * from_bf16(b))  # noqa: E731
+        return elementwise(instruction, program, exact, *uniform(kind, 2))
     return elementwise(instruction, program, np.multiply, *uniform(kind, 2))
 
 
