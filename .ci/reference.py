@@ -5,7 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("uniflow", "uniflow.unifluid", "uniflow.evaluation", "uniflow.export", "uniflow_kernels")
+PACKAGES = (
+    "uniflow",
+    "uniflow.unifluid",
+    "uniflow.generation",
+    "uniflow.evaluation",
+    "uniflow.export",
+    "uniflow_kernels",
+)
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=float, default=1.0, help="how long each call is timed, by default 1")
     command.set_defaults(command=_host)
 
-    command = commands.add_parser("precision", help="what a flow head in fp8 loses; needs no GPU")
+    command = commands.add_parser("precision", help="what fp8 loses; needs no GPU")
     command.add_argument("checkpoint", type=Path, metavar="FOLDER", help="that `uniflow demo` wrote")
     command.set_defaults(command=_precision)
 

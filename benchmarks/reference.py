@@ -31,6 +31,12 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def rounded(rows: Tensor) -> Tensor:
+    """[..., W] rounded to numbers of float8_e4m3fn times a scale, by which each row's largest magnitude is 448."""
+    scale = rows.abs().amax(-1, keepdim=True).float() / 448
+    return ((rows * (1 / scale)).to(torch.float8_e4m3fn).float() * scale).to(rows.dtype)
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     """[B, C, H, W] -> [B, N, C*P*P]."""
     batch, channels, height, width = images.shape

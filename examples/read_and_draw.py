@@ -124,7 +124,7 @@ def recipe(steps: int, batch: int, learning_rate: float, seed: int) -> Recipe:
     return Recipe((Stage(steps, learning_rate=learning_rate, warmup_steps=20),), batch_size=batch, seed=seed)
 
 
-def train_tokenizer(train: Digits, steps: int, seed: int, config: UniFlowConfig = TOKENIZER) -> UniFlow:
+def train_tokenizer(train: PictureList, steps: int, seed: int, config: UniFlowConfig = TOKENIZER) -> UniFlow:
     """For reconstruction alone: its encoder knows nothing yet that distillation could keep."""
     torch.manual_seed(seed)
     model = UniFlow(config)

@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.pluginmanager.register(Session(target), "emulated")
     elif os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
-        round_to_bfloat16()
+        round_to_nearest()
         multiply_bfloat16()
     # the golden model is narrower than its patch, on purpose small
     config.addinivalue_line("filterwarnings", "ignore:flow_width. a flow head of width 64:UserWarning")
@@ -75,14 +75,20 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def round_to_bfloat16() -> None:
-    """Make Triton's interpreter (3.7 to 3.9) round float32 to the nearest bfloat16, as a GPU does: it cuts bits off."""
+def round_to_nearest() -> None:
+    """Make Triton's interpreter (3.7 to 3.9) round float32 to the nearest bfloat16, or float8_e4m3fn, as a GPU does.
+
+    By itself it cuts bits off.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
     plain = interpreter._convert_float
 
     def convert(data: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: object) -> np.ndarray:
+        if (source, target) == (tl.float32, tl.float8e4nv):
+            within = torch.from_numpy(np.ascontiguousarray(data, np.float32)).clamp(-448, 448)  # keeps NaN
+            return within.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if (source, target) != (tl.float32, tl.bfloat16):
             return plain(data, source, target, rounding)
         bits = np.asarray(data, np.float32).view(np.uint32)

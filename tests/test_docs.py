@@ -75,6 +75,7 @@ def prepared(tmp_path_factory):
         smooth_picture((40, 32), len(name)).save(folder / name)
     said = '{"caption": "a seven", "question": "which digit?", "answer": "seven"}'
     (folder / "data" / "validation" / "captions.jsonl").write_text(f'{{"image": "a.jpg", {said[1:]}')
+    (folder / "captions.jsonl").write_text('{"caption": "a seven"}')
     (folder / "questions.jsonl").write_text(f'{{"image": "photo.jpg", {said[1:]}')
     for shard in range(2):
         members = {f"{i}.png": png(smooth_picture((40, 32), i)) for i in range(4)}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uniflow.checkpoint import CheckpointError
+    from uniflow.compiling import compile
     from uniflow.config import UniFlowConfig
     from uniflow.model import UniFlow
     from uniflow.normalization import denormalize, normalize
@@ -20,6 +21,7 @@ __all__ = [
     "UniFlow",
     "UniFlowConfig",
     "UniFlowObjective",
+    "compile",
     "denormalize",
     "normalize",
 ]
@@ -33,6 +35,7 @@ _MODULES = {
     "UniFlow": "model",
     "UniFlowConfig": "config",
     "UniFlowObjective": "objective",
+    "compile": "compiling",
     "denormalize": "normalization",
     "normalize": "normalization",
 }

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import UniFlowConfig
 from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow_kernels.ops.fp8_linear import bytes_per_row
 from uniflow_kernels.torch_private import always
 
 
@@ -46,17 +47,24 @@ def resize_position_table(table: Tensor, side: int, mode: str = "bicubic", antia
     return torch.cat([prefix, spatial], dim=1).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
-def encoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype) -> int:
+def encoding_bytes_per_token(config: UniFlowConfig, dtype: torch.dtype, precision: str | None = None) -> int:
     """At most how many bytes a token encoding holds at a time beside weights and images.
 
     Args:
         config: of the model.
         dtype: of its parameters.
+        precision: of the model, "fp8" or None.
     """
     # the sum, its norm, queries, keys, values and what attention makes of them, or the MLP's inner layer twice
     in_layers = 4 * config.hidden_size + max(6 * config.hidden_size, 2 * config.intermediate_size)
     images = config.patch_values * (8 + dtype.itemsize)  # as floats, normalised, and in the model's dtype
-    return in_layers * dtype.itemsize + images
+    in_fp8 = 0 if precision is None else bytes_of_layer(config.hidden_size, config.intermediate_size, dtype)
+    return in_layers * dtype.itemsize + in_fp8 + images
+
+
+def bytes_of_layer(width: int, mlp_width: int, dtype: torch.dtype) -> int:
+    """At most how many bytes more a token holds in a transformer layer whose products are in fp8."""
+    return max(bytes_per_row(width, max(3 * width, mlp_width), dtype), bytes_per_row(mlp_width, width, dtype))
 
 
 class Embeddings(nn.Module):

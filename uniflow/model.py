@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
 from uniflow.encoding import ImageEncoder
+from uniflow.explanation import explained, printed
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
@@ -26,6 +27,7 @@ from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
 from uniflow.transformer import RMSNorm, TransformerLayer, kernel_states, last_of
+from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
@@ -128,6 +130,41 @@ class UniFlow(Stored, Resizable):
         """Of the parameters."""
         return self.decoder_pos_embed.device
 
+    @property
+    def precision(self) -> str | None:
+        """Of the products, "fp8"; None for that of the dtype."""
+        return self.flow_head.net.precision
+
+    def at_precision(self, precision: str | None) -> UniFlow:
+        """A model on the same parameters whose products are in another precision, for inference.
+
+        Args:
+            precision: "fp8" for the layers of the encoder, the global blocks and the flow head's modulations in 8-bit
+                floats (docs/fp8.md); None for the model itself.
+
+        A change of the parameters' values is a change of both. Modules that are replaced later, and parameters, are not
+        the other's. Its state_dict, and what it saves, are those of full precision.
+
+        Raises:
+            ValueError: for a precision that is unknown, or that the device does not have.
+        """
+        check_precision(precision, self.device, self.config.head_width)
+        if precision is None or precision == self.precision:
+            return self
+        return self.on_same_parameters().lower(precision)
+
+    def on_same_parameters(self) -> UniFlow:
+        """A model of modules of its own, on the very parameters and buffers of this one."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+
+    def explain(self) -> str:
+        """What its parts run on, on its device and in its dtype, and why not on something faster: a line each."""
+        return printed(self.parts())
+
+    def parts(self) -> list[OpReport]:
+        """The same, part by part."""
+        return explained(self.layers(), self.flow_head.net, self.device, self.dtype)
+
     def layers(self) -> list[nn.Module]:
         """The transformer layers, which FSDP may gather one by one; the flow head's blocks run as one operation."""
         return [*self.encoder.layers, *self.global_blocks]
@@ -171,17 +208,22 @@ class UniFlow(Stored, Resizable):
         """
         return self.latents(self.encoder.last(*self._embed(images)))
 
-    def compile_encoder(self, batch: int, size: tuple[int, int] | None = None) -> ImageEncoder:
+    def compile_encoder(
+        self, batch: int, size: tuple[int, int] | None = None, precision: str | None = None
+    ) -> ImageEncoder:
         """An encoder from images to latents whose work is prepared: on CUDA it is captured here.
 
         Args:
             batch: images at a time; it takes others too.
             size: (H, W) of the images in pixels; the trained size if not given.
+            precision: as `compile_decoder` takes it.
 
         Raises:
-            ValueError: for a batch below 1, or a size that is no multiple of the patch.
+            ValueError: for a batch below 1, a size that is no multiple of the patch, or a precision that is unknown or
+                cannot serve.
         """
-        return ImageEncoder(self, batch, (self.config.image_size, self.config.image_size) if size is None else size)
+        size = (self.config.image_size, self.config.image_size) if size is None else size
+        return ImageEncoder(self.at_precision(precision), batch, size)
 
     def latents(self, last_hidden_state: Tensor) -> Tensor:
         """The encoder's last state [B, 1+N, D] to latents [B, N, latent_ch]; the class token is left out."""
@@ -326,8 +368,8 @@ class UniFlow(Stored, Resizable):
             size: (H, W) of the pictures in pixels; the trained size if not given.
             steps, schedule, cfg, cfg_interval, solver, temperature, max_memory: as `decode` takes them.
             dtype: of the pictures: torch.uint8, or a floating one for values in [0, 1].
-            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md); that with
-                which the model was read if not given.
+            precision: "fp8" for products in 8-bit floats, see `at_precision`; that with which the model was read if
+                not given.
 
         Returns:
             A decoder from latents to pictures, not normalised.
@@ -338,9 +380,9 @@ class UniFlow(Stored, Resizable):
                 precision that is unknown or cannot serve, and as `decode`.
         """
         plan = self._plan(steps, schedule, solver, cfg, cfg_interval)
-        check_precision(precision, self.device, self.config.head_width)
+        model = self.at_precision(precision)
         size = (self.config.image_size, self.config.image_size) if size is None else size
-        return Decoder(Sampler(self, plan, temperature, max_memory, dtype, precision), batch, size)
+        return Decoder(Sampler(model, plan, temperature, max_memory, dtype), batch, size)
 
     def _plan(self, steps: int | None, schedule: str, solver: str, cfg: float, cfg_interval: Interval | None) -> Plan:
         plan = Plan(self.config.sampling_steps if steps is None else steps, schedule, solver, cfg, cfg_interval)

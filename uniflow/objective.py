@@ -118,6 +118,17 @@ class UniFlowObjective(nn.Module):
         if isinstance(self.teacher, EncoderTeacher) and self.teacher.dtype == torch.float32:
             self.teacher = self.teacher.lowered(dtype)
 
+    def lower_teacher(self, precision: str) -> None:
+        """Have the products of the teacher's layers in a lower precision, "fp8"; the one that was given stays as it is.
+
+        Raises:
+            ValueError: for another precision, or without an `EncoderTeacher`.
+        """
+        if not isinstance(self.teacher, EncoderTeacher):
+            found = "none" if self.teacher is None else f"a {type(self.teacher).__name__}"
+            raise ValueError(f"teacher_precision: expected an EncoderTeacher to teach, got {found}")
+        self.teacher = self.teacher.lowered(precision=precision)
+
     @property
     def image_size(self) -> int:
         """Side of the images that the student is trained at, in pixels."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
+from uniflow.encoder import bytes_of_layer
 from uniflow.flow_decoder import FlowDecoder
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
 from uniflow_kernels import seeded_noise, to_images
@@ -58,7 +59,6 @@ class Sampler:
         temperature, max_memory: as `UniFlow.decode` takes them.
         pictures: the dtype of pictures that are denormalised and clamped, a floating one or torch.uint8; None for
             images as the encoder reads them, in the model's dtype.
-        precision: of the flow head's modulations, "fp8"; that of the head if not given.
     """
 
     model: Tokenizer
@@ -66,7 +66,6 @@ class Sampler:
     temperature: float = 1.0
     max_memory: int | None = None
     pictures: torch.dtype | None = None
-    precision: str | None = None
 
     def start(
         self,
@@ -120,7 +119,6 @@ class Sampler:
             self.plan,
             time_scale=head.time_scale,
             ahead=False,
-            precision=self.precision,
         )
         size = (bottom - top) * config.patch_size, across * config.patch_size
         end: dict[str, Any] = {"dtype": dtype}
@@ -137,7 +135,7 @@ class Sampler:
         if self.max_memory is None:
             return batch, grid[0]
         config, tokens = self.model.config, grid[0] * grid[1]
-        precision = self.precision or self.model.flow_head.net.precision
+        precision = self.model.flow_head.net.precision
         in_blocks, in_head = decoding_bytes_per_token(config, self.model.dtype, self.plan.cfg != 1.0, precision)
         if tokens * max(in_blocks, in_head) <= self.max_memory:
             return self.max_memory // (tokens * max(in_blocks, in_head)), grid[0]
@@ -162,7 +160,7 @@ def decoding_bytes_per_token(
         config: of the model.
         dtype: of its parameters.
         guided: whether there is guidance, whose two branches go through the flow head together.
-        precision: of the flow head's modulations, "fp8" or None.
+        precision: of the model, "fp8" or None.
 
     Returns:
         In the global blocks, and in the flow head with the end of sampling.
@@ -173,7 +171,8 @@ def decoding_bytes_per_token(
     # conditions; three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
     # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
     in_head = ((2 * width + 20 * head) if guided else (width + 12 * head)) * size + 4 * row * (max(4, size) + size)
-    if precision is not None:  # the modulations of all blocks at once
+    if precision is not None:  # a layer's input in 8 bits beside it, and the modulations of all blocks at once
+        in_blocks += bytes_of_layer(width, 4 * width, dtype)
         in_head += bytes_per_row(head, (3 * config.num_decoder_layers + 2) * head, dtype)
     in_noise = width * size + 40 * row  # in plain PyTorch: the words that noise is made of, eight bytes each
     return in_blocks, max(in_head, in_noise)
@@ -321,9 +320,8 @@ class Decoder:
                 return sampler(latents, start, size)
             if noise is not None:
                 start = _moved(start.to(torch.promote_types(model.dtype, torch.float32)), model.device)
-            precision = sampler.precision or model.flow_head.net.precision
-            settings = sampler.plan, sampler.temperature, sampler.max_memory, sampler.pictures, precision
-            how = (*settings, size, model.training)
+            settings = sampler.plan, sampler.temperature, sampler.max_memory, sampler.pictures
+            how = (*settings, model.flow_head.net.precision, size, model.training)
             return self._graphs(partial(sampler, size=size), (latents, start), read.tensors, how, read.structure)
 
     def stream(self, batches: Iterable[Batch], generator: torch.Generator | None = None) -> Iterator[Tensor]:

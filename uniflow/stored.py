@@ -17,6 +17,7 @@ from uniflow.flow_decoder import FlowDecoder
 from uniflow.hub import local_folder, model_card, push
 from uniflow.preprocessor import check_preprocessor, write_preprocessor
 from uniflow.pretrained import PretrainedEncoder, described_encoder
+from uniflow_kernels.modules.fp8_linear import lower
 from uniflow_kernels.ops.fp8_linear import check_precision
 
 # what a model card counts the parameters of
@@ -33,6 +34,7 @@ class Stored(nn.Module):
 
     config: UniFlowConfig
     encoder: nn.Module
+    global_blocks: nn.ModuleList
     flow_head: FlowDecoder
     decoder_pos_embed: nn.Parameter
 
@@ -64,8 +66,8 @@ class Stored(nn.Module):
             device: where the parameters go.
             dtype: of the parameters, also by its name ("bfloat16"); that of the file if not given.
             torch_dtype: the same, by the name that the transformers package had for it.
-            precision: "fp8" for a flow head whose modulations are made of 8-bit floats (docs/flow_head.md): for
-                inference alone, so call the model under torch.inference_mode().
+            precision: "fp8" for products in 8-bit floats, see `lower`: for inference alone, so call the model under
+                torch.inference_mode().
             weights: which model of a file that holds several, as one and its average: "ema", or all of its prefix.
             revision, cache_dir, local_files_only: of a repository, see `uniflow.hub.local_folder`.
 
@@ -96,8 +98,28 @@ class Stored(nn.Module):
         state = read_state(folder, mark=cls.mark, weights=weights)
         model = cls.outlined(config, state, str(folder))
         assign_state(model, state, str(folder), chosen)
-        model.flow_head.net.precision = precision
+        if precision is not None:
+            model.lower(precision)
         return model.to(device, chosen).eval()
+
+    def lower(self, precision: str) -> Self:
+        """Have the products of the layers and of the flow head's modulations in a precision from here on; the model.
+
+        The channel projections around the latent and the flow head's other products stay in the dtype of the
+        parameters, by their share of the error (docs/fp8.md), and so do linear layers whose sizes are no multiples of
+        16, that have hooks or that are of another class.
+
+        Args:
+            precision: "fp8".
+
+        Raises:
+            ValueError: for another one.
+        """
+        check_precision(precision)
+        for part in (self.encoder, self.global_blocks):
+            lower(part)
+        self.flow_head.net.precision = precision
+        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also the state of one that was compiled or wrapped, or a checkpoint with that in it.

@@ -16,6 +16,8 @@ from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
 from uniflow.resizing import AnyEmbeddings, resize_embeddings
 from uniflow.transformer import TransformerLayer
+from uniflow_kernels.modules.fp8_linear import lower
+from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.torch_private import has_autocast
 
 
@@ -42,7 +44,7 @@ class EncoderTeacher(nn.Module):
     def copy_of(cls, model: UniFlow, dtype: torch.dtype | None = None) -> EncoderTeacher:
         """The encoder of a UniFlow as it is now; for `dtype` see `lowered`."""
         made = cls(copy.deepcopy(model.embeddings), copy.deepcopy(model.encoder))
-        return made if dtype is None else made._lower(dtype)
+        return made if dtype is None else made._lower(dtype, None)
 
     @classmethod
     def from_pretrained(
@@ -52,22 +54,38 @@ class EncoderTeacher(nn.Module):
         std: Sequence[float] | None = None,
         dtype: torch.dtype | str | None = None,
         weights: str | None = None,
+        precision: str | None = None,
     ) -> EncoderTeacher:
-        """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen."""
+        """Arguments and errors of `uniflow.pretrained.pretrained_encoder`; a module that is given is frozen.
+
+        For `precision` see `lowered`, of whose copy the module that is given is no part.
+        """
         chosen = as_dtype(dtype)
         pretrained = pretrained_encoder(source, mean, std, weights)
-        return cls(pretrained.embeddings, pretrained.encoder, chosen)
+        made = cls(pretrained.embeddings, pretrained.encoder, chosen)
+        return made if precision is None else made.lowered(precision=precision)
 
-    def lowered(self, dtype: torch.dtype) -> EncoderTeacher:
-        """A copy in another dtype, its weights cast once, LayerScale folded into the projections before it."""
-        made = copy.deepcopy(self)._lower(dtype)
+    def lowered(self, dtype: torch.dtype | None = None, precision: str | None = None) -> EncoderTeacher:
+        """A copy in another dtype, its weights cast once, LayerScale folded into the projections before it.
+
+        Args:
+            dtype: of the copy; this one's own if not given.
+            precision: "fp8" for products of its layers in 8-bit floats, see docs/fp8.md.
+
+        Raises:
+            ValueError: for a precision that is unknown, or that the device does not have.
+        """
+        check_precision(precision, next(self.parameters()).device)
+        made = copy.deepcopy(self)._lower(dtype, precision)
         made._trained = self._trained  # positions are resized before they are cast
         return made
 
-    def _lower(self, dtype: torch.dtype) -> EncoderTeacher:
+    def _lower(self, dtype: torch.dtype | None, precision: str | None) -> EncoderTeacher:
         for layer in self.encoder.layers:
             if isinstance(layer, TransformerLayer):
                 layer.fold_layer_scale()
+        if precision is not None:
+            lower(self.encoder)
         return self.to(dtype)
 
     def resize(self, image_size: int) -> None:

@@ -141,18 +141,13 @@ def _in_fp8(head: FlowHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -
 
 def _quantized(head: FlowHead, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """The head by its definition, with the modulations' factors rounded to 8-bit floats, and they to bfloat16."""
-
-    def rounded(rows: torch.Tensor) -> torch.Tensor:
-        scale = rows.abs().amax(1, keepdim=True).float() / 448
-        return ((rows / scale).to(torch.float8_e4m3fn).float() * scale).to(rows.dtype)
-
-    a = rounded(F.silu(head.time_embed(t) + head.cond_embed(c)))
+    a = reference.rounded(F.silu(head.time_embed(t) + head.cond_embed(c)))
     blocks, modulations, last = head.tensors()
     made = []
     for layer in (*modulations, last):
         assert layer is not None
         assert layer.bias is not None
-        made.append((F.linear(a, rounded(layer.weight)) + layer.bias.bfloat16()).bfloat16().to(x.dtype))
+        made.append((F.linear(a, reference.rounded(layer.weight)) + layer.bias.bfloat16()).bfloat16().to(x.dtype))
     return head.final_layer.linear(flow_blocks(head.input_proj(x), blocks, Given(made[:-1], made[-1]), head.form))
 
 

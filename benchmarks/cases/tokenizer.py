@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks import reference
 from benchmarks.case import Case, Problem, Work, at, attention_flops, linear_flops, randomised
 from benchmarks.cases.decode import decode_work
 from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
+from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
 def _model(preset: str, dtype: str) -> UniFlow:
@@ -95,6 +98,31 @@ def build_objective(preset: str, batch: int, dtype: str) -> Problem:
     )
 
 
+class _Rounded(nn.Linear):
+    """What `Fp8Linear` computes by its definition: the product of the factors rounded to 8-bit floats."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.bfloat16().to(x.dtype)
+        return F.linear(reference.rounded(x), reference.rounded(self.weight), bias).bfloat16().to(x.dtype)
+
+
+def build_encode_fp8(preset: str, batch: int, dtype: str) -> Problem:
+    """In fp8; the plain form has the same quantized numbers."""
+    problem = build_encode(preset, batch, dtype)
+    model, images = problem.inputs
+    lowered = model.at_precision("fp8")
+    defined = copy.deepcopy(lowered, {id(parameter): parameter for parameter in lowered.parameters()})
+    for module in defined.modules():
+        if type(module) is Fp8Linear:
+            module.__class__ = _Rounded  # type: ignore[assignment]
+    return replace(
+        problem,
+        inputs=(lowered, defined, images),
+        ours=lambda lowered, defined, images: lowered.encode(images),
+        plain=lambda lowered, defined, images: defined.encode(images),
+    )
+
+
 def build_encoder(preset: str, batch: int, dtype: str) -> Problem:
     """The same by a compiled encoder."""
     problem = build_encode(preset, batch, dtype)
@@ -103,6 +131,18 @@ def build_encoder(preset: str, batch: int, dtype: str) -> Problem:
 
 
 CASES = (
+    Case(
+        "encode_fp8",
+        "What does encoding cost in fp8, by batch size? `encode` has the same in full precision.",
+        build_encode_fp8,
+        cuda=(
+            at(preset="base", batch=1, dtype="bfloat16"),
+            at(preset="base", batch=8, dtype="bfloat16"),
+            at(preset="base", batch=32, dtype="bfloat16", quick=True, compile=True),
+        ),
+        cpu=(at(preset="tiny", batch=1, dtype="float32", quick=True),),
+        check_at_most={"batch": 1},
+    ),
     Case(
         "encoder",
         "What does a compiled encoder take from images to latents?",

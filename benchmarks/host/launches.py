@@ -24,6 +24,7 @@ def launches(device: torch.device) -> Iterator[Timed]:
 def _rows(device: torch.device) -> Iterator[Timed]:
     from uniflow_kernels.triton_kernels.activation import activation, activation_backward
     from uniflow_kernels.triton_kernels.flow_head import Rows, norm_modulate, norm_modulate_backward
+    from uniflow_kernels.triton_kernels.quantization import quantize
 
     empty = partial(torch.zeros, dtype=torch.bfloat16, device=device)
     x, q, h, dh, total, du = (empty(ROWS, WIDTH) for _ in range(6))
@@ -52,6 +53,7 @@ def _rows(device: torch.device) -> Iterator[Timed]:
             norm_modulate_backward, dh, total, x, norm_and_scale, norm, None, None, None, of_layer, False, 1e-6, dx=h
         ),
     )
+    yield Timed("quantize", partial(quantize, x, 448.0, 1e-38))
     yield Timed("activation", partial(activation, x, WIDTH))
     yield Timed("activation_backward", partial(activation_backward, du, x))
 

@@ -16,7 +16,7 @@ def test_the_page_is_that_of_the_files():
 def test_every_kernel_is_counted(arch):
     parts = json.loads((results.FOLDER / f"emulated-sm{arch}.json").read_text())["parts"]
     for part, csrc in {"Triton": False, "CUDA": True}.items():
-        assert {kernel["kernel"] for kernel in parts[part]} == kernels_of(csrc)
+        assert {kernel["kernel"] for kernel in parts[part]} == kernels_of(csrc, arch)
 
 
 def test_no_counts_are_no_page(tmp_path):

@@ -6,14 +6,14 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.conftest import randomize
-from tests.uniflow.unifluid.conftest import texts
+from tests.uniflow.unifluid.conftest import asked, texts
 from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, draw_tokens
 from uniflow.unifluid.captions import Drawings, Readings
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import make_text_tokenizer
 from uniflow_kernels.modules import sampling
 
-__all__ = ["texts"]  # a fixture
+__all__ = ["asked", "texts"]  # fixtures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,17 +98,18 @@ def test_states_are_those_of_the_cpu(model, texts):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_training_step_does_not_wait_for_the_gpu(model, texts, autocast):
+def test_a_training_step_does_not_wait_for_the_gpu(model, texts, asked, autocast):
     model = model.cuda().train()
     objective = UniFluidObjective(model, Tokens(), Vision())
     ids, real = (part.cuda() for part in texts)
+    question = [part.cuda() for part in asked(N)]
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8, device="cuda")
     answer = torch.ones(2, 2, dtype=torch.bool, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            losses = objective(Drawings(images, ids, real), Readings(images, ids, real, answer))
+            losses = objective(Drawings(images, ids, real), Readings(images, *question, answer))
         losses.total.backward()
         optimizer.step()
         optimizer.zero_grad()

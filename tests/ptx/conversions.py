@@ -26,6 +26,18 @@ def to_f16(value: np.ndarray) -> np.ndarray:
     return np.asarray(value).astype(np.float16).view(np.uint16)
 
 
+def to_e4m3(value: np.ndarray) -> np.ndarray:
+    """float32 to the nearest float8_e4m3fn's bits, ties to even, 448 at most; NaN is 0x7F."""
+    value = np.asarray(value, np.float32)
+    size = np.minimum(np.abs(np.where(np.isnan(value), 0, value)), np.float32(448))
+    exponent = np.maximum(np.frexp(size)[1] - 1, -6)  # of the leading bit; below it numbers are multiples of 2^-9
+    eighths = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int64)  # 8 to 16 of a normal number
+    # a carry into 16 is the next exponent's 8, and into 8 the least normal number
+    bits = np.where(eighths < 8, eighths, ((exponent + 7) << 3) + eighths - 8)
+    sign = np.signbit(value).astype(np.int64) << 7
+    return np.where(np.isnan(value), 0x7F, bits | sign).astype(np.uint8)
+
+
 def _to_integer(kind: np.dtype, rounding: Callable) -> Callable:
     low, high = np.iinfo(kind).min, np.iinfo(kind).max
 
@@ -52,6 +64,9 @@ def _cvt(instruction: Instruction, program: Any) -> Step:
         half = narrow[to[:-2]]
         pack = lambda high, low: (half(high).astype(np.uint32) << np.uint32(16)) | half(low)  # noqa: E731
         return elementwise(instruction, program, pack, [TYPES["f32"]] * 2, TYPES["u32"])
+    if to == "e4m3x2" and source == "f32" and modes == ["rn", "satfinite"]:
+        pack = lambda high, low: (to_e4m3(high).astype(np.uint16) << np.uint16(8)) | to_e4m3(low)  # noqa: E731
+        return elementwise(instruction, program, pack, [TYPES["f32"]] * 2, TYPES["u16"])
     if to in narrow and source == "f32" and modes == ["rn"]:
         return elementwise(instruction, program, narrow[to], [TYPES["f32"]], TYPES["u16"])
     if to == "f32" and source == "bf16":

@@ -7,6 +7,7 @@ from tests.ptx.session import unwritten_is_nan
 from tests.uniflow_kernels import test_dual_rows, test_modulated_norm, test_transformer_layers
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
+from uniflow_kernels.ops import fp8_linear
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,22 @@ def test_layers(within_twice, name, width, hidden):
     x = test_transformer_layers.tokens((2, 65, width), torch.bfloat16)
     with unwritten_is_nan():
         test_transformer_layers.against_definition(within_twice, layers, x, form, "products", 1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 144), (torch.float32, 1030)])
+def test_quantization(request, dtype, width):
+    """The bits of the definition, by the conversion that a GPU has from sm_89 on."""
+    if request.config.getoption("--emulate") == "80":
+        pytest.skip("sm_80 has no 8-bit floats")
+    rows = (torch.randn(9, width) * 10.0 ** torch.linspace(-4, 4, width)).to(dtype)
+    rows[2], rows[3, 1] = 0, torch.nan
+    with unwritten_is_nan(), backend("triton"):
+        q, scale = fp8_linear.quantized(rows)
+    finite = torch.arange(9) != 3
+    exact, exact_scale = fp8_linear.quantize(rows[finite])
+    assert torch.equal(scale[finite], exact_scale)
+    assert torch.equal(q[finite].view(torch.uint8), exact.view(torch.uint8))
+    assert q[3, 1].isnan()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_decode_writes_what_reconstruct_writes(capsys, picture_folder, tmp_path,
     same = [*CHECKPOINT, "--batch-size", 2]
     ok(capsys, "reconstruct", picture_folder, *same, *keep, *sampling, "--seed", 5, "--out", tmp_path / "one")
     latents = tmp_path / "latents.safetensors"
-    ok(capsys, "encode", picture_folder, *same, *keep, "--out", latents)
+    precision = sampling if "--precision" in sampling else []
+    ok(capsys, "encode", picture_folder, *same, *keep, *precision, "--out", latents)
     ok(capsys, "decode", latents, *same, *sampling, "--seed", 5, "--out", tmp_path / "two")
     assert files(tmp_path / "one") == ["a.png", "b.png", "more/c.png"]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -62,6 +62,32 @@ def test_reconstructed_at_one_size_and_scored_at_another(capsys, folder, colours
     assert (found["pictures"], found["skipped"], found["lpips"]) == (9, 1, None)
 
 
+def test_what_a_lower_precision_costs(capsys, folder):
+    plain = scores(capsys, folder, *CHECKPOINT)
+    assert plain["precision"] is None
+    found = scores(capsys, folder, *CHECKPOINT, "--precision", "fp8", "--batch-size", 4)
+    costs = found["precision"]
+    assert costs["psnr_full"] == pytest.approx(plain["psnr"], abs=1e-3)
+    assert found["psnr"] != plain["psnr"]
+    assert 15 < costs["psnr_beside_full"] < 60
+    model = UniFlow.from_pretrained(GOLDEN)
+    side, places = model.config.image_size, [0, 1, 2, *range(4, 10)]
+    originals = torch.stack([to_tensor(center_crop(open_picture(folder / f"{i}.png"), side)) for i in places])
+    lowered = model.at_precision("fp8")
+    with torch.no_grad():
+        pairs = [
+            *zip(lowered.layer_states(normalize(originals)), model.layer_states(normalize(originals)), strict=True),
+            (lowered.encode(normalize(originals)), model.encode(normalize(originals))),
+        ]
+    expected = [torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in pairs]
+    assert [*costs["cosine"]] == [*(f"layer {i + 1}" for i in range(len(pairs) - 1)), "latents", "condition"]
+    assert [*costs["cosine"].values()][:-1] == pytest.approx(expected, abs=1e-5)
+    assert 0.9 < costs["cosine"]["condition"] < 0.99999
+    table = ok(capsys, "evaluate", folder, *CHECKPOINT, "--precision", "fp8")
+    assert "in full precision PSNR" in table
+    assert "layer 1\t" in table
+
+
 def test_statistics_are_kept_and_read_again(capsys, folder, colours, tmp_path):  # noqa: F811
     features, kept = ["--features", colours], tmp_path / "kept" / "reference.npz"
     kept.parent.mkdir()

@@ -204,6 +204,7 @@ def test_bad_input(capsys, generated, originals, colours, tmp_path):  # noqa: F8
         ([originals, *ours], "FOLDER: of no use with --generated"),
         ([*ours, "--checkpoint", GOLDEN], "--checkpoint: of no use with --generated"),
         ([*ours, "--steps", 3], "--steps: of no use with --generated"),
+        ([originals, "--checkpoint", GOLDEN, "--manifold", 9], "--manifold: of no use with --checkpoint"),
         ([*ours, *network], "--generated: expected --reference too"),
         ([*ours, "--reference", originals], "--features: expected a network"),
         ([*ours, *network, "--reference", tmp_path / "none.npz"], "no such file"),

@@ -30,6 +30,7 @@ from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import EncoderTeacher, UniFlow, UniFlowConfig
 from uniflow.cli.train import _untrained
+from uniflow.cli.unifluid_questions import scores
 from uniflow.generation import FlowTransformer, FlowTransformerConfig
 from uniflow.latent_set import ChannelStatistics, LatentSet, Manifest, finish, write_shard
 from uniflow.latents import EncodedPicture, fingerprint, meaning, read_latents, write_latents
@@ -40,6 +41,7 @@ from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionFolder
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.model import UniFluid
+from uniflow.unifluid.questions import read_questions
 from uniflow.unifluid.recipe import UniFluidRun
 from uniflow.unifluid.texts import make_text_tokenizer, read_text_tokenizer
 from uniflow.unifluid.tokens import read_image_tokenizer
@@ -84,6 +86,7 @@ READERS = {
     "latent set": lambda folder: (ChannelStatistics.read(folder), LatentSet(folder).latent(0)),
     "generator": lambda folder: FlowTransformer.from_pretrained(folder).check_tokenizer(of_latents()),
     "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
+    "questions": lambda folder: scores(read_questions(folder / "questions.jsonl")),
     "recipe": lambda folder: read_run(folder / "run.yaml", UniFluidRun),
 }
 
@@ -121,7 +124,7 @@ def whole(tmp_path_factory, golden_folder):
     write_tensors(place / "run" / "optimizer.pt", {"state": {"a": {"step": torch.zeros(())}}, "groups": [1.0, True]})
     for name in ("run", "shards"):
         seal(place / name)
-    for name in ("latents", "captions", "recipe"):
+    for name in ("latents", "captions", "questions", "recipe"):
         (place / name).mkdir()
     picture = EncodedPicture("a.png", 16, 16)
     write_latents(place / "latents" / "latents.safetensors", [torch.zeros(16, 16)], [picture], of_latents())
@@ -135,6 +138,10 @@ def whole(tmp_path_factory, golden_folder):
     FlowTransformer(of_kind).save_pretrained(place / "generator")
     smooth_picture((8, 8), 0).save(place / "captions" / "a.png")
     (place / "captions" / "captions.jsonl").write_text('{"image": "a.png", "caption": "a seven"}\n' * 2)
+    shutil.copy(place / "captions" / "a.png", place / "questions")
+    about = {"image": "a.png", "question": "which?", "answer": "7", "response": "7"}
+    choice = {**about, "choices": ["7", "9"], "likelihoods": [-1.0, -2.5]}
+    (place / "questions" / "questions.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(choice)}\n")
     shutil.copy(Path(__file__).parents[2] / "examples" / "unifluid.yaml", place / "recipe" / "run.yaml")
     for name, read in READERS.items():
         read(place / name)

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.live_bytes import LiveBytes
 from uniflow import EncoderTeacher, UniFlowObjective, normalize
 from uniflow_kernels import layerwise_distillation, patchify
+from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
 def batch(seed=0):
@@ -151,6 +152,44 @@ def test_a_lowered_teacher_has_its_layer_scale_in_the_projections(tiny, within_t
         within_twice(found, rounded, state)
     assert teacher.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_in_fp8(tiny):
+    """Its products alone, in whichever dtype it is; the one that was given stays as it is."""
+    student = tiny(intermediate_size=128)
+    images = batch()[0]
+    objective = UniFlowObjective(student)
+    given, before = objective.teacher, objective.teacher(images)
+    objective.lower_teacher("fp8")
+    assert objective.teacher is not given
+    assert all(torch.equal(a, b) for a, b in zip(given(images), before, strict=True))
+    ours = objective.teacher(images)
+    for found, exact in zip(ours[1:], before[1:], strict=True):
+        assert 1e-6 < 1 - torch.cosine_similarity(found, exact, dim=-1).mean() < 1e-2
+    assert objective(images).alpha.max() < 1e-2
+    objective(images).total.backward()
+    assert not any(parameter.grad is not None for parameter in objective.teacher.parameters())
+    objective.lower_frozen(torch.bfloat16)
+    assert objective.teacher.dtype == torch.bfloat16
+    assert any(type(part) is Fp8Linear for part in objective.teacher.modules())
+    twice = given.lowered(torch.bfloat16, "fp8")(images)
+    assert all(torch.equal(a, b) for a, b in zip(objective.teacher(images), twice, strict=True))
+    objective.teacher = None
+    with pytest.raises(ValueError, match="teacher_precision: expected an EncoderTeacher to teach, got none"):
+        objective.lower_teacher("fp8")
+    with pytest.raises(ValueError, match="precision: expected one of fp8, got 'int8'"):
+        given.lowered(precision="int8")
+
+
+def test_a_teacher_of_the_transformers_package_in_fp8():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 16, "patch_size": 4}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    exact, lowered = (EncoderTeacher.from_pretrained(model, precision=how) for how in (None, "fp8"))
+    assert not any(isinstance(part, Fp8Linear) for part in model.modules())
+    images = batch()[0]
+    for ours, theirs in zip(lowered(images)[1:], exact(images)[1:], strict=True):
+        assert 1e-6 < 1 - torch.cosine_similarity(ours, theirs, dim=-1).mean() < 1e-2
 
 
 def test_a_lowered_teacher_has_no_part_in_autocast(tiny):

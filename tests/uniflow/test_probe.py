@@ -1,5 +1,6 @@
 """`uniflow probe` as a person uses it: the table, what is kept, who the teacher is, processes."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -64,6 +65,18 @@ def made(monkeypatch):
     return counts
 
 
+def interrupted_at(count):
+    """`center_crop`, during which Ctrl-C is heard once so many pictures are read."""
+    read = itertools.count(1)
+
+    def crop(picture, size):
+        if next(read) == count:
+            raise KeyboardInterrupt
+        return center_crop(picture, size)
+
+    return crop
+
+
 @torch.inference_mode()
 def by_hand(checkpoint, files, layer, size):
     pictures = torch.stack([to_tensor(center_crop(open_picture(file), size)) for file in files])
@@ -121,7 +134,6 @@ def test_judged_by_another_folder(capsys, folder, student, tmp_path):
 
 def test_features_are_made_once_and_an_interrupted_run_goes_on(capsys, folder, student, tmp_path, made, monkeypatch):
     monkeypatch.setattr(feature_set, "PER_PART", 8)
-    monkeypatch.setattr("uniflow.cli.probe.PER_PART", 8)
     kept = tmp_path / "kept"
     arguments = [folder, "--checkpoint", student, "--out", tmp_path / "out", "--keep", kept, "--force"]
     first = probed(capsys, *arguments)
@@ -129,6 +141,16 @@ def test_features_are_made_once_and_an_interrupted_run_goes_on(capsys, folder, s
     made.clear()
     assert probed(capsys, *arguments, "--neighbours", 20, "--batch-size", 3) == first
     assert not made
+    shutil.rmtree(kept)
+    monkeypatch.setattr("uniflow.cli.probe.center_crop", interrupted_at(20))
+    assert run(list(map(str, ["probe", *arguments]))) == 130
+    capsys.readouterr()
+    whole = sum(made)
+    assert whole == len(list(kept.rglob("*.safetensors"))) * 8 > 0
+    monkeypatch.setattr("uniflow.cli.probe.center_crop", center_crop)
+    assert probed(capsys, *arguments) == first
+    assert sum(made) == 30  # none twice
+    made.clear()
     parts = sorted(kept.rglob("*.safetensors"))
     assert len(parts) == 4
     before = [part.read_bytes() for part in parts]
@@ -207,7 +229,6 @@ def test_pictures_that_cannot_be_read(capsys, folder, student, tmp_path):
 def test_processes_share_the_pictures(folder, student, tmp_path, monkeypatch):
     """One and two: the same table, and the same features to the bit."""
     monkeypatch.setattr(feature_set, "PER_PART", 8)
-    monkeypatch.setattr("uniflow.cli.probe.PER_PART", 8)
 
     def act():
         out = ["--out", tmp_path / "out", "--keep", tmp_path / f"kept-{world}", "--force", "--json"]

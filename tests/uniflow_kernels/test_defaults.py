@@ -13,6 +13,7 @@ from uniflow_kernels import (
     backend,
     doctor,
     flow_matching_loss,
+    fp8_linear,
     fused_flow_blocks,
     gated_residual_norm,
     interpolate,
@@ -164,6 +165,9 @@ CALLS = {
     "attention": lambda given: [attention(*[given.condition.view(2, 6, 2, 12)] * 3)],
     "doctor": lambda given: [str(doctor())],
     "flow_matching_loss": of_loss,
+    "fp8_linear": lambda given: [
+        fp8_linear(given.noise, given.velocity.detach()[0].repeat(8, 1), given.noise[0, :, 0].repeat(8))
+    ],
     "fused_flow_blocks": of_blocks,
     "gated_residual_norm": of_residual,
     "residual_norm": of_residual,

@@ -11,7 +11,6 @@ from tests.conftest import randomize
 from tests.uniflow_kernels.test_flow_blocks import options
 from tests.uniflow_kernels.test_fp8_linear import by_definition
 from uniflow_kernels import FlowHead, backend, flow_matching_loss, fused_flow_blocks
-from uniflow_kernels.modules.sampling import Conditioned
 from uniflow_kernels.ops import flow_fp8
 from uniflow_kernels.ops.flow_blocks import FromLayers, flow_blocks
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
@@ -198,10 +197,6 @@ def test_sampling_a_few_rows_or_many(monkeypatch, cfg):
     assert not torch.allclose(ours, plain, atol=1e-5)
     monkeypatch.setattr("uniflow_kernels.modules.sampling.ROWS_AHEAD", 0)
     assert torch.allclose(head.sample(condition, 5, noise=noise, cfg=cfg), ours, atol=5e-3)
-    head.precision = None
-    asked = Conditioned(head, condition, [100.0], precision="fp8")
-    head.precision = "fp8"
-    assert torch.equal(asked(noise, 100.0), Conditioned(head, condition, [100.0])(noise, 100.0))
 
 
 def test_what_it_cannot_serve_is_said():

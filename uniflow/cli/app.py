@@ -48,7 +48,7 @@ def _check_seed(seed: int) -> int:  # said in an error alone: a range of 19 digi
 Seed = Annotated[int, typer.Option(callback=_check_seed, help="Of the noise.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp8 for a flow head that works with 8-bit floats, on request.", show_default=False)
+    str | None, typer.Option(help="fp8 for products of 8-bit floats, on request.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
@@ -187,6 +187,7 @@ def encode(
     strict: Strict = False,
     max_pixels: MaxPixels = _MAX_PIXELS,
     dtype: Dtype = "auto",
+    precision: Precision = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -205,9 +206,9 @@ def encode(
     if out.suffix == LATENTS:
         how.check_of_one_file()
         given = Given(pictures, strict, max_pixels)
-        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, device, force)
+        encode(given, named, out, keep_size, batch_size, memory, workers, dtype, precision, device, force)
     else:
-        encode_set(pictures, named, out, how, keep_size, dtype, device, force)
+        encode_set(pictures, named, out, how, keep_size, dtype, precision, device, force)
 
 
 @app.command()
@@ -366,6 +367,7 @@ def evaluate(
     from uniflow.cli.tokenize import Sampling
 
     if checkpoint is not None and folder is not None and generated is None:
+        _refuse_others(context, "--checkpoint", "manifold")
         memory = parse_memory(max_memory)
         sampling = Sampling(steps, schedule, solver, cfg, cfg_interval, temperature, seed, memory, precision)
         scoring = Scoring(size, score_size, keep_size, features, lpips, reference, keep_reference, out)
@@ -542,7 +544,9 @@ def unifluid_train(
 
 @unifluid.command("generate")
 def unifluid_generate(
-    captions: Annotated[list[str], typer.Argument(help="What to draw, one text a picture.", show_default=False)],
+    captions: Annotated[
+        list[str], typer.Argument(help="What to draw, one text a picture; or a file *.jsonl of it.", show_default=False)
+    ],
     checkpoint: UniFluidCheckpoint,
     tokenizer: Annotated[
         Path, typer.Option(help="Folder of the image tokenizer that it was trained with.", show_default=False)
@@ -571,13 +575,23 @@ def unifluid_generate(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Draw pictures from captions, and from other pictures if given: a PNG each, and a sheet of all."""
-    from uniflow.cli.inputs import Named
-    from uniflow.cli.unifluid import generate
+    """Draw pictures from captions, and from other pictures if given: a PNG each, and a sheet of all.
 
-    named, sources = Named(checkpoint, weights), source or []
+    A file's lines are objects of JSON with a caption, and with source if it is drawn from others. Under torchrun all
+    processes share the pictures.
+    """
+    from uniflow.cli.inputs import InputError, Named
+    from uniflow.cli.unifluid_drawing import Drawing, generate, generate_file
+
     how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "cfg_source": cfg_source, "temperature": temperature}
-    generate(captions, named, tokenizer, vision, sources, out, count, seed, how, batch_size, dtype, device, force)
+    named = Named(checkpoint, weights)
+    drawing = Drawing(named, tokenizer, vision, how, count, seed, batch_size, dtype, device)
+    if len(captions) == 1 and captions[0].endswith(".jsonl"):
+        if source:
+            raise InputError("--source: expected none with a file, whose lines have their own")
+        generate_file(Path(captions[0]), drawing, out, force)
+    else:
+        generate(captions, source or [], drawing, out, force)
 
 
 _Vision = Annotated[

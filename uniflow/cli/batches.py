@@ -124,7 +124,7 @@ def most_encoded(model: UniFlow, size: Size, max_memory: int | None) -> int:
     if max_memory is None:
         return sys.maxsize
     tokens = 1 + math.prod(size) // model.config.patch_size**2
-    needed = tokens * encoding_bytes_per_token(model.config, model.dtype)
+    needed = tokens * encoding_bytes_per_token(model.config, model.dtype, model.precision)
     if needed > max_memory:
         raise InputError(
             f"--max-memory: encoding a picture of {size[0]}x{size[1]} needs at least {needed / 1e6:.3f} MB, got "
@@ -146,3 +146,8 @@ def runs(items: Iterable[T], longest: Callable[[T], int], key: Callable[[T], obj
         run.append(item)
     if run:
         yield run
+
+
+def seeds_of_blocks(seed: int, blocks: int) -> list[int]:
+    """A seed for each block of what processes share: what is drawn for it is the same whoever has it."""
+    return torch.randint(1 << 62, (blocks,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -67,6 +67,7 @@ def encode_set(
     how: HowToEncode,
     keep_size: bool,
     dtype: str,
+    precision: str | None,
     device: str,
     force: bool,
 ) -> None:
@@ -79,7 +80,7 @@ def encode_set(
         raise InputError(f"--store: expected auto, {', '.join(DTYPES)}, got {how.store!r}")
     check_folder(out)
     with joined(choose_device(device), "the same command goes on from there") as (processes, own_device):
-        model = load_model(checkpoint, str(own_device), dtype)
+        model = load_model(checkpoint, str(own_device), dtype, precision)
         side = model.config.image_size if how.size is None else how.size
         if side % model.config.patch_size:
             raise InputError(f"--size: expected a multiple of the patch ({model.config.patch_size}), got {side}")

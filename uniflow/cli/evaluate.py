@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from uniflow.atomic import write_json
 from uniflow.cli.bars import picture_bar
-from uniflow.cli.batches import fitted, stacked
+from uniflow.cli.batches import Item, fitted, stacked
 from uniflow.cli.files import Given, check_outputs, check_pictures_folder, find_pictures
 from uniflow.cli.inputs import InputError, Named, choose_device, explained, load_model
 from uniflow.cli.printing import Column, Table, finite, say, say_json
@@ -20,12 +21,17 @@ from uniflow.cli.workers import Workers
 from uniflow.config import UniFlowConfig
 from uniflow.evaluation.frechet import FeatureStatistics
 from uniflow.evaluation.networks import FeatureNetwork, PerceptualDistance
+from uniflow.evaluation.precision import cosines
 from uniflow.evaluation.scores import InOrder, ReconstructionScores, Scored, resized
+from uniflow.evaluation.similarity import psnr
 from uniflow.latents import fingerprint
 from uniflow.model import UniFlow
-from uniflow.sampler import start_of
+from uniflow.normalization import normalize
+from uniflow.sampler import Decoder, start_of
 from uniflow.training.processes import Processes, ProcessLostError, joined
 from uniflow_kernels import __version__
+
+_COST = "cost of the precision: "  # how names of values begin that are no scores
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,10 @@ class Scoring:
             raise InputError(f"--size: expected a multiple of the checkpoint's patch, {config.patch_size}, got {side}")
         return side
 
+    def at_size(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W], uint8, at the size at which they are scored."""
+        return images if self.score_size is None else resized(images, self.score_size)
+
     def networks(self, device: torch.device) -> ReconstructionScores:
         """What counts the scores, with the networks on a device."""
         with explained():
@@ -93,7 +103,10 @@ def evaluate(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Print the mean scores over a folder, which the processes of torchrun share; rFID too, or why there is none."""
+    """Print the mean scores over a folder, which the processes of torchrun share; rFID too, or why there is none.
+
+    In a lower precision also what that costs, beside the same model in full precision.
+    """
     sampling.check()
     scoring.check(force)
     check_pictures_folder(given.paths[0])
@@ -122,6 +135,9 @@ def _scored(
     bar = picture_bar("reconstructing", shown=processes.first)
     with bar, Workers(workers) as files, find_pictures(given, files) as pictures:
         side = None if scoring.keep_size else scoring.side(model.config)
+        with explained():
+            lowered = model.at_precision(sampling.precision)
+        exact = None if lowered is model else _Exact(model, lowered, sampling, batch_size)
         scores = scoring.networks(model.device)
         # a picture's noise is that of its place, whoever reconstructs it and whatever cannot be read
         seeds = start_of((len(pictures.sources),), None, sampling.noise(), None, torch.device("cpu"))
@@ -129,12 +145,15 @@ def _scored(
         share = pictures.share(batch_size, processes.rank, processes.world)
         start = time.perf_counter()
         items = fitted(share, model.config, scoring.keep_size, files, side)
-        for batch, results in reconstructions(model, items, share, sampling, batch_size, bar, seeds):
-            made, originals = results, stacked(batch)
-            if scoring.score_size is not None:
-                made, originals = (resized(images, scoring.score_size) for images in (made, originals))
+        for batch, results in reconstructions(lowered, items, share, sampling, batch_size, bar, seeds):
+            made, originals = scoring.at_size(results), scoring.at_size(stacked(batch))
             with explained():
-                order.add(batch[0].source.place // batch_size, scores.of(made, originals))
+                scored = scores.of(made, originals)
+            if exact is not None:
+                full = scoring.at_size(exact.reconstructed(batch, seeds))
+                costs = {"full": psnr(full, originals), "beside": psnr(made, full), **exact.cosines(batch)}
+                scored.values.update({_COST + name: value for name, value in costs.items()})
+            order.add(batch[0].source.place // batch_size, scored)
         order.finish()
         seconds = time.perf_counter() - start
         pictures.skipped = sum(processes.of_all(share.skipped))
@@ -145,11 +164,42 @@ def _scored(
     return scores, {"skipped": pictures.skipped, "images_per_second": scores.pictures / seconds}
 
 
+@dataclass
+class _Exact:
+    """The model in full precision, beside which one in a lower precision is looked at."""
+
+    model: UniFlow
+    lowered: UniFlow
+    sampling: Sampling
+    batch_size: int
+    _decoder: Decoder | None = field(default=None, init=False)
+
+    @torch.inference_mode()
+    def reconstructed(self, batch: list[Item], seeds: Tensor) -> Tensor:
+        """A batch's reconstructions from the same noise, uint8 [B, 3, H, W] on the CPU."""
+        size, noise = batch[0].size, seeds[[item.source.place for item in batch]]
+        if self._decoder is None:
+            self._decoder = replace(self.sampling, precision=None).decoder(self.model, self.batch_size, size)
+        return self._decoder(self.model.encode(self._images(batch)), seed=noise, size=size).cpu()
+
+    def cosines(self, batch: list[Item]) -> dict[str, Tensor]:
+        """See `uniflow.evaluation.precision.cosines`; on the CPU."""
+        return {name: value.cpu() for name, value in cosines(self.lowered, self.model, self._images(batch)).items()}
+
+    def _images(self, batch: list[Item]) -> Tensor:
+        return normalize(stacked(batch).to(self.model.device))
+
+
 def _report(
     scores: ReconstructionScores, counts: dict[str, Any], settings: dict[str, Any], scoring: Scoring, as_json: bool
 ) -> None:
     rfid = scores.distance()
     means = scores.means()
+    costs = {name.removeprefix(_COST): means.pop(name) for name in list(means) if name.startswith(_COST)}
+    precision = None
+    if costs:
+        full, beside = costs.pop("full"), costs.pop("beside")
+        precision = {"psnr_full": full, "psnr_beside_full": beside, "cosine": costs}
     values = {
         "pictures": scores.pictures,
         "skipped": counts["skipped"],
@@ -157,6 +207,7 @@ def _report(
         **means,
         "lpips": means.get("lpips"),
         "rfid": rfid,
+        "precision": precision,
         "images_per_second": counts["images_per_second"],
     }
     if scoring.keep_reference is not None and scores.originals is not None and scores.network is not None:
@@ -176,6 +227,11 @@ def _report(
     if rfid is None:
         why_not = "it needs --features with a network" if scores.network is None else "it needs at least two pictures"
         say(f"rFID was not computed: {why_not}")
+    if precision is not None:
+        say(f"in full precision PSNR {full:.2f} dB; the two reconstructions beside each other {beside:.2f} dB")
+        of_both = Table([Column("cosine similarity", "cosine", width=17), Column("1 - mean", "mean", ".2e", 8)])
+        for name, value in costs.items():
+            of_both.row(name, 1 - value)
     if scores.without_ssim:
         say(f"SSIM was not computed for {scores.without_ssim} pictures smaller than its window of 11 pixels")
 

@@ -85,9 +85,9 @@ class Pictures:
         """Those of every block of so many neighbours that falls to process `rank` of `world`."""
         return self._some(lambda place: place // block % world == rank)
 
-    def block(self, block: int, number: int) -> Pictures:
-        """Those of one block of so many neighbours."""
-        return self._some(lambda place: place // block == number)
+    def within(self, places: range) -> Pictures:
+        """Those at some places among all that were given."""
+        return self._some(lambda place: place in places)
 
     def _some(self, chosen: Callable[[int], bool]) -> Pictures:
         some = copy(self)

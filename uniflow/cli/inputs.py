@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -82,9 +83,10 @@ class Named:
     weights: str | None = None
 
 
-def load_model(checkpoint: Named, device: str, dtype: str) -> UniFlow:
+def load_model(checkpoint: Named, device: str, dtype: str, precision: str | None = None) -> UniFlow:
     """Read a UniFlow; the dtype "auto" is that of the file."""
-    return load_checkpoint(UniFlow.from_pretrained, checkpoint, device, dtype)
+    read = partial(UniFlow.from_pretrained, precision=precision)
+    return load_checkpoint(read, checkpoint, device, dtype)
 
 
 def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtype: str) -> M:

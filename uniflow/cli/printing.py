@@ -120,10 +120,14 @@ def say_json(values: Mapping[str, object]) -> None:
 
 
 def finite(values: Mapping[str, object]) -> dict[str, object]:
-    """Values as JSON has them: those that are not finite as None."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
+    """Values as JSON has them: those that are not finite as None, also further down."""
+
+    def of(value: object) -> object:
+        if isinstance(value, Mapping):
+            return finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: of(value) for key, value in values.items()}
 
 
 def _padded(cell: str, column: Column) -> str:

@@ -29,7 +29,7 @@ from uniflow.cli.files import (
 from uniflow.cli.inputs import InputError, Named, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import Column, Table, counted, notice, say
 from uniflow.cli.workers import Workers
-from uniflow.evaluation.feature_set import PER_PART, FeatureSet, feature_key
+from uniflow.evaluation.feature_set import FeatureSet, feature_key
 from uniflow.evaluation.probing import Labelled, PooledLayers, linear_accuracy, neighbour_accuracy, split_by_class
 from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, to_tensor
@@ -277,7 +277,7 @@ def _make(
             for path in rests(kept.folder):
                 path.unlink()
         missing = processes.from_first(kept.missing)[processes.rank :: processes.world]
-        parts = {part: pictures.block(PER_PART, part) for part in missing}
+        parts = {part: pictures.within(kept.places(part)) for part in missing}
         task = bar.add_task("", total=sum(len(part.sources) for part in parts.values())) if parts else None
         for part, its in parts.items():
             numbers, made = [], [torch.empty(len(layers.layers), 0, width)]

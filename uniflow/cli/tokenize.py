@@ -107,7 +107,7 @@ def reconstruct(
         outputs = [out / source.name for source in sources]
         check_outputs(outputs, force)
         check_not_read(outputs, sources)
-        model = load_model(checkpoint, device, dtype)
+        model = load_model(checkpoint, device, dtype, sampling.precision)
         columns = (
             Column("picture", "picture", width=max(len(str(source.path)) for source in sources)),
             Column("size", "size", width=9),
@@ -141,6 +141,7 @@ def encode(
     max_memory: int | None,
     workers: int,
     dtype: str,
+    precision: str | None,
     device: str,
     force: bool,
 ) -> None:
@@ -151,7 +152,7 @@ def encode(
     latents: list[Tensor] = []
     encoded: list[EncodedPicture] = []
     with picture_bar("encoding") as bar, Workers(workers) as files, find_pictures(given, files) as pictures:
-        model = load_model(checkpoint, device, dtype)
+        model = load_model(checkpoint, device, dtype, precision)
         with torch.inference_mode():
             items = fitted(pictures, model.config, keep_size, files)
             for batch in batches(model, items, pictures, batch_size, max_memory, bar):

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from uniflow.cli.bars import picture_bar
-from uniflow.cli.batches import runs
-from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
-from uniflow.cli.inputs import InputError, Named, check_finite, check_text, explained, load_checkpoint
+from uniflow.cli.batches import runs, seeds_of_blocks
+from uniflow.cli.files import Given, find_pictures, picture_suffixes
+from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
+from uniflow.evaluation.scores import InOrder
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, open_picture, save_picture, to_tensor
-from uniflow.training.processes import Processes
+from uniflow.pictures import center_crop, to_tensor
+from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import UniFluidObjective, check_tokenizer, check_vision
+from uniflow.unifluid.objective import UniFluidObjective, check_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
 from uniflow.unifluid.slots import source_slots
@@ -41,7 +37,6 @@ from uniflow.unifluid.texts import (
     ids_fingerprint,
     make_text_tokenizer,
     padded,
-    prompt_ids,
     read_text_tokenizer,
 )
 from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
@@ -49,8 +44,6 @@ from uniflow.unifluid.validation import DrawingValidator
 
 _VALIDATED = 256  # examples that a validation looks at
 _AT_A_TIME = 32  # pictures, for their statistics
-_LONGEST_NAME = 60
-SHEET = "sheet.png"
 
 
 def train(config: Path, out: Path | None, resume: str | None, device: str, force: bool) -> None:
@@ -65,6 +58,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
+    if run.model.checkpointing != "none":
+        student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
     texts = (student.text_tokenizer, *sizes, _longest_text(data, student, vision))
     count, seen = student.config.tokens, vision.tokens if vision else 0
@@ -186,82 +181,16 @@ def _first_captions(examples: Examples, count: int) -> list[int]:
     return list(islice(numbers.values(), count))
 
 
-def generate(
-    captions: Sequence[str],
-    checkpoint: Named,
-    tokenizer: Path,
-    vision: Path | None,
-    sources: Sequence[Path],
-    out: Path,
-    count: int,
-    seed: int,
-    how: dict[str, Any],
-    batch_size: int,
-    dtype: str,
-    device: str,
-    force: bool,
-) -> None:
-    """Draw `count` pictures for each caption, a PNG each, and all of them on one sheet, a row a caption.
-
-    `how` are arguments of `uniflow.unifluid.drawing.draw_tokens`; `sources` are pictures that all are drawn from.
-    """
-    for name in ("temperature", "cfg", "cfg_source"):
-        check_finite(f"--{name.replace('_', '-')}", how[name])
-    if how["cfg_source"] != 1 and not sources:
-        raise InputError(f"--cfg-source: expected 1 without --source, got {how['cfg_source']}")
-    check_folder(out)
-    names = _names(captions)
-    files = [out / f"{name}-{number}.png" for name in names for number in range(count)]
-    check_outputs([*files, out / SHEET], force)
-    model = load_checkpoint(UniFluid.from_pretrained, checkpoint, device, dtype)
-    with explained():
-        images = read_image_tokenizer(tokenizer).to(model.device)
-        images.set_grid(model.config.grid)
-        check_tokenizer(model, images)
-        group_sizes(model.config.tokens, how["steps"] or 1)  # a bad value is found before anything is drawn
-        seen = _seen(model, images, vision, sources)
-        slots = 0 if seen is None else sum(part.shape[0] * part.shape[1] for part in seen if part is not None)
-        for caption in captions:
-            model.check_context(slots + len(prompt_ids(model.text_tokenizer, caption)) + model.config.tokens)
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [caption for caption in captions for _ in range(count)]
-    pictures: list[Tensor] = []
-    with picture_bar("drawn") as bar:
-        task = bar.add_task("", total=len(prompts))
-        for first in range(0, len(prompts), batch_size):
-            with explained():
-                part = prompts[first : first + batch_size]
-                again = None if seen is None else seen.repeated(len(part))
-                batch = draw_pictures(model, images, part, generator, again, **how).cpu()
-            out.mkdir(parents=True, exist_ok=True)
-            for picture, file in zip(batch, files[first:], strict=False):
-                save_picture(picture, file)
-            pictures += batch
-            bar.advance(task, len(batch))
-    save_picture(rearrange(pictures, "(rows n) c h w -> c (rows h) (n w)", n=count), out / SHEET)
-    say(f"{len(pictures)} pictures and {SHEET} written to {out}")
-
-
-def _seen(model: UniFluid, tokenizer: ImageTokenizer, vision: Path | None, sources: Sequence[Path]) -> Sources | None:
-    """What the model sees of the pictures that it draws from."""
-    if not sources:
-        return None
-    features = None
-    if vision is not None and model.config.sources != "tokens":
-        features = VisionFeatures(vision).to(model.device)
-        check_vision(model, features)
-    opened = [open_picture(source) for source in sources]
-    sizes = (tokenizer.image_size, features.image_size if features else tokenizer.image_size)
-    pixels = [torch.stack([to_tensor(center_crop(picture, size)) for picture in opened]) for size in sizes]
-    return see_sources(model, tokenizer, features, *(part.to(model.device) for part in pixels))
-
-
 def ask(given: Given, question: str, asking: Asking) -> None:
-    """Print the answer to a question about each picture, a line each: the file, a tab, the answer."""
+    """Print the answer to a question about each picture, a line each: the file, a tab, the answer.
+
+    The processes of torchrun share the pictures, and the first prints.
+    """
     asking.check()
     check_text("--question", question)
-    with Workers(1) as files, find_pictures(given, files) as pictures:
-        model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, asking.device, asking.dtype)
+    start = joined(choose_device(asking.device), "the same command begins anew")
+    with start as (processes, own), Workers(1) as files, find_pictures(given, files) as pictures:
+        model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
             features = VisionFeatures(asking.vision).to(model.device)
             check_vision(model, features)
@@ -270,27 +199,24 @@ def ask(given: Given, question: str, asking: Asking) -> None:
         def fit(picture: Image.Image) -> Tensor:
             return to_tensor(center_crop(picture, features.image_size))
 
-        with drawn_by(asking.seed, model.device):
-            for batch in runs(pictures.read(fit, files), lambda _: asking.batch_size, lambda _: None):
-                ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
-                crops = torch.stack([pixels for _, _, pixels in batch])
-                with explained():
-                    seen = features(normalize(crops.to(model.device)))
-                    answers = answer(model, seen, ids, real, asking.longest, **asking.how)
-                for (source, _, _), text in zip(batch, answers, strict=True):
-                    say(str(source.path), " ".join(text.split()))
-    pictures.say_skipped()
+        def take(answered: tuple[Path, str]) -> None:
+            say(str(answered[0]), " ".join(answered[1].split()))
 
-
-def _names(captions: Sequence[str]) -> list[str]:
-    """A file name for each caption, all different."""
-    names: list[str] = []
-    for caption in captions:
-        check_text("captions", caption)
-        stem = re.sub(r"\W+", "-", caption.lower()).strip("-")[:_LONGEST_NAME] or "picture"
-        name, number = stem, 1
-        while name in names:
-            number += 1
-            name = f"{stem}_{number}"
-        names.append(name)
-    return names
+        size = asking.batch_size
+        blocks = -(-len(pictures.sources) // size)
+        seeds = seeds_of_blocks(asking.seed, blocks)
+        order = InOrder[tuple[Path, str]](processes, blocks, take)
+        share = pictures.share(size, processes.rank, processes.world)
+        for batch in runs(share.read(fit, files), lambda _: size, lambda each: each[0].place // size):
+            block = batch[0][0].place // size
+            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
+            crops = torch.stack([pixels for _, _, pixels in batch])
+            with explained(), drawn_by(seeds[block], model.device):
+                seen = features(normalize(crops.to(model.device)))
+                answers = answer(model, seen, ids, real, asking.longest, **asking.how)
+            for (source, _, _), text in zip(batch, answers, strict=True):
+                order.add(block, (source.path, text))
+        order.finish()
+        pictures.skipped = sum(processes.of_all(share.skipped))
+        if processes.first:
+            pictures.say_skipped()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uniflow.atomic import replacing, write_json
 from uniflow.cli.bars import picture_bar
-from uniflow.cli.batches import runs
+from uniflow.cli.batches import runs, seeds_of_blocks
 from uniflow.cli.files import check_outputs, read_picture
 from uniflow.cli.inputs import InputError, Named, check_finite, check_text, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import Column, Table, finite, notice, say, say_json
@@ -142,7 +142,7 @@ def _answered(
             raise InputError(f"{question.where}: {error}") from None
     answered: list[Question] = []
     blocks = -(-len(questions) // asking.batch_size)
-    seeds = torch.randint(1 << 62, (blocks,), generator=torch.Generator().manual_seed(asking.seed)).tolist()
+    seeds = seeds_of_blocks(asking.seed, blocks)
     with picture_bar("asked", shown=processes.first) as bar, Workers(2) as files:
         task = bar.add_task("", total=len(questions))
 

@@ -78,6 +78,10 @@ class FeatureSet:
         """The parts that are not there."""
         return [part for part in self._parts() if not self._path(part).exists()]
 
+    def places(self, part: int) -> range:
+        """The numbers of the pictures of a part."""
+        return range(part * PER_PART, min((part + 1) * PER_PART, self.pictures))
+
     def write(self, part: int, numbers: Sequence[int], features: Tensor) -> None:
         """Write a part, whole or not at all.
 
@@ -93,7 +97,7 @@ class FeatureSet:
         if not features.isfinite().all():
             raise ValueError("the features are not finite: the weights are not, or too large for the dtype")
         tensors = {_name(layer): each.contiguous() for layer, each in zip(self.layers, features.cpu(), strict=True)}
-        tensors[_NUMBERS] = torch.tensor(numbers, dtype=torch.int64)
+        tensors[_NUMBERS] = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         path = self._path(part)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -130,7 +134,8 @@ class FeatureSet:
                 found = numbers if name == _NUMBERS else file.get_tensor(name)
         except Exception as error:  # the reader raises whatever a forged header makes it meet
             raise ValueError(f"{path} is damaged: delete it, and it is made again ({shown(error)})") from None
-        ends = [part * PER_PART - 1, *numbers.ravel(), min((part + 1) * PER_PART, self.pictures)]
+        places = self.places(part)
+        ends = [places.start - 1, *numbers.ravel(), places.stop]
         fits = found is numbers if name == _NUMBERS else (found.ndim, found.dtype) == (2, np.float32)
         if numbers.dtype != np.int64 or not (np.diff(ends) > 0).all() or len(found) != len(ends) - 2 or not fits:
             raise ValueError(f"{path} is damaged: delete it, and it is made again (its numbers do not fit together)")

@@ -64,10 +64,12 @@ def export_programs(model: UniFlow, **sampling: Any) -> dict[str, ExportedProgra
         sampling: see `Decoding`; one step if nothing else is said.
 
     Raises:
-        ValueError: for a model in training mode, or settings that `UniFlow.decode` does not have.
+        ValueError: for a model in training mode or a lower precision, or settings that `UniFlow.decode` does not have.
     """
     if model.training:
         raise ValueError("model: expected it in evaluation mode, as model.eval() makes it")
+    if model.precision is not None:
+        raise ValueError(f"model: expected it in full precision, as other runtimes have it, got {model.precision}")
     config, dtype = model.config, model.dtype
     batch, patch = Dim("batch", max=_LARGEST), config.patch_size
     sides = {2: patch * Dim("lines", min=2, max=_LARGEST), 3: patch * Dim("columns", min=2, max=_LARGEST)}

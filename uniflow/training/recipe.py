@@ -83,6 +83,8 @@ class Recipe:
         precision: "bfloat16" runs the forward pass under autocast, and what is frozen beside the student in bfloat16;
             parameters and their updates stay in their dtype. "auto" is bfloat16 on CUDA and float32 elsewhere, see
             `on`.
+        teacher_precision: "fp8" has the products of a frozen teacher's layers made of 8-bit floats (docs/fp8.md); None
+            leaves them in the teacher's dtype.
         compile: run the student's layers and those of their kind (the teacher's) through torch.compile, which makes one
             of all that are alike. "auto" does where Triton can start kernels on CUDA.
         parallel: with more than one process, "ddp" or "fsdp" (fully_shard, checkpoints in shards).
@@ -102,6 +104,7 @@ class Recipe:
     max_gradient_norm: float = 1.0
     ema_decay: float | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    teacher_precision: Literal["fp8"] | None = None
     compile: Literal["auto"] | bool = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
@@ -122,6 +125,7 @@ class Recipe:
         _at_most(self, 2**63 - 1, "seed")
         _above_zero(self, "max_gradient_norm")
         _one_of(self, "precision", ("auto", "float32", "bfloat16"))
+        _one_of(self, "teacher_precision", (None, "fp8"))
         _one_of(self, "compile", ("auto", False, True))
         _one_of(self, "parallel", ("ddp", "fsdp"))
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -329,6 +333,6 @@ def _above_zero(recipe: object, *names: str) -> None:
             raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
-def _one_of(recipe: object, name: str, allowed: tuple[str | bool, ...]) -> None:
+def _one_of(recipe: object, name: str, allowed: tuple[str | bool | None, ...]) -> None:
     if getattr(recipe, name) not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {getattr(recipe, name)!r}")

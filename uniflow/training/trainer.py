@@ -119,6 +119,8 @@ class Trainer:
         self._peak = peak_flops(self.device)  # in bfloat16
         self._sizes, self._samples = sizes_of(recipe, objective, samples)  # of each stage
         self._flops = [self._count_flops(number) for number in range(len(recipe.stages))]  # of a sample
+        if recipe.teacher_precision is not None:
+            self._lower_teacher(recipe.teacher_precision)
         self.average: MovingAverage | None = None
         self._resize(self._sizes[0])
         if recipe.parallel == "fsdp":
@@ -181,6 +183,12 @@ class Trainer:
             for module in self.objective.modules():
                 if type(module) in kinds:
                     module.compile()
+
+    def _lower_teacher(self, precision: str) -> None:
+        lower: Any = getattr(self.objective, "lower_teacher", None)
+        if lower is None:
+            raise ValueError(f"teacher_precision: a {type(self.objective).__name__} has no teacher")
+        lower(precision)
 
     def _advance(self) -> bool:
         """A step and what is due after it, or False if the run shall stop."""

@@ -2,8 +2,17 @@
 
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.config import UniFluidConfig
-from uniflow.unifluid.drawing import draw_pictures, draw_tokens
+from uniflow.unifluid.drawing import Sources, draw_pictures, draw_tokens, see_sources
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective
 
-__all__ = ["UniFluid", "UniFluidConfig", "UniFluidObjective", "answer", "draw_pictures", "draw_tokens"]
+__all__ = [
+    "Sources",
+    "UniFluid",
+    "UniFluidConfig",
+    "UniFluidObjective",
+    "answer",
+    "draw_pictures",
+    "draw_tokens",
+    "see_sources",
+]

@@ -103,8 +103,8 @@ class CaptionFolder(PictureList):
         self._texts: list[Texts] = []
         self._further: list[dict[Kind, list[Path]]] = []
         for where, fields in read_lines(file):
-            first, *rest = _images(folder, "image", fields, where)
-            sources = _images(folder, "source", fields, where)
+            first, *rest = pictures_of(folder, "image", fields, where)
+            sources = pictures_of(folder, "source", fields, where)
             texts = _texts(fields, where, pictures=1 + len(rest))._replace(sources=len(sources))
             if sources and not texts.caption:
                 raise CaptionError(f"{where}: source without caption")
@@ -265,7 +265,7 @@ def text_of(text: Any, name: str, where: str, required: bool = False) -> str:
     return text
 
 
-def _images(folder: Path, name: str, fields: dict[str, Any], where: str) -> list[Path]:
+def pictures_of(folder: Path, name: str, fields: dict[str, Any], where: str) -> list[Path]:
     """The pictures that a field names; a list where there may be one: of `source`, and of `image` with messages."""
     named = fields.get(name)
     if name == "source" and named is None:

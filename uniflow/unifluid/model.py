@@ -178,6 +178,18 @@ class UniFluid(nn.Module):
         """The transformer's layers."""
         return layers_of(self.backbone)
 
+    def gradient_checkpointing_enable(self, enable: bool = True, flow_head: bool = True) -> None:
+        """Recompute the activations of the transformer's layers, and of the head's blocks, in the backward pass.
+
+        Raises:
+            ValueError: if the transformer's layers cannot.
+        """
+        if not enable:
+            self.backbone.gradient_checkpointing_disable()
+        else:
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.head.grad_checkpointing = enable and flow_head
+
     def train_for(self, drawing: bool, reading: bool) -> None:
         """Leave out of the training what data of one kind have no use for: it stays as it is, and needs no moments."""
         to_draw = ("token_proj.", "place_embedding", "query_embedding", "source_embedding", "head.")

@@ -47,8 +47,8 @@ class Head(Protocol):
         """Blocks, modulations and final modulation."""
         ...
 
-    def quantized(self, precision: str | None = None) -> QuantizedLayers | None:
-        """The layers of the modulations in a precision or the head's own, if one is asked for."""
+    def quantized(self) -> QuantizedLayers | None:
+        """The layers of the modulations in the head's precision, if it has one."""
         ...
 
     def from_embedding(self, x: Tensor, y: Tensor, quantized: QuantizedLayers | None = None) -> Tensor:
@@ -90,7 +90,6 @@ class Conditioned:
         null_condition: what guidance leads away from: [..., z_channels], or [1, z_channels] for all rows, whose
             modulations are then one row; None without guidance.
         ahead: False where no memory is to be held for modulations made together.
-        precision: of the modulations, see `FlowHead`; the head's own if not given.
     """
 
     def __init__(
@@ -100,10 +99,9 @@ class Conditioned:
         times: Sequence[Time],
         null_condition: Tensor | None = None,
         ahead: bool = True,
-        precision: str | None = None,
     ) -> None:
         self.head = head
-        self.quantized = head.quantized(precision)  # once: a captured graph reads the weights again in every replay
+        self.quantized = head.quantized()  # once: a captured graph reads the weights again in every replay
         self.c = head.cond_embed(condition)
         self.null = None if null_condition is None else head.cond_embed(null_condition)
         # filled one by one: a list would be copied from the host, and the host would wait for it
@@ -284,7 +282,6 @@ def follow(
     null_condition: Tensor | None = None,
     time_scale: float = 1000.0,
     ahead: bool = True,
-    precision: str | None = None,
 ) -> Update:
     """Carry noise along the head's velocity to the last update, which is left to the caller.
 
@@ -297,7 +294,7 @@ def follow(
         plan: steps, solver and guidance.
         null_condition: as `Conditioned` takes it; zeros if not given.
         time_scale: the head is given time_scale * t.
-        ahead, precision: see `Conditioned`.
+        ahead: see `Conditioned`.
     """
     if plan.cfg == 1.0:
         null_condition = None
@@ -306,7 +303,7 @@ def follow(
     times: dict[float, Time] = {t: time_scale * t for t in plan.times()}
     if head.times == 2:
         times = {t: (time_scale * t, time_scale * (t + dt)) for t, dt in schedule_steps(plan.steps, plan.schedule)}
-    conditioned = Conditioned(head, condition, list(times.values()), null_condition, ahead, precision)
+    conditioned = Conditioned(head, condition, list(times.values()), null_condition, ahead)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if not plan.guides_at(t):

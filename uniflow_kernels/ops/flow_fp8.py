@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uniflow_kernels.ops.flow_blocks import Affine, Given
-from uniflow_kernels.ops.fp8_linear import QuantizedLayer, check_precision, check_tensors, quantize
+from uniflow_kernels.ops.fp8_linear import QuantizedLayer, check_precision, check_tensors, quantized
 from uniflow_kernels.packing import packed
 
 # Rows of modulations that are held at a time: at W = 1024 and depth 12, 319 MB; W1's product fills a GPU from here on.
@@ -41,18 +41,18 @@ class QuantizedLayers(QuantizedLayer):
 
 def _side_by_side(*tensors: Tensor | None) -> QuantizedLayers:
     weights, biases = tensors[::2], tensors[1::2]
-    quantized = [quantize(weight) for weight in weights if weight is not None]
+    layers = [quantized(weight) for weight in weights if weight is not None]
     bias = None
     if any(tensor is not None for tensor in biases):
-        sizes = [len(weight) for weight, _ in quantized]
+        sizes = [len(weight) for weight, _ in layers]
         bias = torch.cat(
             [
-                quantized[0][1].new_zeros(size) if own is None else own.float()
+                layers[0][1].new_zeros(size) if own is None else own.float()
                 for own, size in zip(biases, sizes, strict=True)
             ]
         ).to(torch.bfloat16)
-    scale = torch.cat([scale for _, scale in quantized]).t()
-    return QuantizedLayers(torch.cat([weight for weight, _ in quantized]), scale, bias)
+    scale = torch.cat([scale for _, scale in layers]).t()
+    return QuantizedLayers(torch.cat([weight for weight, _ in layers]), scale, bias)
 
 
 def chunks(conditions: int, repeat: int, rows: int) -> Iterator[tuple[slice, slice]]:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from uniflow_kernels.choice import requested
 from uniflow_kernels.ops.flow_blocks import check_choice
 from uniflow_kernels.ops.flow_choice import UNMEASURED, dtype_of_products
-from uniflow_kernels.ops.registration import register, wants_gradient
+from uniflow_kernels.ops.registration import is_watched, register, wants_gradient
 from uniflow_kernels.packing import packed
 from uniflow_kernels.torch_private import constant, has_autocast, is_forward_mode, is_transforming
-from uniflow_kernels.triton_kernels import architecture
+from uniflow_kernels.triton_kernels import MAX_QUANTIZED, architecture, why_not_on
 
 PRECISIONS = ("fp8",)
 LARGEST = 448.0  # of e4m3
@@ -35,14 +36,24 @@ _OUTPUTS_AT_ONCE = 1024  # of the product in float32, whose factors are float32 
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, W] -> the same in float8_e4m3fn, each row divided by its scale, and the scales, [R, 1] in float32.
+    """[R, W] -> the same in float8_e4m3fn, each row times one over its scale, and the scales, [R, 1] in float32.
 
     A scale is the row's largest magnitude over 448, so that nothing overflows. With a NaN or an infinity among its
     numbers a row's scale is one, and so is all that is made of the row.
     """
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
     scale = (largest / LARGEST).clamp(min=_SMALLEST_SCALE)
-    return (rows / scale).to(torch.float8_e4m3fn), scale
+    return (rows * scale.reciprocal()).to(torch.float8_e4m3fn), scale
+
+
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize`, in one pass over memory where there is a kernel: the same bits."""
+    why_not = is_watched(rows) or requested() not in ("auto", "triton") or not rows.numel()
+    if why_not or why_not_kernel(rows.device, rows.dtype, rows.shape[1]) is not None:
+        return quantize(rows)
+    from uniflow_kernels.triton_kernels import quantization
+
+    return quantization.quantize(rows if rows.stride(1) == 1 else rows.contiguous(), LARGEST, _SMALLEST_SCALE)
 
 
 class QuantizedLayer(NamedTuple):
@@ -60,14 +71,14 @@ class QuantizedLayer(NamedTuple):
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[R, W], float, to [R, O], bfloat16."""
-        q, scale = quantize(rows)
+        q, scale = quantized(rows)
         multiply = multiplied if why_not_scaled(rows.device) else scaled_product
         return multiply(q, scale, self)
 
 
 def quantized_layer(weight: Tensor, bias: Tensor | None) -> QuantizedLayer:
     """A layer of a weight [O, W] and a bias [O] in fp8."""
-    q, scale = quantize(weight)
+    q, scale = quantized(weight)
     return QuantizedLayer(q, scale.t(), None if bias is None else bias.to(torch.bfloat16))
 
 
@@ -135,7 +146,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     kind = x.device.type
-    with torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext():
+    without_autocast = torch.autocast(kind, enabled=False) if has_autocast(kind) else nullcontext()
+    with without_autocast, torch.cuda.device_of(x):
         rows = x.reshape(-1, x.shape[-1])
         layer = packed("fp8 linear", [weight, bias], quantized_layer)
         made = layer(rows) if len(rows) else rows.new_empty(0, len(weight))
@@ -217,10 +229,20 @@ def why_not_scaled(device: torch.device) -> str | None:
     return None
 
 
+def why_not_kernel(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why rows of a width are quantized in plain PyTorch; None where one kernel does it."""
+    if (reason := why_not_on(device, dtype)) is not None:
+        return reason
+    if 0 < architecture(device) < 89:  # 0 is Triton's interpreter
+        return "it writes 8-bit floats, for which a GPU has instructions from compute capability 8.9 on"
+    return None if width <= MAX_QUANTIZED else f"it holds a row in one program: up to {MAX_QUANTIZED} wide, not {width}"
+
+
 def explain_fp8(device: torch.device, width: int, why_not: str | None = None) -> tuple[str, str]:
     """What makes products in fp8 where they are asked for, and why; `why_not`: a reason against it."""
     if (reason := why_not or why_not_fp8(device, width)) is not None:
         return "nothing", reason
     if (reason := why_not_scaled(device)) is not None:
         return "the same numbers in float32", reason
-    return "one scaled product by cuBLAS or CUTLASS", UNMEASURED
+    by = "plain PyTorch" if why_not_kernel(device, torch.bfloat16, width) else "a Triton kernel"
+    return f"rows by {by}, one scaled product by cuBLAS or CUTLASS", UNMEASURED

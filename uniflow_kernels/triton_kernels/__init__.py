@@ -15,6 +15,7 @@ from torch import Tensor
 
 from uniflow_kernels.choice import requested
 
+MAX_QUANTIZED = 16384  # columns of a row, which one program holds whole
 MOST_DISTILLED_COLUMNS = 8192  # a token of both sides stays in registers
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

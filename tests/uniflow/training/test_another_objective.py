@@ -102,6 +102,11 @@ def train(*stages, samples=None, objective=None, **options):
     return Trainer(objective or Fit(), samples or Plane(), recipe, **own)
 
 
+def test_an_objective_without_a_teacher_cannot_have_one_in_fp8():
+    with pytest.raises(ValueError, match="teacher_precision: a Fit has no teacher"):
+        train(teacher_precision="fp8")
+
+
 def test_it_is_trained_and_what_it_measures_is_logged_by_name():
     heard = Heard()
     losses = train(Stage(60, learning_rate=0.05), logs=[heard]).run()

@@ -89,6 +89,7 @@ def test_errors_name_the_key(tmp_path, old, new, message):
         {"workers": 10**6},
         {"micro_batch_size": 2**40},
         {"keep": 0},
+        {"teacher_precision": "fp4"},
     ],
 )
 def test_recipes_are_checked_without_a_file_too(options):

@@ -26,6 +26,7 @@ from uniflow.training import Stage
 from uniflow.training.optimization import set_learning_rates
 from uniflow.training.processes import Processes, ProcessLostError
 from uniflow_kernels import seeded_noise
+from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
 def parameters(trainer):
@@ -50,6 +51,18 @@ def test_training_reduces_the_loss(make):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
     assert not trainer.objective.training
     assert trainer.finished
+
+
+def test_a_teacher_in_fp8(make):
+    """The student learns from nearly the same, and what is saved is its own; a run without a teacher is refused."""
+    trainer = make(steps=3, teacher_precision="fp8", precision="bfloat16")
+    assert trainer.run() == pytest.approx(make(steps=3, precision="bfloat16").run(), rel=0.01)
+    teacher = trainer.objective.teacher
+    assert teacher.dtype == torch.bfloat16
+    assert [type(layer.mlp.fc1) for layer in teacher.encoder.layers] == [Fp8Linear]
+    assert not any(type(part) is Fp8Linear for part in trainer.student.modules())
+    with pytest.raises(ValueError, match="teacher_precision: expected an EncoderTeacher to teach, got none"):
+        make(objective=small_objective(distill_weight=0.0), teacher_precision="fp8")
 
 
 def test_the_seed_decides(make):

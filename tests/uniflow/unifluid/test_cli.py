@@ -230,7 +230,7 @@ def test_train_with_sources_and_conversations(capsys, run_file, place, make_mode
     lines = [{"image": f"{n}.png", "caption": "its mirror image", "source": f"{n + 1}.png"} for n in range(4)]
     lines += [{"image": ["5.png", "6.png"], "messages": talk}, {"image": "0.png", "caption": "a red square"}]
     (place / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    model = f"{{backbone: {place / 'llama'}, head_width: 32, head_depth: 1}}"
+    model = f"{{backbone: {place / 'llama'}, head_width: 32, head_depth: 1, checkpointing: all}}"
     recipe = f"{{{RECIPE.replace('steps: 4', 'steps: 2')}}}"
     samples = "{captions: 3, steps: 2, head_steps: 2, cfg: 2.0, cfg_source: 1.5}"
     ok(capsys, "unifluid", "train", run_file(model=model, recipe=recipe, samples=samples))

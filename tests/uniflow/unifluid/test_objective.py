@@ -174,6 +174,30 @@ def test_conditions_are_not_copied_for_the_repeats(make_model, batch, monkeypatc
     assert rows == [(2, N, 32)]
 
 
+@pytest.mark.parametrize("backbone", [{}, {"model_type": "gpt2"}], ids=["llama", "gpt2"])
+def test_checkpointing_changes_no_number_and_keeps_less(make_model, batch, backbone):
+    """Dropout of GPT-2 is drawn again as it was."""
+
+    kept = {}
+    for checkpointing in (False, True):
+        model = make_model(backbone).train()
+        model.gradient_checkpointing_enable(checkpointing)
+        torch.manual_seed(0)
+        numbers = 0
+
+        def count(tensor):
+            nonlocal numbers
+            numbers += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            losses = UniFluidObjective(model, Tokens(), Vision())(*batch)
+        losses.total.backward()
+        kept[checkpointing] = numbers, losses.total.detach(), [p.grad for p in model.parameters()]
+    assert kept[True][0] < 0.6 * kept[False][0]
+    torch.testing.assert_close(kept[True][1:], kept[False][1:], rtol=1e-5, atol=1e-6)
+
+
 def test_bad_input(make_model, batch):
     with pytest.raises(ValueError, match="head_repeats: expected at least 1"):
         UniFluidObjective(make_model(), Tokens(), head_repeats=0)
