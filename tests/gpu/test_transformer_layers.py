@@ -69,6 +69,28 @@ def test_a_graph_gives_the_same_bits_and_sees_new_weights(path):
     assert not torch.equal(out, expected)
 
 
+def test_samples_are_left_out_without_waiting_for_the_gpu():
+    """As many as are drawn; the same in both passes, and what is computed is what a mask would leave."""
+    layer = randomize(TransformerLayer(256, 4, 512, layer_scale=0.5, drop_path=0.5)).cuda()
+    x = torch.randn(8, 65, 256, device="cuda", requires_grad=True)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out = layer(x)
+            gradients = torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([out, *gradients])
+    assert all(map(torch.equal, *found))
+    torch.manual_seed(3)
+    masks = [(2.0 * (torch.rand(8) >= 0.5)).cuda()[:, None, None] for _ in range(2)]
+    total = x + masks[0] * layer.attn(layer.norm1(x)) * layer.ls1
+    total = total + masks[1] * layer.mlp(layer.norm2(total)) * layer.ls2
+    torch.testing.assert_close(found[0][0], total, rtol=1e-4, atol=1e-4)
+
+
 def test_memory_checker_finds_nothing(sanitized):
     sanitized(
         "import torch\nfrom torch import nn\nfrom uniflow.transformer import TransformerLayer, kernel_states, last_of\n"
