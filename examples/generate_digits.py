@@ -2,8 +2,9 @@
 
 A tokenizer makes four tokens of 16 channels of a digit, and a small `FlowTransformer` learns to draw them by class:
 with three heads, at as many parameters; on latents that are not standardised; on those of a tokenizer that learnt to
-decode noisy ones (`latent_noise`); and on pixels, without a tokenizer, which have the same shape. Scored is what a
-classifier recognises of drawn digits, and their Fréchet distance to real ones, by guidance and steps.
+decode noisy ones (`latent_noise`); on pixels, without a tokenizer, which have the same shape; and with a transformer
+narrower than a token. Scored is what a classifier recognises of drawn digits, and their Fréchet distance to real ones,
+by guidance and steps.
 
     python -m examples.generate_digits --out out/generate_digits      # needs uniflow-kernels[demo,hf]
 """
@@ -53,6 +54,7 @@ GUIDED, STEPS = 2.0, 20
 FLOW = {"head": "flow", "depth": 4, "head_depth": 2}
 WIDE = {"head": "wide", "depth": 4, "head_depth": 1}
 LINEAR = {"head": "linear", "depth": 5}
+NARROW = {"width": 12, "heads": 3}  # less than a token's channels
 
 
 class Space(NamedTuple):
@@ -63,7 +65,7 @@ class Space(NamedTuple):
 
 
 class Way(NamedTuple):
-    """In which space a generator draws, whether it is standardised there, and its depth and head."""
+    """In which space a generator draws, whether it is standardised there, and fields of its config."""
 
     space: str
     standardised: bool
@@ -78,6 +80,8 @@ WAYS = {
     "latents, not standardised": Way("latents", False, FLOW),
     "latents of a tokenizer with latent_noise": Way("noisy latents", True, FLOW),
     "pixels, no tokenizer": Way("pixels", True, FLOW),
+    "narrow transformer, flow head": Way("latents", True, FLOW | NARROW),
+    "narrow transformer, linear head": Way("latents", True, LINEAR | NARROW),
 }
 PLANS = {
     **{f"cfg {cfg:g}, {STEPS} steps": Plan(STEPS, cfg=cfg) for cfg in (1.0, 1.5, GUIDED, 3.0, 5.0)},
@@ -112,9 +116,8 @@ def train_generator(way: Way, rows: Tensor, labels: Tensor, steps: int, seed: in
     """The average of the weights over the last part of its training."""
     grid = (digits.SIZE // PATCH, digits.SIZE // PATCH)
     torch.manual_seed(seed)
-    model = FlowTransformer(
-        FlowTransformerConfig(CHANNELS, grid, len(digits.NAMES), WIDTH, heads=4, head_width=WIDTH, **way.shape)
-    )
+    shape = {"width": WIDTH, "heads": 4, "head_width": WIDTH, **way.shape}
+    model = FlowTransformer(FlowTransformerConfig(CHANNELS, grid, len(digits.NAMES), **shape))
     if way.standardised:
         model.set_statistics(ChannelStatistics(rows.mean((0, 1)), rows.std((0, 1))))
     stage = Stage(steps, learning_rate=3e-3, warmup_steps=50)
@@ -173,7 +176,7 @@ def run(seed: int, steps: int, tokenizer_steps: int, out: Path) -> tuple[dict[st
         ways[name] = {}
         for addition, cfg in (("", 1.0), (", guided", GUIDED)):
             ways[name] |= judge.scores(*draw(model, space, Plan(STEPS, cfg=cfg), DRAWN, seed), addition)
-        ways[name] |= {"million parameters": sum(p.numel() for p in model.parameters()) / 1e6, "seconds": seconds}
+        ways[name] |= {"thousand parameters": sum(p.numel() for p in model.parameters()) / 1e3, "seconds": seconds}
         said = ", ".join(f"{what} {value:.1f}" for what, value in ways[name].items())
         print(f"seed {seed}: {name}: {said}", flush=True)
         if name == MAIN:

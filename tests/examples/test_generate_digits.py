@@ -20,7 +20,7 @@ def test_a_short_run_scores_every_way_and_plan(tmp_path, monkeypatch):
     for way in generate_digits.WAYS:
         assert 0 <= ways[way]["recognised, guided, %"] <= 100
         assert ways[way]["distance"] > 0
-    counts = [ways[way]["million parameters"] for way in list(generate_digits.WAYS)[:3]]
+    counts = [ways[way]["thousand parameters"] for way in list(generate_digits.WAYS)[:3]]
     assert max(counts) < 1.05 * min(counts)  # the heads are compared at equal size
     assert (tmp_path / "sheet.png").exists()
 

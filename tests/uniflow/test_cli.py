@@ -504,7 +504,8 @@ def test_no_gpu(capsys, pictures):
 
 def test_help_of_every_command(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    commands = ["demo", "train", "gather", "reconstruct", "encode", "decode", "evaluate", "show", "export", "doctor"]
+    commands = ["demo", "train", "gather", "reconstruct", "encode", "decode", "generate", "evaluate"]
+    commands += ["show", "export", "doctor"]
     unifluid = [["unifluid", command] for command in ("train", "generate", "ask")]
     for command in [[], ["unifluid"], *([command] for command in commands), *unifluid]:
         said = ok(capsys, *command, "--help")

@@ -80,9 +80,15 @@ def test_what_a_lower_precision_costs(capsys, folder):
             (lowered.encode(normalize(originals)), model.encode(normalize(originals))),
         ]
     expected = [torch.cosine_similarity(*pair, dim=-1).mean().item() for pair in pairs]
-    assert [*costs["cosine"]] == [*(f"layer {i + 1}" for i in range(len(pairs) - 1)), "latents", "condition"]
-    assert [*costs["cosine"].values()][:-1] == pytest.approx(expected, abs=1e-5)
-    assert 0.9 < costs["cosine"]["condition"] < 0.99999
+    layers, blocks = ([f"{of} {i + 1}" for i in range(n)] for of, n in (("layer", len(pairs) - 1), ("block", 2)))
+    assert [*costs["cosine"]] == [*layers, "latents", *blocks, "condition"]
+    assert [*costs["cosine"].values()][: len(pairs)] == pytest.approx(expected, abs=1e-5)
+    assert all(0.9 < costs["cosine"][name] < 0.99999 for name in (*blocks, "condition"))
+    with torch.no_grad():
+        conditions = [each.condition(each.encode(normalize(originals))) for each in (lowered, model)]
+    assert costs["cosine"]["condition"] == pytest.approx(
+        torch.cosine_similarity(*conditions, dim=-1).mean().item(), abs=1e-5
+    )
     table = ok(capsys, "evaluate", folder, *CHECKPOINT, "--precision", "fp8")
     assert "in full precision PSNR" in table
     assert "layer 1\t" in table
