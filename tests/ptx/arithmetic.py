@@ -41,6 +41,14 @@ def _double(function: Callable) -> Callable:
     return lambda *values: function(*[value.astype(np.float64) for value in values]).astype(np.float32)
 
 
+def _fma_of_bf16(*bits: np.ndarray) -> np.ndarray:
+    """In float64, which holds the product and mostly the sum, rounded once, to eight bits."""
+    a, b, c = (from_bf16(each).astype(np.float64) for each in bits)
+    exact = a * b + c
+    quantum = np.ldexp(1.0, np.maximum(np.frexp(exact)[1], -125) - 8)
+    return to_bf16((np.rint(exact / quantum) * quantum).astype(np.float32))
+
+
 def _wide(kind: np.dtype) -> np.dtype:
     return (SIGNED if kind.kind == "i" else UNSIGNED)[2 * kind.itemsize]
 
@@ -65,6 +73,11 @@ def _mul(instruction: Instruction, program: Any) -> Step:
             raise PtxError("mul.hi of 64 bits")
         return elementwise(instruction, program, _high(kind), [kind] * 2, kind)
     _check(instruction, {"lo", "rn", "ftz"})
+    if instruction.parts[-1] in ("bf16x2", "f16x2"):
+        raise PtxError(instruction.op)
+    if instruction.parts[-1] == "bf16":  # whose products float32 holds
+        exact = lambda a, b: to_bf16(from_bf16(a) * from_bf16(b))  # noqa: E731
+        return elementwise(instruction, program, exact, *uniform(kind, 2))
     return elementwise(instruction, program, np.multiply, *uniform(kind, 2))
 
 
@@ -83,6 +96,8 @@ def _mad(instruction: Instruction, program: Any) -> Step:
 
 @builds("fma")
 def _fma(instruction: Instruction, program: Any) -> Step:
+    if instruction.op == "fma.rn.bf16":
+        return elementwise(instruction, program, _fma_of_bf16, *uniform(TYPES["bf16"], 3))
     if instruction.op not in ("fma.rn.f32", "fma.rn.ftz.f32"):
         raise PtxError(instruction.op)
     return elementwise(instruction, program, _double(lambda a, b, c: a * b + c), *uniform(TYPES["f32"], 3))

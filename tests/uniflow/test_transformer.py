@@ -11,6 +11,7 @@ from tests.conftest import randomize
 from uniflow.encoder import LayerStack
 from uniflow.transformer import DropPath, RMSNorm, TransformerLayer, kernel_states
 from uniflow_kernels import backend
+from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
 def plain_layer(p, x, heads, norm_type, eps, act):
@@ -208,6 +209,9 @@ def test_what_keeps_layers_from_running_by_kernels(monkeypatch):
     hooked = layer_of().eval()
     hooked.mlp.fc1.register_forward_hook(lambda *_: None)
     assert not served(hooked)
+    lowered = layer_of().eval()
+    lowered.mlp.fc1 = Fp8Linear.of(lowered.mlp.fc1)
+    assert not served(lowered)
     compiled = layer_of().eval()
     compiled.compile(backend="eager")
     assert not served(compiled)

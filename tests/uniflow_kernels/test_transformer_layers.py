@@ -125,6 +125,7 @@ def test_the_definition_is_written_out():
     torch.testing.assert_close(plain_layer(x, layer, LayerForm()), y, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of exp, to a sigmoid of 0
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_in_the_epilogue(name):
     """For bfloat16 GELU is a polynomial and one tanh: as wrong as its comment says, out to where it is 0 or x."""
@@ -150,7 +151,7 @@ ROWS = {
     "means of every size": lambda x: x + torch.linspace(-200, 200, len(x))[:, None],
     # of ViTs: few channels hundreds of times as large as the others, whose norm weights are small
     "outlier channels": lambda x: torch.where(torch.arange(x.shape[1]) % 50 == 7, 300 + 20 * x, x),
-    "both": lambda x: torch.where(torch.arange(x.shape[1]) % 50 == 7, -500.0, x + 8),
+    "both": lambda x: torch.where(torch.arange(x.shape[1]) % 50 == 7, x - 500, x + 8),
 }
 
 
@@ -161,8 +162,27 @@ def of_norm(width, small, dtype):
     return Affine(weight.to(dtype), (0.2 * tokens((width,))).to(dtype))
 
 
+def random_linear(columns, rows):
+    return Affine(tokens((columns, rows)) * rows**-0.5, 0.1 * tokens((columns,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("norm_bias", "bias"), [(True, True), (True, False), (False, True), (False, False)])
+def test_norms_are_folded_as_their_definition_says(dtype, norm_bias, bias):
+    norm, affine = of_norm(200, 0.01, dtype), Affine(*(t.to(dtype) for t in random_linear(37, 200)))
+    norm, affine = (each if there else Affine(each[0]) for each, there in ((norm, norm_bias), (affine, bias)))
+    for found, expected in zip(layer_products.fold_norm(norm, affine), fold_norm(norm, affine), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    if not norm_bias:
+        assert torch.equal(layer_products.fold_norm(Affine(None), affine)[0], affine.weight)
+
+
 def folded(x, norm, affine):
-    rows = layer_products.folded_norm(x, products.moments(x, False), *fold_norm(norm, affine), "none", False, 1e-6)
+    made = layer_products.fold_norm(norm, affine)
+    rows = layer_products.folded_norm(x, products.moments(x, False), *made, "none", False, 1e-6)
     plain = [
         F.linear(
             F.layer_norm(x.to(d), x.shape[1:], norm.weight.to(d), norm.bias.to(d), 1e-6), *(t.to(d) for t in affine)
@@ -176,13 +196,13 @@ def folded(x, norm, affine):
 def test_a_folded_norm_of_rows_with_large_means_and_outlier_channels(within_twice, name):
     """The mean is taken from a product as large as it, and cancels: the sums are those of the rounded weight."""
     x, dtype = ROWS[name](tokens((40, 200))).bfloat16(), torch.bfloat16
-    affine = Affine(tokens((96, 200), dtype) * 200**-0.5, 0.1 * tokens((96,), dtype))
+    affine = Affine(*(t.to(dtype) for t in random_linear(96, 200)))
     within_twice(*folded(x, of_norm(200, 0.01, dtype), affine))
 
 
 def test_of_float32_a_large_mean_would_not_cancel(within_twice):
     """Its numbers are as fine as the sum of the product; but no GPU's tensor cores multiply them."""
-    affine = Affine(tokens((96, 200)) * 200**-0.5, 0.1 * tokens((96,)))
+    affine = random_linear(96, 200)
     with pytest.raises(AssertionError, match="error"):
         within_twice(*folded(ROWS["means of every size"](tokens((40, 200))), of_norm(200, 0.01, torch.float32), affine))
     assert all(torch.float32 not in made.dtypes for arch, made in products.ARCHITECTURES.items() if arch)

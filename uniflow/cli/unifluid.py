@@ -96,13 +96,14 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
 
 def _reads(run: UniFluidRun, examples: Examples) -> bool:
     """Whether features of pictures are needed, to answer questions or to draw from sources."""
-    texts = [examples.texts(number) for number in range(len(examples))]
-    asked = run.data.reading_share != 0 and any(text.conversation() for text in texts)
-    return asked or (run.model.sources != "tokens" and _draws_from_others(examples))
+    if run.model.sources != "tokens" and _draws_from_others(examples):
+        return True
+    return run.data.reading_share != 0 and any(examples.texts(n).conversation() for n in range(len(examples)))
 
 
 def _draws_from_others(examples: Examples) -> bool:
-    return any(examples.texts(number).sources for number in range(len(examples)))
+    # of shards, whose texts are read each time, no picture has sources
+    return isinstance(examples, CaptionFolder) and any(examples.texts(n).sources for n in range(len(examples)))
 
 
 def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:

@@ -102,7 +102,7 @@ class Folded(NamedTuple):
 
 
 def fold_norm(norm: Affine, affine: Affine) -> Folded:
-    """The product behind a norm as `Folded`."""
+    """The product behind a norm as `Folded`, in plain PyTorch."""
     wide = affine.weight.float()
     weight = (wide if norm.weight is None else wide * norm.weight.float()).to(affine.weight.dtype)
     bias = None if affine.bias is None else affine.bias.float()
@@ -166,13 +166,15 @@ def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Te
 
 def _by_products(x: Tensor, layers: Sequence[Layer], form: LayerForm, small: bool) -> Iterator[Tensor]:
     """Four products a layer and attention: each reads what the one before wrote, and nothing else."""
+    from uniflow_kernels.triton_kernels import layer_products
     from uniflow_kernels.triton_kernels.layer_products import folded_norm, residual_product
     from uniflow_kernels.triton_kernels.products import Moments, moments
 
     shape, rms = x.shape, form.norm == "rms"
 
     def normed(rows: Tensor, of_rows: Moments, norm: Affine, affine: Affine, activation: str) -> Tensor:
-        made = packed("folded norm", (*norm, *affine), lambda *given: fold_norm(Affine(*given[:2]), Affine(*given[2:])))
+        # in a CUDA graph it is made in every replay, which is to see new weights
+        made = packed("folded norm", (*norm, *affine), lambda *given: layer_products.fold_norm(given[:2], given[2:]))
         return folded_norm(rows, of_rows, *made, activation, rms, form.eps, small)
 
     rows = flat_rows(x)

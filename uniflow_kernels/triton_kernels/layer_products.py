@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uniflow_kernels.triton_kernels.activation import sigmoid_for
+from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 from uniflow_kernels.triton_kernels.products import (
     Moments,
@@ -47,6 +48,41 @@ def _activated(p, dtype: tl.constexpr, ACT: tl.constexpr):
         return tl.maximum(p, 0.0)
     else:
         return p
+
+
+@triton.jit(do_not_specialize=["N"])
+def fold_norm_kernel(
+    w_p,
+    norm_p,
+    norm_bias_p,
+    bias_p,
+    folded_p,
+    sums_p,
+    made_p,
+    w_s,
+    N,
+    W: tl.constexpr,
+    BM: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """A weight [N, W] times the norm's [W]; of each row the sum of that as it is rounded, and what its bias becomes."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    col = tl.arange(0, BW)[None, :]
+    inside = (row[:, None] < N) & (col < W)
+    w = tl.load(w_p + row[:, None].to(tl.int64) * w_s + col, inside, 0.0).to(tl.float32)
+    folded = w
+    if norm_p is not None:
+        folded = w * tl.load(norm_p + col, col < W, 0.0).to(tl.float32)
+    stored = folded.to(folded_p.dtype.element_ty)
+    tl.store(folded_p + row[:, None].to(tl.int64) * W + col, stored, inside)
+    tl.store(sums_p + row, tl.sum(stored.to(tl.float32), 1), row < N)
+    if made_p is not None:
+        made = tl.zeros((BM,), tl.float32)
+        if norm_bias_p is not None:
+            made += tl.sum(w * tl.load(norm_bias_p + col, col < W, 0.0).to(tl.float32), 1)
+        if bias_p is not None:
+            made += tl.load(bias_p + row, row < N, 0.0).to(tl.float32)
+        tl.store(made_p + row, made, row < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -129,8 +165,47 @@ def residual_product_kernel(
             write_moments(moments_p, x.to(tl.float32), c // BP, row, c, M, N, RMS)
 
 
+_launch_fold = Launch(fold_norm_kernel)
 _launch_folded = Launch(folded_norm_kernel)
 _launch_residual = Launch(residual_product_kernel)
+
+
+def fold_norm(
+    norm: tuple[Tensor | None, Tensor | None], affine: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch `fold_norm_kernel`.
+
+    Args:
+        norm: weight [K] and bias [K].
+        affine: weight [N, K] and bias [N] of the product behind it.
+
+    Returns:
+        The weight of both in one, [N, K] in the dtype of the product's; of each of its rows the sum, and the bias, in
+        float32 [N]. No bias if neither has one.
+    """
+    weight, bias = affine
+    (rows, width), biased = weight.shape, bias is not None or norm[1] is not None
+    block_rows, columns, warps = tile(width, FORWARD_TILE)
+    folded = torch.empty(rows, width, dtype=weight.dtype, device=weight.device)
+    sums = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    made = torch.empty_like(sums) if biased else None
+    _launch_fold(
+        (cdiv(rows, block_rows),),
+        w_p=weight,
+        norm_p=norm[0],
+        norm_bias_p=norm[1],
+        bias_p=bias,
+        folded_p=folded,
+        sums_p=sums,
+        made_p=made,
+        w_s=weight.stride()[0],
+        N=rows,
+        W=width,
+        BM=block_rows,
+        BW=columns,
+        num_warps=warps,
+    )
+    return folded, sums, made
 
 
 def folded_norm(

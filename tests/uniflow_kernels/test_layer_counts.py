@@ -1,0 +1,88 @@
+"""What a transformer layer launches and moves in inference, counted: numbers that hold on any machine."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.uniflow_kernels.test_transformer_layers import make, tokens
+from uniflow_kernels import backend
+from uniflow_kernels.ops import transformer_layers
+from uniflow_kernels.ops.transformer_layers import LayerForm, fold_norm
+
+pytest.importorskip("triton")
+from uniflow_kernels.triton_kernels.launch import Launch
+
+# rows a column as in the base preset with 32 pictures of 1025 tokens: 32
+BATCH, LENGTH, WIDTH = 2, 1025, 64
+TENSOR = BATCH * LENGTH * WIDTH * 2  # bytes, of [rows, width] in bfloat16
+VIEWS = ("view", "reshape", "detach", "empty", "chunk", "split", "slice", "unflatten", "aten.t.", "transpose", "alias")
+OPS = ("uniflow_kernels.",)  # whose launches are counted inside
+
+
+class Counted(TorchDispatchMode):
+    """What works on elements, and the bytes of the tensors that it is given and gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes = [], 0
+
+    def note(self, name, *tensors):
+        self.names.append(name)
+        self.bytes += sum({id(t): t.nbytes for t in tensors if isinstance(t, torch.Tensor)}.values())
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if not any(part in str(function) for part in VIEWS + OPS):
+            self.note(str(function), *arguments, *(made if isinstance(made, tuple) else (made,)))
+        return made
+
+
+def attend(qkv):
+    """In the place of attention: one pass that reads queries, keys and values and writes as much as one of them."""
+    return qkv.unflatten(-1, (3, -1)).sum(-2)
+
+
+def a_layer(path, monkeypatch):
+    """Launches and bytes of a layer behind others: what two layers need more than one."""
+    layers = [layer._replace(attend=attend) for layer in make(WIDTH, 4 * WIDTH, torch.bfloat16)]
+    products = [pair for layer in layers for pair in ((layer.norm1, layer.qkv), (layer.norm2, layer.fc1))]
+    kept = {id(affine.weight): fold_norm(norm, affine) for norm, affine in products}  # as between calls
+    monkeypatch.setattr(transformer_layers, "packed", lambda _, sources, build: kept[id(sources[2])])
+    x, found = tokens((BATCH, LENGTH, WIDTH), torch.bfloat16), []
+    for number in (1, 2):
+        with monkeypatch.context() as patched, Counted() as counted, backend("triton"), torch.no_grad():
+
+            def note(launch, grid, describe=None, /, counted=counted, **arguments):
+                counted.note(launch.kernel.__name__, *arguments.values())
+
+            patched.setattr(Launch, "__call__", note)
+            list(transformer_layers.transformer_layers(x, layers[:number], LayerForm(), path))
+        found.append(counted)
+    one, two = found
+    return len(two.names) - len(one.names), two.bytes - one.bytes, two.names
+
+
+def test_by_products_a_layer_is_five_launches_and_moves_little_more_than_half(monkeypatch):
+    """Against the release's operations: residual and LayerScale apart, as this definition has them."""
+    launches, moved, names = a_layer("products", monkeypatch)
+    assert launches == 5
+    products = ["folded_norm_kernel", "aten.sum.dim_IntList", "residual_product_kernel"]
+    assert names == ["moments_kernel", *(products + products[::2]) * 2]
+    launches, of_eager, _ = a_layer("eager", monkeypatch)
+    assert launches == 12
+    assert moved <= 0.55 * of_eager
+    # qkv 4, attention 4, projection 3, MLP 5 and 6; weights 0.4; moments, four times, an eighth (at 1024 a sixteenth)
+    assert moved / TENSOR == pytest.approx(22.9, abs=0.1)
+
+
+def test_by_rows_a_layer_is_eight_launches(monkeypatch):
+    launches, moved, _ = a_layer("rows", monkeypatch)
+    assert launches == 8
+    # products and attention 4 + 4 + 2 + 5 + 5, GELU 8, and each residual with its norm 4
+    assert moved / TENSOR == pytest.approx(36.4, abs=0.2)
+
+
+def test_the_release_moves_twice_as_much(monkeypatch):
+    _, moved, _ = a_layer("eager", monkeypatch)
+    # norms 2 + 2, products and attention 20, GELU 8, LayerScale 2 + 2 and residuals 3 + 3
+    assert moved / TENSOR == pytest.approx(42.4, abs=0.1)
