@@ -11,4 +11,4 @@ def test_every_kernel_has_run(request):
     before = {item.path.name for item in request.session.items}
     if not before >= ({"test_losses.py"} if session.csrc else {"test_losses.py", "test_kernels.py"}):
         pytest.skip("only some of the tests are run")
-    assert {short(name) for name in session.emulation.counters} >= kernels_of(session.csrc)
+    assert {short(name) for name in session.emulation.counters} >= kernels_of(session.csrc, session.arch)
