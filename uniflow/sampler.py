@@ -159,7 +159,7 @@ def decoding_bytes_per_token(
     Args:
         config: of the model.
         dtype: of its parameters.
-        guided: whether there is guidance, whose two branches go through the flow head together.
+        guided: whether there is guidance, of whose two branches there are conditions.
         precision: of the model, "fp8" or None.
 
     Returns:
@@ -168,9 +168,9 @@ def decoding_bytes_per_token(
     width, head, row, size = config.vit_hidden_size, config.head_width, config.patch_values, dtype.itemsize
     # the sum, its norm, four widths before and four after GELU, two to spare
     in_blocks = 12 * width * size
-    # conditions; three modulations, sum, norm, h and the MLP's inner layer, twice all but one modulation if guided;
+    # conditions; the embedded ones, three modulations, the first sum and the last, norm, scale, two to spare;
     # noise, state, next state and pixels in float32, slopes and rounded state in the model's dtype
-    in_head = ((2 * width + 20 * head) if guided else (width + 12 * head)) * size + 4 * row * (max(4, size) + size)
+    in_head = ((2 if guided else 1) * width + 12 * head) * size + 4 * row * (max(4, size) + size)
     if precision is not None:  # a layer's input in 8 bits beside it, and the modulations of all blocks at once
         in_blocks += bytes_of_layer(width, 4 * width, dtype)
         in_head += bytes_per_row(head, (3 * config.num_decoder_layers + 2) * head, dtype)
