@@ -112,7 +112,7 @@ def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:
             f"vision: the data have questions or sources, and {run.tokenizer} gives no features to read; expected the "
             "folder of a vision encoder, or data.reading_share: 0 and model.sources: tokens"
         )
-    return VisionFeatures(run.vision or run.tokenizer)
+    return VisionFeatures(run.vision or run.tokenizer, merge=run.model.vision_merge)
 
 
 def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | None) -> int:
@@ -157,6 +157,8 @@ def _student(
         tokenizer.fingerprint(),
         None if vision is None else vision.fingerprint(),
         ids_fingerprint(texts),
+        model.vision_merge,
+        model.vision_layers,
     )
     return UniFluid(config, texts, backbone).float()
 
@@ -193,7 +195,7 @@ def ask(given: Given, question: str, asking: Asking) -> None:
     with start as (processes, own), Workers(1) as files, find_pictures(given, files) as pictures:
         model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
-            features = VisionFeatures(asking.vision).to(model.device)
+            features = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
             check_vision(model, features)
             prompt = asking.prompt(model, features, question)
 

@@ -179,7 +179,7 @@ def _vision(prompts: Sequence[Prompt], drawing: Drawing, model: UniFluid) -> Vis
         return None
     if drawing.vision is None:
         raise InputError("--vision: the model sees features of its sources, expected their encoder")
-    vision = VisionFeatures(drawing.vision).to(model.device)
+    vision = VisionFeatures(drawing.vision, merge=model.config.vision_merge).to(model.device)
     check_vision(model, vision)
     return vision
 

@@ -133,7 +133,7 @@ def _answered(
     """The questions with responses in their fields, in the first process."""
     model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(device), asking.dtype)
     with explained():
-        vision = VisionFeatures(asking.vision).to(model.device)
+        vision = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
         check_vision(model, vision)
     for question in questions:  # what cannot be asked is found now, not after hours
         try:

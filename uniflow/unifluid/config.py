@@ -37,6 +37,8 @@ class UniFluidConfig:
         tokenizer: fingerprint of the image tokenizer it was trained with, if known.
         vision: fingerprint of what its features come from, if known.
         text_tokenizer: fingerprint of the text tokenizer, if known; see `uniflow.unifluid.texts.ids_fingerprint`.
+        vision_merge: of how many patches a side, which lie next to each other, one feature is made.
+        vision_layers: linear layers that a feature goes through into the transformer: 1, or 2 with GELU between them.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -54,6 +56,8 @@ class UniFluidConfig:
     tokenizer: str | None = None
     vision: str | None = None
     text_tokenizer: str | None = None
+    vision_merge: int = 1
+    vision_layers: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
@@ -67,6 +71,8 @@ class UniFluidConfig:
             value = getattr(self, name)
             if value is not None or name != "vision_channels":
                 check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
+        check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
+        check_integer("vision_layers", self.vision_layers, 1, 2)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")

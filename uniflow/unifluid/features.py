@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype
@@ -27,9 +29,11 @@ class VisionFeatures(nn.Module):
             frozen and brought to `dtype`, not copied.
         mean, std: what the encoder's images are normalised with, as there.
         dtype: to compute in, also within autocast; the parameters' own if not given.
+        merge: of how many patches a side, which lie next to each other, one feature is made: `merge`^2 times as wide,
+            and as many fewer of them. Source: the pixel shuffle of InternVL.
 
     Raises:
-        As `pretrained_encoder`.
+        As `pretrained_encoder`; ValueError if the patches of a side are no multiple of `merge`.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class VisionFeatures(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         dtype: torch.dtype | str | None = None,
+        merge: int = 1,
     ) -> None:
         super().__init__()
         if isinstance(source, UniFlow):
@@ -46,10 +51,13 @@ class VisionFeatures(nn.Module):
         else:
             embeddings, layers, fields = pretrained_encoder(source, mean, std)
             side, width, patch = fields["image_size"], fields["vit_hidden_size"], fields["patch_size"]
+        if merge < 1 or side // patch % merge:
+            raise ValueError(f"merge: expected a divisor of the {side // patch} patches of a side, got {merge}")
         self.encoder = EncoderTeacher(embeddings, layers, as_dtype(dtype))
-        self.width = width
+        self.merge = merge
+        self.width = width * merge**2
         self.image_size = (side, side)
-        self.tokens = (side // patch) ** 2
+        self.tokens = (side // patch // merge) ** 2
 
     def train(self, mode: bool = True) -> VisionFeatures:
         """Stay in evaluation mode."""
@@ -62,7 +70,7 @@ class VisionFeatures(nn.Module):
             images: [B, 3, H, W] of `image_size`, normalised as by `uniflow.normalize`.
 
         Returns:
-            [B, M, D], one row of `width` D a patch in raster order, without a gradient, float32.
+            [B, M, D], one row of `width` D a patch, or square of patches, in raster order, without a gradient, float32.
 
         Raises:
             ValueError: for images of another shape.
@@ -72,7 +80,10 @@ class VisionFeatures(nn.Module):
         if not len(images):  # layers of the transformers package need some
             return images.new_empty(0, self.tokens, self.width, dtype=torch.float32)
         with torch.autocast(images.device.type, enabled=False):
-            return self.encoder.last(images)[:, self.encoder.prefix_tokens :].float()
+            patches = self.encoder.last(images)[:, self.encoder.prefix_tokens :].float()
+        side = math.isqrt(self.tokens)
+        form = {"h": side, "w": side, "a": self.merge, "b": self.merge}
+        return rearrange(patches, "n (h a w b) d -> n (h w) (a b d)", **form)
 
     def fingerprint(self) -> str:
         """A hash of the encoder's weights."""

@@ -116,7 +116,7 @@ class UniFluid(nn.Module):
         self.token_proj = nn.Linear(channels, width)
         self.place_embedding = nn.Parameter(torch.empty(config.tokens, width))
         self.query_embedding = nn.Parameter(torch.empty(width))
-        self.vision_proj = None if config.vision_channels is None else nn.Linear(config.vision_channels, width)
+        self.vision_proj = _projection(config, width)
         out_channels = 2 * channels if config.head == "ddpm" else channels
         times = 2 if config.head in FEW_STEPS else 1
         self.source_embedding = nn.Parameter(torch.empty(width)) if config.sources in ("tokens", "both") else None
@@ -136,7 +136,8 @@ class UniFluid(nn.Module):
     def _start(self) -> None:
         """What goes into the transformer begins with the spread of its text embeddings; the backbone stays as it is."""
         std = getattr(self.backbone.config, "initializer_range", 0.02) * embedding_scale(self.backbone)
-        for projection in filter(None, (self.token_proj, self.vision_proj)):
+        of_vision = () if self.vision_proj is None else self.vision_proj.modules()
+        for projection in (self.token_proj, *(part for part in of_vision if isinstance(part, nn.Linear))):
             nn.init.normal_(projection.weight, std=std / projection.in_features**0.5)
             nn.init.zeros_(projection.bias)
         for embedding in (self.place_embedding, self.query_embedding, self.source_embedding):
@@ -367,7 +368,7 @@ class UniFluid(nn.Module):
         """The embeddings of ids, and in the slots of pictures of what is seen of them."""
         embedded = self.backbone.get_input_embeddings()(ids.clamp(min=0))
         if features is not None and features.numel() and self.vision_proj is not None:
-            projected = self.vision_proj(features.to(self.vision_proj.weight.dtype))
+            projected = self.vision_proj(features.to(self.token_proj.weight.dtype))
             embedded = _placed(embedded, ids == FEATURES, projected)
         if clean is not None and clean.numel() and self.source_embedding is not None:
             projected = self.token_proj(clean.to(self.token_proj.weight.dtype))
@@ -465,6 +466,14 @@ class UniFluid(nn.Module):
         """Write config.json and the text tokenizer, in a folder of its own."""
         self.config.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
+
+
+def _projection(config: UniFluidConfig, width: int) -> nn.Module | None:
+    """What makes embeddings of features, if the model sees any."""
+    if config.vision_channels is None:
+        return None
+    first = nn.Linear(config.vision_channels, width)
+    return first if config.vision_layers == 1 else nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
 
 
 def _placed(embedded: Tensor, where: Tensor, rows: Tensor) -> Tensor:

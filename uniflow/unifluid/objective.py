@@ -209,6 +209,8 @@ def check_vision(student: UniFluid, vision: VisionFeatures) -> None:
     config = student.config
     if config.vision_channels is None:
         raise ValueError("vision: the model was made without vision_channels, it reads no pictures")
+    if vision.merge != config.vision_merge:
+        raise ValueError(f"vision: merges {vision.merge} patches a side, expected {config.vision_merge}")
     if vision.width != config.vision_channels:
         raise ValueError(f"vision: gives features of {vision.width} channels, expected {config.vision_channels}")
     if config.vision is not None and vision.fingerprint() != config.vision:

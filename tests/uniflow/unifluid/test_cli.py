@@ -267,9 +267,10 @@ def others(place):
 
 
 def test_train_with_an_autoencoder_and_another_encoder(capsys, run_file, place, others):
-    """At another size than the autoencoder's own, which generate finds by itself."""
+    """At another size than the autoencoder's own, which generate finds by itself; a slot for 2 x 2 patches."""
     recipe = f"{{{RECIPE.replace('steps: 4', 'steps: 2')}}}"
-    ok(capsys, "unifluid", "train", run_file(**others, image_size="[4, 8]", recipe=recipe))
+    model = f"{{config: {CONFIG}, head_width: 32, head_depth: 1, vocabulary: 300, vision_merge: 2, vision_layers: 2}}"
+    ok(capsys, "unifluid", "train", run_file(**others, image_size="[4, 8]", recipe=recipe, model=model))
     checkpoint = last(place / "run")
     assert UniFluidConfig.from_pretrained(checkpoint).grid == (2, 4)
     assert [line["step"] for line in log(place / "run") if "validation_text" in line] == [2]
@@ -286,7 +287,7 @@ def test_train_with_an_autoencoder_and_another_encoder(capsys, run_file, place, 
         capsys, *command, "--tokenizer", place / "autoencoder2", "--out", place / "none"
     )
     siglip(seed=1).save_pretrained(place / "siglip2")
-    for other, message in (("siglip2", "vision: has other weights"), ("tokenizer", "features of 64 channels")):
+    for other, message in (("siglip2", "vision: has other weights"), ("tokenizer", "features of 256 channels")):
         assert message in fails(
             capsys, "unifluid", "ask", place / "data" / "0.png", *question, "--vision", place / other
         )

@@ -33,6 +33,19 @@ def test_uniflows_hidden_states_without_the_class_token(tiny, images):
     assert torch.equal(features(images), model.hidden_states(images)[-1][:, 1:])
 
 
+def test_squares_of_patches_make_one_feature(images):
+    """Patches (line, column) of each square of 2 x 2, in raster order, one behind the other."""
+    alone, merged = VisionFeatures(siglip()), VisionFeatures(siglip(), merge=2)
+    assert (merged.width, merged.tokens) == (4 * 32, 4)
+    patches, squares = alone(images).view(2, 4, 4, 32), merged(images)
+    for number, (line, column) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
+        of_one = [patches[:, line + a, column + b] for a in (0, 1) for b in (0, 1)]
+        assert torch.equal(squares[:, number], torch.cat(of_one, -1))
+    assert merged(images[:0]).shape == (0, 4, 128)
+    with pytest.raises(ValueError, match="merge: expected a divisor of the 4 patches of a side, got 3"):
+        VisionFeatures(siglip(), merge=3)
+
+
 def test_a_folders_own_statistics_are_used(images, tmp_path):
     half = [0.5, 0.5, 0.5]
     siglip().save_pretrained(tmp_path)

@@ -330,6 +330,7 @@ def test_bad_input(make_model, texts, asked, text_tokenizer):
         ({"head_depth": 1e30}, "head_depth: expected an integer of at least 1"),
         ({"head_width": 10**9}, "head_width: expected an integer of at most"),
         ({"token_channels": 2**40}, "token_channels: expected an integer of at most"),
+        ({"vision_layers": 3}, "vision_layers: expected an integer of at most 2"),
         ({"sources": "all"}, "sources: expected one of features, tokens, both, got 'all'"),
         ({"sources": "both", "vision_channels": None}, "sources: both of pictures need vision_channels"),
         ({"tokenizer": 3}, "tokenizer: expected a fingerprint, got 3"),

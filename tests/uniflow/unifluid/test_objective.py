@@ -30,7 +30,7 @@ class Tokens(nn.Module):
 
 
 class Vision(nn.Module):
-    width, image_size = 7, (6, 8)
+    width, image_size, merge = 7, (6, 8), 1
 
     def forward(self, images):
         return F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)[..., 5:]
@@ -209,6 +209,8 @@ def test_bad_input(make_model, batch):
         UniFluidObjective(make_model(tokenizer="another"), Tokens())
     with pytest.raises(ValueError, match="vision: gives features of 7 channels, expected 9"):
         UniFluidObjective(make_model(vision_channels=9), Tokens(), Vision())
+    with pytest.raises(ValueError, match="vision: merges 1 patches a side, expected 2"):
+        UniFluidObjective(make_model(vision_merge=2), Tokens(), Vision())
     with pytest.raises(ValueError, match="vision: has other weights"):
         UniFluidObjective(make_model(vision="another"), Tokens(), Vision())
     with pytest.raises(ValueError, match="made without vision"):

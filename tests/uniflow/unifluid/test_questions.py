@@ -61,7 +61,8 @@ def asked(make_model, tiny, tmp_path):
     """A model with its encoder, and a file of nine questions, one of them about a picture that cannot be read."""
     vision = tiny(image_size=8)
     vision.save_pretrained(tmp_path / "vision")
-    make_model(vision_channels=64).save_pretrained(tmp_path / "model")
+    merged = {"vision_channels": 4 * 64, "vision_merge": 2, "vision_layers": 2}  # a slot of 2x2 patches
+    make_model(**merged).save_pretrained(tmp_path / "model")
     lines = []
     for number in range(9):
         smooth_picture((12, 10), number).save(tmp_path / f"{number}.png")
@@ -96,7 +97,7 @@ def test_responses_are_those_of_the_model(capsys, asked):
         {key: line[key] for key in lines[0] if key in line} for line in lines
     ]
     assert found[7]["response"] is None
-    model, vision = UniFluid.from_pretrained(folder / "model"), VisionFeatures(folder / "vision")
+    model, vision = UniFluid.from_pretrained(folder / "model"), VisionFeatures(folder / "vision", merge=2)
     tokenizer = model.text_tokenizer
 
     def ids_of(text):
@@ -105,7 +106,8 @@ def test_responses_are_those_of_the_model(capsys, asked):
     for place in (0, 1, 2):
         pixels = to_tensor(center_crop(open_picture(folder / f"{place}.png"), (8, 8)))
         features = vision(normalize(pixels[None]))
-        prompt = [-1] * 4 + [tokenizer.bos_token_id] + ids_of(lines[place]["question"])  # -1: a feature of the picture
+        # -1: the feature of the picture
+        prompt = [-1, tokenizer.bos_token_id, *ids_of(lines[place]["question"])]
         if place:
             ids, real = padded([prompt], tokenizer)
             assert found[place]["response"] == answer(model, features, ids, real, 4)[0]
