@@ -568,6 +568,10 @@ def unifluid_generate(
     head_steps: Annotated[int, typer.Option(min=1, max=_MOST_STEPS, help="Steps of the head for each token.")] = 20,
     cfg: Cfg = 3.0,
     cfg_source: Annotated[float, typer.Option(help="Guidance scale of the sources; 1 is none.")] = 1.0,
+    cfg_schedule: Annotated[
+        str,
+        typer.Option(help="Both scales from step to step: constant, or growing with what is drawn, linear or cosine."),
+    ] = "constant",
     temperature: Temperature = 1.0,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
@@ -583,7 +587,8 @@ def unifluid_generate(
     from uniflow.cli.inputs import InputError, Named
     from uniflow.cli.unifluid_drawing import Drawing, generate, generate_file
 
-    how = {"steps": steps, "head_steps": head_steps, "cfg": cfg, "cfg_source": cfg_source, "temperature": temperature}
+    guidance = {"cfg": cfg, "cfg_source": cfg_source, "cfg_schedule": cfg_schedule}
+    how = {"steps": steps, "head_steps": head_steps, "temperature": temperature, **guidance}
     named = Named(checkpoint, weights)
     drawing = Drawing(named, tokenizer, vision, how, count, seed, batch_size, dtype, device)
     if len(captions) == 1 and captions[0].endswith(".jsonl"):

@@ -21,10 +21,12 @@ from uniflow.cli.inputs import InputError, Named, check_finite, check_text, choo
 from uniflow.cli.printing import say
 from uniflow.evaluation.scores import InOrder
 from uniflow.pictures import center_crop, save_picture, to_tensor
+from uniflow.reading import shown
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.captions import pictures_of, read_lines, text_of
 from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
+from uniflow.unifluid.guidance import SCHEDULES
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import check_tokenizer, check_vision
 from uniflow.unifluid.orders import group_sizes
@@ -65,6 +67,9 @@ class Drawing:
         """Find a bad value before any work is done; `option` is where sources are given."""
         for name in ("temperature", "cfg", "cfg_source"):
             check_finite(f"--{name.replace('_', '-')}", self.how[name])
+        if self.how["cfg_schedule"] not in SCHEDULES:
+            expected = f"expected one of {', '.join(SCHEDULES)}"
+            raise InputError(f"--cfg-schedule: {expected}, got {shown(self.how['cfg_schedule'])}")
         if self.how["cfg_source"] != 1 and not all(prompt.sources for prompt in prompts):
             raise InputError(f"--cfg-source: expected 1 without {option}, got {self.how['cfg_source']}")
 

@@ -12,6 +12,7 @@ from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
 from uniflow.foreign import transformers_package
 from uniflow.normalization import normalize, to_uint8
+from uniflow.unifluid.guidance import guidance_scales
 from uniflow.unifluid.model import Earlier, UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow.unifluid.slots import picture_slots
@@ -116,6 +117,7 @@ def draw_tokens(
     head_steps: int = 20,
     cfg: float = 1.0,
     cfg_source: float = 1.0,
+    cfg_schedule: str = "constant",
     temperature: float = 1.0,
     schedule: str = "linear",
     solver: str = "euler",
@@ -136,6 +138,7 @@ def draw_tokens(
         head_steps: of the head's sampler.
         cfg: guidance scale of the text; 1 is none.
         cfg_source: guidance scale of the sources; 1 is none. Other values take a third pass, of a "flow" head alone.
+        cfg_schedule: what becomes of both scales from step to step, see `uniflow.unifluid.guidance.guidance_scales`.
         temperature: of the head's noise, see `FlowHead.sample` and, for a "ddpm" head, `uniflow.diffusion.sample`.
         schedule, solver: see `FlowHead.sample`; not of a "ddpm" head.
         order: int64 [B, N], the places in the order in which they are drawn; drawn itself if not given.
@@ -146,12 +149,14 @@ def draw_tokens(
 
     Raises:
         ValueError: if steps or shapes do not fit, the text is too long, there are not as many features or tokens of
-            sources as slots for them; for a cfg_source without sources, or of another head.
+            sources as slots for them; for a cfg_source without sources, or of another head; for an unknown
+            cfg_schedule.
 
     Source: the two scales are those of InstructPix2Pix (Brooks et al. 2023, eq. 3).
     """
     batch, count = len(ids), model.config.tokens
     sizes = group_sizes(count, count if steps is None else steps)
+    of_text, of_sources = (guidance_scales(scale, sizes, cfg_schedule) for scale in (cfg, cfg_source))
     if order is None:
         order = draw_orders(batch, count, model.config.order, ids.device, generator)
     elif order.shape != (batch, count):
@@ -170,7 +175,7 @@ def draw_tokens(
     features, clean = seen.repeated(with_sources)
     ids, real = (torch.cat(parts) for parts in zip(*prompts, strict=True))
     order = order.repeat(branches, 1)
-    how = _Head(head_steps, cfg, cfg_source, temperature, schedule, solver, generator)
+    how = _Head(branches, head_steps, temperature, schedule, solver, generator)
     cache = transformers_package().DynamicCache()
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
     slots = [model.text_slots(ids, real, features, clean)]
@@ -182,7 +187,7 @@ def draw_tokens(
         queries = model.query_slots(places, group, begin, text)
         states = model.states([*slots, queries], cache, earlier)[:, -size:]
         cache.crop(-size)  # no later step sees the queries
-        new = how.draw(model, states)
+        new = how.draw(model, states, of_text[step], of_sources[step])
         tokens.append(new)
         earlier = Earlier.of(slots, earlier)
         slots = [model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text)]
@@ -203,21 +208,20 @@ def _without_text(model: UniFluid, ids: Tensor, real: Tensor) -> tuple[Tensor, T
 
 
 class _Head(NamedTuple):
-    """How the head is sampled; the names are those of `draw_tokens`."""
+    """How the head is sampled: under how many states a token, and as the arguments of `draw_tokens` say."""
 
+    branches: int
     head_steps: int
-    cfg: float
-    cfg_source: float
     temperature: float
     schedule: str
     solver: str
     generator: torch.Generator | None
 
-    def draw(self, model: UniFluid, states: Tensor) -> Tensor:
+    def draw(self, model: UniFluid, states: Tensor, cfg: float, cfg_source: float) -> Tensor:
         """Tokens [B, K, C], normalised, under states [B, K, D], or [2B, K, D] and [3B, K, D] with guidance."""
-        if self.cfg_source != 1.0:
-            return self._guided_by_both(model, states).float()
-        condition, null = states.chunk(2) if self.cfg != 1.0 else (states, None)
+        if self.branches == 3:
+            return self._guided_by_both(model, states, cfg, cfg_source).float()
+        condition, null = states.chunk(2) if self.branches == 2 else (states, None)
         if model.config.head != "ddpm":
             tokens = model.head.sample(
                 condition,
@@ -225,7 +229,7 @@ class _Head(NamedTuple):
                 generator=self.generator,
                 schedule=self.schedule,
                 solver=self.solver,
-                cfg=self.cfg,
+                cfg=cfg,
                 null_condition=null,
                 temperature=self.temperature,
                 time_scale=model.time_scale,
@@ -236,13 +240,13 @@ class _Head(NamedTuple):
                 condition,
                 Diffusion(self.head_steps),
                 generator=self.generator,
-                cfg=self.cfg,
+                cfg=cfg,
                 null_condition=null,
                 temperature=self.temperature,
             )
         return tokens.float()
 
-    def _guided_by_both(self, model: UniFluid, states: Tensor) -> Tensor:
+    def _guided_by_both(self, model: UniFluid, states: Tensor, cfg: float, cfg_source: float) -> Tensor:
         """Under states with sources and text, with sources, and with neither, in one pass of the head a step."""
         head, plan = model.head, Plan(self.head_steps, self.schedule, self.solver)
         plan.check()
@@ -255,8 +259,8 @@ class _Head(NamedTuple):
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 both, source, none = conditioned(x.repeat(3, 1, 1), times[t]).chunk(3)
-                return guide(source, none, self.cfg_source) + self.cfg * (both - source)
+                return guide(source, none, cfg_source) + cfg * (both - source)
 
             return integrate(velocity, noise, plan.steps, plan.schedule, plan.solver).to(states.dtype)
 
-        return replayed(head, steps_of, (noise, states), (plan, self.cfg, self.cfg_source, model.time_scale))
+        return replayed(head, steps_of, (noise, states), (plan, cfg, cfg_source, model.time_scale))

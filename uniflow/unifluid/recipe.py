@@ -104,6 +104,7 @@ class SamplesChoice:
     head_steps: int = 20
     cfg: float = 3.0
     cfg_source: float = 1.0
+    cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         at_least(self, 0, "captions")

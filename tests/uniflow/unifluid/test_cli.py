@@ -232,7 +232,7 @@ def test_train_with_sources_and_conversations(capsys, run_file, place, make_mode
     (place / "data" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     model = f"{{backbone: {place / 'llama'}, head_width: 32, head_depth: 1, checkpointing: all}}"
     recipe = f"{{{RECIPE.replace('steps: 4', 'steps: 2')}}}"
-    samples = "{captions: 3, steps: 2, head_steps: 2, cfg: 2.0, cfg_source: 1.5}"
+    samples = "{captions: 3, steps: 2, head_steps: 2, cfg: 2.0, cfg_source: 1.5, cfg_schedule: linear}"
     ok(capsys, "unifluid", "train", run_file(model=model, recipe=recipe, samples=samples))
     assert all(text > 0 and image > 0 for _, text, image in losses(place / "run").values())
     trained = UniFluid.from_pretrained(last(place / "run"))
@@ -243,6 +243,7 @@ def test_train_with_sources_and_conversations(capsys, run_file, place, make_mode
         nn.init.normal_(parameter, std=0.2)
     trained.save_pretrained(place / "model")
     seen = ["--checkpoint", place / "model", "--tokenizer", place / "tokenizer", "--head-steps", 2, "--count", 1]
+    seen += ["--cfg-schedule", "cosine"]
     source = ["--source", place / "data" / "1.png"]
     command = ["unifluid", "generate", "its mirror image", *seen, "--cfg-source", 2]
     assert "--cfg-source: expected 1 without --source" in fails(capsys, *command, "--out", place / "none")
@@ -413,6 +414,7 @@ def test_texts_and_pictures_that_cannot_be(capsys, run_file, place):
         (["generate", "\udcff"], {}, r"captions: expected a text, not empty and in UTF-8, got '\udcff'"),
         (["generate", "a"], {"--count": 10**9}, "Invalid value for '--count'"),
         (["generate", "a"], {"--cfg": "nan"}, "cfg: expected a finite number, got nan"),
+        (["generate", "a"], {"--cfg-schedule": "cos"}, "--cfg-schedule: expected one of constant, linear, cosine"),
         (["generate", "a"], {"--source": picture}, "sources: the model draws from text alone"),
         (["generate", "a"], {"--source": place / "none.png"}, "none.png"),
         (["generate", "a"], {"--cfg-source": "nan"}, "--cfg-source: expected a finite number, got nan"),
@@ -484,6 +486,7 @@ def test_training_that_cannot_be(capsys, run_file, place, others):
         ({"data": f"{{shards: {place / 'none.tar'}}}"}, "no such file"),
         ({"data": f"{{shards: {place / 'file'}}}"}, "is no tar"),
         ({"samples": "{cfg_source: 2}"}, "samples.cfg_source: expected 1 for data without sources, got 2"),
+        ({"samples": "{cfg_schedule: cos}"}, "samples.cfg_schedule: "),
         ({"samples": "{steps: 5}"}, "steps: expected between 1 and 4"),
         ({"samples": "{head_steps: 0}"}, "samples: head_steps: expected at least 1, got 0"),
         ({"recipe": f"{{{once}, batch_size: 3, micro_batch_size: 1}}"}, "micro_batch_size: expected at least 2"),

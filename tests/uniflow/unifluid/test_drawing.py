@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 
 from uniflow.unifluid import drawing
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.drawing import draw_pictures, draw_tokens, see_sources
+from uniflow.unifluid.guidance import SCHEDULES, guidance_scales
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow_kernels import FlowHead
 
@@ -26,7 +29,7 @@ def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg
     seen = []
     draw = drawing._Head.draw
     monkeypatch.setattr(
-        drawing._Head, "draw", lambda self, model, states: seen.append(states) or draw(self, model, states)
+        drawing._Head, "draw", lambda self, model, states, *cfg: seen.append(states) or draw(self, model, states, *cfg)
     )
     order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
     tokens = draw_tokens(model, *texts, 5, head_steps=3, cfg=cfg, order=order, generator=seeded())
@@ -42,13 +45,48 @@ def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg
             torch.testing.assert_close(states[2:], null, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cfg", "cfg_source"), [(1.0, 1.0), (2.0, 1.0), (1.5, 2.5), (1.0, 0.0)])
-def test_text_and_sources_are_guided_apart(make_model, edits, cfg, cfg_source):
+def test_guidance_scales():
+    # MAR's 1 + (cfg - 1) * share of drawn tokens; RAR's cosine of it; both end at the scale itself
+    assert guidance_scales(3.0, (1, 2, 5)) == [3.0, 3.0, 3.0]
+    assert guidance_scales(3.0, (1, 2, 5), "linear") == [1.25, 1.75, 3.0]
+    expected = [2 - math.cos(math.pi / 8), 2 - math.cos(math.pi * 3 / 8), 3.0]
+    assert guidance_scales(3.0, (1, 2, 5), "cosine") == pytest.approx(expected, abs=1e-12)
+    assert guidance_scales(0.0, (1, 1), "linear") == [0.5, 0.0]
+    for schedule in SCHEDULES:
+        assert guidance_scales(1.0, (1, 2, 5), schedule) == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="cfg_schedule: expected one of constant, linear, cosine, got 'cos'"):
+        guidance_scales(1.0, (1,), "cos")
+
+
+@pytest.mark.parametrize("head", ["flow", "ddpm", "mean_flow"])
+def test_schedules_of_every_head(make_model, texts, head):
+    # they change what is drawn with guidance; without it they change nothing, and no second branch is made
+    model = make_model(head=head)
+
+    def draw(**how):
+        return draw_tokens(model, *texts, 3, head_steps=2, generator=seeded(1), **how)
+
+    assert not torch.allclose(draw(cfg=2.0), draw(cfg=2.0, cfg_schedule="linear"))
+    rows = []
+    model.backbone.base_model.register_forward_hook(lambda *call: rows.append(len(call[2].last_hidden_state)))
+    assert torch.equal(draw(), draw(cfg_schedule="cosine"))
+    assert set(rows) == {2}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "cfg_source", "schedule"),
+    [
+        *((*both, "constant") for both in ((1.0, 1.0), (2.0, 1.0), (1.5, 2.5), (1.0, 0.0))),
+        *((2.0, 1.0, kind) for kind in ("linear", "cosine")),
+        *((1.5, 2.5, kind) for kind in ("linear", "cosine")),
+    ],
+)
+def test_text_and_sources_are_guided_apart(make_model, edits, cfg, cfg_source, schedule):
     # the definition: one token after the other without a cache, the head step by step under three states
     model = make_model(sources="both", backbone={"max_position_embeddings": 128})
     ids, real, sources = edits
     order = draw_orders(2, N, "random", torch.device("cpu"), seeded())
-    how = {"sources": sources, "cfg": cfg, "cfg_source": cfg_source}
+    how = {"sources": sources, "cfg": cfg, "cfg_source": cfg_source, "cfg_schedule": schedule}
     drawn = draw_tokens(model, ids, real, head_steps=3, order=order, generator=seeded(1), **how)
     bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
     without = torch.cat([ids[:, :32], bos], 1)
@@ -65,10 +103,14 @@ def test_text_and_sources_are_guided_apart(make_model, edits, cfg, cfg_source):
                 for prompt, which, *seen in prompts
             )
             x = torch.randn(2, 1, 5, generator=noise)[:, 0]
+            share = {"constant": 1.0, "linear": (rank + 1) / N}.get(
+                schedule, math.sin(math.pi / 2 * (rank + 1) / N) ** 2
+            )
+            of_text, of_source = (1 + (scale - 1) * share for scale in (cfg, cfg_source))
             for step in range(3):
                 t = torch.full((2,), 1000 * step / 3)
                 v, v_source, v_none = (model.head(x, t, state) for state in (both, source, none))
-                x = x + (v_none + cfg_source * (v_source - v_none) + cfg * (v - v_source)) / 3
+                x = x + (v_none + of_source * (v_source - v_none) + of_text * (v - v_source)) / 3
             tokens[torch.arange(2), order[:, rank]] = x
     torch.testing.assert_close(drawn, model.denormalized(tokens), rtol=1e-4, atol=1e-4)
 
