@@ -76,4 +76,4 @@ def draw_groups(batch: int, tokens: int, device: torch.device) -> Tensor:
     """
     steps = torch.randint(tokens, (batch,), device="cpu")
     groups = _groups_by_steps(tokens)[steps]
-    return groups.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else groups
+    return groups.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else groups.to(device)

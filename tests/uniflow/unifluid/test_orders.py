@@ -51,3 +51,4 @@ def test_groups_rise_by_steps_of_one_as_in_sampling():
     for row in groups:
         assert tuple(row.bincount().tolist()) == group_sizes(12, int(row[-1]) + 1)
     assert groups[:, -1].unique().tolist() == list(range(12))
+    assert draw_groups(2, 12, torch.device("meta")).is_meta  # as the rest of a batch whose FLOPs are counted
