@@ -9,14 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from tests.conftest import GOLDEN, smooth_picture
+from tests.uniflow.unifluid.test_features import siglip
+from tests.uniflow.unifluid.test_tokens import autoencoder
 from uniflow import UniFlow
 from uniflow.cli import run
 from uniflow.training.recipe import Run, read_run
+from uniflow.unifluid import UniFluid
+from uniflow.unifluid.recipe import UniFluidRun
+from uniflow.unifluid.texts import make_text_tokenizer
 
 transformers, yaml = pytest.importorskip("transformers"), pytest.importorskip("yaml")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = ("uniflow_internvit.yaml", "uniflow_dinov2.yaml")
+UNIFLUID = "unifluid_2b.yaml"
 SIZE = 28  # pixels; half of what both encoders below were made for
 
 
@@ -36,11 +42,11 @@ def dinov2(folder):
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, UNIFLUID])
 def test_each_value_says_where_it_is_from(name):
     for line in (EXAMPLES / name).read_text().splitlines():
         if re.match(r"[\s-]*\w+: *[^\s#]", line):
-            assert re.search(r"  # (paper|release|ours)\b", line), line
+            assert re.search(r"  # (paper|release|folder|ours)\b", line), line
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -83,3 +89,50 @@ def test_a_step_of_each_stage(name, make, tmp_path, capsys):
     config = UniFlow.from_pretrained(latest).config
     assert config.image_size == SIZE
     assert (config.latent_ch, config.global_blocks_depth, config.num_decoder_layers) == (64, 6, 12)
+
+
+def test_what_the_paper_of_unifluid_says():
+    run = read_run(EXAMPLES / UNIFLUID, UniFluidRun)
+    (stage,) = run.recipe.stages
+    assert (stage.steps, stage.learning_rate, stage.train) == (1_000_000, 1e-4, "all")
+    assert (run.recipe.batch_size, run.model.order, run.model.head) == (2048, "random", "ddpm")
+    for processes in (8, 16, 64):
+        run.recipe.micro_batches(processes)
+
+
+def test_a_step_of_unifluid(tmp_path, capsys):
+    """Around a small Gemma 2, with a small autoencoder and SigLIP, in small batches; the rest as it stands."""
+    torch.manual_seed(0)
+    tokenizer = make_text_tokenizer(["a seven", "which digit?"], 300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    config = transformers.Gemma2Config(**sizes, **heads, vocab_size=len(tokenizer))
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    autoencoder().save_pretrained(tmp_path / "autoencoder")
+    siglip().save_pretrained(tmp_path / "siglip")
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        smooth_picture((40, 32), number).save(tmp_path / "pictures" / f"{number}.png")
+    said = {"caption": "a seven", "question": "which digit?", "answer": "seven"}
+    lines = [json.dumps({"image": f"{number}.png", **said}) for number in range(2)]
+    (tmp_path / "pictures" / "captions.jsonl").write_text("\n".join(lines))
+    run_file = yaml.safe_load((EXAMPLES / UNIFLUID).read_text())
+    run_file |= {"tokenizer": str(tmp_path / "autoencoder"), "vision": str(tmp_path / "siglip"), "image_size": [8, 8]}
+    run_file["model"] |= {name: str(tmp_path / "language") for name in ("backbone", "text_tokenizer")}
+    run_file["model"] |= {"head_width": 32, "head_depth": 1}
+    run_file["data"].pop("shards")
+    run_file["data"] |= {"folder": str(tmp_path / "pictures"), "validation": str(tmp_path / "pictures")}
+    run_file["samples"] |= {"steps": 2, "head_steps": 2}
+    run_file["recipe"] |= {"batch_size": 4, "micro_batch_size": 2, "workers": 0, "log_every": 1, "validate_every": 1}
+    run_file["recipe"]["parallel"] = "ddp"  # fsdp needs torchrun
+    run_file["recipe"]["stages"][0]["steps"] = 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run_file, "tensorboard": False}))
+    command = ["unifluid", "train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run")]
+    assert run(command) == 0, capsys.readouterr().err
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (report,) = [line for line in log if "loss" in line]
+    assert report["loss"] == pytest.approx(report["text"] + report["image"], rel=1e-2)
+    assert report["gradient_norm"] > 0
+    latest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert UniFluid.from_pretrained(latest).config.head == "ddpm"
