@@ -465,7 +465,7 @@ class Saved:
         self.given |= {x.untyped_storage().data_ptr() for x in (condition, images, t, noise)}
         with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             loss = flow_matching_loss(head, condition, images, t, PATCH, noise, chunk_tokens=chunk_tokens)
-        held = self.now + sum(gradient.nbytes for gradient in getattr(loss.grad_fn, "gradients", ()))
+        held = self.now
         loss.backward()
         return self.most, held
 

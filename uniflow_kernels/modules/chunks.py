@@ -268,16 +268,22 @@ def accumulated_in(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def scaled(
-    gradients: list[Tensor], factor: Tensor, for_condition: bool, dtypes: Sequence[torch.dtype], in_place: bool = False
-) -> tuple[Tensor | None, list[Tensor]]:
-    """What `Step.run` gave times a scalar, as gradients of the condition, if it is among them, and of parameters."""
+def keep(ctx: Any, scale: Tensor, gradients: list[Tensor], for_condition: bool, parameters: Sequence[Tensor]) -> None:
+    """Save what `scaled` needs."""
+    ctx.save_for_backward(scale, *gradients)
+    ctx.for_condition = for_condition
+    ctx.dtypes = [p.dtype for p in parameters]
+
+
+def scaled(ctx: Any, incoming: Tensor, in_place: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """What was kept, as gradients of condition and parameters."""
+    scale, *gradients = ctx.saved_tensors
     if in_place:
-        foreach_mul_(gradients, factor)
+        foreach_mul_(gradients, incoming * scale)
     else:
-        gradients = list(foreach_mul(gradients, factor))
-    of_condition = gradients.pop(0) if for_condition else None
-    return of_condition, [gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
+        gradients = list(foreach_mul(gradients, incoming * scale))
+    for_condition = gradients.pop(0) if ctx.for_condition else None
+    return for_condition, [gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
 
 
 class _InChunks(torch.autograd.Function):
@@ -286,20 +292,15 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, condition: Tensor, *parameters: Tensor) -> Tensor:
         loss, scale, gradients = step.run(condition, condition.requires_grad)
-        ctx.save_for_backward(scale)
-        ctx.gradients = gradients  # autograd would copy saved ones, which others hold, in the place of taking them over
-        ctx.dtypes = [p.dtype for p in parameters]
+        keep(ctx, scale, gradients, condition.requires_grad, parameters)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
-        again, (scale,) = is_graph_kept(), ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, ctx.gradients if again else None
-        of_condition, of_parameters = scaled(
-            gradients, incoming * scale, len(gradients) > len(ctx.dtypes), ctx.dtypes, in_place=not again
-        )
-        return None, of_condition, *of_parameters
+        again = is_graph_kept()
+        for_condition, for_parameters = scaled(ctx, incoming, in_place=not again)
+        return None, for_condition, *for_parameters
 
 
 # --- FSDP2 ---

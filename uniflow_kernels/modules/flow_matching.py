@@ -15,6 +15,7 @@ from uniflow_kernels.modules.chunks import (
     accumulated_in,
     in_chunks,
     is_fsdp,
+    keep,
     most_at_once,
     scaled,
     trained,
@@ -213,15 +214,12 @@ def _flow_matching_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     _, scale, gradients = output
-    ctx.save_for_backward(scale, *gradients)
-    ctx.dtypes = [p.dtype for p in inputs[2]]
+    keep(ctx, scale, gradients, inputs[-2], inputs[2])
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: Any) -> dict[str, Any]:
-    scale, *gradients = ctx.saved_tensors
-    for_condition = len(gradients) > len(ctx.dtypes)
-    of_condition, of_parameters = scaled(gradients, incoming * scale, for_condition, ctx.dtypes)
-    return {"condition": of_condition, "parameters": of_parameters}
+    for_condition, for_parameters = scaled(ctx, incoming, in_place=False)
+    return {"condition": for_condition, "parameters": for_parameters}
 
 
 flow_matching_op = register(
