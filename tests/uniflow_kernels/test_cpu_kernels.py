@@ -138,7 +138,7 @@ def test_distances_are_those_of_the_definition(level, dtype, width):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("width", [33, 1000, 5000])
 def test_a_token_has_the_same_bits_beside_others(level, dtype, width):
-    """Up to eight are taken at once, fewer of wide ones; here with some left over, and with a token that does not count."""
+    """Up to eight are taken at once, fewer of wide ones; here with some left over."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 1, 2, 21, width, generator=generator).to(dtype).unbind()
     made = []

@@ -283,7 +283,7 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_change_after_a_call_is_seen(change, gradients):
-    """What the fused op is given is kept from call to call; a copy finds it anew, and plain modules know nothing of it."""
+    """What the fused op is given is kept; a copy finds it anew, and the modules themselves know nothing of it."""
     head, inputs = make_head(), make_inputs()
     with torch.set_grad_enabled(gradients):
         before = head(*inputs)

@@ -54,8 +54,7 @@ from uniflow_kernels.torch_private import (
     is_hooked,
 )
 
-
-Tensors = tuple[list[Block], list[Affine], Affine | None]
+Tensors = tuple[list[Block], list[Affine], Affine | None]  # as `fused_flow_blocks` takes them
 
 
 class FlowHead(nn.Module):
@@ -459,13 +458,13 @@ class FlowHead(nn.Module):
 
 
 class _Known(NamedTuple):
-    """The tensors that were found, and in which modules: attributes of all, of those with parts, of those that hold any."""
+    """The tensors that were found, and in which modules: all, and the attributes of some."""
 
     tensors: Tensors
     parts: list[nn.Module]
-    own: list[dict[str, Any]]
-    whole: list[dict[str, Any]]
-    holding: list[dict[str, Any]]
+    own: list[dict[str, Any]]  # of all
+    whole: list[dict[str, Any]]  # of those that have parts
+    holding: list[dict[str, Any]]  # of those that have places for parameters
     norms: list[dict[str, Any]]
     state: tuple[list[Any], ...] = ()
 
@@ -499,10 +498,10 @@ class _Known(NamedTuple):
 
 
 class _Found:
-    """The tensors of a head's fused op: looked for again where a module, a parameter or a norm's eps is another, or a hook is set.
+    """The tensors of a head's fused op, looked for again where a module, a parameter or a norm's eps is another.
 
-    To see that none is takes a third of the time, which counts beside few rows. What was replaced is held until the next
-    call. A copy of a head, or one that was pickled, has found nothing yet.
+    To see that none is, and that there is no hook, takes a third of the time, which counts beside few rows. What was
+    replaced is held until the next call. A copy of a head, or one that was pickled, has found nothing yet.
     """
 
     def __init__(self) -> None:

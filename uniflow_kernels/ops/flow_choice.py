@@ -197,7 +197,7 @@ def is_plain(on_cuda: bool) -> bool:
 
 
 def is_plain_for(x: Tensor) -> bool:
-    """Whether plain PyTorch serves rows x [..., W] whatever the other facts of the call are, for which nobody need ask."""
+    """Whether plain PyTorch serves x [..., W] whatever the other facts of the call are, which nobody need ask for."""
     if torch.compiler.is_compiling() or not is_plain(x.is_cuda):
         return False
     return not x.is_cpu or x.shape[:-1].numel() > few_rows(dtype_of_products(x), x.shape[-1])
