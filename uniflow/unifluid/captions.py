@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.pictures import open_picture
 from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
+from uniflow.unifluid.tiles import most_tiles, one_tile, tiles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -313,7 +314,8 @@ class Drawings(NamedTuple):
 class Readings(NamedTuple):
     """Pictures with questions and answers, padded before the last text; possibly none.
 
-    images: uint8 [P, 3, H, W], the pictures of all rows one after the other, as the vision encoder takes them.
+    images: uint8 [T, 3, H, W], the tiles of the pictures of all rows one after the other, as the vision encoder takes
+        them; see `uniflow.unifluid.tiles`.
     ids: int64 [B, T], the slots of pictures (below zero), bos, the question, eos, the answer, eos; or a conversation.
     real: bool [B, T], False for padding.
     answer: bool [B, A], of the last A ids: True for what is to be predicted, answers and their ends.
@@ -329,7 +331,7 @@ class CaptionedPicture(NamedTuple):
     """What `CaptionedPictures` collates.
 
     kind: whether it is drawn or read.
-    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read.
+    pixels: uint8 [T, 3, H, W], the picture to draw, or the tiles of the pictures to read.
     ids: int64 [T].
     predicted: bool [T], which ids are to be predicted.
     sources, seen: uint8 [S, 3, H, W] and [S, 3, H', W'], see `Drawings`.
@@ -353,7 +355,7 @@ class CaptionedPictures(Samples):
     Args:
         examples: `CaptionFolder` or `CaptionShards`; the texts of all of them are read here once.
         tokenizer: for the texts, see `uniflow.unifluid.texts`.
-        drawing_size, reading_size: (H, W) of pictures to draw and to read.
+        drawing_size, reading_size: (H, W) of pictures to draw and of tiles to read.
         max_text: how many ids an example may have, with bos and eos, and without the slots of pictures.
         seed: the same seed gives the same stream.
         reading_share: the share of readings, in any run of neighbours; if not given a half, or all or none where there
@@ -361,7 +363,8 @@ class CaptionedPictures(Samples):
         drop_caption: the share of captions dropped, for guidance: their ids are bos alone.
         flip: whether half of the pictures are mirrored; what is said of left and right is then no longer true.
         drop_source: of the drawings that have sources, the share that is drawn from nothing at all, for guidance.
-        features: slots of a picture that is read, M of the vision encoder; none for data without such.
+        features: slots of a tile of a picture that is read, M of the vision encoder; none for data without such.
+        tiles: of how many tiles at most the grid of such a picture is, see `uniflow.unifluid.tiles`.
         source: the slots of a drawing's source, see `uniflow.unifluid.slots.source_slots`.
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
@@ -386,6 +389,7 @@ class CaptionedPictures(Samples):
         drop_source: float = 0.05,
         *,
         features: int = 0,
+        tiles: int = 1,
         source: Sequence[int] = (),
         context: int | None = None,
         tokens: int = 0,
@@ -402,7 +406,9 @@ class CaptionedPictures(Samples):
         self.drop_caption = drop_caption
         self.flip = flip
         self.drop_source = drop_source
-        self.slots: dict[Kind, list[int]] = {"drawing": list(source), "reading": picture_slots(features)}
+        self.features = features
+        self.tiles = tiles
+        self.source = list(source)
         self.context = context
         self.tokens = tokens
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
@@ -417,7 +423,7 @@ class CaptionedPictures(Samples):
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
-                    self._ids(kind, number, examples.texts(number).sources)
+                    self._ids(kind, number, self._most_slots(kind, examples.texts(number)))
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -435,29 +441,45 @@ class CaptionedPictures(Samples):
         drawn = rng.random()
         nothing = kind == "drawing" and len(pictures) > 1 and drawn < self.drop_source
         dropped = nothing or drawn < self.drop_caption + (self.drop_source if len(pictures) > 1 else 0.0)
-        value = self._value(kind, number, pictures[:1] if nothing else pictures, dropped)
-        if self.flip and rng.random() < 0.5:
-            value = value._replace(**{name: getattr(value, name).flip(-1) for name in ("pixels", "sources", "seen")})
+        mirrored = self.flip and rng.random() < 0.5
+        value = self._value(kind, number, pictures[:1] if nothing else pictures, dropped, mirrored)
         return Sample(value, self.examples.name(number), skipped)
 
     def whole(self, kind: Kind, number: int) -> CaptionedPicture:
         """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
-        return self._value(kind, number, self._open(kind, number), False)
+        return self._value(kind, number, self._open(kind, number))
 
     def _open(self, kind: Kind, number: int) -> list[Image.Image]:
         return [self.examples.open(number), *self.examples.further(number, kind)]
 
-    def _value(self, kind: Kind, number: int, pictures: list[Image.Image], dropped: bool) -> CaptionedPicture:
-        drawn, sources = (pictures[:1], pictures[1:]) if kind == "drawing" else (pictures, [])
-        ids, predicted = self._ids(kind, number, len(sources), dropped)
+    def _value(
+        self, kind: Kind, number: int, pictures: list[Image.Image], dropped: bool = False, mirrored: bool = False
+    ) -> CaptionedPicture:
+        if kind == "drawing":
+            sources = pictures[1:]
+            pixels, slots = one_tile(pictures[0], self.drawing_size, mirrored), [self.source] * len(sources)
+        else:
+            sources = []
+            tiles = [tiles_of(picture, self.reading_size, self.tiles, mirrored) for picture in pictures]
+            pixels, slots = torch.cat(tiles), [picture_slots(self.features * len(own)) for own in tiles]
+        ids, predicted = self._ids(kind, number, slots, dropped)
         return CaptionedPicture(
             kind,
-            _pixels(drawn, self.drawing_size if kind == "drawing" else self.reading_size),
+            pixels,
             torch.tensor(ids, dtype=torch.int64, device="cpu"),
             torch.tensor(predicted, dtype=torch.bool, device="cpu"),
-            _pixels(sources, self.drawing_size),
-            _pixels(sources, self.reading_size),
+            *(
+                _joined([one_tile(source, size, mirrored) for source in sources], size)
+                for size in (self.drawing_size, self.reading_size)
+            ),
         )
+
+    def _most_slots(self, kind: Kind, texts: Texts) -> list[list[int]]:
+        """The slots of an example's pictures, whatever these are like."""
+        if kind == "drawing":
+            return [self.source] * texts.sources
+        pictures = sum(turn.text.count(PICTURE) for turn in texts.conversation())
+        return [picture_slots(self.features * most_tiles(self.tiles))] * pictures
 
     def check_batches(self, size: int) -> None:
         """Refuse batches of `size` neighbours of which some lack a kind: their losses would not count as the others'.
@@ -488,15 +510,18 @@ class CaptionedPictures(Samples):
             Readings(_joined([value.pixels for value in read], self.reading_size), *readings, predicted[:, first:]),
         )
 
-    def _ids(self, kind: Kind, number: int, sources: int, dropped: bool = False) -> tuple[list[int], list[bool]]:
-        """Of an example, and which of them are to be predicted."""
-        texts, slots = self.examples.texts(number), self.slots[kind]
+    def _ids(
+        self, kind: Kind, number: int, pictures: Sequence[Sequence[int]], dropped: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Of an example with the slots of its pictures, and which of them are to be predicted."""
+        texts = self.examples.texts(number)
         try:
             if kind == "drawing":
-                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, slots * sources)
+                before = [slot for picture in pictures for slot in picture]
+                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, before)
                 predicted = [False] * len(ids)
             else:
-                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), slots)
+                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), pictures)
         except ValueError as error:
             raise CaptionError(f"{self.examples.name(number)}: {error}") from None
         written = sum(number >= 0 for number in ids)
@@ -509,7 +534,7 @@ class CaptionedPictures(Samples):
         if self.context is not None and length > self.context:
             raise CaptionError(
                 f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "
-                f"for {self.context}"
+                f"for {self.context}{'' if self.tiles == 1 else '; fewer vision_tiles take fewer slots'}"
             )
         return ids, predicted
 
@@ -529,10 +554,6 @@ def _reading_share(share: float | None, captions: bool, questions: bool) -> Frac
     if share < 1 and not captions:
         raise ValueError(f"reading_share: expected 1, as no example has a caption, got {share}")
     return Fraction(str(share))  # the decimal that was written, so that every run has its share exactly
-
-
-def _pixels(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
-    return _joined([to_tensor(center_crop(picture, size)).unsqueeze(0) for picture in pictures], size)
 
 
 def _joined(parts: list[Tensor], size: tuple[int, int]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
 from uniflow.reading import printable, shown
 from uniflow.unifluid.slots import SOURCES
+from uniflow.unifluid.tiles import LARGEST_GRID
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
 HEADS = ("flow", "ddpm", *FEW_STEPS)
@@ -39,6 +40,8 @@ class UniFluidConfig:
         text_tokenizer: fingerprint of the text tokenizer, if known; see `uniflow.unifluid.texts.ids_fingerprint`.
         vision_merge: of how many patches a side, which lie next to each other, one feature is made.
         vision_layers: linear layers that a feature goes through into the transformer: 1, or 2 with GELU between them.
+        vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
+            `uniflow.unifluid.tiles`.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -58,6 +61,7 @@ class UniFluidConfig:
     text_tokenizer: str | None = None
     vision_merge: int = 1
     vision_layers: int = 1
+    vision_tiles: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
@@ -73,6 +77,7 @@ class UniFluidConfig:
                 check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
         check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
         check_integer("vision_layers", self.vision_layers, 1, 2)
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
