@@ -53,7 +53,7 @@ def train(config: Path, out: Path | None, resume: str | None, device: str, force
 
 def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
     data, recipe = run.data, run.recipe
-    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
+    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size, run.packing).to(device)
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
@@ -159,6 +159,7 @@ def _student(
         ids_fingerprint(texts),
         model.vision_merge,
         model.vision_layers,
+        tokenizer.packing,
     )
     return UniFluid(config, texts, backbone).float()
 

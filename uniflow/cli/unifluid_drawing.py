@@ -141,8 +141,8 @@ def _draw(
     """Write the pictures; all of them in the first process if they are kept, uint8 [3, H, W]."""
     model = load_checkpoint(UniFluid.from_pretrained, drawing.checkpoint, str(device), drawing.dtype)
     with explained():
-        tokenizer = read_image_tokenizer(drawing.tokenizer).to(model.device)
-        tokenizer.set_grid(model.config.grid)
+        config = model.config
+        tokenizer = read_image_tokenizer(drawing.tokenizer, packing=config.packing, grid=config.grid).to(model.device)
         check_tokenizer(model, tokenizer)
         group_sizes(model.config.tokens, drawing.how["steps"] or 1)
         vision = _vision(prompts, drawing, model)
