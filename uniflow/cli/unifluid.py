@@ -29,7 +29,7 @@ from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionS
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import UniFluidObjective, check_vision
+from uniflow.unifluid.objective import UniFluidObjective, read_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
 from uniflow.unifluid.slots import source_slots
@@ -196,8 +196,7 @@ def ask(given: Given, question: str, asking: Asking) -> None:
     with start as (processes, own), Workers(1) as files, find_pictures(given, files) as pictures:
         model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
-            features = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
-            check_vision(model, features)
+            features = read_vision(asking.vision, model)
             prompt = asking.prompt(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:

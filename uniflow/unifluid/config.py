@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
-from uniflow.reading import printable, shown
+from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
+from uniflow.reading import shown
 from uniflow.unifluid.slots import SOURCES
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
@@ -108,17 +108,7 @@ class UniFluidConfig:
             FileNotFoundError: if there is none.
             ValueError: if it is no JSON object or describes no UniFluid.
         """
-        path, values = Path(folder) / "config.json", read_config(folder)
-        if values.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"{path}: expected a JSON object with model_type {MODEL_TYPE!r}")
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{path}: unknown field {printable(name)}")
-        missing = [name for name in ("backbone", "token_channels", "grid") if name not in values]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**read_fields(folder, MODEL_TYPE, cls, ("backbone", "token_channels", "grid")))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""
