@@ -15,7 +15,7 @@ from torch import Tensor
 from uniflow.cli.batches import runs, seeds_of_blocks
 from uniflow.cli.files import Given, find_pictures, picture_suffixes
 from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
-from uniflow.cli.printing import say
+from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
@@ -24,6 +24,7 @@ from uniflow.normalization import normalize
 from uniflow.pictures import center_crop, to_tensor
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
+from uniflow.unifluid.attention import why_not_blocks
 from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
@@ -58,6 +59,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
+    if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
+        notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
         student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
