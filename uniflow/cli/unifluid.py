@@ -29,7 +29,7 @@ from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionS
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import UniFluidObjective, check_vision
+from uniflow.unifluid.objective import UniFluidObjective, read_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
 from uniflow.unifluid.slots import source_slots
@@ -53,7 +53,7 @@ def train(config: Path, out: Path | None, resume: str | None, device: str, force
 
 def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
     data, recipe = run.data, run.recipe
-    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
+    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size, run.packing).to(device)
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
@@ -159,6 +159,7 @@ def _student(
         ids_fingerprint(texts),
         model.vision_merge,
         model.vision_layers,
+        tokenizer.packing,
     )
     return UniFluid(config, texts, backbone).float()
 
@@ -195,8 +196,7 @@ def ask(given: Given, question: str, asking: Asking) -> None:
     with start as (processes, own), Workers(1) as files, find_pictures(given, files) as pictures:
         model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
-            features = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
-            check_vision(model, features)
+            features = read_vision(asking.vision, model)
             prompt = asking.prompt(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:

@@ -28,7 +28,7 @@ from uniflow.unifluid.asking import answer, log_likelihoods
 from uniflow.unifluid.conversations import about_a_picture, question_ids
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import check_vision
+from uniflow.unifluid.objective import read_vision
 from uniflow.unifluid.questions import LIKELIHOODS, RESPONSE, Question, read_questions
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded
@@ -133,8 +133,7 @@ def _answered(
     """The questions with responses in their fields, in the first process."""
     model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(device), asking.dtype)
     with explained():
-        vision = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
-        check_vision(model, vision)
+        vision = read_vision(asking.vision, model)
     for question in questions:  # what cannot be asked is found now, not after hours
         try:
             model.check_context(len(asking.prompt(model, vision, question.text)) + 1)

@@ -8,7 +8,7 @@ conditions the head; and as content, which the queries of later steps see.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
+from uniflow.float32_buffers import Float32Buffers
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
 from uniflow.unifluid.backbone import (
@@ -68,7 +69,7 @@ class Earlier(NamedTuple):
         return cls(*(torch.cat([getattr(part, name) for part in several], dim=1) for name in cls._fields))
 
 
-class UniFluid(nn.Module):
+class UniFluid(Float32Buffers):
     """One transformer for text, pictures that are read and pictures that are drawn.
 
     Args:
@@ -88,6 +89,7 @@ class UniFluid(nn.Module):
     mark = "token_proj.weight"  # see `UniFlow.mark`
     pretrained_parts = ("backbone.",)
     untrained_parts: tuple[str, ...] = ()  # see `train_for`
+    float32_buffers = ("token_mean", "token_std")
     time_scale = 1000.0  # the head is trained on 1000 t
 
     token_mean: Tensor
@@ -216,16 +218,6 @@ class UniFluid(nn.Module):
             raise ValueError(f"tokens: expected channels that vary, got standard deviations {std.tolist()}")
         self.token_mean.copy_(rows.mean(0))
         self.token_std.copy_(std)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniFluid:
-        """The statistics stay float32 in a model of another dtype: they belong to the tokens."""
-        before = self.token_mean, self.token_std
-        super()._apply(fn, recurse)
-        self.token_mean, self.token_std = (
-            now if now.dtype == was.dtype else was.to(now.device)
-            for was, now in zip(before, (self.token_mean, self.token_std), strict=True)
-        )
-        return self
 
     def normalized(self, tokens: Tensor) -> Tensor:
         """An image tokenizer's tokens [..., C] with mean 0 and standard deviation 1, as the model works on them."""

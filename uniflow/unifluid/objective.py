@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from uniflow.diffusion import Diffusion, noise_loss
 from uniflow.flow import sample_intervals, sample_t
 from uniflow.normalization import normalize
+from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import no_text
@@ -19,7 +21,6 @@ from uniflow_kernels import interpolate, mean_flow_loss, self_distillation_loss,
 
 if TYPE_CHECKING:
     from uniflow.unifluid.captions import Drawings, Readings
-    from uniflow.unifluid.features import VisionFeatures
     from uniflow.unifluid.tokens import ImageTokenizer
 
 
@@ -202,6 +203,13 @@ def check_tokenizer(student: UniFluid, tokenizer: ImageTokenizer) -> None:
         )
     if config.tokenizer is not None and tokenizer.fingerprint() != config.tokenizer:
         raise ValueError("tokenizer: has other weights than the one that the model was trained with")
+
+
+def read_vision(folder: str | Path, student: UniFluid) -> VisionFeatures:
+    """The encoder in a folder on the student's device, checked to be the one that the student is made for."""
+    vision = VisionFeatures(folder, merge=student.config.vision_merge).to(student.device)
+    check_vision(student, vision)
+    return vision
 
 
 def check_vision(student: UniFluid, vision: VisionFeatures) -> None:

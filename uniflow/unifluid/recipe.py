@@ -116,9 +116,10 @@ class UniFluidRun(AnyRun):
     """A whole run.
 
     Attributes:
-        tokenizer: folder of the image tokenizer, a UniFlow or an AutoencoderKL of diffusers.
+        tokenizer: folder of the image tokenizer, a UniFlow, or an AutoencoderKL or AutoencoderDC of diffusers.
         vision: folder of the encoder whose features are read, see `VisionFeatures`; the tokenizer's if not given.
         image_size: (H, W) to draw at, in pixels; the size the tokenizer was trained at if not given.
+        packing: latents of the tokenizer a side of an image token, see `uniflow.unifluid.tokens.ImageTokenizer`.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -128,5 +129,6 @@ class UniFluidRun(AnyRun):
     data: DataChoice
     vision: Path | None = None
     image_size: tuple[int, int] | None = None
+    packing: int = 1
     objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
     samples: SamplesChoice = field(default_factory=SamplesChoice)
