@@ -26,6 +26,7 @@ from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.attention import why_not_blocks
 from uniflow.unifluid.backbone import read_backbone
+from uniflow.unifluid.cached import CachedLatents
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
@@ -40,7 +41,7 @@ from uniflow.unifluid.texts import (
     padded,
     read_text_tokenizer,
 )
-from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
+from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, image_tokens, read_image_tokenizer
 from uniflow.unifluid.validation import DrawingValidator
 
 _VALIDATED = 256  # examples that a validation looks at
@@ -73,7 +74,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
         "tokens": count,
     }
     dropped = (data.drop_caption, data.flip, data.drop_source)
-    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots)
+    cached = None if data.latents is None else CachedLatents(data.latents, tokenizer, examples, data.flip)
+    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots, cached=cached)
     _, size = recipe.micro_batches(processes.world)
     samples.check_batches(size)
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
@@ -174,7 +176,7 @@ def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, d
     for first in range(0, last, _AT_A_TIME):
         values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
         images = samples.collate(values)[0].images
-        found.append(tokenizer.encode(normalize(images.to(device))))
+        found.append(image_tokens(tokenizer, images.to(device)))
     return torch.cat(found)
 
 

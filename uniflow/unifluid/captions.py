@@ -25,6 +25,8 @@ from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from uniflow.unifluid.cached import CachedLatents
+
 CAPTIONS = "captions.jsonl"
 _LONGEST = 1 << 20  # bytes of what is said about a picture
 Kind = Literal["drawing", "reading"]
@@ -72,6 +74,10 @@ class Examples(Pictures, Protocol):
         """Pictures beside the first: a drawing's sources, what is read besides it; errors as of `open`."""
         ...
 
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """What `uniflow encode` calls the picture that is drawn, and its sources."""
+        ...
+
 
 def every_text(examples: Examples) -> Iterator[str]:
     """All captions, questions and answers, to make a tokenizer for."""
@@ -100,6 +106,7 @@ class CaptionFolder(PictureList):
         if not file.exists():
             raise FileNotFoundError(f"no {CAPTIONS} in {folder}")
         images: dict[str, Path] = {}
+        self._folder = folder
         self._texts: list[Texts] = []
         self._further: list[dict[Kind, list[Path]]] = []
         for where, fields in read_lines(file):
@@ -122,6 +129,11 @@ class CaptionFolder(PictureList):
     def further(self, number: int, kind: Kind) -> list[Image.Image]:
         """The sources of a line, or its images behind the first."""
         return [open_picture(file, largest=self.largest) for file in self._further[number][kind]]
+
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """Their paths below the folder."""
+        files = [self.pictures[number], *self._further[number]["drawing"]]
+        return [file.relative_to(self._folder).as_posix() for file in files if isinstance(file, Path)]
 
 
 class CaptionShards(PictureShards):
@@ -164,6 +176,10 @@ class CaptionShards(PictureShards):
     def further(self, number: int, kind: Kind) -> list[Image.Image]:
         """None: a sample has one picture."""
         return []
+
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """Its name."""
+        return [self.name(number)]
 
 
 def _check_length(text: bytes, where: str) -> None:
@@ -295,11 +311,12 @@ def picture_of(folder: Path, name: str, image: Any, where: str) -> Path:
 class Drawings(NamedTuple):
     """Pictures to draw from their captions, and from other pictures if there are any; possibly none.
 
-    images: uint8 [B, 3, H, W], as the image tokenizer takes them.
+    images: uint8 [B, 3, H, W], as the image tokenizer takes them; or the latents that it makes of them, of a floating-
+        point dtype, [B, L, C], see `uniflow.unifluid.tokens.image_tokens`.
     ids: int64 [B, T], the sources' slots (below zero), bos and the caption, padded before the text.
     real: bool [B, T], False for padding.
-    sources: uint8 [P, 3, H, W], the sources of all rows one after the other, as the image tokenizer takes them; none
-        if not given.
+    sources: uint8 [P, 3, H, W], the sources of all rows one after the other, as the image tokenizer takes them, or
+        their latents; none if not given.
     seen: uint8 [P, 3, H', W'], the same as the vision encoder takes them.
     """
 
@@ -329,16 +346,24 @@ class CaptionedPicture(NamedTuple):
     """What `CaptionedPictures` collates.
 
     kind: whether it is drawn or read.
-    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read.
+    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read; or the former's latents [1, L, C].
     ids: int64 [T].
     predicted: bool [T], which ids are to be predicted.
-    sources, seen: uint8 [S, 3, H, W] and [S, 3, H', W'], see `Drawings`.
+    sources, seen: uint8 [S, 3, H, W] (or latents [S, L, C]) and [S, 3, H', W'], see `Drawings`.
     """
 
     kind: Kind
     pixels: Tensor
     ids: Tensor
     predicted: Tensor
+    sources: Tensor
+    seen: Tensor
+
+
+class _Opened(NamedTuple):
+    """What was read of an example: the parts of a `CaptionedPicture` of the same names."""
+
+    pixels: Tensor
     sources: Tensor
     seen: Tensor
 
@@ -365,6 +390,7 @@ class CaptionedPictures(Samples):
         source: the slots of a drawing's source, see `uniflow.unifluid.slots.source_slots`.
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
+        cached: the latents of what is drawn, and of its sources, in the place of the pixels; all of `examples`.
 
     Raises:
         CaptionError: for texts that are not as they should be or longer than `max_text`; in shards a text that is too
@@ -389,6 +415,7 @@ class CaptionedPictures(Samples):
         source: Sequence[int] = (),
         context: int | None = None,
         tokens: int = 0,
+        cached: CachedLatents | None = None,
     ) -> None:
         for name, dropped in (("drop_caption", drop_caption), ("drop_source", drop_source)):
             if not 0 <= dropped <= 1:
@@ -405,6 +432,7 @@ class CaptionedPictures(Samples):
         self.slots: dict[Kind, list[int]] = {"drawing": list(source), "reading": picture_slots(features)}
         self.context = context
         self.tokens = tokens
+        self.cached = cached
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
         self.reading_share = _reading_share(reading_share, captions, questions)
@@ -430,33 +458,43 @@ class CaptionedPictures(Samples):
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
         own = before if kind == "reading" else position - before
-        number, pictures, skipped = self._streams[kind].read(own, partial(self._open, kind))
         rng = np.random.default_rng((self.seed, position))
-        drawn = rng.random()
-        nothing = kind == "drawing" and len(pictures) > 1 and drawn < self.drop_source
-        dropped = nothing or drawn < self.drop_caption + (self.drop_source if len(pictures) > 1 else 0.0)
-        value = self._value(kind, number, pictures[:1] if nothing else pictures, dropped)
-        if self.flip and rng.random() < 0.5:
-            value = value._replace(**{name: getattr(value, name).flip(-1) for name in ("pixels", "sources", "seen")})
-        return Sample(value, self.examples.name(number), skipped)
+        drawn, flipped = rng.random(), self.flip and rng.random() < 0.5
+        number, found, skipped = self._streams[kind].read(own, lambda number: self._open(kind, number, flipped))
+        from_others = len(found.seen) > 0
+        nothing = from_others and drawn < self.drop_source
+        dropped = nothing or drawn < self.drop_caption + (self.drop_source if from_others else 0.0)
+        if nothing:
+            found = found._replace(sources=found.sources[:0], seen=found.seen[:0])
+        return Sample(self._value(kind, number, found, dropped), self.examples.name(number), skipped)
 
     def whole(self, kind: Kind, number: int) -> CaptionedPicture:
         """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
-        return self._value(kind, number, self._open(kind, number), False)
+        return self._value(kind, number, self._open(kind, number, False), False)
 
-    def _open(self, kind: Kind, number: int) -> list[Image.Image]:
-        return [self.examples.open(number), *self.examples.further(number, kind)]
+    def _open(self, kind: Kind, number: int, flipped: bool) -> _Opened:
+        further = self.examples.further(number, kind)
+        if kind == "reading":
+            read = _pixels([self.examples.open(number), *further], self.reading_size)
+            found = _Opened(read, _pixels([], self.drawing_size), _pixels([], self.reading_size))
+        else:
+            seen = _pixels(further, self.reading_size)
+            if self.cached is not None:
+                latents = self.cached.read(number, flipped)
+                return _Opened(latents[:1], latents[1:], seen.flip(-1) if flipped else seen)
+            drawn = _pixels([self.examples.open(number)], self.drawing_size)
+            found = _Opened(drawn, _pixels(further, self.drawing_size), seen)
+        return _Opened(*(part.flip(-1) for part in found)) if flipped else found
 
-    def _value(self, kind: Kind, number: int, pictures: list[Image.Image], dropped: bool) -> CaptionedPicture:
-        drawn, sources = (pictures[:1], pictures[1:]) if kind == "drawing" else (pictures, [])
-        ids, predicted = self._ids(kind, number, len(sources), dropped)
+    def _value(self, kind: Kind, number: int, found: _Opened, dropped: bool) -> CaptionedPicture:
+        ids, predicted = self._ids(kind, number, len(found.seen), dropped)
         return CaptionedPicture(
             kind,
-            _pixels(drawn, self.drawing_size if kind == "drawing" else self.reading_size),
+            found.pixels,
             torch.tensor(ids, dtype=torch.int64, device="cpu"),
             torch.tensor(predicted, dtype=torch.bool, device="cpu"),
-            _pixels(sources, self.drawing_size),
-            _pixels(sources, self.reading_size),
+            found.sources,
+            found.seen,
         )
 
     def check_batches(self, size: int) -> None:
@@ -536,4 +574,4 @@ def _pixels(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
 
 
 def _joined(parts: list[Tensor], size: tuple[int, int]) -> Tensor:
-    return torch.cat([torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu"), *parts])
+    return torch.cat(parts) if parts else torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu")
