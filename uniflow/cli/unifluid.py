@@ -15,7 +15,7 @@ from torch import Tensor
 from uniflow.cli.batches import runs, seeds_of_blocks
 from uniflow.cli.files import Given, find_pictures, picture_suffixes
 from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
-from uniflow.cli.printing import say
+from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
@@ -23,7 +23,9 @@ from uniflow.evaluation.scores import InOrder
 from uniflow.normalization import normalize
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
+from uniflow.unifluid.attention import why_not_blocks
 from uniflow.unifluid.backbone import read_backbone
+from uniflow.unifluid.cached import CachedLatents
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
@@ -39,7 +41,7 @@ from uniflow.unifluid.texts import (
     read_text_tokenizer,
 )
 from uniflow.unifluid.tiles import most_tiles, tiles_of
-from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
+from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, image_tokens, read_image_tokenizer
 from uniflow.unifluid.validation import DrawingValidator
 
 _VALIDATED = 256  # examples that a validation looks at
@@ -58,6 +60,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
+    if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
+        notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
         student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
@@ -71,7 +75,8 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
         "tokens": count,
     }
     dropped = (data.drop_caption, data.flip, data.drop_source)
-    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots)
+    cached = None if data.latents is None else CachedLatents(data.latents, tokenizer, examples, data.flip)
+    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots, cached=cached)
     _, size = recipe.micro_batches(processes.world)
     samples.check_batches(size)
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
@@ -174,7 +179,7 @@ def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, d
     for first in range(0, last, _AT_A_TIME):
         values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
         images = samples.collate(values)[0].images
-        found.append(tokenizer.encode(normalize(images.to(device))))
+        found.append(image_tokens(tokenizer, images.to(device)))
     return torch.cat(found)
 
 

@@ -20,6 +20,7 @@ from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, 
 from uniflow.float32_buffers import Float32Buffers
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
+from uniflow.unifluid.attention import NEVER, Sight
 from uniflow.unifluid.backbone import (
     attend,
     check_backbone,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 _TEXT_TOKENIZER = "text_tokenizer"  # folder in a checkpoint
-_NEVER = 1 << 30  # when a slot is visible that no other one sees
 
 
 class Slots(NamedTuple):
@@ -319,7 +319,7 @@ class UniFluid(Float32Buffers):
             self.check_slots(ids, features, clean)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         position = (real.cumsum(1) - 1).clamp(min=0)
-        return Slots(self._embed(ids, features, clean), position, column.where(real, _NEVER), column.where(real, -1))
+        return Slots(self._embed(ids, features, clean), position, column.where(real, NEVER), column.where(real, -1))
 
     def content_slots(self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
         """Known tokens, which see the text, each other's step and the steps before.
@@ -337,7 +337,7 @@ class UniFluid(Float32Buffers):
     def query_slots(self, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
         """Tokens to be predicted, which see the text and the steps before theirs; arguments as of `content_slots`."""
         embedded = self.query_embedding + self.place_embedding[places]
-        return Slots(embedded, begin + places, torch.full_like(groups, _NEVER), text + groups - 1)
+        return Slots(embedded, begin + places, torch.full_like(groups, NEVER), text + groups - 1)
 
     def states(self, parts: list[Slots], cache: Cache | None = None, earlier: Earlier | None = None) -> Tensor:
         """The transformer's last states [B, S, D] of all slots of the parts.
@@ -348,13 +348,11 @@ class UniFluid(Float32Buffers):
             earlier: which slots these are.
         """
         embedded, position, visible, sees = map(torch.cat, zip(*parts, strict=True), [1] * len(Slots._fields))
-        sees, others = sees.unsqueeze(2), position
-        itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
-        allowed = (visible.unsqueeze(1) <= sees) | itself
+        own, others = torch.arange(visible.shape[1], device=visible.device), position
         if earlier is not None:
-            allowed = torch.cat([earlier.visible.unsqueeze(1) <= sees, allowed], dim=2)
-            others = torch.cat([earlier.position, position], dim=1)
-        return attend(self.backbone, embedded, position, allowed, others, cache)
+            own = own + earlier.visible.shape[1]
+            visible, others = torch.cat([earlier.visible, visible], 1), torch.cat([earlier.position, position], 1)
+        return attend(self.backbone, embedded, Sight(position, sees, own, visible, others), cache)
 
     def _embed(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> Tensor:
         """The embeddings of ids, and in the slots of pictures of what is seen of them."""

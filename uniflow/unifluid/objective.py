@@ -17,6 +17,7 @@ from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import no_text
+from uniflow.unifluid.tokens import image_tokens
 from uniflow_kernels import interpolate, mean_flow_loss, self_distillation_loss, velocity_loss
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class UniFluidObjective(nn.Module):
         student = self.student
         if not len(images):
             return self.image_weight.new_zeros(())
-        tokens = student.normalized(self.tokenizer.encode(normalize(images)))
+        tokens = student.normalized(image_tokens(self.tokenizer, images))
         batch, count, _ = tokens.shape
         order = draw_orders(batch, count, student.config.order, tokens.device)
         groups = draw_groups(batch, count, tokens.device)
@@ -140,7 +141,7 @@ class UniFluidObjective(nn.Module):
                 raise ValueError("drawings: the objective was made without vision, expected no sources")
             features = self.vision(normalize(seen))
         if sources is not None and len(sources) and wanted in ("tokens", "both"):
-            clean = self.student.normalized(self.tokenizer.encode(normalize(sources)))
+            clean = self.student.normalized(image_tokens(self.tokenizer, sources))
         return features, clean
 
     def _loss_of_intervals(

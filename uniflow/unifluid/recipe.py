@@ -72,6 +72,8 @@ class DataChoice:
         validation: folder with captions.jsonl, to score on.
         reading_share, drop_caption, drop_source, flip: see `CaptionedPictures`.
         max_text: ids that a text may have; what the transformer's context leaves if not given.
+        latents: folder that `uniflow encode` wrote of the pictures to draw, in the place of encoding them in each step;
+            see `uniflow.unifluid.cached.CachedLatents`. Those of `validation` are encoded.
         statistics: pictures that the mean and deviation of the image tokens are taken from.
     """
 
@@ -85,6 +87,7 @@ class DataChoice:
     drop_source: float = 0.05
     flip: bool = False
     max_text: int | None = None
+    latents: Path | None = None
     statistics: int = 1024
 
     def __post_init__(self) -> None:

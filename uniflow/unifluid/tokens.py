@@ -83,7 +83,10 @@ class ImageTokenizer(nn.Module, ABC):
         if not len(images):
             return images.new_empty(0, self.grid[0] * self.grid[1], self.channels, dtype=torch.float32)
         with torch.autocast(images.device.type, enabled=False):
-            latents = self._encode(images.to(self._dtype)).float()
+            return self.packed(self._encode(images.to(self._dtype)).float())
+
+    def packed(self, latents: Tensor) -> Tensor:
+        """Tokens [B, N, C] of latents [B, channels, H / patch, W / patch]."""
         lines, columns = self.grid
         return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", h=lines, w=columns, p=self.packing)
 
@@ -208,6 +211,25 @@ class AutoencoderTokens(ImageTokenizer):
 
     def _decode(self, latents: Tensor, generator: torch.Generator | None) -> Tensor:
         return normalize((self.model.decode(latents / self.scale + self.shift).sample + 1) / 2)
+
+
+def image_tokens(tokenizer: ImageTokenizer, pictures: Tensor) -> Tensor:
+    """The tokens [B, N, C] of pictures, uint8 [B, 3, H, W], or of their latents, which were made before.
+
+    Args:
+        tokenizer: makes the tokens.
+        pictures: or floating-point latents [B, L, channels], one for each place of a patch in raster order.
+
+    Raises:
+        ValueError: for pictures or latents of another shape.
+    """
+    if not pictures.is_floating_point():
+        return tokenizer.encode(normalize(pictures))
+    lines, columns = (extent * tokenizer.packing for extent in tokenizer.grid)
+    expected = (lines * columns, tokenizer.channels // tokenizer.packing**2)
+    if tuple(pictures.shape[1:]) != expected:
+        raise ValueError(f"latents: expected shape {['B', *expected]}, got {list(pictures.shape)}")
+    return tokenizer.packed(rearrange(pictures.float(), "b (h w) c -> b c h w", h=lines))
 
 
 def _stride(config: Any) -> int:
