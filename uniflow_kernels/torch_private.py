@@ -255,7 +255,8 @@ _ONE_DNNS = {
 
 def has_one_dnn() -> bool:
     """Whether torch has oneDNN, and is not told to do without, beside another library for products in float32."""
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and torch.backends.mkl.is_available()
+    one_dnn = torch.backends.mkldnn
+    return bool(one_dnn.is_available() and one_dnn.enabled and torch.backends.mkl.is_available())
 
 
 def one_dnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
