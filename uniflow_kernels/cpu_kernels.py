@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,15 @@ def why_not_images(device: torch.device, read: Sequence[torch.dtype], written: t
 def instructions() -> str:
     """The level of instructions that is used here: "avx512", "avx2" or "baseline"."""
     return _level().name
+
+
+@functools.cache
+def is_amds() -> bool:
+    """Whether the processor is one of AMD, on which MKL, torch's library for products in float32, is no fast one."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "AuthenticAMD" in platform.processor()
 
 
 def shares_threads() -> bool:
@@ -187,13 +198,13 @@ def scale(values: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
 
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
-    """Write `noise` [rows, columns] in float32, of S seeds [S] for as many groups of rows."""
+    """Write `noise` [rows, columns] in float32, of S seeds [S], contiguous, for as many groups of rows."""
     rows, columns = noise.shape
     if not noise.numel():
         return
     groups = len(seeds)
     _level().seeded_noise(
-        seeds.contiguous().data_ptr(),
+        seeds.data_ptr(),
         groups,
         offset,
         first_row,
