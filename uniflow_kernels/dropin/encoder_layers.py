@@ -206,8 +206,8 @@ class EncoderLayer:
     def _is_plain(self, module: nn.Module, products: Products) -> bool:
         """Whether no part would do more, if it were called, than its class's forward."""
         parts: Any = children_of(module)
-        attention = parts[self.attention]
-        if type(attention) is not products.kind or fires(attention) or _any_drops(module, products.drops):
+        attention, kind = parts[self.attention], type(parts[self.attention])
+        if kind is not products.kind or fires(attention) or _any_drops(module, products.drops):
             return False
         forward = vars(attention).get("forward")
         if forward is not None and getattr(forward, "recognised", None) != products.scored:
@@ -381,8 +381,9 @@ class _Reading:
             return None
         for path, part in self.copy.named_modules():
             for own, vector in parameters_of(part).items():
-                fits = vector is not None and vector.shape == (self.width,)
-                if fits and difference([x + vector * branch], [total]) < TOLERANCE:
+                if vector is None or vector.shape != (self.width,):
+                    continue
+                if difference([x + vector * branch], [total]) < TOLERANCE:
                     return Place(tuple(path.split(".")) if path else (), own)
         raise NotOurs(f"what {name} makes is not added to x as it is, nor with LayerScale")
 
@@ -452,7 +453,7 @@ class _Reading:
             raise NotOurs("the linear layers of its attention are not its own, or not called once each")
         whole = next(call for call in calls if call.module is attention).given[0]
         *ins, last = called
-        shapes = [tuple(call.module.weight.shape) for call in called]
+        shapes = [(call.module.out_features, call.module.in_features) for call in called]
         one = (self.width, self.width)
         if shapes not in ([(3 * self.width, self.width), one], [one] * 4):
             raise NotOurs("its attention has other products than queries, keys and values as wide as x and one behind")
@@ -532,7 +533,8 @@ def _between(attention: Any, ins: tuple[str, ...], out: str, qkv: Tensor, run: C
     parts = children_of(attention)
     made = {name: _Made(parts[name], part) for name, part in zip(ins, qkv.chunk(len(ins), -1), strict=True)}  # type: ignore[arg-type]
     last = _Takes(parts[out])  # type: ignore[arg-type]
-    stand_in: Any = object.__new__(_class_of(type(attention), ins, out))
+    kind: Any = type(attention)
+    stand_in: Any = object.__new__(_class_of(kind, ins, out))
     object.__setattr__(stand_in, "__dict__", attention.__dict__)
     object.__setattr__(stand_in, "_put", {**made, out: last})
     run(functools.partial(own_forward(attention), stand_in))
@@ -542,5 +544,9 @@ def _between(attention: Any, ins: tuple[str, ...], out: str, qkv: Tensor, run: C
 @functools.cache
 def _class_of(kind: type, ins: tuple[str, ...], out: str) -> type:
     """The class of stand-ins: derived, sharing all attributes, but for the linear layers."""
-    put = {name: property(lambda self, name=name: self._put[name]) for name in (*ins, out)}
-    return type(kind)(kind.__name__, (kind,), {"__slots__": ("_put",), "__module__": kind.__module__, **put})
+
+    def put(name: str) -> property:
+        return property(lambda self: self._put[name])
+
+    own = {"__slots__": ("_put",), "__module__": kind.__module__}
+    return type(kind)(kind.__name__, (kind,), {**own, **{name: put(name) for name in (*ins, out)}})
