@@ -249,10 +249,9 @@ def recognise(module: nn.Module) -> EncoderLayer | None:
 
 
 def _has_linears(part: nn.Module) -> bool:
-    inside = list(part.modules())[1:]
-    return any(isinstance(each, nn.Linear) for each in inside) and not any(
-        isinstance(each, nn.ModuleList) for each in inside
-    )
+    """Whether it may be an attention or an MLP: not one linear layer, nor a stack of layers."""
+    inside = [type(each) for each in part.modules()][1:]
+    return any(issubclass(kind, nn.Linear) for kind in inside) and nn.ModuleList not in inside
 
 
 def _scored(part: nn.Module) -> attentions.Attention | None:
@@ -305,9 +304,8 @@ class _Reading:
             required = [p.name for p in self.parameters[1:] if p.default is p.empty and p.name in names]
             out, calls, free = handed_on(lambda more: self._call(required, more), set(names[1:]))
             attention, mlp = self.order
-            paths = {".".join(path): path for path in [(name,) for name in self.called]}
             shape = BATCH, LENGTH, self.width
-            first, second = (read_norm(self.probe, at(self.copy, path), path, shape) for path in paths.values())
+            first, second = (read_norm(self.probe, at(self.copy, (n,)), (n,), shape) for n in self.called)
             between = self.given_norms[1]
             scales = (
                 self._scale(self.x, self.outs[attention], between, attention),

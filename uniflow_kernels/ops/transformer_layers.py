@@ -36,7 +36,7 @@ from uniflow_kernels.ops.flow_choice import (
 from uniflow_kernels.ops.modulated_norm import residual_norm
 from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import is_forward_mode, is_transforming, version_of
+from uniflow_kernels.torch_private import is_dispatch_watched, is_forward_mode, is_transforming, version_of
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
@@ -275,7 +275,9 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
 
 def may_have_kernels(x: Tensor) -> bool:
     """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
-    if torch.compiler.is_compiling() or is_plain(x.is_cuda) or requested() not in ("auto", "triton") or not x.numel():
+    if is_plain(x.is_cuda) or requested() not in ("auto", "triton") or not x.numel():
+        return False
+    if torch.compiler.is_compiling() or is_dispatch_watched():  # a trace would not see what is launched
         return False
     return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
 
