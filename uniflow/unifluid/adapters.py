@@ -1,4 +1,4 @@
-"""Low-rank adapters of the transformer's linear layers, by the peft package: what is trained in the place of the layers.
+"""Low-rank adapters of the transformer's linear layers, by the peft package: trained in the place of the layers.
 
 W x becomes W x + (alpha / rank) B A dropout(x), with W frozen, A [rank, in] and B [out, rank], which begins as zero.
 

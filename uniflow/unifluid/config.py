@@ -54,6 +54,15 @@ class Lora:
             raise ValueError("lora.targets: expected all-linear or a list of names, got an empty one")
         object.__setattr__(self, "targets", tuple(self.targets))
 
+    @classmethod
+    def of(cls, values: object) -> Lora:
+        """Those of a config.json."""
+        if not isinstance(values, dict):
+            raise ValueError(f"lora: expected the fields of adapters, got {shown(values)}")
+        if unknown := sorted(set(values) - {each.name for each in fields(cls)}):
+            raise ValueError(f"lora: unknown field {printable(unknown[0])}")
+        return cls(**values)
+
 
 @dataclass
 class UniFluidConfig:
@@ -128,13 +137,8 @@ class UniFluidConfig:
             raise ValueError(f"sources: expected one of {', '.join(SOURCES)}, got {shown(self.sources)}")
         if self.sources in ("features", "both") and self.vision_channels is None:
             raise ValueError(f"sources: {self.sources} of pictures need vision_channels")
-        if isinstance(self.lora, dict):
-            unknown = sorted(set(self.lora) - {each.name for each in fields(Lora)})
-            if unknown:
-                raise ValueError(f"lora: unknown field {printable(unknown[0])}")
-            self.lora = Lora(**self.lora)
         if not (self.lora is None or isinstance(self.lora, Lora)):
-            raise ValueError(f"lora: expected the fields of adapters, got {shown(self.lora)}")
+            self.lora = Lora.of(self.lora)
         if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
         for name in ("tokenizer", "vision", "text_tokenizer"):

@@ -111,7 +111,7 @@ def test_what_no_adapters_can_be(lora, message):
         (
             {},
             ["q_proj", "wide"],
-            r"a llama have no nn.Linear called wide; .* all-linear or some of down_proj, gate_pro",
+            r"a llama have no nn.Linear called wide; .* all-linear or some of down_proj, ga",
         ),
         ({}, ["lm_head"], r"a llama have no nn.Linear called lm_head"),
         ({"model_type": "gpt2"}, "all-linear", r"a gpt2 have no nn.Linear called all-linear; .* some of none"),
