@@ -53,7 +53,7 @@ def merge_adapters(backbone: Any) -> None:
 
     for name, part in list(backbone.named_modules()):
         if isinstance(part, LoraLayer):
-            part.merge()  # type: ignore[operator]  # which each kind of adapted layer has
+            part.merge()
             backbone.set_submodule(name, part.get_base_layer())
     backbone.requires_grad_(True)  # peft has frozen what it adapts
 

@@ -10,6 +10,7 @@ from typing import Any
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
 from uniflow.reading import printable, shown
 from uniflow.unifluid.slots import SOURCES
+from uniflow.unifluid.tiles import LARGEST_GRID
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
 HEADS = ("flow", "ddpm", *FEW_STEPS)
@@ -56,7 +57,9 @@ class Lora:
 
     @classmethod
     def of(cls, values: object) -> Lora:
-        """Those of a config.json."""
+        """Those of a config.json, or adapters as they are."""
+        if isinstance(values, cls):
+            return values
         if not isinstance(values, dict):
             raise ValueError(f"lora: expected the fields of adapters, got {shown(values)}")
         if unknown := sorted(set(values) - {each.name for each in fields(cls)}):
@@ -87,6 +90,8 @@ class UniFluidConfig:
         vision_merge: of how many patches a side, which lie next to each other, one feature is made.
         vision_layers: linear layers that a feature goes through into the transformer: 1, or 2 with GELU between them.
         packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
+        vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
+            `uniflow.unifluid.tiles`.
         lora: adapters that are trained in the place of the backbone; None for a plain model.
 
     Raises:
@@ -108,6 +113,7 @@ class UniFluidConfig:
     vision_merge: int = 1
     vision_layers: int = 1
     packing: int = 1
+    vision_tiles: int = 1
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -130,6 +136,7 @@ class UniFluidConfig:
                 f"packing: expected {self.packing}x{self.packing} latents to have the token_channels, "
                 f"{self.token_channels}, together"
             )
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
@@ -137,8 +144,7 @@ class UniFluidConfig:
             raise ValueError(f"sources: expected one of {', '.join(SOURCES)}, got {shown(self.sources)}")
         if self.sources in ("features", "both") and self.vision_channels is None:
             raise ValueError(f"sources: {self.sources} of pictures need vision_channels")
-        if not (self.lora is None or isinstance(self.lora, Lora)):
-            self.lora = Lora.of(self.lora)
+        self.lora = None if self.lora is None else Lora.of(self.lora)
         if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
         for name in ("tokenizer", "vision", "text_tokenizer"):
