@@ -7,9 +7,10 @@ import uniflow
 from tests.conftest import randomize
 from tests.uniflow.test_pretrained import DECODER, hugging_face
 from uniflow import EncoderTeacher, UniFlow
-from uniflow_kernels import backend, patch
+from uniflow_kernels import backend, cpu_kernels, patch
 from uniflow_kernels.dropin import encoder_layers
 from uniflow_kernels.ops.transformer_layers import plain_layer
+from uniflow_kernels.torch_private import has_one_dnn
 
 pytestmark = pytest.mark.filterwarnings("ignore:flow_width. a flow head of width 32:UserWarning")
 
@@ -32,20 +33,28 @@ def images():
 
 
 @pytest.mark.parametrize("kind", ["Dinov2", "DINOv3ViT"])
-def test_uniflow_compile_takes_them(kind, by_definition):
+def test_uniflow_compile_takes_them(kind, by_definition, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "is_amds", lambda: False)
     model = randomize(UniFlow.from_encoder(hugging_face(kind), **DECODER)).eval()
     with torch.no_grad():
         expected = model.encode(images())
     fast = uniflow.compile(model, batch=2, steps=1)
-    assert torch.equal(fast.encode(images()), expected)  # on a CPU
+    assert torch.equal(fast.encode(images()), expected)  # on most CPUs
     with backend("triton"):
         torch.testing.assert_close(fast.encode(images()), expected, rtol=1e-4, atol=1e-5)
     assert by_definition == ["rows"] * 2
     assert list(fast.model.state_dict()) == list(model.state_dict())
-    assert "other layers        2 of 2 recognised: plain PyTorch; Triton: it runs on CUDA, not on cpu" in str(fast)
+    assert "other layers        2 of 2 recognised: plain PyTorch; Triton: it runs on CUDA, not on cpu; oneDNN: " in str(
+        fast
+    )
     assert "other layers        2 as the transformers package has them; what kernels" in model.explain()
     with backend("triton"), torch.no_grad():  # the model that was given stays as it was
         assert torch.equal(model.encode(images()), expected)
+    monkeypatch.setattr(cpu_kernels, "is_amds", lambda: True)
+    if has_one_dnn():
+        assert "other layers        2 of 2 recognised: products by oneDNN" in str(uniflow.compile(model))
+        torch.testing.assert_close(fast.encode(images()), expected, rtol=1e-4, atol=1e-5)
+        assert by_definition == ["rows"] * 2 + ["oneDNN"] * 2
     lowered = uniflow.compile(model, precision="fp8")
     assert lowered.encode(images()).isfinite().all()
 

@@ -121,10 +121,10 @@ class EncoderLayer:
         kind, how = f"{self.norms[0].kind} norm, {scaled}", "residual and norm by Triton where it can serve"
         if isinstance(self.products, Products):
             kind = f"{kind}, {self.products.form.activation}"
-            how = f"without gradients all by Triton where that was measured to be the fastest, else {how}"
+            how = f"without gradients all by what was measured to be the fastest, by oneDNN or Triton; else {how}"
         else:
             how = f"{how}, its products as they are: {self.products}"
-        return f"transformer layer of {self.width} ({kind}); {how}; on a CPU its own forward, which is as fast there"
+        return f"transformer layer of {self.width} ({kind}); {how}, else its own forward"
 
     def prepare(self, module: nn.Module) -> None:
         """Nothing must be done before `forward` can be compiled."""
@@ -132,7 +132,7 @@ class EncoderLayer:
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What `module(*args, **kwargs)` computes; by its own forward where no kernel serves or something must fire."""
         x = args[0] if args else kwargs.get(self.names[0])
-        if isinstance(x, Tensor) and not torch.compiler.is_compiling() and not is_plain(x.is_cuda):
+        if isinstance(x, Tensor) and not torch.compiler.is_compiling() and _is_served(x):
             given = {**dict(zip(self.names, args)), **kwargs}  # noqa: B905 - names may be left out
             known = self.free.issuperset(given) and len(given) == len(args) + len(kwargs)
             if known and self._is_as_it_was(module):
@@ -489,6 +489,11 @@ def _rates(part: nn.Module) -> list[str]:
 def _any_drops(module: nn.Module, places: tuple[Place, ...]) -> bool:
     parts = ((at(module, path), name) for path, name in places)
     return any(part.training and getattr(part, name) > 0 for part, name in parts)
+
+
+def _is_served(x: Tensor) -> bool:
+    """Whether anything but the layer's own forward may run, as far as x says."""
+    return not is_plain(x.is_cuda) or may_have_kernels(x)
 
 
 def _tensors(given: Mapping[str, Any]) -> list[Tensor]:

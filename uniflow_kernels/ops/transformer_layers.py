@@ -6,6 +6,9 @@ LayerScale and norm around the library's products ("rows"), and products that do
 and write passes through memory. Which one does is what was measured: `measured.json`, by `python -m benchmarks
 choices`. Where nothing was, plain PyTorch serves, unless Triton is asked for by name.
 
+On a CPU oneDNN makes the products in float32, and the MLP's activation in the first of them, where it is the faster
+library: on AMD's processors ("oneDNN").
+
 Source: the ViT's layer (Dosovitskiy et al. 2021) with LayerScale (Touvron et al. 2021).
 """
 
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from uniflow_kernels import cpu_kernels
 from uniflow_kernels.choice import is_in_graph, requested
 from uniflow_kernels.ops.flow_blocks import Affine, check_choice, flat_rows
 from uniflow_kernels.ops.flow_choice import (
@@ -36,7 +40,15 @@ from uniflow_kernels.ops.flow_choice import (
 from uniflow_kernels.ops.modulated_norm import residual_norm
 from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import is_dispatch_watched, is_forward_mode, is_transforming, version_of
+from uniflow_kernels.torch_private import (
+    constant,
+    has_one_dnn,
+    is_dispatch_watched,
+    is_forward_mode,
+    is_transforming,
+    one_dnn_linear,
+    version_of,
+)
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 if TYPE_CHECKING:
@@ -44,6 +56,7 @@ if TYPE_CHECKING:
 
 OP = "transformer_layers"
 KERNELS = ("rows", "products", "small products")
+ONE_DNN = "oneDNN"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -164,7 +177,7 @@ def transformer_layers(
         x: [B, S, W].
         layers: at least one.
         form: of all of them.
-        path: "eager" or one of KERNELS, as `choose_layers_path` says.
+        path: "eager", ONE_DNN or one of KERNELS, as `choose_layers_path` says.
         more_follow: whether the last output may be x in another call, as where each layer is called on its own; then
             what the last product knows of its rows stays with it.
     """
@@ -172,10 +185,27 @@ def transformer_layers(
         for layer in layers:
             x = plain_layer(x, layer, form)
             yield x
+    elif path == ONE_DNN:
+        for layer in layers:
+            x = _by_one_dnn(x, layer, form)
+            yield x
     elif path == "rows":
         yield from _by_rows(x, layers, form)
     else:
         yield from _by_products(x, layers, form, path in SMALL, more_follow)
+
+
+def _by_one_dnn(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
+    attended = layer.attend(one_dnn_linear(_norm(x, layer.norm1, form), *_beside(layer.qkv), "none"))
+    x = _add(x, one_dnn_linear(attended, *layer.proj, "none"), layer.scale1)
+    inside = "none" if form.activation == "quick_gelu" else form.activation  # which oneDNN does not have
+    hidden = one_dnn_linear(_norm(x, layer.norm2, form), *layer.fc1, inside)
+    hidden = hidden if inside == form.activation else ACTIVATIONS[form.activation](hidden)
+    return _add(x, one_dnn_linear(hidden, *layer.fc2, "none"), layer.scale2)
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return x + branch if scale is None else torch.addcmul(x, branch, scale)
 
 
 def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Tensor]:
@@ -192,7 +222,7 @@ def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Te
         if following is not None:
             x, h = add_and_norm(x, made, layer.scale2, following.norm1)
         else:
-            x = x + made if layer.scale2 is None else torch.addcmul(x, made, layer.scale2)
+            x = _add(x, made, layer.scale2)
         yield x
 
 
@@ -255,12 +285,18 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         path: one of KERNELS where no other may serve, as in tests and benchmarks; else "auto".
 
     Returns:
-        "eager" or one of KERNELS.
+        "eager", ONE_DNN or one of KERNELS.
 
     Raises:
         ValueError: for an unknown path, or one that cannot serve, saying why.
     """
-    check_choice("path", path, ("auto", *KERNELS))
+    check_choice("path", path, ("auto", *KERNELS, ONE_DNN))
+    if path in ("auto", ONE_DNN):
+        reason = why_not_one_dnn(x.device, x.dtype) or _why_not_tensors(x, layers)
+        if reason is None and (path == ONE_DNN or requested() == "auto"):
+            return ONE_DNN
+        if path == ONE_DNN:
+            raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
     if path != "auto":
         reason = _why_not(x, layers) or _why_not_path(x, layers, path)
         if reason is not None:
@@ -275,9 +311,11 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
 
 def may_have_kernels(x: Tensor) -> bool:
     """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
-    if is_plain(x.is_cuda) or requested() not in ("auto", "triton") or not x.numel():
+    if torch.compiler.is_compiling() or not x.numel() or is_dispatch_watched():  # a trace sees no launches
         return False
-    if torch.compiler.is_compiling() or is_dispatch_watched():  # a trace would not see what is launched
+    if requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None:
+        return not torch.is_grad_enabled()
+    if is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
         return False
     return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
 
@@ -285,8 +323,10 @@ def may_have_kernels(x: Tensor) -> bool:
 def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
     """What serves layers of a width by their rows, and why: where that was measured, or what speaks against kernels."""
     reason = _why_not_here(device, dtype, width)
+    if requested() == "auto" and (why := why_not_one_dnn(device, dtype)) is None:
+        return RUNS[ONE_DNN], f"measured in docs/layers.md; Triton: {reason}"
     if reason is not None:
-        return RUNS["eager"], f"Triton: {reason}"
+        return RUNS["eager"], f"Triton: {reason}" + (f"; oneDNN: {why}" if device.type == "cpu" else "")
     known = _known(device, dtype, width)
     if not known:
         return RUNS["eager"], f"Triton, on request: {UNMEASURED}"
@@ -306,6 +346,18 @@ def _order(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> t
     return (*found, "rows") if found or requested() == "triton" else ("eager",)
 
 
+@constant
+def why_not_one_dnn(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why oneDNN is not asked for products of a dtype by name; None where it is."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on {device.type}"
+    if dtype != torch.float32:
+        return f"torch takes it for products in {dtype} where it is the faster"
+    if not cpu_kernels.is_amds() or not has_one_dnn():
+        return "it was the faster on AMD's processors, beside MKL"
+    return None
+
+
 def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if width > MAX_WIDTH:
         return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
@@ -316,8 +368,12 @@ def _why_not(x: Tensor, layers: Sequence[Layer]) -> str | None:
     """Why no kernels can serve."""
     if (reason := _why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
         return reason
+    return _why_not_tensors(x, layers)
+
+
+def _why_not_tensors(x: Tensor, layers: Sequence[Layer]) -> str | None:
     if is_transforming() or is_forward_mode():
-        return "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
+        return "it has no rules for the transforms of torch.func, nor for dual numbers"
     every = [x, *(tensor for layer in layers for tensor in layer.tensors())]
     if wants_gradient(every):
         return "it has no gradients"
