@@ -180,6 +180,12 @@ class UniFlow(Stored, Resizable):
         """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
         return self.encoder.states(*self._embed(images))
 
+    def compared_states(
+        self, images: Tensor, features: Iterator[Tensor], skip_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`layer_states` beside a teacher's, see `uniflow.encoder.LayerStack.compared`."""
+        return self.encoder.compared(*self._embed(images), features=features, skip_tokens=skip_tokens)
+
     def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
         """The embeddings [B, prefix + N, D], and the positions that the layers take beside them."""
         images = self.checked_images(images)
