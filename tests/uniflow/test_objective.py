@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.live_bytes import LiveBytes
-from uniflow import EncoderTeacher, UniFlowObjective, normalize, transformer
+from uniflow import EncoderTeacher, UniFlowObjective, encoder, normalize, transformer
 from uniflow_kernels import backend, layerwise_distillation, patchify
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
@@ -300,11 +300,44 @@ def test_without_distillation_there_is_no_teacher(tiny):
     assert torch.equal(losses.total.detach(), losses.flow)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("flow_loss", ["flow_matching", "mean_flow"])
+def test_where_embeddings_are_made_of_patches_the_images_are_read_once(tiny, monkeypatch, flow_loss, per_image):
+    """In half precision: by student, teacher and flow loss, which are the same to rounding as of images."""
+    objective = UniFlowObjective(tiny(flow_times=1 + (flow_loss == "mean_flow")), flow_loss=flow_loss)
+    perturb(objective.student)
+    images, t, noise = batch()
+    t = t[:, 0] if per_image else t
+    if flow_loss == "mean_flow":
+        t = torch.stack([t, t / 2], -1)
+    made, read = [], []
+    cut = encoder.patchify
+    monkeypatch.setattr(encoder, "patchify", lambda *given: made.append(cut(*given)) or made[-1])
+    monkeypatch.setattr("uniflow_kernels.ops.patch_embedding.patchify", lambda *given: read.append(1) or cut(*given))
+    monkeypatch.setattr("uniflow.flow_decoder.patchify", lambda *given: read.append(1) or cut(*given))
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(objective.student, "patches", lambda images: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = objective(images, t, noise)
+        if not whole:
+            assert len(made) == 1
+            assert made[0].dtype == torch.float32
+            assert not read
+        weights = (objective.student.embeddings.patch_embedding.weight, objective.student.chal_proj.c_fc.weight)
+        found.append((losses.flow, losses.alpha, *torch.autograd.grad(losses.total, weights)))
+    assert len(made) == 1
+    assert read
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_the_teacher_does_not_run_beside_a_frozen_encoder(tiny):
     objective, calls = UniFlowObjective(tiny()), []
     objective.teacher.register_forward_hook(lambda *_: calls.append(1))
     taught = objective._taught
-    objective._taught = lambda images: calls.append(1) or taught(images)
+    objective._taught = lambda *given: calls.append(1) or taught(*given)
     images, t, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16), torch.randn(2, 16, 48)
     whole = objective(images, t, noise)
     assert calls == [1]
@@ -486,7 +519,7 @@ def compare_layers(objective, images, **autocast):
     """The distance, alpha, weights, and the gradients of the student's encoder of the distance and the latents."""
     objective.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, **autocast):
-        latents, distillation = objective._encode(images)
+        latents, distillation = objective._encode(images, None)
     loss, alpha, weights = distillation.result()
     (loss + latents.float().square().mean()).backward()
     encoder = (objective.student.embeddings, objective.student.encoder)
@@ -545,12 +578,12 @@ class Registers(torch.nn.Module):
 
 def test_what_keeps_layers_from_being_compared_where_they_meet(tiny, comparisons):
     """Then they are compared apart, to the same gradients but for rounding, and everything fires that is to fire."""
-    student = tiny(num_hidden_layers=3)
+    student = tiny()
     objective = UniFlowObjective(student)
     perturb(student)
     images = batch()[0]
     expected = compare_layers(objective, images, enabled=False)
-    assert len(comparisons) == 2
+    assert len(comparisons) == 1
 
     def apart(objective=objective):
         comparisons.clear()
@@ -569,10 +602,10 @@ def test_what_keeps_layers_from_being_compared_where_they_meet(tiny, comparisons
     student.gradient_checkpointing_enable(False)
     with backend("eager"):
         apart()
-    student.encoder.layers[2].compile(backend="eager")
-    student.encoder.layers[2]._compiled_call_impl = student.encoder.layers[2]._call_impl
+    student.encoder.layers[1].compile(backend="eager")
+    student.encoder.layers[1]._compiled_call_impl = student.encoder.layers[1]._call_impl
     apart()
-    student.encoder.layers[2]._compiled_call_impl = None
+    student.encoder.layers[1]._compiled_call_impl = None
     apart(UniFlowObjective(student, Registers(objective.teacher)))
     for layer in student.encoder.layers:
         layer.drop_path2.rate = 1e-9
@@ -580,29 +613,28 @@ def test_what_keeps_layers_from_being_compared_where_they_meet(tiny, comparisons
     apart()
     objective.eval()
     assert len(compare_layers(objective, images, enabled=False)) == len(expected)
-    assert len(comparisons) == 2
+    assert len(comparisons) == 1
     with torch.no_grad():
         comparisons.clear()
-        objective._encode(images)
+        objective._encode(images, None)
     assert not comparisons
 
 
 def test_layers_that_meet_keep_the_teachers_features_and_no_gradient(tiny, comparisons):
     """In bfloat16 half as much as the gradients in float32 take; and of a frozen copy in float32 as much."""
-    student = tiny(num_hidden_layers=4)
-    images, held, layer = torch.randn(8, 3, 16, 16), {}, student.encoder.layers[0]
-    for dtype in (torch.float32, torch.bfloat16):
+    student, images = tiny(num_hidden_layers=3), torch.randn(2, 3, 16, 16)
+
+    def held(dtype):
         objective = UniFlowObjective(student, EncoderTeacher.copy_of(student, dtype))
-        for apart in (False, True):
-            hook = layer.register_forward_hook(lambda *_: None) if apart else None
-            for _ in range(2):  # what is made once is there
-                with LiveBytes() as live:
-                    made = objective._encode(images)
-            held[dtype, apart] = live.now
-            del made
-            if hook is not None:
-                hook.remove()
-    assert len(comparisons) == 2 * 2 * 3
-    of_layer = 8 * 17 * 64 * 4
-    assert held[torch.float32, False] - held[torch.float32, True] < of_layer / 4  # two numbers a token of each layer
-    assert held[torch.float32, False] - held[torch.bfloat16, False] > 3 * of_layer // 2 - of_layer / 10
+        with LiveBytes() as live:
+            made = objective._encode(images, None)
+        assert made[1] is not None
+        return live.now
+
+    together, halved = held(torch.float32), held(torch.bfloat16)
+    assert len(comparisons) == 4
+    student.encoder.layers[0].register_forward_hook(lambda *_: None)
+    apart, of_layer = held(torch.float32), 2 * 17 * 64 * 4
+    assert len(comparisons) == 4
+    assert together - apart < of_layer / 2  # two numbers a token, and a few
+    assert together - halved > 2 * of_layer // 2 - of_layer / 10
