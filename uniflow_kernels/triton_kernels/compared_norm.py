@@ -51,20 +51,22 @@ def compared_norm_kernel(
     """
     index = tl.program_id(0).to(rows.dtype) * BM + tl.arange(0, BM)  # [BM]
     exists = index < rows
-    counts = exists & (index % length >= skip)
     row = index.to(tl.int64)[:, None]  # [BM, 1]
     col = tl.arange(0, BW)[None, :]  # [1, BW]
     inside = exists[:, None] & (col < W)
     # all loads before the first reduction, whose barriers none of them could pass
-    x = tl.load(x_p + row * x_s + col, inside, 0.0).to(tl.float32)
-    q = tl.load(q_p + row * q_s + col, inside, 0.0).to(tl.float32)
-    t = tl.load(teacher_p + row * teacher_s + col, counts[:, None] & (col < W), 0.0).to(tl.float32)
+    x = tl.load(x_p + row * x_s + col, inside, 0.0)
+    q = tl.load(q_p + row * q_s + col, inside, 0.0)
+    t = tl.load(teacher_p + row * teacher_s + col, inside, 0.0)
     if gate_p is not None:
-        q *= tl.load(gate_p + col, col < W, 0.0).to(tl.float32)
+        gate = tl.load(gate_p + col, col < W, 0.0)
     if weight_p is not None:
         weight = tl.load(weight_p + col, col < W, 0.0)
     if bias_p is not None:
         bias = tl.load(bias_p + col, col < W, 0.0)
+    x, q, t = x.to(tl.float32), q.to(tl.float32), t.to(tl.float32)
+    if gate_p is not None:
+        q *= gate.to(tl.float32)
     rounded = (x + q).to(sum_p.dtype.element_ty)
     tl.store(sum_p + row * W + col, rounded, inside)
     x = rounded.to(tl.float32)  # the backward pass and the next layer see the rounded sum: so do norm and distance
@@ -76,6 +78,7 @@ def compared_norm_kernel(
         h += bias.to(tl.float32)
     tl.store(h_p + row * W + col, h.to(h_p.dtype.element_ty), inside)
 
+    counts = exists & (index % length >= skip)
     length_of_x = tl.sqrt(tl.sum(x * x, 1))  # [BM]
     least = tl.maximum(length_of_x, 1e-8)
     least_of_t = tl.maximum(tl.sqrt(tl.sum(t * t, 1)), 1e-8)
@@ -148,8 +151,7 @@ def compared_norm_backward_kernel(
             q = tl.load(q_p + row * q_s + col, inside, 0.0)
         along = tl.load(coefficients_p + 2 * row, exists[:, None], 0.0)  # [BM, 1]
         across = tl.load(coefficients_p + 2 * row + 1, exists[:, None], 0.0)
-        # what does not count was not compared, whatever it holds
-        t = tl.load(teacher_p + row * teacher_s + col, inside & (across != 0), 0.0)
+        t = tl.load(teacher_p + row * teacher_s + col, inside, 0.0)
         x = tl.load(x_p + row * W + col, inside, 0.0).to(tl.float32)
         centred, rstd = statistics(x, inside, W, eps, RMS)
         xhat = centred * rstd
@@ -162,7 +164,8 @@ def compared_norm_backward_kernel(
         dx = dxhat - xhat * (tl.sum(dxhat * xhat, 1) / W)[:, None]
         if not RMS:
             dx -= (tl.sum(dxhat, 1) / W)[:, None]
-        of_distance = factor * (along * x + across * t.to(tl.float32))
+        # what does not count was not compared, whatever it holds
+        of_distance = factor * tl.where(across != 0, along * x + across * t.to(tl.float32), 0.0)
         # NaN stays NaN
         of_distance = tl.where(of_distance > LARGEST, LARGEST, tl.where(of_distance < -LARGEST, -LARGEST, of_distance))
         dx = dx * rstd + of_distance
