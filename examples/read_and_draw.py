@@ -78,10 +78,11 @@ GUIDED = 2.0
 
 
 class Way(NamedTuple):
-    """What a model is trained for: the share of readings among its examples, and the order it draws in."""
+    """What a model is trained for: the share of readings, the order it draws in, the weight of image tokens."""
 
     reading_share: float
     order: str = "random"
+    image_weight: float = 1.0
 
 
 WAYS = {
@@ -153,7 +154,8 @@ def train_model(
     size, share = (SIZE, SIZE), way.reading_share
     samples = CaptionedPictures(train, texts, size, size, 32, seed, share, features=vision.tokens)
     batch = 2 * BATCH if 0 < share < 1 else BATCH
-    Trainer(UniFluidObjective(model, tokenizer, vision), samples, recipe(steps, batch, 1e-3, seed)).run()
+    objective = UniFluidObjective(model, tokenizer, vision, image_weight=way.image_weight)
+    Trainer(objective, samples, recipe(steps, batch, 1e-3, seed)).run()
     return model.eval()
 
 
@@ -191,14 +193,14 @@ def score_drawings(model: UniFluid, tokenizer: UniFlowTokens, train: Digits, jud
 
 def score_answers(model: UniFluid, vision: VisionFeatures, unseen: Digits) -> dict[str, float]:
     """How many answers about digits never seen are right, in percent."""
-    question = question_ids(model.text_tokenizer, about_a_picture(QUESTION), picture_slots(vision.tokens))
+    question = question_ids(model.text_tokenizer, about_a_picture(QUESTION), [picture_slots(vision.tokens)])
     ids, real = padded([question] * len(unseen), model.text_tokenizer)
     answers = answer(model, vision(normalize(unseen.pixels)), ids, real, longest=8)
     right = [text == NAMES[label] for text, label in zip(answers, unseen.labels, strict=True)]
     return {"answers, %": 100 * float(np.mean(right))}
 
 
-def run(seed: int, steps: int, tokenizer_steps: int, out: Path) -> dict[str, dict[str, float]]:
+def run(seed: int, steps: int, tokenizer_steps: int, out: Path, ways: dict[str, Way]) -> dict[str, dict[str, float]]:
     """A tokenizer, and a model in each of the ways."""
     train, unseen = digits()
     judge = SVC(gamma=0.001).fit(Pixels()(train.pixels).numpy(), train.labels.numpy())
@@ -211,7 +213,7 @@ def run(seed: int, steps: int, tokenizer_steps: int, out: Path) -> dict[str, dic
             "distance": distance(unseen.pixels, train.pixels),
         }
     }
-    for name, way in WAYS.items():
+    for name, way in ways.items():
         began = time.perf_counter()
         model = train_model(way, train, tokenizer, vision, steps, seed)
         scores[name] = {}
@@ -254,10 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400, help="of each model")
     parser.add_argument("--tokenizer-steps", type=int, default=400)
+    parser.add_argument(
+        "--image-weights", type=float, nargs="+", help="both tasks with each of these, instead of the four"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/read_and_draw"), help="folder for sheet and table")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    one_seed = partial(run, steps=options.steps, tokenizer_steps=options.tokenizer_steps, out=options.out)
+    ways = {f"image_weight {w:g}": Way(0.5, image_weight=w) for w in options.image_weights or ()} or WAYS
+    one_seed = partial(run, steps=options.steps, tokenizer_steps=options.tokenizer_steps, out=options.out, ways=ways)
     # models so small gain nothing from a second thread, seeds do from a second process
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs = list(pool.map(one_seed, range(options.seeds)))

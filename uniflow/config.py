@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from uniflow.atomic import write_json
-from uniflow.reading import check_folder, read_json, shown
+from uniflow.reading import check_folder, printable, read_json, shown
 
 GLOBAL_BLOCK_HEADS = 16  # the release's global blocks have 16 heads whatever the width
 
@@ -324,6 +325,25 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         ValueError: if it is no JSON object, or one that `uniflow.reading` refuses.
     """
     return read_json(check_folder(folder) / "config.json")
+
+
+def read_fields(folder: str | Path, model_type: str, of: type, required: Sequence[str]) -> dict[str, Any]:
+    """The fields of a dataclass `of` that `folder`/config.json gives, without its `model_type`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no JSON object of this `model_type`, has an unknown field or lacks a required one.
+    """
+    path, values = Path(folder) / "config.json", read_config(folder)
+    if values.pop("model_type", None) != model_type:
+        raise ValueError(f"{path}: expected a JSON object with model_type {model_type!r}")
+    known = {f.name for f in fields(of)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path}: unknown field {printable(name)}")
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return values
 
 
 def write_config(folder: str | Path, values: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
 from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow_kernels import patchify
 from uniflow_kernels.ops.fp8_linear import bytes_per_row
-from uniflow_kernels.torch_private import always
+from uniflow_kernels.ops.patch_embedding import embeds_by_product, patch_embedding
+from uniflow_kernels.torch_private import always, plain_parts
 
 
 def resize_position_embedding(embedding: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -82,14 +85,51 @@ class Embeddings(nn.Module):
         """What the layers take beside the tokens of images [B, C, H, W]: nothing, they have their positions in them."""
         return ()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, 1 + (H/P)*(W/P), D], the class token first."""
-        patches = self.patch_embedding(images)
+    def takes_patches(self) -> bool:
+        """Whether the tokens of images are a product on their patches."""
+        weight = self.patch_embedding.weight
+        return embeds_by_product(weight) and plain_parts([self.patch_embedding], _CONVOLUTION) is not None
+
+    def forward(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, 1 + (H/P)*(W/P), D], the class token first.
+
+        `patches` are what `patchify` makes of the images, [B, N, C*P*P], if that was made and `takes_patches`.
+        """
+        convolution = self.patch_embedding
+        patch = convolution.kernel_size[0]
+        if patches is not None or self.takes_patches():
+            tokens = patch_embedding(images, convolution.weight, convolution.bias, patches)
+        else:
+            tokens = convolution(images).flatten(2).transpose(1, 2)
         position = self.position_embedding
-        spatial = resize_position_embedding(position[:, 1:], (patches.shape[2], patches.shape[3]))
+        spatial = resize_position_embedding(position[:, 1:], (images.shape[2] // patch, images.shape[3] // patch))
         class_token = (self.class_embedding + position[:, :1]).expand(images.shape[0], -1, -1)
-        patches = patches.flatten(2).transpose(1, 2) + spatial
-        return torch.cat([class_token.to(patches.dtype), patches], dim=1)
+        tokens = tokens + spatial
+        return torch.cat([class_token.to(tokens.dtype), tokens], dim=1)
+
+
+_CONVOLUTION = frozenset({nn.Conv2d})
+
+
+def patches_for(embeddings: nn.Module, images: Tensor) -> Tensor | None:
+    """What `patchify` makes of images [B, C, H, W], if the embeddings are a product on that: for all that read them."""
+    if not isinstance(embeddings, Embeddings) or not embeddings.takes_patches():
+        return None
+    return patchify(images, embeddings.patch_embedding.kernel_size[0])
+
+
+def embedded(embeddings: Any, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What the layers take: the tokens of images [B, C, H, W], [B, prefix + N, D], and the positions beside them.
+
+    Args:
+        embeddings: `Embeddings`, or those of an encoder of another make.
+        images: in the dtype of the parameters.
+        patches: what `patches_for` made for embeddings of such patches; others read the images.
+    """
+    positions = embeddings.positions(images)
+    if patches is None or not isinstance(embeddings, Embeddings) or not embeddings.takes_patches():
+        return embeddings(images), *positions
+    return embeddings(images, patches.to(images.dtype)), *positions
 
 
 class LayerStack(nn.Module):

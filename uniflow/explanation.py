@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from uniflow.encoder import Embeddings
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.modules.flow_head import FlowHead
@@ -14,22 +15,28 @@ from uniflow_kernels.modules.fp8_linear import Fp8Linear
 from uniflow_kernels.ops.attention import why_not_flash_attn
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED
 from uniflow_kernels.ops.fp8_linear import explain_fp8
+from uniflow_kernels.ops.patch_embedding import explain_patch_embedding
 from uniflow_kernels.ops.transformer_layers import OP as LAYERS
 from uniflow_kernels.ops.transformer_layers import explain_layers
 from uniflow_kernels.torch_private import is_compiled
 from uniflow_kernels.triton_kernels import why_not_on
 
 
-def explained(layers: Sequence[nn.Module], head: FlowHead, device: torch.device, dtype: torch.dtype) -> list[OpReport]:
+def explained(
+    embeddings: nn.Module, layers: Sequence[nn.Module], head: FlowHead, device: torch.device, dtype: torch.dtype
+) -> list[OpReport]:
     """A line for each part.
 
     Args:
+        embeddings: of the encoder.
         layers: of the encoder and the global blocks.
         head: of the flow decoder.
         device, dtype: of the parameters.
     """
     own = [layer for layer in layers if isinstance(layer, TransformerLayer)]
     parts = [_products(layers, device, dtype)]
+    if isinstance(embeddings, Embeddings):
+        parts.insert(0, OpReport("patch_embedding", *explain_patch_embedding(device, dtype)))
     if own:
         parts += [_attention(own, device, dtype), _fused(own, device, dtype), _norms(device, dtype)]
     if len(own) < len(layers):

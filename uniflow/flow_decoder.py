@@ -57,16 +57,22 @@ class FlowDecoder(nn.Module):
         noise: Tensor,
         chunk_tokens: int | Literal["auto"] | None,
         kind: str = "flow_matching",
+        patches: Tensor | None = None,
     ) -> Tensor:
         """One of `FLOW_LOSSES` under the condition [B, N, D], see the function of its name.
 
-        t is [B] or [B, N], or where intervals begin and end, [B, 2] or [B, N, 2], of a head of two times.
+        t is [B] or [B, N], or where intervals begin and end, [B, 2] or [B, N, 2], of a head of two times. `patches` are
+        those of the images, [B, N, C*P*P], where something else has made them: then the images are not read.
         """
         if kind != "flow_matching":
-            data = patchify(images, patch_size)
+            data = patchify(images, patch_size) if patches is None else patches
             times = (t.unsqueeze(1) if t.ndim == 2 else t).expand(*data.shape[:2], 2)
             loss = mean_flow_loss if kind == "mean_flow" else self_distillation_loss
             return loss(self.net, condition, data, times, noise, time_scale=self.time_scale, chunk_rows=chunk_tokens)
+        if patches is not None:  # each is an image of one patch
+            t = t[:, None].expand(patches.shape[:2]) if t.ndim == 1 else t
+            images = patches.view(-1, images.shape[1], patch_size, patch_size)
+            condition, noise, t = (rows.flatten(0, 1).unsqueeze(1) for rows in (condition, noise, t))
         return flow_matching_loss(
             self.net, condition, images, t, patch_size, noise, time_scale=self.time_scale, chunk_tokens=chunk_tokens
         )

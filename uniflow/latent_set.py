@@ -84,7 +84,7 @@ class Manifest:
         return cls(
             meaning(model),
             fingerprint(model),
-            hash_weights(model.embeddings, model.encoder, model.chal_proj),
+            encoder_hash(model),
             size,
             str(dtype).removeprefix("torch."),
             flips,
@@ -144,6 +144,11 @@ class Manifest:
         ours, theirs = asdict(self), asdict(other)
         ours, theirs = ({**values.pop("tokenizer"), **values} for values in (ours, theirs))
         return [name for name in ours if ours[name] != theirs.get(name)]
+
+
+def encoder_hash(model: UniFlow) -> str:
+    """A hash of all weights that make latents of pictures."""
+    return hash_weights(model.embeddings, model.encoder, model.chal_proj)
 
 
 @dataclass(frozen=True)
@@ -374,6 +379,21 @@ class LatentSet:
         """What the picture was called."""
         shard, row = self._place(number)
         return parse_json(self._open(shard).metadata()[_SAID], _SAID)["names"][row]
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """What the pictures of all latents were called, in order; and those that could not be read.
+
+        Raises:
+            LatentsError: if the shards do not say so of each latent.
+        """
+        said = [_read_header(self.folder, self.manifest, shard)[0] for shard in range(self.manifest.shards)]
+        try:
+            encoded, skipped = ([name for part in said for name in part[kind]] for kind in ("names", "skipped"))
+        except (KeyError, TypeError):
+            encoded, skipped = [], []
+        if len(encoded) != len(self) or not all(isinstance(name, str) for name in (*encoded, *skipped)):
+            raise LatentsError(f"{self.folder} is damaged: expected the names of {len(self)} pictures")
+        return encoded, skipped
 
     def standardised(self, latents: Tensor) -> Tensor:
         """Latents [..., C] less the mean, over the deviation; float32."""

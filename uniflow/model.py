@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
-from uniflow.encoder import Embeddings, Encoder, LayerStack, resize_position_embedding
+from uniflow.encoder import Embeddings, Encoder, LayerStack, embedded, patches_for, resize_position_embedding
 from uniflow.encoding import ImageEncoder
 from uniflow.explanation import explained, printed
 from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
@@ -167,7 +167,7 @@ class UniFlow(Stored, Resizable):
 
     def parts(self) -> list[OpReport]:
         """The same, part by part."""
-        return explained(self.layers(), self.flow_head.net, self.device, self.dtype)
+        return explained(self.embeddings, self.layers(), self.flow_head.net, self.device, self.dtype)
 
     def layers(self) -> list[nn.Module]:
         """The transformer layers, which FSDP may gather one by one; the flow head's blocks run as one operation."""
@@ -180,27 +180,36 @@ class UniFlow(Stored, Resizable):
         """
         return self.encoder(*self._embed(images))
 
-    def layer_states(self, images: Tensor) -> Iterator[Tensor]:
-        """`hidden_states` without the embeddings, each layer's output computed when it is asked for."""
-        return self.encoder.states(*self._embed(images))
+    def layer_states(self, images: Tensor, patches: Tensor | None = None) -> Iterator[Tensor]:
+        """`hidden_states` without the embeddings, each layer's output computed when it is asked for.
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
+        `patches` as `encode` takes them.
+        """
+        return self.encoder.states(*self._embed(images, patches))
+
+    def patches(self, images: Tensor) -> Tensor | None:
+        """Those of images [B, C, H, W], [B, N, C*P*P] in their dtype, where `encode` is made of them; else None."""
+        self.checked_images(images)
+        return patches_for(self.embeddings, images)
+
+    def _embed(self, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
         """The embeddings [B, prefix + N, D], and the positions that the layers take beside them."""
         images = self.checked_images(images)
         if self.activation_memory is not None and torch.is_grad_enabled():
             self._recompute_for(images)
-        return self.embeddings(images), *self.embeddings.positions(images)
+        return embedded(self.embeddings, images, patches)
 
     @property
     def prefix_tokens(self) -> int:
         """How many tokens a hidden state has before those of the patches: class and register tokens."""
         return self.embeddings.prefix_tokens
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, patches: Tensor | None = None) -> Tensor:
         """Images to latents.
 
         Args:
             images: [B, C, H, W], normalised, float; brought to the model's dtype.
+            patches: what the method `patches` gave of them, if something else needs that too.
 
         Returns:
             [B, N, latent_ch] with N = (H/P)*(W/P) tokens in raster order.
@@ -212,7 +221,7 @@ class UniFlow(Stored, Resizable):
         An encoder of another make may have been trained at a size that its patch does not divide (SigLIP's 384 by 14):
         of images of that size the rest is left out, as the encoder itself does.
         """
-        return self.latents(self.encoder.last(*self._embed(images)))
+        return self.latents(self.encoder.last(*self._embed(images, patches)))
 
     def compile_encoder(
         self, batch: int, size: tuple[int, int] | None = None, precision: str | None = None

@@ -164,7 +164,9 @@ class UniFlowObjective(nn.Module):
         student = self.student
         if images.dtype == torch.uint8:
             images = normalize(images)
-        latents, distillation = self._encode(images)
+        # one read of the images for student, teacher and flow, where all are made of patches
+        patches = student.patches(images)
+        latents, distillation = self._encode(images, patches)
         latents = self._noisy(latents)
         condition = student.condition(latents, (images.shape[-2], images.shape[-1]))
 
@@ -174,7 +176,7 @@ class UniFlowObjective(nn.Module):
         if t is None:
             t = self._times((batch, tokens) if self.t_per == "token" else (batch,), images.device)
         flow = student.flow_head.loss(
-            condition, images, t, student.config.patch_size, noise, self.chunk_tokens, self.flow_loss
+            condition, images, t, student.config.patch_size, noise, self.chunk_tokens, self.flow_loss, patches
         )
 
         if distillation is None:
@@ -202,18 +204,18 @@ class UniFlowObjective(nn.Module):
             return sample_t(shape, self.t_distribution, device)
         return sample_intervals(shape, self.share_equal, self.t_distribution, device)
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, LayerwiseDistillation | None]:
+    def _encode(self, images: Tensor, patches: Tensor | None) -> tuple[Tensor, LayerwiseDistillation | None]:
         """The student's latents, and what its layers and the teacher's were compared in."""
         student = self.student
         if not self._has_a_teacher or self._learns_nothing():
-            return student.encode(images), None
+            return student.encode(images, patches), None
         own = student.prefix_tokens
         its = getattr(self.teacher, "prefix_tokens", own)
         shared = min(own, its)  # prefix tokens do not count, but views from the front cost a copy of the gradient
         layers = student.config.num_hidden_layers
         distillation = LayerwiseDistillation(layers, self.beta, skip_tokens=shared, layer_weights=self.layer_weights)
-        taught = self._taught(images)
-        for layer, state in enumerate(student.layer_states(images), start=1):
+        taught = self._taught(images, patches)
+        for layer, state in enumerate(student.layer_states(images, patches), start=1):
             with torch.no_grad():
                 feature = next(taught, None)
             if feature is None:
@@ -234,9 +236,11 @@ class UniFlowObjective(nn.Module):
             parameter.requires_grad for part in (student.embeddings, student.encoder) for parameter in part.parameters()
         )
 
-    def _taught(self, images: Tensor) -> Iterator[Tensor]:
+    def _taught(self, images: Tensor, patches: Tensor | None) -> Iterator[Tensor]:
         """The outputs of the teacher's layers; where it can, each is computed when it is asked for."""
         teacher: Any = self.teacher
         with torch.no_grad():
+            if isinstance(teacher, EncoderTeacher):
+                return teacher.states(images, patches)
             # in a list of all states the embeddings are no layer
             return teacher.states(images) if hasattr(teacher, "states") else iter(teacher(images)[1:])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype
-from uniflow.encoder import LayerStack
+from uniflow.encoder import LayerStack, embedded
 from uniflow.model import UniFlow
 from uniflow.pretrained import pretrained_encoder
 from uniflow.resizing import AnyEmbeddings, resize_embeddings
@@ -130,10 +130,13 @@ class EncoderTeacher(nn.Module):
         """Stay in evaluation mode, whatever the student does."""
         return super().train(False)
 
-    def states(self, images: Tensor) -> Iterator[Tensor]:
-        """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient."""
+    def states(self, images: Tensor, patches: Tensor | None = None) -> Iterator[Tensor]:
+        """Images [B, C, H, W] to the outputs of layers 1..L, each computed when it is asked for, without a gradient.
+
+        `patches` are theirs, [B, N, C*P*P], if a student of the same P has made them.
+        """
         with self._own_precision(images):
-            states = self.encoder.states(*self._embed(images))
+            states = self.encoder.states(*self._embed(images, patches))
         for _ in self.encoder.layers:
             with self._own_precision(images):
                 state = next(states)
@@ -151,9 +154,8 @@ class EncoderTeacher(nn.Module):
         with self._own_precision(images):
             return self.encoder.last(*self._embed(images))
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, ...]:
-        images = images.to(self.dtype)
-        return self.embeddings(images), *self.embeddings.positions(images)  # type: ignore[operator]
+    def _embed(self, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
+        return embedded(self.embeddings, images.to(self.dtype), patches)
 
     def _own_precision(self, images: Tensor) -> AbstractContextManager[object]:
         """No autocast for what is in a lower precision already: it would make norms in float32 and cast them back."""

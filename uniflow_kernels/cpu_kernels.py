@@ -187,13 +187,13 @@ def scale(values: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 
 
 def seeded_noise(seeds: Tensor, offset: int, first_row: int, noise: Tensor) -> None:
-    """Write `noise` [rows, columns] in float32, of S seeds [S] for as many groups of rows."""
+    """Write `noise` [rows, columns] in float32, of S seeds [S], contiguous, for as many groups of rows."""
     rows, columns = noise.shape
     if not noise.numel():
         return
     groups = len(seeds)
     _level().seeded_noise(
-        seeds.contiguous().data_ptr(),
+        seeds.data_ptr(),
         groups,
         offset,
         first_row,

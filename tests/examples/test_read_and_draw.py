@@ -10,7 +10,16 @@ from examples import read_and_draw
 def test_a_short_run_scores_every_way_and_draws_a_sheet(tmp_path, monkeypatch):
     monkeypatch.setattr(read_and_draw, "DRAWN", 7)
     monkeypatch.setattr(read_and_draw, "SHOWN", 2)
-    scores = read_and_draw.run(0, steps=2, tokenizer_steps=2, out=tmp_path)
+    weights = []
+    objective = read_and_draw.UniFluidObjective
+    monkeypatch.setattr(
+        read_and_draw,
+        "UniFluidObjective",
+        lambda *given, image_weight: weights.append(image_weight) or objective(*given, image_weight=image_weight),
+    )
+    ways = {**read_and_draw.WAYS, "image_weight 2": read_and_draw.Way(0.5, image_weight=2.0)}
+    scores = read_and_draw.run(0, steps=2, tokenizer_steps=2, out=tmp_path, ways=ways)
+    assert weights == [1.0] * 4 + [2.0]
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in read_and_draw.table([scores]).splitlines()]
     assert rows[0][1:] == ["recognised, %", "distance", "recognised, guided, %", "distance, guided", "answers, %"]
     filled = {row[0]: [bool(cell) for cell in row[1:]] for row in rows[2:]}
@@ -21,6 +30,7 @@ def test_a_short_run_scores_every_way_and_draws_a_sheet(tmp_path, monkeypatch):
         "draws only": [*draws, False],
         "reads only": [False] * 4 + reads,
         "both, raster order": draws + reads,
+        "image_weight 2": draws + reads,
     }
     assert (tmp_path / "sheet.png").stat().st_size > 0
 

@@ -1,5 +1,7 @@
 """The model on a GPU: the golden numbers, half precision, compilation, CUDA graphs, and no waiting for the device."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.conftest import smooth_picture
 from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
 from uniflow.data import PictureList, RandomCrops
 from uniflow.training import Recipe, Stage, Trainer
+from uniflow_kernels import backend
 from uniflow_kernels.triton_kernels import why_not_launched
 
 pytestmark = [
@@ -53,6 +56,18 @@ def test_half_precision_is_as_good_as_on_a_cpu(golden_model, golden, noise, dtyp
         plain = golden_model.to(dtype)(images, noise=noise.cpu())
         ours = golden_model.cuda()(images.cuda(), noise=noise)
     assert relative_error(ours, exact) <= 2 * relative_error(plain, exact) + 1e-3
+
+
+def test_patches_are_embedded_as_by_the_convolution(golden_model, golden, within_twice):
+    """A product of rows of 588 numbers, which is no multiple of 16 bytes in bfloat16."""
+    embeddings, images = golden_model.embeddings, golden["in.pixel_values"]
+    exact = copy.deepcopy(embeddings).double()(images.double())
+    embeddings, images = embeddings.cuda().bfloat16(), images.cuda().bfloat16()
+    assert embeddings.takes_patches()
+    with torch.no_grad(), backend("eager"):
+        plain = embeddings(images)
+    with torch.no_grad():
+        within_twice(embeddings(images).cpu(), plain.cpu(), exact)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

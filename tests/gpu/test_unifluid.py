@@ -42,7 +42,7 @@ class Tokens(torch.nn.Module):
 
 
 class Vision(torch.nn.Module):
-    width, image_size = 12, (8, 8)
+    width, image_size, merge = 12, (8, 8), 1
 
     def forward(self, images):
         return Tokens().encode(images)
@@ -95,6 +95,28 @@ def test_states_are_those_of_the_cpu(model, texts):
         expected = model.draw_states(tokens, *texts, order, groups)
         found = model.cuda().draw_states(*(part.cuda() for part in (tokens, *texts, order, groups)))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_in_blocks_give_the_numbers_of_the_dense_one(texts):
+    """States and gradients, soft caps and windows too, of a sequence of several blocks."""
+    kinds = {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    caps = {"model_type": "gemma2", "head_dim": 64, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64}
+    for own in ({}, {**kinds, **caps}):
+        torch.manual_seed(0)
+        config = UniFluidConfig({**LLAMA, "max_position_embeddings": 512, **own}, 12, (12, 12), 256, 3)
+        model = UniFluid(config, make_text_tokenizer(["a seven"], 300)).cuda()
+        ids, real = (part.cuda() for part in texts)
+        order = draw_orders(2, 144, "random", ids.device)
+        groups = draw_groups(2, 144, ids.device)
+        tokens = torch.randn(2, 144, 12, device="cuda")
+        found = []
+        for training in (True, False):  # in training in blocks
+            model.train(training).zero_grad()
+            states = model.draw_states(tokens, ids, real, order, groups)
+            states.square().mean().backward()
+            found.append([states.detach(), *(p.grad for p in model.backbone.parameters() if p.grad is not None)])
+        for blocks, dense in zip(*found, strict=True):
+            torch.testing.assert_close(blocks, dense, rtol=1e-3, atol=1e-3 * float(dense.abs().max()))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

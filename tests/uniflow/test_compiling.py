@@ -41,8 +41,11 @@ def test_each_part_is_reported(tiny):
     model = tiny()
     fast = uniflow.compile(model)
     lines = str(fast).split("\n")
-    names = ["layers", "products", "attention", "transformer_layers", "residual_norm", "flow_head", "launches"]
-    assert [line.split()[0] for line in lines] == names
+    of_layers = ["products", "attention", "transformer_layers", "residual_norm"]
+    assert [line.split()[0] for line in lines] == ["layers", "patch_embedding", *of_layers, "flow_head", "launches"]
+    assert "a convolution; that was faster in float32" in lines[1]
+    assert "a product on what patchify writes" in model.bfloat16().explain()
+    model.float()
     assert "as they are; torch.compile: " in lines[0]
     assert lines[-1].endswith("one by one; CUDA graphs: it runs on CUDA, not on cpu")
     assert lines[1:-1] == model.explain().split("\n")

@@ -83,7 +83,11 @@ READERS = {
     "shards": lambda folder: gather(folder, False, lambda place: _untrained(False, place)),
     "run": read_checkpoint,
     "latents": lambda folder: read_latents(folder / "latents.safetensors", of_latents()),
-    "latent set": lambda folder: (ChannelStatistics.read(folder), LatentSet(folder).latent(0)),
+    "latent set": lambda folder: (
+        ChannelStatistics.read(folder),
+        LatentSet(folder).latent(0),
+        LatentSet(folder).names(),
+    ),
     "generator": lambda folder: FlowTransformer.from_pretrained(folder).check_tokenizer(of_latents()),
     "captions": lambda folder: list(map(CaptionFolder(folder).texts, range(2))),
     "questions": lambda folder: scores(read_questions(folder / "questions.jsonl")),

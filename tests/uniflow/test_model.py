@@ -9,10 +9,29 @@ import torch.nn.functional as F
 from tests.conftest import check_reset
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.encoder import resize_position_embedding
+from uniflow_kernels import patchify
 
 
 def images(*size, batch=2, seed=0):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+# embeddings
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_embeddings_by_a_product_are_those_by_a_convolution(tiny, within_twice, size):
+    """In half precision, with positions of the trained grid and of another one; a hook on the convolution fires."""
+    embeddings = tiny().embeddings
+    x, called = images(*size), []
+    exact = copy.deepcopy(embeddings).double()(x.double())
+    embeddings, x = embeddings.bfloat16(), x.bfloat16()
+    found = embeddings(x)
+    assert torch.equal(embeddings(x, patchify(x, 4)), found)
+    embeddings.patch_embedding.register_forward_hook(lambda *_: called.append(1))
+    within_twice(found, embeddings(x), exact)
+    assert called == [1]
+    assert not embeddings.takes_patches()
 
 
 # any size

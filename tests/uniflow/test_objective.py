@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.live_bytes import LiveBytes
-from uniflow import EncoderTeacher, UniFlowObjective, normalize
+from uniflow import EncoderTeacher, UniFlowObjective, encoder, normalize
 from uniflow_kernels import layerwise_distillation, patchify
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
@@ -252,11 +252,44 @@ def test_without_distillation_there_is_no_teacher(tiny):
     assert torch.equal(losses.total.detach(), losses.flow)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("flow_loss", ["flow_matching", "mean_flow"])
+def test_where_embeddings_are_made_of_patches_the_images_are_read_once(tiny, monkeypatch, flow_loss, per_image):
+    """In half precision: by student, teacher and flow loss, which are the same to rounding as of images."""
+    objective = UniFlowObjective(tiny(flow_times=1 + (flow_loss == "mean_flow")), flow_loss=flow_loss)
+    perturb(objective.student)
+    images, t, noise = batch()
+    t = t[:, 0] if per_image else t
+    if flow_loss == "mean_flow":
+        t = torch.stack([t, t / 2], -1)
+    made, read = [], []
+    cut = encoder.patchify
+    monkeypatch.setattr(encoder, "patchify", lambda *given: made.append(cut(*given)) or made[-1])
+    monkeypatch.setattr("uniflow_kernels.ops.patch_embedding.patchify", lambda *given: read.append(1) or cut(*given))
+    monkeypatch.setattr("uniflow.flow_decoder.patchify", lambda *given: read.append(1) or cut(*given))
+    found = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(objective.student, "patches", lambda images: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = objective(images, t, noise)
+        if not whole:
+            assert len(made) == 1
+            assert made[0].dtype == torch.float32
+            assert not read
+        weights = (objective.student.embeddings.patch_embedding.weight, objective.student.chal_proj.c_fc.weight)
+        found.append((losses.flow, losses.alpha, *torch.autograd.grad(losses.total, weights)))
+    assert len(made) == 1
+    assert read
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_the_teacher_does_not_run_beside_a_frozen_encoder(tiny):
     objective, calls = UniFlowObjective(tiny()), []
     objective.teacher.register_forward_hook(lambda *_: calls.append(1))
     taught = objective._taught
-    objective._taught = lambda images: calls.append(1) or taught(images)
+    objective._taught = lambda *given: calls.append(1) or taught(*given)
     images, t, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16), torch.randn(2, 16, 48)
     whole = objective(images, t, noise)
     assert calls == [1]

@@ -15,21 +15,22 @@ from torch import Tensor
 from uniflow.cli.batches import runs, seeds_of_blocks
 from uniflow.cli.files import Given, find_pictures, picture_suffixes
 from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
-from uniflow.cli.printing import say
+from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
 from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
 from uniflow.evaluation.scores import InOrder
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, to_tensor
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
+from uniflow.unifluid.attention import why_not_blocks
 from uniflow.unifluid.backbone import read_backbone
+from uniflow.unifluid.cached import CachedLatents
 from uniflow.unifluid.captions import CaptionedPictures, CaptionFolder, CaptionShards, Examples, every_text
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import UniFluidObjective, check_vision
+from uniflow.unifluid.objective import UniFluidObjective, read_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
 from uniflow.unifluid.slots import source_slots
@@ -39,7 +40,8 @@ from uniflow.unifluid.texts import (
     padded,
     read_text_tokenizer,
 )
-from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, read_image_tokenizer
+from uniflow.unifluid.tiles import most_tiles, tiles_of
+from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, image_tokens, read_image_tokenizer
 from uniflow.unifluid.validation import DrawingValidator
 
 _VALIDATED = 256  # examples that a validation looks at
@@ -53,11 +55,13 @@ def train(config: Path, out: Path | None, resume: str | None, device: str, force
 
 def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
     data, recipe = run.data, run.recipe
-    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size).to(device)
+    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size, run.packing).to(device)
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
     student = _student(run.model, examples, tokenizer, vision).to(device)
+    if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
+        notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
         student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
@@ -65,12 +69,14 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     count, seen = student.config.tokens, vision.tokens if vision else 0
     slots: dict[str, Any] = {
         "features": seen,
+        "tiles": student.config.vision_tiles,
         "source": source_slots(student.config.sources, seen, count),
         "context": student.check_context(0),
         "tokens": count,
     }
     dropped = (data.drop_caption, data.flip, data.drop_source)
-    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots)
+    cached = None if data.latents is None else CachedLatents(data.latents, tokenizer, examples, data.flip)
+    samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots, cached=cached)
     _, size = recipe.micro_batches(processes.world)
     samples.check_batches(size)
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
@@ -117,7 +123,8 @@ def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:
 
 def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | None) -> int:
     """How many ids a text may have beside a picture."""
-    picture = max(student.config.tokens, vision.tokens if vision else 0)
+    read = vision.tokens * most_tiles(student.config.vision_tiles) if vision else 0
+    picture = max(student.config.tokens, read)
     room = student.check_context(picture + 1) + 1
     if (data.max_text or 0) > room:
         raise InputError(
@@ -159,6 +166,8 @@ def _student(
         ids_fingerprint(texts),
         model.vision_merge,
         model.vision_layers,
+        tokenizer.packing,
+        model.vision_tiles,
     )
     return UniFluid(config, texts, backbone).float()
 
@@ -170,7 +179,7 @@ def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, d
     for first in range(0, last, _AT_A_TIME):
         values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
         images = samples.collate(values)[0].images
-        found.append(tokenizer.encode(normalize(images.to(device))))
+        found.append(image_tokens(tokenizer, images.to(device)))
     return torch.cat(found)
 
 
@@ -195,12 +204,11 @@ def ask(given: Given, question: str, asking: Asking) -> None:
     with start as (processes, own), Workers(1) as files, find_pictures(given, files) as pictures:
         model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
-            features = VisionFeatures(asking.vision, merge=model.config.vision_merge).to(model.device)
-            check_vision(model, features)
-            prompt = asking.prompt(model, features, question)
+            features = read_vision(asking.vision, model)
+            asking.check_length(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:
-            return to_tensor(center_crop(picture, features.image_size))
+            return tiles_of(picture, features.image_size, model.config.vision_tiles)
 
         def take(answered: tuple[Path, str]) -> None:
             say(str(answered[0]), " ".join(answered[1].split()))
@@ -212,10 +220,11 @@ def ask(given: Given, question: str, asking: Asking) -> None:
         share = pictures.share(size, processes.rank, processes.world)
         for batch in runs(share.read(fit, files), lambda _: size, lambda each: each[0].place // size):
             block = batch[0][0].place // size
-            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
-            crops = torch.stack([pixels for _, _, pixels in batch])
+            prompts = [asking.prompt(model, features, question, len(tiles)) for _, _, tiles in batch]
+            ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
+            pixels = torch.cat([tiles for _, _, tiles in batch])
             with explained(), drawn_by(seeds[block], model.device):
-                seen = features(normalize(crops.to(model.device)))
+                seen = features(normalize(pixels.to(model.device)))
                 answers = answer(model, seen, ids, real, asking.longest, **asking.how)
             for (source, _, _), text in zip(batch, answers, strict=True):
                 order.add(block, (source.path, text))

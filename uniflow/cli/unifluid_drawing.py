@@ -28,7 +28,7 @@ from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.guidance import SCHEDULES
 from uniflow.unifluid.model import UniFluid
-from uniflow.unifluid.objective import check_tokenizer, check_vision
+from uniflow.unifluid.objective import check_tokenizer, read_vision
 from uniflow.unifluid.orders import group_sizes
 from uniflow.unifluid.slots import source_slots
 from uniflow.unifluid.texts import prompt_ids
@@ -141,8 +141,8 @@ def _draw(
     """Write the pictures; all of them in the first process if they are kept, uint8 [3, H, W]."""
     model = load_checkpoint(UniFluid.from_pretrained, drawing.checkpoint, str(device), drawing.dtype)
     with explained():
-        tokenizer = read_image_tokenizer(drawing.tokenizer).to(model.device)
-        tokenizer.set_grid(model.config.grid)
+        config = model.config
+        tokenizer = read_image_tokenizer(drawing.tokenizer, packing=config.packing, grid=config.grid).to(model.device)
         check_tokenizer(model, tokenizer)
         group_sizes(model.config.tokens, drawing.how["steps"] or 1)
         vision = _vision(prompts, drawing, model)
@@ -184,9 +184,7 @@ def _vision(prompts: Sequence[Prompt], drawing: Drawing, model: UniFluid) -> Vis
         return None
     if drawing.vision is None:
         raise InputError("--vision: the model sees features of its sources, expected their encoder")
-    vision = VisionFeatures(drawing.vision, merge=model.config.vision_merge).to(model.device)
-    check_vision(model, vision)
-    return vision
+    return read_vision(drawing.vision, model)
 
 
 def _check_context(prompts: Sequence[Prompt], model: UniFluid, vision: VisionFeatures | None) -> None:

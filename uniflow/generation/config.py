@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
-from uniflow.reading import printable, shown
+from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
+from uniflow.reading import shown
 
 MODEL_TYPE = "uniflow_generator"
 MLPS = ("swiglu", "gelu")
@@ -149,16 +149,7 @@ class FlowTransformerConfig:
             FileNotFoundError: if there is none.
             ValueError: if it is no JSON object or describes no generator.
         """
-        path, values = Path(folder) / "config.json", read_config(folder)
-        if values.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"{path}: expected a JSON object with model_type {MODEL_TYPE!r}")
-        known = {f.name: f for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{path}: unknown field {printable(name)}")
-        if missing := [name for name in _REQUIRED if name not in values]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**read_fields(folder, MODEL_TYPE, cls, _REQUIRED))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
+from uniflow.float32_buffers import Float32Buffers
 from uniflow.generation.config import FlowTransformerConfig
 from uniflow.generation.layers import AdaptiveNorm, Block, Rotation, Stream
 from uniflow.hub import local_folder
@@ -23,7 +24,7 @@ from uniflow_kernels.modules.flow_layers import TimestepEmbedding
 TIME_SCALE = 1000.0  # what times in [0, 1] are multiplied by before they are embedded
 
 
-class FlowTransformer(nn.Module):
+class FlowTransformer(Float32Buffers):
     """The velocity of standardised latents on the way from noise (t = 0) to data (t = 1), under a class.
 
     Args:
@@ -38,6 +39,7 @@ class FlowTransformer(nn.Module):
     mark = "latent_proj.weight"  # see `UniFlow.mark`
     pretrained_parts: tuple[str, ...] = ()
     untrained_parts: tuple[str, ...] = ()
+    float32_buffers = ("latent_mean", "latent_std")
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -170,16 +172,6 @@ class FlowTransformer(nn.Module):
     def restored(self, latents: Tensor) -> Tensor:
         """Back from `standardised`."""
         return ChannelStatistics(self.latent_mean, self.latent_std).restored(latents)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowTransformer:
-        """The statistics stay float32 in a model of another dtype: they belong to the latents."""
-        before = self.latent_mean, self.latent_std
-        super()._apply(fn, recurse)
-        self.latent_mean, self.latent_std = (
-            now if now.dtype == was.dtype else was.to(now.device)
-            for was, now in zip(before, (self.latent_mean, self.latent_std), strict=True)
-        )
-        return self
 
     # checkpoints
 

@@ -26,6 +26,7 @@ from uniflow.foreign import (
     transformers_package,
 )
 from uniflow.reading import shown
+from uniflow.unifluid.attention import Sight, attention_of, masks_for, why_not_blocks
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -44,7 +45,7 @@ def new_backbone(values: dict[str, Any]) -> PreTrainedModel:
     transformers = transformers_package()
     try:
         own = configuration(values, "backbone", is_language_model)
-        return new_model(transformers.AutoModelForCausalLM, own, "backbone", attn_implementation=_attention(own))
+        return new_model(transformers.AutoModelForCausalLM, own, "backbone", attn_implementation=attention_of(own))
     except CheckpointError:
         raise
     except ValueError as error:
@@ -71,7 +72,7 @@ def read_backbone(folder: str | Path) -> PreTrainedModel:
         whole = configuration(read_config(folder), str(folder), _has_language_model)
         own = whole.get_text_config(decoder=True)
         if own is whole:
-            auto, options = transformers.AutoModelForCausalLM, {"attn_implementation": _attention(own)}
+            auto, options = transformers.AutoModelForCausalLM, {"attn_implementation": attention_of(own)}
         elif is_language_model(own.model_type, type(own)):
             auto, options = transformers.AutoModelForImageTextToText, {}
         else:
@@ -96,17 +97,11 @@ def _without_its_encoders(whole: Any, own: Any) -> PreTrainedModel:
     """The language model in a model of more parts, with its weights as they are."""
     own.tie_word_embeddings = whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     auto = transformers_package().AutoModelForCausalLM
-    model: Any = new_model(auto, own, "text_config", attn_implementation=_attention(own))
+    model: Any = new_model(auto, own, "text_config", attn_implementation=attention_of(own))
     for part in ("get_decoder", "get_output_embeddings"):
         getattr(model, part)().load_state_dict(getattr(whole, part)().state_dict(), assign=True)
     model.tie_weights()
     return model.eval()
-
-
-def _attention(config: Any) -> str:
-    """Soft-capped attention (Gemma 2) is not in scaled_dot_product_attention, and some models know nothing of it."""
-    model = transformers_package().MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None) else "eager"
 
 
 def check_backbone(backbone: Any) -> None:
@@ -158,14 +153,13 @@ def _try(backbone: Any, kind: str) -> None:
     weight = backbone.get_input_embeddings().weight
     slots = torch.randn(1, 3, weight.shape[1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     slots = slots.to(weight.device, weight.dtype)
-    allowed = torch.eye(3, dtype=torch.bool, device=weight.device).unsqueeze(0)
-    allowed[:, 0, 2] = True
-    place = torch.zeros(1, 3, dtype=torch.int64, device=weight.device)
+    place, sees, visible = torch.tensor([[[0, 0, 0]], [[1, 0, 0]], [[2, 2, 1]]], device=weight.device)
+    sight = Sight(place, sees, torch.arange(3, device=weight.device), visible, place)
 
     def state(*changed: int) -> Tensor:
         signs = torch.ones(3, 1, dtype=weight.dtype, device=weight.device)
         signs[list(changed)] = -1
-        return attend(backbone, slots * signs, place, allowed, place)[0, 0].float()
+        return attend(backbone, slots * signs, sight)[0, 0].float()
 
     training = backbone.training
     try:
@@ -180,36 +174,25 @@ def _try(backbone: Any, kind: str) -> None:
         raise ValueError(f"{kind}: it does not attend as masks say")
 
 
-def attend(
-    backbone: Any, embedded: Tensor, position: Tensor, allowed: Tensor, others: Tensor, cache: Cache | None = None
-) -> Tensor:
+def attend(backbone: Any, embedded: Tensor, sight: Sight, cache: Cache | None = None) -> Tensor:
     """The last states [B, S, D] of slots that see what they are allowed to, and no further than the layers' windows.
 
     Args:
         backbone: see `check_backbone`.
         embedded: [B, S, D].
-        position: of the slots, int64 [B, S].
-        allowed: bool [B, S, K], whether a slot sees each of K others, the last S of which are the slots.
-        others: their positions, int64 [B, K]. Within a window of W are those at a distance below W, before and behind.
+        sight: of S slots and K columns, the last S of which are the slots.
         cache: keys and values of the first K - S; those of the slots are added.
     """
     config, decoder = backbone.config, backbone.get_decoder()
-
-    def mask(window: int | None) -> Tensor:
-        seen = allowed
-        if window is not None:
-            seen = allowed & ((position.unsqueeze(2) - others.unsqueeze(1)).abs() < window)
-        if config._attn_implementation == "sdpa":
-            return seen.unsqueeze(1)
-        nothing = torch.zeros((), dtype=embedded.dtype, device=embedded.device)
-        return nothing.where(seen.unsqueeze(1), torch.finfo(embedded.dtype).min)
-
-    masks = {kind: mask(config.sliding_window if kind == _SLIDING else None) for kind in _layer_kinds(config)}
+    windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in _layer_kinds(config)}
+    # blocks are compiled for a kind of sequence, which drawing has many of
+    in_blocks = backbone.training and cache is None and why_not_blocks(backbone, embedded.device) is None
+    masks = masks_for(backbone, sight, windows, embedded.dtype, in_blocks)
     mixed = getattr(config, "layer_types", None) is not None
     return decoder(
         inputs_embeds=embedded,
         attention_mask=masks if mixed else masks.popitem()[1],
-        position_ids=position,
+        position_ids=sight.position,
         use_cache=cache is not None,
         **{_cache_name(type(decoder).forward): cache},
     ).last_hidden_state

@@ -16,14 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.pictures import open_picture
 from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
+from uniflow.unifluid.tiles import most_tiles, one_tile, tiles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from uniflow.unifluid.cached import CachedLatents
 
 CAPTIONS = "captions.jsonl"
 _LONGEST = 1 << 20  # bytes of what is said about a picture
@@ -72,6 +75,10 @@ class Examples(Pictures, Protocol):
         """Pictures beside the first: a drawing's sources, what is read besides it; errors as of `open`."""
         ...
 
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """What `uniflow encode` calls the picture that is drawn, and its sources."""
+        ...
+
 
 def every_text(examples: Examples) -> Iterator[str]:
     """All captions, questions and answers, to make a tokenizer for."""
@@ -100,6 +107,7 @@ class CaptionFolder(PictureList):
         if not file.exists():
             raise FileNotFoundError(f"no {CAPTIONS} in {folder}")
         images: dict[str, Path] = {}
+        self._folder = folder
         self._texts: list[Texts] = []
         self._further: list[dict[Kind, list[Path]]] = []
         for where, fields in read_lines(file):
@@ -122,6 +130,11 @@ class CaptionFolder(PictureList):
     def further(self, number: int, kind: Kind) -> list[Image.Image]:
         """The sources of a line, or its images behind the first."""
         return [open_picture(file, largest=self.largest) for file in self._further[number][kind]]
+
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """Their paths below the folder."""
+        files = [self.pictures[number], *self._further[number]["drawing"]]
+        return [file.relative_to(self._folder).as_posix() for file in files if isinstance(file, Path)]
 
 
 class CaptionShards(PictureShards):
@@ -164,6 +177,10 @@ class CaptionShards(PictureShards):
     def further(self, number: int, kind: Kind) -> list[Image.Image]:
         """None: a sample has one picture."""
         return []
+
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """Its name."""
+        return [self.name(number)]
 
 
 def _check_length(text: bytes, where: str) -> None:
@@ -295,11 +312,12 @@ def picture_of(folder: Path, name: str, image: Any, where: str) -> Path:
 class Drawings(NamedTuple):
     """Pictures to draw from their captions, and from other pictures if there are any; possibly none.
 
-    images: uint8 [B, 3, H, W], as the image tokenizer takes them.
+    images: uint8 [B, 3, H, W], as the image tokenizer takes them; or the latents that it makes of them, of a floating-
+        point dtype, [B, L, C], see `uniflow.unifluid.tokens.image_tokens`.
     ids: int64 [B, T], the sources' slots (below zero), bos and the caption, padded before the text.
     real: bool [B, T], False for padding.
-    sources: uint8 [P, 3, H, W], the sources of all rows one after the other, as the image tokenizer takes them; none
-        if not given.
+    sources: uint8 [P, 3, H, W], the sources of all rows one after the other, as the image tokenizer takes them, or
+        their latents; none if not given.
     seen: uint8 [P, 3, H', W'], the same as the vision encoder takes them.
     """
 
@@ -313,7 +331,8 @@ class Drawings(NamedTuple):
 class Readings(NamedTuple):
     """Pictures with questions and answers, padded before the last text; possibly none.
 
-    images: uint8 [P, 3, H, W], the pictures of all rows one after the other, as the vision encoder takes them.
+    images: uint8 [T, 3, H, W], the tiles of the pictures of all rows one after the other, as the vision encoder takes
+        them; see `uniflow.unifluid.tiles`.
     ids: int64 [B, T], the slots of pictures (below zero), bos, the question, eos, the answer, eos; or a conversation.
     real: bool [B, T], False for padding.
     answer: bool [B, A], of the last A ids: True for what is to be predicted, answers and their ends.
@@ -329,10 +348,10 @@ class CaptionedPicture(NamedTuple):
     """What `CaptionedPictures` collates.
 
     kind: whether it is drawn or read.
-    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read.
+    pixels: uint8 [T, 3, H, W], the picture to draw, or the tiles of those to read; or the former's latents [1, L, C].
     ids: int64 [T].
     predicted: bool [T], which ids are to be predicted.
-    sources, seen: uint8 [S, 3, H, W] and [S, 3, H', W'], see `Drawings`.
+    sources, seen: uint8 [S, 3, H, W] (or latents [S, L, C]) and [S, 3, H', W'], see `Drawings`.
     """
 
     kind: Kind
@@ -343,17 +362,26 @@ class CaptionedPicture(NamedTuple):
     seen: Tensor
 
 
+class _Opened(NamedTuple):
+    """What was read of an example: parts of a `CaptionedPicture` by their names, and the slots of its pictures."""
+
+    pixels: Tensor
+    sources: Tensor
+    seen: Tensor
+    slots: list[list[int]]
+
+
 class CaptionedPictures(Samples):
     """An endless stream of pictures to draw and pictures to read, mixed evenly.
 
     Every epoch of a kind shows all of its examples in another order. Instead of a picture that cannot be read comes the
     next one. Pictures are resized to just cover the size, and the middle is cut out: what a caption says of a picture
-    is seldom true of a part of it.
+    is seldom true of a part of it. With `tiles` those that are read are seen as a whole.
 
     Args:
         examples: `CaptionFolder` or `CaptionShards`; the texts of all of them are read here once.
         tokenizer: for the texts, see `uniflow.unifluid.texts`.
-        drawing_size, reading_size: (H, W) of pictures to draw and to read.
+        drawing_size, reading_size: (H, W) of pictures to draw and of tiles to read.
         max_text: how many ids an example may have, with bos and eos, and without the slots of pictures.
         seed: the same seed gives the same stream.
         reading_share: the share of readings, in any run of neighbours; if not given a half, or all or none where there
@@ -361,10 +389,12 @@ class CaptionedPictures(Samples):
         drop_caption: the share of captions dropped, for guidance: their ids are bos alone.
         flip: whether half of the pictures are mirrored; what is said of left and right is then no longer true.
         drop_source: of the drawings that have sources, the share that is drawn from nothing at all, for guidance.
-        features: slots of a picture that is read, M of the vision encoder; none for data without such.
+        features: slots of a tile of a picture that is read, M of the vision encoder; none for data without such.
+        tiles: of how many tiles at most the grid of such a picture is, see `uniflow.unifluid.tiles`.
         source: the slots of a drawing's source, see `uniflow.unifluid.slots.source_slots`.
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
+        cached: the latents of what is drawn, and of its sources, in the place of the pixels; all of `examples`.
 
     Raises:
         CaptionError: for texts that are not as they should be or longer than `max_text`; in shards a text that is too
@@ -386,9 +416,11 @@ class CaptionedPictures(Samples):
         drop_source: float = 0.05,
         *,
         features: int = 0,
+        tiles: int = 1,
         source: Sequence[int] = (),
         context: int | None = None,
         tokens: int = 0,
+        cached: CachedLatents | None = None,
     ) -> None:
         for name, dropped in (("drop_caption", drop_caption), ("drop_source", drop_source)):
             if not 0 <= dropped <= 1:
@@ -402,9 +434,12 @@ class CaptionedPictures(Samples):
         self.drop_caption = drop_caption
         self.flip = flip
         self.drop_source = drop_source
-        self.slots: dict[Kind, list[int]] = {"drawing": list(source), "reading": picture_slots(features)}
+        self.features = features
+        self.tiles = tiles
+        self.source = list(source)
         self.context = context
         self.tokens = tokens
+        self.cached = cached
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
         self.reading_share = _reading_share(reading_share, captions, questions)
@@ -417,7 +452,7 @@ class CaptionedPictures(Samples):
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
-                    self._ids(kind, number, examples.texts(number).sources)
+                    self._ids(kind, number, self._most_slots(kind, examples.texts(number)))
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -430,34 +465,54 @@ class CaptionedPictures(Samples):
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
         own = before if kind == "reading" else position - before
-        number, pictures, skipped = self._streams[kind].read(own, partial(self._open, kind))
         rng = np.random.default_rng((self.seed, position))
-        drawn = rng.random()
-        nothing = kind == "drawing" and len(pictures) > 1 and drawn < self.drop_source
-        dropped = nothing or drawn < self.drop_caption + (self.drop_source if len(pictures) > 1 else 0.0)
-        value = self._value(kind, number, pictures[:1] if nothing else pictures, dropped)
-        if self.flip and rng.random() < 0.5:
-            value = value._replace(**{name: getattr(value, name).flip(-1) for name in ("pixels", "sources", "seen")})
-        return Sample(value, self.examples.name(number), skipped)
+        drawn, flipped = rng.random(), self.flip and rng.random() < 0.5
+        number, found, skipped = self._streams[kind].read(own, lambda number: self._open(kind, number, flipped))
+        from_others = len(found.seen) > 0
+        nothing = from_others and drawn < self.drop_source
+        dropped = nothing or drawn < self.drop_caption + (self.drop_source if from_others else 0.0)
+        if nothing:
+            found = found._replace(sources=found.sources[:0], seen=found.seen[:0], slots=[])
+        return Sample(self._value(kind, number, found, dropped), self.examples.name(number), skipped)
 
     def whole(self, kind: Kind, number: int) -> CaptionedPicture:
         """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
-        return self._value(kind, number, self._open(kind, number), False)
+        return self._value(kind, number, self._open(kind, number, False), False)
 
-    def _open(self, kind: Kind, number: int) -> list[Image.Image]:
-        return [self.examples.open(number), *self.examples.further(number, kind)]
+    def _open(self, kind: Kind, number: int, flipped: bool) -> _Opened:
+        def middles(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
+            return _joined([one_tile(picture, size, flipped) for picture in pictures], size)
 
-    def _value(self, kind: Kind, number: int, pictures: list[Image.Image], dropped: bool) -> CaptionedPicture:
-        drawn, sources = (pictures[:1], pictures[1:]) if kind == "drawing" else (pictures, [])
-        ids, predicted = self._ids(kind, number, len(sources), dropped)
+        further = self.examples.further(number, kind)
+        if kind == "reading":
+            pictures = [self.examples.open(number), *further]
+            tiles = [tiles_of(picture, self.reading_size, self.tiles, flipped) for picture in pictures]
+            slots = [picture_slots(self.features * len(own)) for own in tiles]
+            return _Opened(torch.cat(tiles), middles([], self.drawing_size), middles([], self.reading_size), slots)
+        seen, slots = middles(further, self.reading_size), [self.source] * len(further)
+        if self.cached is not None:
+            latents = self.cached.read(number, flipped)
+            return _Opened(latents[:1], latents[1:], seen, slots)
+        drawn = middles([self.examples.open(number)], self.drawing_size)
+        return _Opened(drawn, middles(further, self.drawing_size), seen, slots)
+
+    def _value(self, kind: Kind, number: int, found: _Opened, dropped: bool) -> CaptionedPicture:
+        ids, predicted = self._ids(kind, number, found.slots, dropped)
         return CaptionedPicture(
             kind,
-            _pixels(drawn, self.drawing_size if kind == "drawing" else self.reading_size),
+            found.pixels,
             torch.tensor(ids, dtype=torch.int64, device="cpu"),
             torch.tensor(predicted, dtype=torch.bool, device="cpu"),
-            _pixels(sources, self.drawing_size),
-            _pixels(sources, self.reading_size),
+            found.sources,
+            found.seen,
         )
+
+    def _most_slots(self, kind: Kind, texts: Texts) -> list[list[int]]:
+        """The slots of an example's pictures, whatever these are like."""
+        if kind == "drawing":
+            return [self.source] * texts.sources
+        pictures = sum(turn.text.count(PICTURE) for turn in texts.conversation())
+        return [picture_slots(self.features * most_tiles(self.tiles))] * pictures
 
     def check_batches(self, size: int) -> None:
         """Refuse batches of `size` neighbours of which some lack a kind: their losses would not count as the others'.
@@ -488,15 +543,18 @@ class CaptionedPictures(Samples):
             Readings(_joined([value.pixels for value in read], self.reading_size), *readings, predicted[:, first:]),
         )
 
-    def _ids(self, kind: Kind, number: int, sources: int, dropped: bool = False) -> tuple[list[int], list[bool]]:
-        """Of an example, and which of them are to be predicted."""
-        texts, slots = self.examples.texts(number), self.slots[kind]
+    def _ids(
+        self, kind: Kind, number: int, pictures: Sequence[Sequence[int]], dropped: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Of an example with the slots of its pictures, and which of them are to be predicted."""
+        texts = self.examples.texts(number)
         try:
             if kind == "drawing":
-                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, slots * sources)
+                before = [slot for picture in pictures for slot in picture]
+                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, before)
                 predicted = [False] * len(ids)
             else:
-                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), slots)
+                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), pictures)
         except ValueError as error:
             raise CaptionError(f"{self.examples.name(number)}: {error}") from None
         written = sum(number >= 0 for number in ids)
@@ -509,7 +567,7 @@ class CaptionedPictures(Samples):
         if self.context is not None and length > self.context:
             raise CaptionError(
                 f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "
-                f"for {self.context}"
+                f"for {self.context}{'' if self.tiles == 1 else '; fewer vision_tiles take fewer slots'}"
             )
         return ids, predicted
 
@@ -531,9 +589,5 @@ def _reading_share(share: float | None, captions: bool, questions: bool) -> Frac
     return Fraction(str(share))  # the decimal that was written, so that every run has its share exactly
 
 
-def _pixels(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
-    return _joined([to_tensor(center_crop(picture, size)).unsqueeze(0) for picture in pictures], size)
-
-
 def _joined(parts: list[Tensor], size: tuple[int, int]) -> Tensor:
-    return torch.cat([torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu"), *parts])
+    return torch.cat(parts) if parts else torch.empty(0, 3, *size, dtype=torch.uint8, device="cpu")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_config, write_config
-from uniflow.reading import printable, shown
+from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
+from uniflow.reading import shown
 from uniflow.unifluid.slots import SOURCES
+from uniflow.unifluid.tiles import LARGEST_GRID
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
 HEADS = ("flow", "ddpm", *FEW_STEPS)
@@ -39,6 +40,9 @@ class UniFluidConfig:
         text_tokenizer: fingerprint of the text tokenizer, if known; see `uniflow.unifluid.texts.ids_fingerprint`.
         vision_merge: of how many patches a side, which lie next to each other, one feature is made.
         vision_layers: linear layers that a feature goes through into the transformer: 1, or 2 with GELU between them.
+        packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
+        vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
+            `uniflow.unifluid.tiles`.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -58,6 +62,8 @@ class UniFluidConfig:
     text_tokenizer: str | None = None
     vision_merge: int = 1
     vision_layers: int = 1
+    packing: int = 1
+    vision_tiles: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
@@ -73,6 +79,13 @@ class UniFluidConfig:
                 check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
         check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
         check_integer("vision_layers", self.vision_layers, 1, 2)
+        check_integer("packing", self.packing, 1, LARGEST_WIDTH)
+        if self.token_channels % self.packing**2:
+            raise ValueError(
+                f"packing: expected {self.packing}x{self.packing} latents to have the token_channels, "
+                f"{self.token_channels}, together"
+            )
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
@@ -100,17 +113,7 @@ class UniFluidConfig:
             FileNotFoundError: if there is none.
             ValueError: if it is no JSON object or describes no UniFluid.
         """
-        path, values = Path(folder) / "config.json", read_config(folder)
-        if values.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"{path}: expected a JSON object with model_type {MODEL_TYPE!r}")
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{path}: unknown field {printable(name)}")
-        missing = [name for name in ("backbone", "token_channels", "grid") if name not in values]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        return cls(**values)
+        return cls(**read_fields(folder, MODEL_TYPE, cls, ("backbone", "token_channels", "grid")))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""

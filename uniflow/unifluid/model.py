@@ -8,7 +8,7 @@ conditions the head; and as content, which the queries of later steps see.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
+from uniflow.float32_buffers import Float32Buffers
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
+from uniflow.unifluid.attention import NEVER, Sight
 from uniflow.unifluid.backbone import (
     attend,
     check_backbone,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 _TEXT_TOKENIZER = "text_tokenizer"  # folder in a checkpoint
-_NEVER = 1 << 30  # when a slot is visible that no other one sees
 
 
 class Slots(NamedTuple):
@@ -68,7 +69,7 @@ class Earlier(NamedTuple):
         return cls(*(torch.cat([getattr(part, name) for part in several], dim=1) for name in cls._fields))
 
 
-class UniFluid(nn.Module):
+class UniFluid(Float32Buffers):
     """One transformer for text, pictures that are read and pictures that are drawn.
 
     Args:
@@ -88,6 +89,7 @@ class UniFluid(nn.Module):
     mark = "token_proj.weight"  # see `UniFlow.mark`
     pretrained_parts = ("backbone.",)
     untrained_parts: tuple[str, ...] = ()  # see `train_for`
+    float32_buffers = ("token_mean", "token_std")
     time_scale = 1000.0  # the head is trained on 1000 t
 
     token_mean: Tensor
@@ -217,16 +219,6 @@ class UniFluid(nn.Module):
         self.token_mean.copy_(rows.mean(0))
         self.token_std.copy_(std)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UniFluid:
-        """The statistics stay float32 in a model of another dtype: they belong to the tokens."""
-        before = self.token_mean, self.token_std
-        super()._apply(fn, recurse)
-        self.token_mean, self.token_std = (
-            now if now.dtype == was.dtype else was.to(now.device)
-            for was, now in zip(before, (self.token_mean, self.token_std), strict=True)
-        )
-        return self
-
     def normalized(self, tokens: Tensor) -> Tensor:
         """An image tokenizer's tokens [..., C] with mean 0 and standard deviation 1, as the model works on them."""
         return (tokens - self.token_mean) / self.token_std
@@ -241,7 +233,7 @@ class UniFluid(nn.Module):
         """What the model expects for the last ids of texts about pictures.
 
         Args:
-            features: [P, M, vision_channels], of the pictures of all rows, one after the other.
+            features: [T, M, vision_channels], of the tiles of the pictures of all rows, one after the other.
             ids: int64 [B, T], padded; where features stand, `uniflow.unifluid.slots.FEATURES`.
             real: bool [B, T], False for padding.
             last: A, how many of the ids are to be predicted, less than T.
@@ -327,7 +319,7 @@ class UniFluid(nn.Module):
             self.check_slots(ids, features, clean)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         position = (real.cumsum(1) - 1).clamp(min=0)
-        return Slots(self._embed(ids, features, clean), position, column.where(real, _NEVER), column.where(real, -1))
+        return Slots(self._embed(ids, features, clean), position, column.where(real, NEVER), column.where(real, -1))
 
     def content_slots(self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
         """Known tokens, which see the text, each other's step and the steps before.
@@ -345,7 +337,7 @@ class UniFluid(nn.Module):
     def query_slots(self, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
         """Tokens to be predicted, which see the text and the steps before theirs; arguments as of `content_slots`."""
         embedded = self.query_embedding + self.place_embedding[places]
-        return Slots(embedded, begin + places, torch.full_like(groups, _NEVER), text + groups - 1)
+        return Slots(embedded, begin + places, torch.full_like(groups, NEVER), text + groups - 1)
 
     def states(self, parts: list[Slots], cache: Cache | None = None, earlier: Earlier | None = None) -> Tensor:
         """The transformer's last states [B, S, D] of all slots of the parts.
@@ -356,13 +348,11 @@ class UniFluid(nn.Module):
             earlier: which slots these are.
         """
         embedded, position, visible, sees = map(torch.cat, zip(*parts, strict=True), [1] * len(Slots._fields))
-        sees, others = sees.unsqueeze(2), position
-        itself = torch.eye(visible.shape[1], dtype=torch.bool, device=visible.device)
-        allowed = (visible.unsqueeze(1) <= sees) | itself
+        own, others = torch.arange(visible.shape[1], device=visible.device), position
         if earlier is not None:
-            allowed = torch.cat([earlier.visible.unsqueeze(1) <= sees, allowed], dim=2)
-            others = torch.cat([earlier.position, position], dim=1)
-        return attend(self.backbone, embedded, position, allowed, others, cache)
+            own = own + earlier.visible.shape[1]
+            visible, others = torch.cat([earlier.visible, visible], 1), torch.cat([earlier.position, position], 1)
+        return attend(self.backbone, embedded, Sight(position, sees, own, visible, others), cache)
 
     def _embed(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> Tensor:
         """The embeddings of ids, and in the slots of pictures of what is seen of them."""

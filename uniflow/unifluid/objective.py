@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from uniflow.diffusion import Diffusion, noise_loss
 from uniflow.flow import sample_intervals, sample_t
 from uniflow.normalization import normalize
+from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_groups, draw_orders
 from uniflow.unifluid.texts import no_text
+from uniflow.unifluid.tokens import image_tokens
 from uniflow_kernels import interpolate, mean_flow_loss, self_distillation_loss, velocity_loss
 
 if TYPE_CHECKING:
     from uniflow.unifluid.captions import Drawings, Readings
-    from uniflow.unifluid.features import VisionFeatures
     from uniflow.unifluid.tokens import ImageTokenizer
 
 
@@ -113,7 +115,7 @@ class UniFluidObjective(nn.Module):
         student = self.student
         if not len(images):
             return self.image_weight.new_zeros(())
-        tokens = student.normalized(self.tokenizer.encode(normalize(images)))
+        tokens = student.normalized(image_tokens(self.tokenizer, images))
         batch, count, _ = tokens.shape
         order = draw_orders(batch, count, student.config.order, tokens.device)
         groups = draw_groups(batch, count, tokens.device)
@@ -139,7 +141,7 @@ class UniFluidObjective(nn.Module):
                 raise ValueError("drawings: the objective was made without vision, expected no sources")
             features = self.vision(normalize(seen))
         if sources is not None and len(sources) and wanted in ("tokens", "both"):
-            clean = self.student.normalized(self.tokenizer.encode(normalize(sources)))
+            clean = self.student.normalized(image_tokens(self.tokenizer, sources))
         return features, clean
 
     def _loss_of_intervals(
@@ -202,6 +204,13 @@ def check_tokenizer(student: UniFluid, tokenizer: ImageTokenizer) -> None:
         )
     if config.tokenizer is not None and tokenizer.fingerprint() != config.tokenizer:
         raise ValueError("tokenizer: has other weights than the one that the model was trained with")
+
+
+def read_vision(folder: str | Path, student: UniFluid) -> VisionFeatures:
+    """The encoder in a folder on the student's device, checked to be the one that the student is made for."""
+    vision = VisionFeatures(folder, merge=student.config.vision_merge).to(student.device)
+    check_vision(student, vision)
+    return vision
 
 
 def check_vision(student: UniFluid, vision: VisionFeatures) -> None:

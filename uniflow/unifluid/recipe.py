@@ -22,7 +22,7 @@ class ModelChoice:
             checkpoint, CHECKPOINT/text_tokenizer.
         vocabulary: ids of a tokenizer that is made.
         sources: what a drawing sees of the pictures it is drawn from, if the data have any; see `UniFluidConfig`.
-        vision_merge, vision_layers: how features of pictures come into the transformer; see `UniFluidConfig`.
+        vision_merge, vision_layers, vision_tiles: how pictures are seen; see `UniFluidConfig`.
         checkpointing: recomputes activations in the backward pass: those of the backbone's layers, and with "all" of
             the head's blocks.
         head_width, head_depth, head, order: see `UniFluidConfig`.
@@ -37,6 +37,7 @@ class ModelChoice:
     sources: Literal["features", "tokens", "both"] = "both"
     vision_merge: int = 1
     vision_layers: int = 1
+    vision_tiles: int = 1
     checkpointing: Literal["none", "backbone", "all"] = "none"
     head_width: int = 1024
     head_depth: int = 6
@@ -71,6 +72,8 @@ class DataChoice:
         validation: folder with captions.jsonl, to score on.
         reading_share, drop_caption, drop_source, flip: see `CaptionedPictures`.
         max_text: ids that a text may have; what the transformer's context leaves if not given.
+        latents: folder that `uniflow encode` wrote of the pictures to draw, in the place of encoding them in each step;
+            see `uniflow.unifluid.cached.CachedLatents`. Those of `validation` are encoded.
         statistics: pictures that the mean and deviation of the image tokens are taken from.
     """
 
@@ -84,6 +87,7 @@ class DataChoice:
     drop_source: float = 0.05
     flip: bool = False
     max_text: int | None = None
+    latents: Path | None = None
     statistics: int = 1024
 
     def __post_init__(self) -> None:
@@ -116,9 +120,10 @@ class UniFluidRun(AnyRun):
     """A whole run.
 
     Attributes:
-        tokenizer: folder of the image tokenizer, a UniFlow or an AutoencoderKL of diffusers.
+        tokenizer: folder of the image tokenizer, a UniFlow, or an AutoencoderKL or AutoencoderDC of diffusers.
         vision: folder of the encoder whose features are read, see `VisionFeatures`; the tokenizer's if not given.
         image_size: (H, W) to draw at, in pixels; the size the tokenizer was trained at if not given.
+        packing: latents of the tokenizer a side of an image token, see `uniflow.unifluid.tokens.ImageTokenizer`.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -128,5 +133,6 @@ class UniFluidRun(AnyRun):
     data: DataChoice
     vision: Path | None = None
     image_size: tuple[int, int] | None = None
+    packing: int = 1
     objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
     samples: SamplesChoice = field(default_factory=SamplesChoice)

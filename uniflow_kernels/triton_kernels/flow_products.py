@@ -18,6 +18,7 @@ from uniflow_kernels.triton_kernels.products import (
     product,
     read,
     read_moments,
+    room_for_moments,
     rounded,
     vector,
     write,
@@ -371,11 +372,7 @@ def down(
     """
     rows, width = x.shape
     plan = plan_of("down", x, small)
-    parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
-    if done is not None and done.values.shape == (parts, 2, rows):
-        values = done.values
-    else:
-        values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
+    values = room_for_moments(x, plan.tile, done)
     (gate_weight, gate_bias), (weight, bias) = modulation, affine
     _launch_down(
         plan.grid(rows, width),

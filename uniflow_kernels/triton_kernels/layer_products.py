@@ -23,6 +23,7 @@ from uniflow_kernels.triton_kernels.products import (
     product,
     read,
     read_moments,
+    room_for_moments,
     rounded,
     vector,
     write,
@@ -288,13 +289,7 @@ def residual_product(
     rows, width = x.shape
     weight, bias = affine
     plan = plan_of("residual", x, small)
-    values = None
-    if rms is not None:
-        parts = cdiv(width, plan.tile.columns) * (plan.tile.columns // plan.tile.piece)
-        if done is not None and done.values.shape == (parts, 2, rows):
-            values = done.values
-        else:
-            values = torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
+    values = None if rms is None else room_for_moments(x, plan.tile, done)
     total = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     _launch_residual(
         plan.grid(rows, width),

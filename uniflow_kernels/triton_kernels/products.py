@@ -253,6 +253,15 @@ class Moments(NamedTuple):
     columns: int
 
 
+def room_for_moments(x: Tensor, tile: Tile, done: Moments | None) -> Tensor:
+    """Where a product with this tile leaves the moments of rows like x [R, W]: in what is `done` if that fits."""
+    rows, width = x.shape
+    parts = cdiv(width, tile.columns) * (tile.columns // tile.piece)
+    if done is not None and done.values.shape == (parts, 2, rows):
+        return done.values
+    return torch.empty(parts, 2, rows, dtype=torch.float32, device=x.device)
+
+
 def why_not(
     device: torch.device, dtype: torch.dtype, row_widths: tuple[int, ...], tensors: list[Tensor], small: bool = False
 ) -> str | None:

@@ -268,16 +268,17 @@ def others(place):
 
 
 def test_train_with_an_autoencoder_and_another_encoder(capsys, run_file, place, others):
-    """At another size than the autoencoder's own, which generate finds by itself; a slot for 2 x 2 patches."""
+    """At another size than the autoencoder's own, of packed latents, which generate finds by itself; merged patches."""
     recipe = f"{{{RECIPE.replace('steps: 4', 'steps: 2')}}}"
     model = f"{{config: {CONFIG}, head_width: 32, head_depth: 1, vocabulary: 300, vision_merge: 2, vision_layers: 2}}"
-    ok(capsys, "unifluid", "train", run_file(**others, image_size="[4, 8]", recipe=recipe, model=model))
+    ok(capsys, "unifluid", "train", run_file(**others, image_size="[8, 16]", packing=2, recipe=recipe, model=model))
     checkpoint = last(place / "run")
-    assert UniFluidConfig.from_pretrained(checkpoint).grid == (2, 4)
+    config = UniFluidConfig.from_pretrained(checkpoint)
+    assert (config.grid, config.token_channels, config.packing) == ((2, 4), 16, 2)
     assert [line["step"] for line in log(place / "run") if "validation_text" in line] == [2]
     command = ["unifluid", "generate", "a grey square", "--checkpoint", checkpoint, "--head-steps", 2, "--count", 1]
     ok(capsys, *command, "--tokenizer", others["tokenizer"], "--out", place / "drawn")
-    assert Image.open(place / "drawn" / "a-grey-square-0.png").size == (8, 4)
+    assert Image.open(place / "drawn" / "a-grey-square-0.png").size == (16, 8)
     question = ["--question", "which colour?", "--checkpoint", checkpoint, "--longest", 4]
     assert ok(capsys, "unifluid", "ask", place / "data" / "0.png", *question, "--vision", others["vision"])
 

@@ -5,12 +5,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import smooth_picture
+from tests.uniflow.evaluation.conftest import Colours, colours  # noqa: F401
 from tests.uniflow.test_cli import contents, fails, files, ok
 from tests.uniflow.training import two
 from uniflow.cli import main
+from uniflow.evaluation import FeatureStatistics, frechet_distance
+from uniflow.pictures import open_picture, to_tensor
 
 
 @pytest.fixture
@@ -67,6 +71,28 @@ def test_a_file_of_captions(capsys, place):
     (place / "other.jsonl").write_text(json.dumps(given[3]))
     ok(capsys, *command(place, place / "other.jsonl", "other"))
     assert contents(place / "other") != contents(place / "one")  # sources are not mixed up
+
+
+def test_what_was_drawn_is_scored(capsys, place, colours):  # noqa: F811
+    """The two commands of the docs: all pictures of a file of captions, and nothing else, against a folder."""
+    lines = [{"caption": f"a {word}"} for word in ("seven", "three", "nine", "one")]
+    (place / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    few = ["--batch-size", 8, "--count", 4]
+    assert "16 pictures" in ok(capsys, *command(place, place / "texts.jsonl", "many", *few))
+    (place / "originals").mkdir()
+    for number in range(20):
+        smooth_picture((8, 8), 50 + number).save(place / "originals" / f"{number}.png")
+    given = ["--generated", place / "many", "--reference", place / "originals", "--features", colours, "--size", 8]
+    found = json.loads(ok(capsys, "evaluate", *given, "--json").splitlines()[-1])
+    drawn = [json.loads(line)["image"] for line in (place / "many" / "pictures.jsonl").read_text().splitlines()]
+    statistics = []
+    for paths in ([place / "many" / name for name in drawn], sorted((place / "originals").iterdir())):
+        statistics.append(FeatureStatistics(12))
+        pictures = [to_tensor(open_picture(path)) for path in paths]
+        statistics[-1].add(Colours()(torch.stack(pictures), return_features=True))
+    assert (found["pictures"], found["skipped"]) == (16, 0)
+    assert found["fid"] == pytest.approx(frechet_distance(*statistics), rel=1e-6)
+    assert found["fid"] > 0
 
 
 @pytest.mark.parametrize("what", ["file", "captions", "answers"])
