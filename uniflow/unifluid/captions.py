@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import center_crop, open_picture, to_tensor
+from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
 from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
+from uniflow.unifluid.sizes import DrawingSize, Turns, nearest_size
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
 
@@ -76,6 +77,10 @@ class Examples(Pictures, Protocol):
 
     def pictures_to_draw(self, number: int) -> list[str]:
         """What `uniflow encode` calls the picture that is drawn, and its sources."""
+        ...
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(height, width) of the first picture, by its header; errors as of `open`."""
         ...
 
 
@@ -391,6 +396,11 @@ class CaptionedPictures(Samples):
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
         cached: the latents of what is drawn, and of its sources, in the place of the pixels; all of `examples`.
+        others: further sizes to draw at, beside `drawing_size`; a picture is brought to the nearest, see
+            `uniflow.unifluid.sizes.nearest_size`, and so are its sources. The headers of all pictures are read here.
+        together: how many neighbours, from each multiple of it, have drawings of one size, where there are several.
+            Every epoch of a size shows all of its pictures, but for one a run where the share of readings does not
+            divide the runs evenly.
 
     Raises:
         CaptionError: for texts that are not as they should be or longer than `max_text`; in shards a text that is too
@@ -416,6 +426,8 @@ class CaptionedPictures(Samples):
         context: int | None = None,
         tokens: int = 0,
         cached: CachedLatents | None = None,
+        others: Sequence[DrawingSize] = (),
+        together: int = 1,
     ) -> None:
         for name, dropped in (("drop_caption", drop_caption), ("drop_source", drop_source)):
             if not 0 <= dropped <= 1:
@@ -429,23 +441,37 @@ class CaptionedPictures(Samples):
         self.drop_caption = drop_caption
         self.flip = flip
         self.drop_source = drop_source
-        self.slots: dict[Kind, list[int]] = {"drawing": list(source), "reading": picture_slots(features)}
+        self.sizes = [DrawingSize(drawing_size, tokens, tuple(source)), *others]
+        self.together = together
+        self.slots = picture_slots(features)
         self.context = context
-        self.tokens = tokens
         self.cached = cached
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
         self.reading_share = _reading_share(reading_share, captions, questions)
-        # of the seed's streams the first is that of `RandomCrops`
-        self._streams = {
-            kind: Epochs(examples, seed, 2 + place, kinds[:, place])
-            for place, kind in enumerate(KINDS)
-            if kinds[:, place].any()
-        }
+        self.nearest = np.array([self._nearest(number) if drawn else -1 for number, drawn in enumerate(kinds[:, 0])])
+        self._turns = Turns([self.count(size) for size in range(len(self.sizes))])
+        # of the seed's streams the first is that of `RandomCrops`, the third that of readings
+        chosen = {("reading", 0): (3, kinds[:, 1])}
+        for size in range(len(self.sizes)):
+            chosen["drawing", size] = (3 + size if size else 2, self.nearest == size)
+        self._streams = {key: Epochs(examples, seed, *how) for key, how in chosen.items() if how[1].any()}
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
                     self._ids(kind, number, examples.texts(number).sources)
+
+    def count(self, size: int) -> int:
+        """How many pictures are drawn at one of `sizes`, by its number."""
+        return int((self.nearest == size).sum())
+
+    def _nearest(self, number: int) -> int:
+        if len(self.sizes) == 1:
+            return 0
+        try:
+            return nearest_size(self.examples.size(number), [each.size for each in self.sizes])
+        except (PictureError, OSError):
+            return 0  # it will be skipped, and counted, when its turn comes
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -457,10 +483,10 @@ class CaptionedPictures(Samples):
         share = self.reading_share
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
-        own = before if kind == "reading" else position - before
+        size, own = (0, before) if kind == "reading" else self._turn(position, position - before)
         rng = np.random.default_rng((self.seed, position))
         drawn, flipped = rng.random(), self.flip and rng.random() < 0.5
-        number, found, skipped = self._streams[kind].read(own, lambda number: self._open(kind, number, flipped))
+        number, found, skipped = self._streams[kind, size].read(own, lambda number: self._open(kind, number, flipped))
         from_others = len(found.seen) > 0
         nothing = from_others and drawn < self.drop_source
         dropped = nothing or drawn < self.drop_caption + (self.drop_source if from_others else 0.0)
@@ -468,22 +494,33 @@ class CaptionedPictures(Samples):
             found = found._replace(sources=found.sources[:0], seen=found.seen[:0])
         return Sample(self._value(kind, number, found, dropped), self.examples.name(number), skipped)
 
+    def _turn(self, position: int, before: int) -> tuple[int, int]:
+        """The size of the drawing at a position, before which there are some, and its place in that size's stream."""
+        if len(self.sizes) == 1:
+            return 0, before
+        run = position // self.together
+        size, earlier = self._turns.of(run)
+        before_run, most = (  # drawings before the run, and of a run
+            samples - math.floor(samples * self.reading_share) for samples in (run * self.together, self.together)
+        )
+        return size, earlier * most + before - before_run
+
     def whole(self, kind: Kind, number: int) -> CaptionedPicture:
         """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
         return self._value(kind, number, self._open(kind, number, False), False)
 
     def _open(self, kind: Kind, number: int, flipped: bool) -> _Opened:
         further = self.examples.further(number, kind)
+        size = self.sizes[self.nearest[number]].size
         if kind == "reading":
             read = _pixels([self.examples.open(number), *further], self.reading_size)
-            found = _Opened(read, _pixels([], self.drawing_size), _pixels([], self.reading_size))
+            found = _Opened(read, _pixels([], size), _pixels([], self.reading_size))
         else:
             seen = _pixels(further, self.reading_size)
             if self.cached is not None:
                 latents = self.cached.read(number, flipped)
                 return _Opened(latents[:1], latents[1:], seen.flip(-1) if flipped else seen)
-            drawn = _pixels([self.examples.open(number)], self.drawing_size)
-            found = _Opened(drawn, _pixels(further, self.drawing_size), seen)
+            found = _Opened(_pixels([self.examples.open(number)], size), _pixels(further, size), seen)
         return _Opened(*(part.flip(-1) for part in found)) if flipped else found
 
     def _value(self, kind: Kind, number: int, found: _Opened, dropped: bool) -> CaptionedPicture:
@@ -511,9 +548,20 @@ class CaptionedPictures(Samples):
             )
 
     def collate(self, values: list[CaptionedPicture]) -> tuple[Drawings, Readings]:
-        """Samples to a batch of each kind, in which those of the other kind are left out."""
+        """Samples to a batch of each kind, in which those of the other kind are left out.
+
+        Raises:
+            ValueError: for drawings of several sizes.
+        """
         drawn, read = ([value for value in values if value.kind == kind] for kind in KINDS)
         drawings, readings = (padded([value.ids for value in part], self.tokenizer) for part in (drawn, read))
+        sizes = sorted({tuple(value.pixels.shape[1:]) for value in drawn})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"batch: expected drawings of one size, got {sizes[0]} and {sizes[1]}; of several sizes "
+                f"{self.together} neighbours from a multiple of it have one, so a run goes on with the batch_size that "
+                "it had"
+            )
         predicted = padded_marks([value.ids for value in read], [value.predicted for value in read])
         first = int(predicted.any(0).float().argmax()) if predicted.any() else predicted.shape[1]
         return (
@@ -528,13 +576,13 @@ class CaptionedPictures(Samples):
 
     def _ids(self, kind: Kind, number: int, sources: int, dropped: bool = False) -> tuple[list[int], list[bool]]:
         """Of an example, and which of them are to be predicted."""
-        texts, slots = self.examples.texts(number), self.slots[kind]
+        texts, size = self.examples.texts(number), self.sizes[self.nearest[number]]
         try:
             if kind == "drawing":
-                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, slots * sources)
+                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, [*size.source] * sources)
                 predicted = [False] * len(ids)
             else:
-                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), slots)
+                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), self.slots)
         except ValueError as error:
             raise CaptionError(f"{self.examples.name(number)}: {error}") from None
         written = sum(number >= 0 for number in ids)
@@ -543,7 +591,7 @@ class CaptionedPictures(Samples):
                 f"{self.examples.name(number)}: a text of {written} ids, with bos and eos; at most "
                 f"{self.max_text} (max_text) are allowed"
             )
-        length = len(ids) + (self.tokens if kind == "drawing" else 0)
+        length = len(ids) + (size.tokens if kind == "drawing" else 0)
         if self.context is not None and length > self.context:
             raise CaptionError(
                 f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "
