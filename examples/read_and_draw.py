@@ -193,7 +193,7 @@ def score_drawings(model: UniFluid, tokenizer: UniFlowTokens, train: Digits, jud
 
 def score_answers(model: UniFluid, vision: VisionFeatures, unseen: Digits) -> dict[str, float]:
     """How many answers about digits never seen are right, in percent."""
-    question = question_ids(model.text_tokenizer, about_a_picture(QUESTION), picture_slots(vision.tokens))
+    question = question_ids(model.text_tokenizer, about_a_picture(QUESTION), [picture_slots(vision.tokens)])
     ids, real = padded([question] * len(unseen), model.text_tokenizer)
     answers = answer(model, vision(normalize(unseen.pixels)), ids, real, longest=8)
     right = [text == NAMES[label] for text, label in zip(answers, unseen.labels, strict=True)]

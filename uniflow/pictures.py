@@ -204,9 +204,13 @@ def _upright(opened: Image.Image, name: str) -> Image.Image:
     return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
-def cut(picture: Image.Image, box: Box, size: int) -> Image.Image:
-    """A part of a picture as a square: bicubic, on what is made smaller before, while twice as many pixels are left."""
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=_LEFT)
+def cut(picture: Image.Image, box: Box, size: int | tuple[int, int]) -> Image.Image:
+    """A part of a picture, resized to `size`, the side of a square or (H, W).
+
+    Bicubic, on what is made smaller before, while twice as many pixels a side are left.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box, reducing_gap=_LEFT)
 
 
 def center_crop(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:

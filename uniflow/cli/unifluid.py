@@ -21,7 +21,6 @@ from uniflow.cli.unifluid_questions import Asking, drawn_by
 from uniflow.cli.workers import Workers
 from uniflow.evaluation.scores import InOrder
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, to_tensor
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.attention import why_not_blocks
@@ -43,6 +42,7 @@ from uniflow.unifluid.texts import (
     padded,
     read_text_tokenizer,
 )
+from uniflow.unifluid.tiles import most_tiles, tiles_of
 from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens, image_tokens, read_image_tokenizer
 from uniflow.unifluid.validation import DrawingValidator
 
@@ -75,6 +75,7 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     own, *others = (_drawing_size(student, each, seen) for each in at_sizes)
     slots: dict[str, Any] = {
         "features": seen,
+        "tiles": student.config.vision_tiles,
         "source": own.source,
         "context": student.check_context(0),
         "tokens": own.tokens,
@@ -133,7 +134,8 @@ def _vision(run: UniFluidRun, tokenizer: ImageTokenizer) -> VisionFeatures:
 
 def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | None) -> int:
     """How many ids a text may have beside a picture."""
-    picture = max(student.config.tokens, vision.tokens if vision else 0)
+    read = vision.tokens * most_tiles(student.config.vision_tiles) if vision else 0
+    picture = max(student.config.tokens, read)
     room = student.check_context(picture + 1) + 1
     if (data.max_text or 0) > room:
         raise InputError(
@@ -193,6 +195,7 @@ def _student(
         model.vision_merge,
         model.vision_layers,
         tokenizer.packing,
+        model.vision_tiles,
         grids,
     )
     return UniFluid(config, texts, backbone).float()
@@ -233,10 +236,10 @@ def ask(given: Given, question: str, asking: Asking) -> None:
         model = load_checkpoint(UniFluid.from_pretrained, asking.checkpoint, str(own), asking.dtype)
         with explained():
             features = read_vision(asking.vision, model)
-            prompt = asking.prompt(model, features, question)
+            asking.check_length(model, features, question)
 
         def fit(picture: Image.Image) -> Tensor:
-            return to_tensor(center_crop(picture, features.image_size))
+            return tiles_of(picture, features.image_size, model.config.vision_tiles)
 
         def take(answered: tuple[Path, str]) -> None:
             say(str(answered[0]), " ".join(answered[1].split()))
@@ -248,10 +251,11 @@ def ask(given: Given, question: str, asking: Asking) -> None:
         share = pictures.share(size, processes.rank, processes.world)
         for batch in runs(share.read(fit, files), lambda _: size, lambda each: each[0].place // size):
             block = batch[0][0].place // size
-            ids, real = (part.to(model.device) for part in padded([prompt] * len(batch), model.text_tokenizer))
-            crops = torch.stack([pixels for _, _, pixels in batch])
+            prompts = [asking.prompt(model, features, question, len(tiles)) for _, _, tiles in batch]
+            ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
+            pixels = torch.cat([tiles for _, _, tiles in batch])
             with explained(), drawn_by(seeds[block], model.device):
-                seen = features(normalize(crops.to(model.device)))
+                seen = features(normalize(pixels.to(model.device)))
                 answers = answer(model, seen, ids, real, asking.longest, **asking.how)
             for (source, _, _), text in zip(batch, answers, strict=True):
                 order.add(block, (source.path, text))

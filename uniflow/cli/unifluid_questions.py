@@ -21,7 +21,6 @@ from uniflow.cli.printing import Column, Table, finite, notice, say, say_json
 from uniflow.cli.workers import Workers
 from uniflow.evaluation.scores import InOrder, exact_mean
 from uniflow.normalization import normalize
-from uniflow.pictures import center_crop, to_tensor
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.accuracy import exact_match, vqa_accuracy
 from uniflow.unifluid.asking import answer, log_likelihoods
@@ -32,6 +31,7 @@ from uniflow.unifluid.objective import read_vision
 from uniflow.unifluid.questions import LIKELIHOODS, RESPONSE, Question, read_questions
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded
+from uniflow.unifluid.tiles import most_tiles, tiles_of
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,23 @@ class Asking:
         if self.system is not None:
             check_text("--system", self.system)
 
-    def prompt(self, model: UniFluid, vision: VisionFeatures, question: str) -> list[int]:
+    def prompt(self, model: UniFluid, vision: VisionFeatures, question: str, tiles: int) -> list[int]:
         """The ids of a question about a picture, with the slots of its features."""
         turns = about_a_picture(question, system=self.system)
-        return question_ids(model.text_tokenizer, turns, picture_slots(vision.tokens))
+        return question_ids(model.text_tokenizer, turns, [picture_slots(vision.tokens * tiles)])
+
+    def check_length(self, model: UniFluid, vision: VisionFeatures, question: str) -> None:
+        """Raise a ValueError unless a question can be asked about any picture: what cannot be is found before work."""
+        model.check_context(len(self.prompt(model, vision, question, most_tiles(model.config.vision_tiles))) + 1)
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A question, its place, and its picture, uint8 [3, H, W]; None if that cannot be read."""
+    """A question, its place, and the tiles of its picture, uint8 [T, 3, H, W]; None if that cannot be read."""
 
     place: int
     question: Question
-    pixels: Tensor | None
+    tiles: Tensor | None
 
 
 def how_to_write(temperature: float, top_p: float, beams: int) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def _answered(
         vision = read_vision(asking.vision, model)
     for question in questions:  # what cannot be asked is found now, not after hours
         try:
-            model.check_context(len(asking.prompt(model, vision, question.text)) + 1)
+            asking.check_length(model, vision, question.text)
         except ValueError as error:
             raise InputError(f"{question.where}: {error}") from None
     answered: list[Question] = []
@@ -157,7 +161,8 @@ def _answered(
                     raise
                 notice(f"skipped: {error}")
                 return _Read(place, questions[place], None)
-            return _Read(place, questions[place], to_tensor(center_crop(picture, vision.image_size)))
+            tiles = tiles_of(picture, vision.image_size, model.config.vision_tiles)
+            return _Read(place, questions[place], tiles)
 
         order = InOrder[list[Question]](processes, blocks, take)
         mine = [place for place in range(len(questions)) if order.is_mine(place // asking.batch_size)]
@@ -182,24 +187,24 @@ def drawn_by(seed: int, device: torch.device) -> Iterator[None]:
 def _respond(model: UniFluid, vision: VisionFeatures, batch: Sequence[_Read], asking: Asking) -> list[Question]:
     """The questions of a batch, in order, with responses: written, or of choices the likeliest."""
     seen: dict[int, Tensor] = {}
-    there = [(each.place, each.pixels) for each in batch if each.pixels is not None]
+    there = [(each.place, each.tiles) for each in batch if each.tiles is not None]
     if there:
-        pictures = torch.stack([pixels for _, pixels in there])
-        features = vision(normalize(pictures.to(model.device)))
-        seen = {place: row for (place, _), row in zip(there, features, strict=True)}
+        pictures = torch.cat([tiles for _, tiles in there])
+        features = vision(normalize(pictures.to(model.device))).split([len(tiles) for _, tiles in there])
+        seen = {place: rows for (place, _), rows in zip(there, features, strict=True)}
     found: dict[int, dict[str, Any]] = {each.place: {RESPONSE: None} for each in batch}
     written = [each for each in batch if each.place in seen and not each.question.choices]
     if written:
-        prompts = [asking.prompt(model, vision, each.question.text) for each in written]
+        prompts = [asking.prompt(model, vision, each.question.text, len(seen[each.place])) for each in written]
         ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
-        rows = torch.stack([seen[each.place] for each in written])
+        rows = torch.cat([seen[each.place] for each in written])
         for each, text in zip(written, answer(model, rows, ids, real, asking.longest, **asking.how), strict=True):
             found[each.place] = {RESPONSE: text}
     for each in batch:
         if each.place in seen and (choices := each.question.choices):
-            rows = seen[each.place].expand(len(choices), -1, -1)
+            rows, tiles = seen[each.place].repeat(len(choices), 1, 1), [len(seen[each.place])] * len(choices)
             turns = [about_a_picture(each.question.text, choice, asking.system) for choice in choices]
-            likely = log_likelihoods(model, rows, turns).tolist()
+            likely = log_likelihoods(model, rows, turns, tiles).tolist()
             best = max(range(len(choices)), key=likely.__getitem__)
             found[each.place] = {RESPONSE: choices[best], LIKELIHOODS: likely}
     return [replace(each.question, fields=each.question.fields | found[each.place]) for each in batch]

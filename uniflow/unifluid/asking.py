@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniflow.unifluid.conversations import Turn, conversation_ids, end_tokens
+from uniflow.unifluid.conversations import PICTURE, Turn, conversation_ids, end_tokens
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks
@@ -20,7 +21,7 @@ def answer(model: UniFluid, features: Tensor, ids: Tensor, real: Tensor, longest
 
     Args:
         model: in evaluation mode.
-        features: [P, M, vision_channels], of the pictures of all rows, one after the other.
+        features: [T, M, vision_channels], of the tiles of the pictures of all rows, one after the other.
         ids: int64 [B, T], the questions, see `uniflow.unifluid.conversations.question_ids` and `texts.padded`.
         real: bool [B, T], False for padding.
         longest: number of ids an answer may have, where the context has room for them.
@@ -45,13 +46,16 @@ def answer(model: UniFluid, features: Tensor, ids: Tensor, real: Tensor, longest
 
 
 @torch.no_grad()
-def log_likelihoods(model: UniFluid, features: Tensor, conversations: Sequence[Sequence[Turn]]) -> Tensor:
+def log_likelihoods(
+    model: UniFluid, features: Tensor, conversations: Sequence[Sequence[Turn]], tiles: Sequence[int] | None = None
+) -> Tensor:
     """How likely the model would answer so: log p(the assistant's turns, each with its end | all that stands before).
 
     Args:
         model: in evaluation mode.
-        features: [P, M, vision_channels], of the pictures of all conversations, one after the other.
+        features: [T, M, vision_channels], of the tiles of the pictures of all conversations, one after the other.
         conversations: B of them, see `uniflow.unifluid.conversations.conversation_ids`.
+        tiles: of each picture; one if not given.
 
     Returns:
         [B], float32: natural logarithms, summed over the ids of the answers.
@@ -59,8 +63,13 @@ def log_likelihoods(model: UniFluid, features: Tensor, conversations: Sequence[S
     Raises:
         ValueError: for conversations that cannot be, shapes that do not fit together, or too short a context.
     """
-    tokenizer, picture = model.text_tokenizer, picture_slots(features.shape[1])
-    found = [conversation_ids(tokenizer, turns, picture) for turns in conversations]
+    tokenizer = model.text_tokenizer
+    counts = [sum(turn.text.count(PICTURE) for turn in turns) for turns in conversations]
+    slots = iter(picture_slots(features.shape[1] * count) for count in tiles or [1] * sum(counts))
+    found = [
+        conversation_ids(tokenizer, turns, list(islice(slots, count)))
+        for turns, count in zip(conversations, counts, strict=True)
+    ]
     rows = [torch.tensor(ids) for ids, _ in found]
     ids, real = (part.to(features.device) for part in padded(rows, tokenizer))
     answers = padded_marks(rows, [torch.tensor(predicted) for _, predicted in found])

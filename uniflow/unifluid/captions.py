@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import PictureError, center_crop, open_picture, to_tensor
+from uniflow.pictures import PictureError, open_picture
 from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
 from uniflow.unifluid.sizes import DrawingSize, Turns, nearest_size
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
+from uniflow.unifluid.tiles import most_tiles, one_tile, tiles_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -335,7 +336,8 @@ class Drawings(NamedTuple):
 class Readings(NamedTuple):
     """Pictures with questions and answers, padded before the last text; possibly none.
 
-    images: uint8 [P, 3, H, W], the pictures of all rows one after the other, as the vision encoder takes them.
+    images: uint8 [T, 3, H, W], the tiles of the pictures of all rows one after the other, as the vision encoder takes
+        them; see `uniflow.unifluid.tiles`.
     ids: int64 [B, T], the slots of pictures (below zero), bos, the question, eos, the answer, eos; or a conversation.
     real: bool [B, T], False for padding.
     answer: bool [B, A], of the last A ids: True for what is to be predicted, answers and their ends.
@@ -351,7 +353,7 @@ class CaptionedPicture(NamedTuple):
     """What `CaptionedPictures` collates.
 
     kind: whether it is drawn or read.
-    pixels: uint8 [P, 3, H, W], the picture to draw, or the pictures to read; or the former's latents [1, L, C].
+    pixels: uint8 [T, 3, H, W], the picture to draw, or the tiles of those to read; or the former's latents [1, L, C].
     ids: int64 [T].
     predicted: bool [T], which ids are to be predicted.
     sources, seen: uint8 [S, 3, H, W] (or latents [S, L, C]) and [S, 3, H', W'], see `Drawings`.
@@ -366,11 +368,12 @@ class CaptionedPicture(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """What was read of an example: the parts of a `CaptionedPicture` of the same names."""
+    """What was read of an example: parts of a `CaptionedPicture` by their names, and the slots of its pictures."""
 
     pixels: Tensor
     sources: Tensor
     seen: Tensor
+    slots: list[list[int]]
 
 
 class CaptionedPictures(Samples):
@@ -378,12 +381,12 @@ class CaptionedPictures(Samples):
 
     Every epoch of a kind shows all of its examples in another order. Instead of a picture that cannot be read comes the
     next one. Pictures are resized to just cover the size, and the middle is cut out: what a caption says of a picture
-    is seldom true of a part of it.
+    is seldom true of a part of it. With `tiles` those that are read are seen as a whole.
 
     Args:
         examples: `CaptionFolder` or `CaptionShards`; the texts of all of them are read here once.
         tokenizer: for the texts, see `uniflow.unifluid.texts`.
-        drawing_size, reading_size: (H, W) of pictures to draw and to read.
+        drawing_size, reading_size: (H, W) of pictures to draw and of tiles to read.
         max_text: how many ids an example may have, with bos and eos, and without the slots of pictures.
         seed: the same seed gives the same stream.
         reading_share: the share of readings, in any run of neighbours; if not given a half, or all or none where there
@@ -391,7 +394,8 @@ class CaptionedPictures(Samples):
         drop_caption: the share of captions dropped, for guidance: their ids are bos alone.
         flip: whether half of the pictures are mirrored; what is said of left and right is then no longer true.
         drop_source: of the drawings that have sources, the share that is drawn from nothing at all, for guidance.
-        features: slots of a picture that is read, M of the vision encoder; none for data without such.
+        features: slots of a tile of a picture that is read, M of the vision encoder; none for data without such.
+        tiles: of how many tiles at most the grid of such a picture is, see `uniflow.unifluid.tiles`.
         source: the slots of a drawing's source, see `uniflow.unifluid.slots.source_slots`.
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
@@ -422,6 +426,7 @@ class CaptionedPictures(Samples):
         drop_source: float = 0.05,
         *,
         features: int = 0,
+        tiles: int = 1,
         source: Sequence[int] = (),
         context: int | None = None,
         tokens: int = 0,
@@ -441,9 +446,10 @@ class CaptionedPictures(Samples):
         self.drop_caption = drop_caption
         self.flip = flip
         self.drop_source = drop_source
+        self.features = features
+        self.tiles = tiles
         self.sizes = [DrawingSize(drawing_size, tokens, tuple(source)), *others]
         self.together = together
-        self.slots = picture_slots(features)
         self.context = context
         self.cached = cached
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
@@ -459,7 +465,7 @@ class CaptionedPictures(Samples):
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
-                    self._ids(kind, number, examples.texts(number).sources)
+                    self._ids(kind, number, self._most_slots(kind, number))
 
     def count(self, size: int) -> int:
         """How many pictures are drawn at one of `sizes`, by its number."""
@@ -491,7 +497,7 @@ class CaptionedPictures(Samples):
         nothing = from_others and drawn < self.drop_source
         dropped = nothing or drawn < self.drop_caption + (self.drop_source if from_others else 0.0)
         if nothing:
-            found = found._replace(sources=found.sources[:0], seen=found.seen[:0])
+            found = found._replace(sources=found.sources[:0], seen=found.seen[:0], slots=[])
         return Sample(self._value(kind, number, found, dropped), self.examples.name(number), skipped)
 
     def _turn(self, position: int, before: int) -> tuple[int, int]:
@@ -510,21 +516,24 @@ class CaptionedPictures(Samples):
         return self._value(kind, number, self._open(kind, number, False), False)
 
     def _open(self, kind: Kind, number: int, flipped: bool) -> _Opened:
+        def middles(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
+            return _joined([one_tile(picture, size, flipped) for picture in pictures], size)
+
         further = self.examples.further(number, kind)
-        size = self.sizes[self.nearest[number]].size
         if kind == "reading":
-            read = _pixels([self.examples.open(number), *further], self.reading_size)
-            found = _Opened(read, _pixels([], size), _pixels([], self.reading_size))
-        else:
-            seen = _pixels(further, self.reading_size)
-            if self.cached is not None:
-                latents = self.cached.read(number, flipped)
-                return _Opened(latents[:1], latents[1:], seen.flip(-1) if flipped else seen)
-            found = _Opened(_pixels([self.examples.open(number)], size), _pixels(further, size), seen)
-        return _Opened(*(part.flip(-1) for part in found)) if flipped else found
+            pictures = [self.examples.open(number), *further]
+            tiles = [tiles_of(picture, self.reading_size, self.tiles, flipped) for picture in pictures]
+            slots = [picture_slots(self.features * len(own)) for own in tiles]
+            return _Opened(torch.cat(tiles), middles([], self.drawing_size), middles([], self.reading_size), slots)
+        size, _, source = self._size(number)
+        seen, slots = middles(further, self.reading_size), [list(source)] * len(further)
+        if self.cached is not None:
+            latents = self.cached.read(number, flipped)
+            return _Opened(latents[:1], latents[1:], seen, slots)
+        return _Opened(middles([self.examples.open(number)], size), middles(further, size), seen, slots)
 
     def _value(self, kind: Kind, number: int, found: _Opened, dropped: bool) -> CaptionedPicture:
-        ids, predicted = self._ids(kind, number, len(found.seen), dropped)
+        ids, predicted = self._ids(kind, number, found.slots, dropped)
         return CaptionedPicture(
             kind,
             found.pixels,
@@ -533,6 +542,18 @@ class CaptionedPictures(Samples):
             found.sources,
             found.seen,
         )
+
+    def _size(self, number: int) -> DrawingSize:
+        """What an example is drawn at."""
+        return self.sizes[self.nearest[number]]
+
+    def _most_slots(self, kind: Kind, number: int) -> list[list[int]]:
+        """The slots of an example's pictures, whatever these are like."""
+        texts = self.examples.texts(number)
+        if kind == "drawing":
+            return [list(self._size(number).source)] * texts.sources
+        pictures = sum(turn.text.count(PICTURE) for turn in texts.conversation())
+        return [picture_slots(self.features * most_tiles(self.tiles))] * pictures
 
     def check_batches(self, size: int) -> None:
         """Refuse batches of `size` neighbours of which some lack a kind: their losses would not count as the others'.
@@ -574,15 +595,18 @@ class CaptionedPictures(Samples):
             Readings(_joined([value.pixels for value in read], self.reading_size), *readings, predicted[:, first:]),
         )
 
-    def _ids(self, kind: Kind, number: int, sources: int, dropped: bool = False) -> tuple[list[int], list[bool]]:
-        """Of an example, and which of them are to be predicted."""
-        texts, size = self.examples.texts(number), self.sizes[self.nearest[number]]
+    def _ids(
+        self, kind: Kind, number: int, pictures: Sequence[Sequence[int]], dropped: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Of an example with the slots of its pictures, and which of them are to be predicted."""
+        texts = self.examples.texts(number)
         try:
             if kind == "drawing":
-                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, [*size.source] * sources)
+                before = [slot for picture in pictures for slot in picture]
+                ids = prompt_ids(self.tokenizer, None if dropped else texts.caption, before)
                 predicted = [False] * len(ids)
             else:
-                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), self.slots)
+                ids, predicted = conversation_ids(self.tokenizer, texts.conversation(), pictures)
         except ValueError as error:
             raise CaptionError(f"{self.examples.name(number)}: {error}") from None
         written = sum(number >= 0 for number in ids)
@@ -591,11 +615,11 @@ class CaptionedPictures(Samples):
                 f"{self.examples.name(number)}: a text of {written} ids, with bos and eos; at most "
                 f"{self.max_text} (max_text) are allowed"
             )
-        length = len(ids) + (size.tokens if kind == "drawing" else 0)
+        length = len(ids) + (self._size(number).tokens if kind == "drawing" else 0)
         if self.context is not None and length > self.context:
             raise CaptionError(
                 f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "
-                f"for {self.context}"
+                f"for {self.context}{'' if self.tiles == 1 else '; fewer vision_tiles take fewer slots'}"
             )
         return ids, predicted
 
@@ -615,10 +639,6 @@ def _reading_share(share: float | None, captions: bool, questions: bool) -> Frac
     if share < 1 and not captions:
         raise ValueError(f"reading_share: expected 1, as no example has a caption, got {share}")
     return Fraction(str(share))  # the decimal that was written, so that every run has its share exactly
-
-
-def _pixels(pictures: list[Image.Image], size: tuple[int, int]) -> Tensor:
-    return _joined([to_tensor(center_crop(picture, size)).unsqueeze(0) for picture in pictures], size)
 
 
 def _joined(parts: list[Tensor], size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fie
 from uniflow.reading import shown
 from uniflow.unifluid.places import Grid
 from uniflow.unifluid.slots import SOURCES
+from uniflow.unifluid.tiles import LARGEST_GRID
 
 FEW_STEPS = ("mean_flow", "self_distillation")  # heads of two times
 HEADS = ("flow", "ddpm", *FEW_STEPS)
@@ -42,6 +43,8 @@ class UniFluidConfig:
         vision_merge: of how many patches a side, which lie next to each other, one feature is made.
         vision_layers: linear layers that a feature goes through into the transformer: 1, or 2 with GELU between them.
         packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
+        vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
+            `uniflow.unifluid.tiles`.
         grids: of the pictures of several sizes that it draws, with embeddings for lines, columns and each grid; None
             for a model of one grid, which has an embedding for each place of it.
 
@@ -64,6 +67,7 @@ class UniFluidConfig:
     vision_merge: int = 1
     vision_layers: int = 1
     packing: int = 1
+    vision_tiles: int = 1
     grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -81,6 +85,7 @@ class UniFluidConfig:
                 f"packing: expected {self.packing}x{self.packing} latents to have the token_channels, "
                 f"{self.token_channels}, together"
             )
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")

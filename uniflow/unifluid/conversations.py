@@ -5,7 +5,7 @@ A tokenizer without a template has its turns one after the other, each ended by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from uniflow.foreign import short_reason
@@ -41,45 +41,48 @@ def check_turns(turns: Sequence[Turn]) -> None:
         raise ValueError(f"expected user and assistant in turns, after a system prompt if any, got {', '.join(roles)}")
 
 
-def question_ids(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], picture: Sequence[int]) -> list[int]:
+def question_ids(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], pictures: Sequence[Sequence[int]]
+) -> list[int]:
     """What an answer follows.
 
     Args:
         tokenizer: with a chat template, or plain: then each turn is ended by eos, and bos stands before the first text.
         turns: the last is the user's.
-        picture: the slots of each picture, see `uniflow.unifluid.slots`.
+        pictures: the slots of each picture, in their order, see `uniflow.unifluid.slots`.
 
     Raises:
         ValueError: for turns that are no conversation, or that the template cannot have, such as a system prompt
-            without a template; for texts that spell one of the tokenizer's special tokens, which would become one.
+            without a template; for slots of more or fewer pictures than the turns have; for texts that spell one of the
+            tokenizer's special tokens, which would become one.
     """
-    check_turns(turns)
-    if turns[-1].role != "user":
-        raise ValueError("expected the user to speak last")
+    _check(turns, pictures, "user")
+    slots = iter(pictures)
     if tokenizer.chat_template is None:
-        return _plain(tokenizer, turns, picture)[0]
-    return _with_pictures(tokenizer, _rendered(tokenizer, turns, True), turns, picture)
+        return _plain(tokenizer, turns, slots)[0]
+    whole = _rendered(tokenizer, turns, True)
+    _check_pictures(whole, pictures)
+    return _pieces(tokenizer, whole, slots)
 
 
 def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], picture: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], pictures: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[bool]]:
     """The ids of a conversation that the assistant ends, and which of them are to be predicted: its answers.
 
     The token that ends an answer is a part of it. Arguments and errors as of `question_ids`; a template must also end
     answers by a special token, and leave what stands before an answer as it is when more follows.
     """
-    check_turns(turns)
-    if turns[-1].role != "assistant":
-        raise ValueError("expected the assistant to speak last")
+    _check(turns, pictures, "assistant")
+    slots = iter(pictures)
     if tokenizer.chat_template is None:
-        return _plain(tokenizer, turns, picture)
+        return _plain(tokenizer, turns, slots)
     whole, (end, _) = _rendered(tokenizer, turns, False), _answer_end(tokenizer)
     ids: list[int] = []
     predicted: list[bool] = []
 
     def add(text: str, answers: bool) -> None:
-        found = _pieces(tokenizer, text, picture)
+        found = _pieces(tokenizer, text, slots)
         ids.extend(found)
         predicted.extend([answers] * len(found))
 
@@ -99,7 +102,7 @@ def conversation_ids(
         add(whole[start:stop], True)
         done = stop
     add(whole[done:], False)
-    _check_pictures(ids, turns, picture)
+    _check_pictures(whole, pictures)
     return ids, predicted
 
 
@@ -111,8 +114,19 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ends
 
 
+def _check(turns: Sequence[Turn], pictures: Sequence[Sequence[int]], last: Role) -> None:
+    check_turns(turns)
+    if turns[-1].role != last:
+        raise ValueError(f"expected the {last} to speak last")
+    wanted = sum(turn.text.count(PICTURE) for turn in turns)
+    if len(pictures) != wanted:
+        raise ValueError(
+            f"pictures: expected slots of each that the turns have, {wanted}, got those of {len(pictures)}"
+        )
+
+
 def _plain(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], picture: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], slots: Iterator[Sequence[int]]
 ) -> tuple[list[int], list[bool]]:
     """Turns one after the other, each ended by eos, bos before the first text."""
     if turns[0].role == "system":
@@ -123,7 +137,7 @@ def _plain(
     for turn in turns:
         before = len(ids)
         for place, piece in enumerate(turn.text.split(PICTURE)):
-            ids.extend(picture if place else ())
+            ids.extend(next(slots) if place else ())
             if piece:
                 ids.extend([*begin, *text_ids(tokenizer, piece)])
                 begin = []
@@ -162,24 +176,15 @@ def _answer_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     raise ValueError("expected a chat template that ends an answer by a special token")
 
 
-def _with_pictures(
-    tokenizer: PreTrainedTokenizerBase, text: str, turns: Sequence[Turn], picture: Sequence[int]
-) -> list[int]:
-    ids = _pieces(tokenizer, text, picture)
-    _check_pictures(ids, turns, picture)
-    return ids
+def _check_pictures(text: str, pictures: Sequence[Sequence[int]]) -> None:
+    if text.count(PICTURE) != len(pictures):
+        raise ValueError("the tokenizer's chat template leaves pictures out, or repeats them")
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, picture: Sequence[int]) -> list[int]:
-    """The ids of what a template wrote, with the slots of pictures in their places."""
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, slots: Iterator[Sequence[int]]) -> list[int]:
+    """The ids of what a template wrote, with the slots of the next pictures in their places."""
     ids: list[int] = []
     for place, piece in enumerate(text.split(PICTURE)):
-        ids.extend(picture if place else ())
+        ids.extend(next(slots, ()) if place else ())
         ids.extend(tokenizer(piece, add_special_tokens=False).input_ids)
     return ids
-
-
-def _check_pictures(ids: Sequence[int], turns: Sequence[Turn], picture: Sequence[int]) -> None:
-    wanted = len(picture) * sum(turn.text.count(PICTURE) for turn in turns)
-    if sum(number < 0 for number in ids) != wanted:
-        raise ValueError("the tokenizer's chat template leaves pictures out, or repeats them")

@@ -242,7 +242,7 @@ class UniFluid(Float32Buffers):
         """What the model expects for the last ids of texts about pictures.
 
         Args:
-            features: [P, M, vision_channels], of the pictures of all rows, one after the other.
+            features: [T, M, vision_channels], of the tiles of the pictures of all rows, one after the other.
             ids: int64 [B, T], padded; where features stand, `uniflow.unifluid.slots.FEATURES`.
             real: bool [B, T], False for padding.
             last: A, how many of the ids are to be predicted, less than T.

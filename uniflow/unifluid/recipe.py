@@ -22,7 +22,7 @@ class ModelChoice:
             checkpoint, CHECKPOINT/text_tokenizer.
         vocabulary: ids of a tokenizer that is made.
         sources: what a drawing sees of the pictures it is drawn from, if the data have any; see `UniFluidConfig`.
-        vision_merge, vision_layers: how features of pictures come into the transformer; see `UniFluidConfig`.
+        vision_merge, vision_layers, vision_tiles: how pictures are seen; see `UniFluidConfig`.
         checkpointing: recomputes activations in the backward pass: those of the backbone's layers, and with "all" of
             the head's blocks.
         head_width, head_depth, head, order: see `UniFluidConfig`.
@@ -37,6 +37,7 @@ class ModelChoice:
     sources: Literal["features", "tokens", "both"] = "both"
     vision_merge: int = 1
     vision_layers: int = 1
+    vision_tiles: int = 1
     checkpointing: Literal["none", "backbone", "all"] = "none"
     head_width: int = 1024
     head_depth: int = 6

@@ -102,7 +102,7 @@ def test_a_family_is_trained_draws_and_answers(model, tmp_path):
     objective = UniFluidObjective(model.train(), Tokens(), Vision())
     images = torch.randint(256, (2, 3, 6, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     asked, answered = (
-        question_ids(tokenizer, about_a_picture("which digit?"), picture_slots(12)),
+        question_ids(tokenizer, about_a_picture("which digit?"), [picture_slots(12)]),
         [*text_ids(tokenizer, "seven"), tokenizer.eos_token_id],
     )
     drawings = Drawings(images, *padded([prompt_ids(tokenizer, text) for text in ("a seven", None)], tokenizer))

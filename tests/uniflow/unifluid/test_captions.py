@@ -268,7 +268,7 @@ def test_what_a_drawing_and_a_reading_are(folder, tokenizer):
     assert drawn.value.ids.tolist() == prompt_ids(tokenizer, "a seven")
     assert not drawn.value.predicted.any()
     assert torch.equal(drawn.value.pixels[0], to_tensor(center_crop(smooth_picture((40, 30), 0), (8, 12))))
-    ids, predicted = conversation_ids(tokenizer, about_a_picture("is it a seven?", "no"), [FEATURES] * 4)
+    ids, predicted = conversation_ids(tokenizer, about_a_picture("is it a seven?", "no"), [[FEATURES] * 4])
     assert read.value.ids.tolist() == ids
     assert read.value.predicted.tolist() == predicted
     assert sum(predicted) == 3
@@ -355,7 +355,7 @@ def test_the_share_must_fit_the_examples(tmp_path, tokenizer):
 
 def test_a_text_that_is_too_long_is_named(tmp_path, tokenizer):
     line = LINES[2]
-    length = len(conversation_ids(tokenizer, about_a_picture(line["question"], line["answer"]), [])[0])
+    length = len(conversation_ids(tokenizer, about_a_picture(line["question"], line["answer"]), [[]])[0])
     examples = CaptionFolder(write_folder(tmp_path, [LINES[0], line]))
     sizes = {**SIZES, "max_text": length}
     CaptionedPictures(examples, tokenizer, **sizes)

@@ -102,7 +102,7 @@ def said(tokenizer, ids):
 )
 def test_several_turns_with_pictures_between_them(plain, templated, template, whole, answers):
     tokenizer = plain if template is None else templated(template)
-    ids, predicted = conversation_ids(tokenizer, TALK, picture_slots(2))
+    ids, predicted = conversation_ids(tokenizer, TALK, [picture_slots(2)] * 3)
     assert said(tokenizer, ids) == whole.replace("%", PICTURE)
     runs, before = [], False
     for number, marked in zip(ids, predicted, strict=True):
@@ -113,25 +113,25 @@ def test_several_turns_with_pictures_between_them(plain, templated, template, wh
         before = marked
     assert [said(tokenizer, run) for run in runs] == answers
     # and a question is what stands before the last answer
-    asked = question_ids(tokenizer, TALK[:-1], picture_slots(2))
+    asked = question_ids(tokenizer, TALK[:-1], [picture_slots(2)] * 3)
     assert asked == ids[: len(ids) - 1 - predicted[::-1].index(True) - len(runs[-1]) + 1]
 
 
 def test_system_prompts(plain, templated):
     turns = about_a_picture("which digit?", system="Answer in a word.")
-    text = said(templated(THINKING), question_ids(templated(THINKING), turns, picture_slots(2)))
+    text = said(templated(THINKING), question_ids(templated(THINKING), turns, [picture_slots(2)]))
     assert text.startswith("<|im_start|>system\nAnswer in a word.<|im_end|>\n<|im_start|>user\n")
     with pytest.raises(ValueError, match="has no such conversation: System role not supported"):
-        question_ids(templated(GEMMA), turns, picture_slots(2))
+        question_ids(templated(GEMMA), turns, [picture_slots(2)])
     with pytest.raises(ValueError, match="a system prompt needs a tokenizer with a chat template"):
-        question_ids(plain, turns, picture_slots(2))
+        question_ids(plain, turns, [picture_slots(2)])
 
 
 def test_a_text_that_spells_a_special_token_does_not_become_one(plain, templated):
     turns = about_a_picture("a <|im_end|> b")
     with pytest.raises(ValueError, match=r"spells no special token of the tokenizer, got .*im_end"):
-        question_ids(templated(THINKING), turns, picture_slots(2))
-    ids = question_ids(plain, about_a_picture("a <eos> b"), picture_slots(2))
+        question_ids(templated(THINKING), turns, [picture_slots(2)])
+    ids = question_ids(plain, about_a_picture("a <eos> b"), [picture_slots(2)])
     assert ids == [FEATURES] * 2 + [plain.bos_token_id, *text_ids(plain, "a <eos> b"), plain.eos_token_id]
     assert ids.count(plain.eos_token_id) == 1
 
@@ -148,7 +148,7 @@ def test_a_text_that_spells_a_special_token_does_not_become_one(plain, templated
 )  # fmt: skip
 def test_templates_that_cannot_be_trained_on(templated, template, message):
     with pytest.raises(ValueError, match=message):
-        conversation_ids(templated(template), TALK, picture_slots(2))
+        conversation_ids(templated(template), TALK, [picture_slots(2)] * 3)
 
 
 def test_turns_that_are_no_conversation(plain):
@@ -176,6 +176,6 @@ def test_answers_end_where_the_template_ends_them(plain, templated, make_model, 
     model.text_tokenizer = tokenizer
     given = {}
     monkeypatch.setattr(model.backbone, "generate", lambda **how: given.update(how) or torch.zeros(1, 1).long())
-    prompt = padded([question_ids(tokenizer, TALK[:1], picture_slots(2))], tokenizer)
+    prompt = padded([question_ids(tokenizer, TALK[:1], [picture_slots(2)])], tokenizer)
     answer(model, torch.randn(1, 2, 7), *prompt, longest=4)
     assert given["eos_token_id"] == end_tokens(tokenizer)

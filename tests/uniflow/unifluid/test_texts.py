@@ -84,7 +84,7 @@ def test_without_bos_none_is_made_up(tokenizer, tmp_path):
     assert prompt_ids(read, None) == []
     assert no_text(read, 2, torch.device("cpu")).shape == (2, 0)
     assert no_text(tokenizer, 2, torch.device("cpu")).tolist() == [[tokenizer.bos_token_id]] * 2
-    assert question_ids(read, about_a_picture("a seven"), []) == [*ids, read.eos_token_id]
+    assert question_ids(read, about_a_picture("a seven"), [[]]) == [*ids, read.eos_token_id]
 
 
 def test_folders_that_hold_no_tokenizer(tokenizer, tmp_path):
