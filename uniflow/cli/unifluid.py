@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.cli.batches import runs, seeds_of_blocks
-from uniflow.cli.files import Given, find_pictures, picture_suffixes
+from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
 from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
@@ -196,7 +196,8 @@ def _student(
         model.vision_layers,
         tokenizer.packing,
         model.vision_tiles,
-        grids,
+        grids=grids,
+        lora=model.lora,
     )
     return UniFluid(config, texts, backbone).float()
 
@@ -222,6 +223,17 @@ def _first_captions(samples: CaptionedPictures, count: int) -> list[int]:
         if texts.caption and samples.nearest[number] == samples.nearest[next(iter(numbers.values()), number)]:
             numbers.setdefault(number if texts.sources else texts.caption, number)
     return list(islice(numbers.values(), count))
+
+
+def merge(checkpoint: Path, out: Path, force: bool) -> None:
+    """Write a model with adapters as a plain one."""
+    check_folder(out)
+    check_outputs([out / "config.json", out / "model.safetensors"], force)
+    with explained():
+        model = UniFluid.from_pretrained(checkpoint)
+        model.merge_adapters()
+    model.save_pretrained(out)
+    say(f"UniFluid written to {out}")
 
 
 def ask(given: Given, question: str, asking: Asking) -> None:
