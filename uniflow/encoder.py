@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import UniFlowConfig
 from uniflow.transformer import TransformerLayer, compared_states, kernel_states, last_of
@@ -137,13 +136,11 @@ class LayerStack(nn.Module):
     """Layers that map tokens [B, S, D] to tokens [B, S, D], one after the other.
 
     All of them are given the same positions, which the `positions` of the embeddings says.
-    `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, *positions: Tensor) -> list[Tensor]:
         """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
@@ -156,7 +153,7 @@ class LayerStack(nn.Module):
             yield from fused
             return
         for layer in self.layers:
-            x = self._run(layer, x, *positions)
+            x = layer(x, *positions)
             yield x
 
     def compared(
@@ -177,13 +174,8 @@ class LayerStack(nn.Module):
         if fused is not None:
             return last_of(fused, x)
         for layer in self.layers:
-            x = self._run(layer, x, *positions)
+            x = layer(x, *positions)
         return x
-
-    def _run(self, layer: nn.Module, x: Tensor, *positions: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, *positions, use_reentrant=False)
-        return layer(x, *positions)
 
 
 def drop_path_rates(config: UniFlowConfig) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniflow.recomputation import RecomputingLayer
 from uniflow_kernels.modules.flow_layers import LayerNorm, affine_of
 from uniflow_kernels.ops.attention import attention
 from uniflow_kernels.ops.compared_norm import compared_residual_norm
@@ -144,7 +145,7 @@ class MLP(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(RecomputingLayer):
     """Pre-norm attention and MLP, each on a residual branch with optional LayerScale (ls1, ls2) and DropPath.
 
     Source: `UniFlowVisionEncoderLayer` of the official release; with `layer_scale=None` timm's `Block`, which the
@@ -197,7 +198,7 @@ class TransformerLayer(nn.Module):
                 projection.bias.mul_(scale)
                 setattr(self, name, None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, *positions: Tensor) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
         if self.training and (self.drop_path1.leaves_out() or self.drop_path2.leaves_out()):
             x = _add_to_some(x, lambda some: self.attn(self.norm1(some)), self.ls1, self.drop_path1)
