@@ -342,7 +342,8 @@ struct Terms {  // `uniflow::CosineTerms` of kTokens tokens
 }
 
 void distances(const Distances& job, int64_t begin, int64_t end, float* memory) {
-  const int64_t in_layer = job.batch * job.length, size = bytes_of(job.type), row = scratch_row(job.width);
+  const int64_t in_layer = job.batch * job.length, row = scratch_row(job.width);
+  const int64_t size = bytes_of(job.type), teacher_size = bytes_of(job.teacher_type);
   const int64_t near = job.width == 0 ? kTokens : kNear / job.width;  // both sides are read twice, then from the nearest cache
   const int64_t at_once = near < 1 ? 1 : near < kTokens ? near : kTokens;
   const float largest = job.type == kFloat16 ? 65504.0f : job.type == kBFloat16 ? 3.3895313892515355e38f : 3.4028234663852886e38f;
@@ -364,7 +365,7 @@ void distances(const Distances& job, int64_t begin, int64_t end, float* memory) 
       const int64_t of_student = image * layer.student_batch + (token + k) * layer.student_token;
       const int64_t of_teacher = image * layer.teacher_batch + (token + k) * layer.teacher_token;
       students[k] = floats(at(layer.student, of_student * size), job.type, job.width, memory + 2 * k * row);
-      teachers[k] = floats(at(layer.teacher, of_teacher * size), job.type, job.width, memory + (2 * k + 1) * row);
+      teachers[k] = floats(at(layer.teacher, of_teacher * teacher_size), job.teacher_type, job.width, memory + (2 * k + 1) * row);
       lanes_of(students[k], teachers[k], job.width, lanes + k * kLanes);
     }
     terms_of(lanes, terms);
