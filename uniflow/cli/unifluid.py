@@ -58,8 +58,9 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     tokenizer = read_image_tokenizer(run.tokenizer, run.image_size, run.packing).to(device)
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
+    trained = vision if any(stage.vision_learning_rate is not None for stage in recipe.stages) else None
     torch.manual_seed(recipe.seed)
-    student = _student(run.model, examples, tokenizer, vision).to(device)
+    student = _student(run.model, examples, tokenizer, vision, trained).to(device)
     if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
         notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
@@ -82,7 +83,7 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
     if samples.reading_share < 1:
         student.set_statistics(_tokens(samples, tokenizer, data.statistics, device))
-    objective = UniFluidObjective(student, tokenizer, vision, **asdict(run.objective))
+    objective = UniFluidObjective(student, tokenizer, None if trained else vision, **asdict(run.objective))
     if data.validation is None:
         return Trained(objective, samples, None)
     unseen = CaptionFolder(data.validation)
@@ -141,7 +142,11 @@ def _examples(data: DataChoice) -> Examples:
 
 
 def _student(
-    model: ModelChoice, examples: Examples, tokenizer: ImageTokenizer, vision: VisionFeatures | None
+    model: ModelChoice,
+    examples: Examples,
+    tokenizer: ImageTokenizer,
+    vision: VisionFeatures | None,
+    trained: VisionFeatures | None,
 ) -> UniFluid:
     backbone = None if model.backbone is None else read_backbone(model.backbone)
     own_tokenizer = model.text_tokenizer or model.backbone
@@ -168,8 +173,9 @@ def _student(
         model.vision_layers,
         tokenizer.packing,
         model.vision_tiles,
+        None if trained is None else trained.fields,
     )
-    return UniFluid(config, texts, backbone).float()
+    return UniFluid(config, texts, backbone, trained).float()
 
 
 def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:

@@ -45,7 +45,7 @@ class Drawing:
     Attributes:
         checkpoint: of the UniFluid.
         tokenizer: folder of its image tokenizer.
-        vision: folder of its encoder, for a model that sees sources by it.
+        vision: folder of its encoder, for a model that sees sources by it and does not have one itself.
         how: arguments of `uniflow.unifluid.drawing.draw_tokens`.
         count: pictures for each caption.
         seed: of all that is drawn.
@@ -182,8 +182,6 @@ def _vision(prompts: Sequence[Prompt], drawing: Drawing, model: UniFluid) -> Vis
         raise InputError("sources: the model draws from text alone")
     if model.config.sources == "tokens":
         return None
-    if drawing.vision is None:
-        raise InputError("--vision: the model sees features of its sources, expected their encoder")
     return read_vision(drawing.vision, model)
 
 

@@ -43,6 +43,8 @@ class UniFluidConfig:
         packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
         vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
             `uniflow.unifluid.tiles`.
+        vision_encoder: what its own encoder of pictures is, where that is trained with it and stands in its checkpoints
+            (`VisionFeatures.fields`); None where the encoder stays as `vision` has it, in a folder of its own.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -64,6 +66,7 @@ class UniFluidConfig:
     vision_layers: int = 1
     packing: int = 1
     vision_tiles: int = 1
+    vision_encoder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
@@ -77,15 +80,13 @@ class UniFluidConfig:
             value = getattr(self, name)
             if value is not None or name != "vision_channels":
                 check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
-        check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
-        check_integer("vision_layers", self.vision_layers, 1, 2)
+        self._check_vision()
         check_integer("packing", self.packing, 1, LARGEST_WIDTH)
         if self.token_channels % self.packing**2:
             raise ValueError(
                 f"packing: expected {self.packing}x{self.packing} latents to have the token_channels, "
                 f"{self.token_channels}, together"
             )
-        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
@@ -99,6 +100,18 @@ class UniFluidConfig:
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
                 raise ValueError(f"{name}: expected a fingerprint, got {shown(value)}")
+
+    def _check_vision(self) -> None:
+        check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
+        check_integer("vision_layers", self.vision_layers, 1, 2)
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
+        if self.vision_encoder is not None:
+            if not isinstance(self.vision_encoder, dict):
+                raise ValueError(
+                    f"vision_encoder: expected fields of a UniFlowConfig, got {shown(self.vision_encoder)}"
+                )
+            if self.vision_channels is None:
+                raise ValueError("vision_encoder: what it sees needs vision_channels")
 
     @property
     def tokens(self) -> int:
