@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +55,15 @@ def why_not_images(device: torch.device, read: Sequence[torch.dtype], written: t
 def instructions() -> str:
     """The level of instructions that is used here: "avx512", "avx2" or "baseline"."""
     return _level().name
+
+
+@functools.cache
+def is_amds() -> bool:
+    """Whether the processor is one of AMD, on which MKL, torch's library for products in float32, is no fast one."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "AuthenticAMD" in platform.processor()
 
 
 def shares_threads() -> bool:

@@ -242,6 +242,29 @@ def is_any_hooked() -> bool:
     return torch.nn.modules.module._has_any_global_hook()
 
 
+# --- products on a CPU ---
+
+_ONE_DNNS = {
+    "none": ("none", None),
+    "gelu": ("gelu", "none"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", None),
+    "silu": ("swish", None),
+}
+
+
+def has_one_dnn() -> bool:
+    """Whether torch has oneDNN, and is not told to do without, beside another library for products in float32."""
+    one_dnn = torch.backends.mkldnn
+    return bool(one_dnn.is_available() and one_dnn.enabled and torch.backends.mkl.is_available())
+
+
+def one_dnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """An activation of a linear layer by oneDNN, as torch.compile has it on a CPU: in float32, without a gradient."""
+    name, algorithm = _ONE_DNNS[activation]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
+
+
 # --- data ---
 
 

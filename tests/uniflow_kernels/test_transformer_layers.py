@@ -5,21 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from uniflow_kernels import backend, doctor
+from uniflow_kernels import backend, cpu_kernels, doctor
 from uniflow_kernels.choice import in_graph
 from uniflow_kernels.ops import flow_choice
 from uniflow_kernels.ops.flow_blocks import Affine
 from uniflow_kernels.ops.transformer_layers import (
     ACTIVATIONS,
     KERNELS,
+    ONE_DNN,
     Layer,
     LayerForm,
     choose_layers_path,
+    explain_layers,
     fold_norm,
+    may_have_kernels,
     plain_layer,
     transformer_layers,
 )
+from uniflow_kernels.torch_private import has_one_dnn
 
 triton = pytest.importorskip("triton")
 from uniflow_kernels.triton_kernels import layer_products, products  # noqa: E402
@@ -273,7 +278,7 @@ def test_what_speaks_against_kernels():
     layers, x, form = make(24, 40), tokens((2, 3, 24)), LayerForm()
     with pytest.raises(ValueError, match="transformer_layers: path 'rows' cannot serve this input: it runs on CUDA"):
         choose_layers_path(x, layers, form, "rows")
-    with pytest.raises(ValueError, match="path: expected one of auto, rows, products, small products, got 'fast'"):
+    with pytest.raises(ValueError, match=r"path: expected one of auto, rows, .*, oneDNN, got 'fast'"):
         choose_layers_path(x, layers, form, "fast")
     with backend("triton"):
         assert choose_layers_path(x, layers, form) == "rows"
@@ -282,7 +287,58 @@ def test_what_speaks_against_kernels():
         assert choose_layers_path(x.bfloat16(), layers, form) == "eager"
         with pytest.raises(ValueError, match="it has no gradients"):
             choose_layers_path(x.clone().requires_grad_(), layers, form, "products")
-    assert choose_layers_path(x, layers, form) == "eager"
+    with backend("eager"):
+        assert choose_layers_path(x, layers, form) == "eager"
+
+
+@pytest.fixture
+def on_amd(monkeypatch):
+    """Whatever the processor is."""
+    if not has_one_dnn():
+        pytest.skip("torch is built without oneDNN or MKL")
+    monkeypatch.setattr(cpu_kernels, "is_amds", lambda: True)
+
+
+@pytest.mark.usefixtures("on_amd")
+@pytest.mark.parametrize("name", FORMS)
+def test_products_by_one_dnn(within_twice, name):
+    width, hidden, form, there = FORMS[name]
+    layers, x = make(width, hidden, **there), tokens((2, 67, width))
+    found, exact = run(x, layers, form, ONE_DNN), run(x.double(), wide(layers), form)
+    for mine, theirs, truth in zip(found, run(x, layers, form), exact, strict=True):
+        within_twice(mine, theirs, truth)
+    assert all(map(torch.equal, found, run(x, layers, form, ONE_DNN)))
+    apart = x.repeat(1, 1, 2)[..., :width]
+    assert all(map(torch.equal, found, run(apart, layers, form, ONE_DNN)))
+
+
+@pytest.mark.usefixtures("on_amd")
+def test_where_one_dnn_makes_the_products(monkeypatch):
+    layers, x, form = make(24, 40), tokens((2, 3, 24)), LayerForm()
+    with torch.no_grad():
+        assert may_have_kernels(x)
+        assert not may_have_kernels(x[:0])
+        assert choose_layers_path(x, layers, form) == choose_layers_path(x, layers, form, ONE_DNN) == ONE_DNN
+        assert choose_layers_path(x.bfloat16(), make(24, 40, torch.bfloat16), form) == "eager"
+        assert choose_layers_path(x, make(24, 40, torch.float64), form) == "eager"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert choose_layers_path(x, layers, form) == "eager"
+        with FlopCounterMode(display=False):  # which knows the products of torch alone
+            assert not may_have_kernels(x)
+        with backend("eager"):
+            assert not may_have_kernels(x)
+        runs, why = explain_layers(x.device, x.dtype, 24)
+        assert runs == "products by oneDNN, activations in them"
+        assert "docs/layers.md" in why
+    assert not may_have_kernels(x)  # a gradient may be wanted
+    with pytest.raises(ValueError, match="path 'oneDNN' cannot serve this input: it has no gradients"):
+        choose_layers_path(x.clone().requires_grad_(), layers, form, ONE_DNN)
+    with pytest.raises(ValueError, match=r"'oneDNN' .* torch takes it for products in torch.float64"):
+        choose_layers_path(x.double(), layers, form, ONE_DNN)
+    monkeypatch.setattr(cpu_kernels, "is_amds", lambda: False)
+    with torch.no_grad():
+        assert choose_layers_path(x, layers, form) == "eager"
+        assert not may_have_kernels(x)
 
 
 def test_doctor_says_that_nothing_was_measured():

@@ -542,6 +542,18 @@ def unifluid_train(
     train(config, out, resume, device, force)
 
 
+@unifluid.command("merge")
+def unifluid_merge(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a run with model.lora.", show_default=False)],
+    out: OutFolder,
+    force: Force = False,
+) -> None:
+    """Write a model that was trained with adapters as a plain one, the adapters in its weights."""
+    from uniflow.cli.unifluid import merge
+
+    merge(checkpoint, out, force)
+
+
 @unifluid.command("generate")
 def unifluid_generate(
     captions: Annotated[

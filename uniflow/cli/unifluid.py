@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.cli.batches import runs, seeds_of_blocks
-from uniflow.cli.files import Given, find_pictures, picture_suffixes
+from uniflow.cli.files import Given, check_folder, check_outputs, find_pictures, picture_suffixes
 from uniflow.cli.inputs import InputError, check_text, choose_device, explained, load_checkpoint
 from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, find_shards, train_as_written
@@ -173,7 +173,8 @@ def _student(
         model.vision_layers,
         tokenizer.packing,
         model.vision_tiles,
-        None if trained is None else trained.fields,
+        lora=model.lora,
+        vision_encoder=None if trained is None else trained.fields,
     )
     return UniFluid(config, texts, backbone, trained).float()
 
@@ -197,6 +198,17 @@ def _first_captions(examples: Examples, count: int) -> list[int]:
         if texts.caption:
             numbers.setdefault(number if texts.sources else texts.caption, number)
     return list(islice(numbers.values(), count))
+
+
+def merge(checkpoint: Path, out: Path, force: bool) -> None:
+    """Write a model with adapters as a plain one."""
+    check_folder(out)
+    check_outputs([out / "config.json", out / "model.safetensors"], force)
+    with explained():
+        model = UniFluid.from_pretrained(checkpoint)
+        model.merge_adapters()
+    model.save_pretrained(out)
+    say(f"UniFluid written to {out}")
 
 
 def ask(given: Given, question: str, asking: Asking) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
-from uniflow.reading import shown
+from uniflow.reading import printable, shown
 from uniflow.unifluid.slots import SOURCES
 from uniflow.unifluid.tiles import LARGEST_GRID
 
@@ -16,6 +17,54 @@ HEADS = ("flow", "ddpm", *FEW_STEPS)
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
 _LONGEST_LINE = 1 << 10  # tokens
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of the backbone's linear layers, see `uniflow.unifluid.adapters`.
+
+    Attributes:
+        rank: of what is added to each weight.
+        alpha: what is added is multiplied by alpha / rank.
+        dropout: of an adapter's input, in training.
+        targets: how the layers are called that have one, as in ["q_proj", "v_proj"], or "all-linear" for all that are
+            in the transformer's layers.
+
+    Raises:
+        ValueError: for values that cannot be, naming the field.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where it comes from a training file
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        check_integer("lora.rank", self.rank, 1, LARGEST_WIDTH)
+        for name, least, below in (("alpha", 0.0, math.inf), ("dropout", 0.0, 1.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least <= value < below:
+                raise ValueError(f"lora.{name}: expected a number from {least} and below {below}, got {shown(value)}")
+        if self.targets == "all-linear":
+            return
+        if not isinstance(self.targets, (list, tuple)) or not all(isinstance(name, str) for name in self.targets):
+            raise ValueError(f"lora.targets: expected all-linear or a list of names, got {shown(self.targets)}")
+        if not self.targets:
+            raise ValueError("lora.targets: expected all-linear or a list of names, got an empty one")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    @classmethod
+    def of(cls, values: object) -> Lora:
+        """Those of a config.json, or adapters as they are."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError(f"lora: expected the fields of adapters, got {shown(values)}")
+        if unknown := sorted(set(values) - {each.name for each in fields(cls)}):
+            raise ValueError(f"lora: unknown field {printable(unknown[0])}")
+        return cls(**values)
 
 
 @dataclass
@@ -43,6 +92,7 @@ class UniFluidConfig:
         packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
         vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
             `uniflow.unifluid.tiles`.
+        lora: adapters that are trained in the place of the backbone; None for a plain model.
         vision_encoder: what its own encoder of pictures is, where that is trained with it and stands in its checkpoints
             (`VisionFeatures.fields`); None where the encoder stays as `vision` has it, in a folder of its own.
 
@@ -66,6 +116,7 @@ class UniFluidConfig:
     vision_layers: int = 1
     packing: int = 1
     vision_tiles: int = 1
+    lora: Lora | None = None
     vision_encoder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +145,7 @@ class UniFluidConfig:
             raise ValueError(f"sources: expected one of {', '.join(SOURCES)}, got {shown(self.sources)}")
         if self.sources in ("features", "both") and self.vision_channels is None:
             raise ValueError(f"sources: {self.sources} of pictures need vision_channels")
+        self.lora = None if self.lora is None else Lora.of(self.lora)
         if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
         for name in ("tokenizer", "vision", "text_tokenizer"):

@@ -20,6 +20,7 @@ from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, 
 from uniflow.float32_buffers import Float32Buffers
 from uniflow.hub import local_folder
 from uniflow.pretrained import take_tensors
+from uniflow.unifluid.adapters import add_adapters, is_of_adapter, merge_adapters
 from uniflow.unifluid.attention import NEVER, Sight
 from uniflow.unifluid.backbone import (
     attend,
@@ -81,7 +82,7 @@ class UniFluid(Float32Buffers):
         vision: its own encoder of pictures, taken as it is, for a config with `vision_encoder`; None for others.
 
     Raises:
-        ImportError: if the transformers package is not installed.
+        ImportError: if the transformers package is not installed, or the peft package for a config with `lora`.
         ValueError: if the encoder does not fit the config; if the tokenizer has more ids than the transformer, or is
             another than the config knows; for a language model that cannot serve, see
             `uniflow.unifluid.backbone.check_backbone`.
@@ -110,6 +111,8 @@ class UniFluid(Float32Buffers):
         self.text_tokenizer = text_tokenizer
         self.backbone: Any = new_backbone(config.backbone) if backbone is None else backbone
         check_backbone(self.backbone)
+        if config.lora is not None:
+            add_adapters(self.backbone, config.lora)
         own = self.backbone.config
         if len(text_tokenizer) > own.vocab_size:
             raise ValueError(
@@ -134,6 +137,7 @@ class UniFluid(Float32Buffers):
         self._head, self._embedding = (f"backbone.{name}" for name in head_and_embedding(self.backbone))
         self.register_state_dict_post_hook(_leave_out_what_is_tied)
         self.register_load_state_dict_pre_hook(_give_what_is_tied)
+        self.untrained_parts = self._beside_adapters()
         self._start()
 
     def reset_parameters(self) -> None:
@@ -141,7 +145,10 @@ class UniFluid(Float32Buffers):
 
         A vision encoder of its own stays as it is: it is a pretrained one.
         """
-        take_tensors(self.backbone, new_backbone(self.config.backbone))
+        new = new_backbone(self.config.backbone)
+        if self.config.lora is not None:
+            add_adapters(new, self.config.lora)
+        take_tensors(self.backbone, new)
         self._start()
 
     def _start(self) -> None:
@@ -201,10 +208,12 @@ class UniFluid(Float32Buffers):
         Raises:
             ValueError: if the transformer's layers cannot.
         """
+        # older versions of the package say gradient
+        kept = "activation" if hasattr(self.backbone, "activation_checkpointing_enable") else "gradient"
         if not enable:
-            self.backbone.gradient_checkpointing_disable()
+            getattr(self.backbone, f"{kept}_checkpointing_disable")()
         else:
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            getattr(self.backbone, f"{kept}_checkpointing_enable")({"use_reentrant": False})
         if self.vision is not None:
             self.vision.encoder.gradient_checkpointing = enable
         self.head.grad_checkpointing = enable and flow_head
@@ -215,7 +224,26 @@ class UniFluid(Float32Buffers):
         to_read: tuple[str, ...] = (self._head.removesuffix("weight"),)  # a tied one has the text embedding's name
         if self.config.sources not in ("features", "both"):
             to_read += ("vision_proj.",)
-        self.untrained_parts = (() if drawing else to_draw) + (() if reading else to_read)
+        self.untrained_parts = (() if drawing else to_draw) + (() if reading else to_read) + self._beside_adapters()
+
+    def _beside_adapters(self) -> tuple[str, ...]:
+        """The backbone's own parameters, where adapters are trained in their place."""
+        if self.config.lora is None:
+            return ()
+        names = (name for name, _ in self.backbone.named_parameters() if not is_of_adapter(name))
+        return tuple(f"backbone.{name}" for name in names)
+
+    def merge_adapters(self) -> None:
+        """Make a model with adapters a plain one, in place: the same outputs, but for rounding.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if self.config.lora is None:
+            raise ValueError("lora: the model has no adapters")
+        merge_adapters(self.backbone)
+        self.config = replace(self.config, lora=None)
+        self.untrained_parts = ()
 
     # image tokens and their statistics
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uniflow.training.recipe import NO_UNKNOWN_KEYS, AnyRun, at_least
+from uniflow.unifluid.config import Lora
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ModelChoice:
         vision_merge, vision_layers, vision_tiles: how pictures are seen; see `UniFluidConfig`.
         checkpointing: recomputes activations in the backward pass: those of the backbone's layers, and with "all" of
             the head's blocks.
+        lora: adapters that are trained in the place of a pretrained backbone; see `uniflow.unifluid.config.Lora`.
         head_width, head_depth, head, order: see `UniFluidConfig`.
     """
 
@@ -39,6 +41,7 @@ class ModelChoice:
     vision_layers: int = 1
     vision_tiles: int = 1
     checkpointing: Literal["none", "backbone", "all"] = "none"
+    lora: Lora | None = None
     head_width: int = 1024
     head_depth: int = 6
     head: Literal["flow", "ddpm", "mean_flow", "self_distillation"] = "flow"
@@ -47,6 +50,8 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if (self.backbone is None) == (self.config is None):
             raise ValueError("expected either backbone or config")
+        if self.lora is not None and self.backbone is None:
+            raise ValueError("lora: expected a pretrained backbone beside it, which stays as it is")
 
 
 @dataclass(frozen=True)

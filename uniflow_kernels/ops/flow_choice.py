@@ -44,6 +44,7 @@ RUNS = {
     "products": "Triton products with the row kernels' work in them",
     "small products": "such Triton products, two blocks a multiprocessor",
     FEW: "the CPU part",
+    "oneDNN": "products by oneDNN, activations in them",
 }
 UNMEASURED = "unmeasured on this GPU"
 FILE = "measured.json"

@@ -6,6 +6,9 @@ LayerScale and norm around the library's products ("rows"), and products that do
 and write passes through memory. Which one does is what was measured: `measured.json`, by `python -m benchmarks
 choices`. Where nothing was, plain PyTorch serves, unless Triton is asked for by name.
 
+On a CPU oneDNN makes the products in float32, and the MLP's activation in the first of them, where it is the faster
+library: on AMD's processors ("oneDNN").
+
 Source: the ViT's layer (Dosovitskiy et al. 2021) with LayerScale (Touvron et al. 2021).
 """
 
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from uniflow_kernels import cpu_kernels
 from uniflow_kernels.choice import is_in_graph, requested
 from uniflow_kernels.ops.flow_blocks import Affine, check_choice, flat_rows
 from uniflow_kernels.ops.flow_choice import (
@@ -35,11 +39,19 @@ from uniflow_kernels.ops.flow_choice import (
 from uniflow_kernels.ops.modulated_norm import residual_norm
 from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.packing import packed
-from uniflow_kernels.torch_private import is_forward_mode, is_transforming
+from uniflow_kernels.torch_private import (
+    constant,
+    has_one_dnn,
+    is_dispatch_watched,
+    is_forward_mode,
+    is_transforming,
+    one_dnn_linear,
+)
 from uniflow_kernels.triton_kernels import architecture, why_not_on
 
 OP = "transformer_layers"
 KERNELS = ("rows", "products", "small products")
+ONE_DNN = "oneDNN"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -134,16 +146,31 @@ def transformer_layers(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         x: [B, S, W].
         layers: at least one.
         form: of all of them.
-        path: "eager" or one of KERNELS, as `choose_layers_path` says.
+        path: "eager", ONE_DNN or one of KERNELS, as `choose_layers_path` says.
     """
     if path == "eager":
         for layer in layers:
             x = plain_layer(x, layer, form)
             yield x
+    elif path == ONE_DNN:
+        for layer in layers:
+            x = _by_one_dnn(x, layer, form)
+            yield x
     elif path == "rows":
         yield from _by_rows(x, layers, form)
     else:
         yield from _by_products(x, layers, form, path in SMALL)
+
+
+def _by_one_dnn(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
+    attended = layer.attend(one_dnn_linear(_norm(x, layer.norm1, form), *layer.qkv, "none"))
+    x = _add(x, one_dnn_linear(attended, *layer.proj, "none"), layer.scale1)
+    hidden = one_dnn_linear(_norm(x, layer.norm2, form), *layer.fc1, form.activation)
+    return _add(x, one_dnn_linear(hidden, *layer.fc2, "none"), layer.scale2)
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return x + branch if scale is None else torch.addcmul(x, branch, scale)
 
 
 def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Tensor]:
@@ -160,7 +187,7 @@ def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Te
         if following is not None:
             x, h = add_and_norm(x, made, layer.scale2, following.norm1)
         else:
-            x = x + made if layer.scale2 is None else torch.addcmul(x, made, layer.scale2)
+            x = _add(x, made, layer.scale2)
         yield x
 
 
@@ -200,12 +227,18 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         path: one of KERNELS where no other may serve, as in tests and benchmarks; else "auto".
 
     Returns:
-        "eager" or one of KERNELS.
+        "eager", ONE_DNN or one of KERNELS.
 
     Raises:
         ValueError: for an unknown path, or one that cannot serve, saying why.
     """
-    check_choice("path", path, ("auto", *KERNELS))
+    check_choice("path", path, ("auto", *KERNELS, ONE_DNN))
+    if path in ("auto", ONE_DNN):
+        reason = why_not_one_dnn(x.device, x.dtype) or _why_not_tensors(x, layers)
+        if reason is None and (path == ONE_DNN or requested() == "auto"):
+            return ONE_DNN
+        if path == ONE_DNN:
+            raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
     if path != "auto":
         reason = _why_not(x, layers) or _why_not_path(x, layers, path)
         if reason is not None:
@@ -220,7 +253,11 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
 
 def may_have_kernels(x: Tensor) -> bool:
     """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
-    if torch.compiler.is_compiling() or is_plain(x.is_cuda) or requested() not in ("auto", "triton") or not x.numel():
+    if torch.compiler.is_compiling() or not x.numel():
+        return False
+    if requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None:
+        return not torch.is_grad_enabled() and not is_dispatch_watched()
+    if is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
         return False
     return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
 
@@ -228,8 +265,10 @@ def may_have_kernels(x: Tensor) -> bool:
 def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
     """What serves layers of a width by their rows, and why: where that was measured, or what speaks against kernels."""
     reason = _why_not_here(device, dtype, width)
+    if requested() == "auto" and (why := why_not_one_dnn(device, dtype)) is None:
+        return RUNS[ONE_DNN], f"measured in docs/layers.md; Triton: {reason}"
     if reason is not None:
-        return RUNS["eager"], f"Triton: {reason}"
+        return RUNS["eager"], f"Triton: {reason}" + (f"; oneDNN: {why}" if device.type == "cpu" else "")
     known = _known(device, dtype, width)
     if not known:
         return RUNS["eager"], f"Triton, on request: {UNMEASURED}"
@@ -249,6 +288,18 @@ def _order(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> t
     return (*found, "rows") if found or requested() == "triton" else ("eager",)
 
 
+@constant
+def why_not_one_dnn(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why oneDNN is not asked for products of a dtype by name; None where it is."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on {device.type}"
+    if dtype != torch.float32:
+        return f"torch takes it for products in {dtype} where it is the faster"
+    if not cpu_kernels.is_amds() or not has_one_dnn():
+        return "it was the faster on AMD's processors, beside MKL"
+    return None
+
+
 def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     if width > MAX_WIDTH:
         return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
@@ -259,8 +310,12 @@ def _why_not(x: Tensor, layers: Sequence[Layer]) -> str | None:
     """Why no kernels can serve."""
     if (reason := _why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
         return reason
+    return _why_not_tensors(x, layers)
+
+
+def _why_not_tensors(x: Tensor, layers: Sequence[Layer]) -> str | None:
     if is_transforming() or is_forward_mode():
-        return "the Triton kernels have no rules for the transforms of torch.func, nor for dual numbers"
+        return "it has no rules for the transforms of torch.func, nor for dual numbers"
     every = [x, *(tensor for layer in layers for tensor in layer.tensors())]
     if wants_gradient(every):
         return "it has no gradients"
