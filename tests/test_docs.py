@@ -28,8 +28,8 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```$|^    ((?:uniflow|ln) [^\n]*)$", re
 SHORTER = {"Stage(steps=1000)": "Stage(steps=2)", "Stage(steps=300)": "Stage(steps=2)", "batch_size=64": "batch_size=2"}
 SHORTER |= {"--out out/samples": "--out out/samples --count 2 --steps 1"}
 LAST_STEP = re.compile(r"step-\d{8}")
-# checkpoints of several GPUs, and what an example takes minutes to write
-NOT_RUN = ("uniflow gather ", "uniflow probe out/win_win/")
+# checkpoints of several GPUs and with adapters, and what an example takes minutes to write
+NOT_RUN = ("uniflow gather ", "uniflow unifluid merge ", "uniflow probe out/win_win/")
 
 
 def snippets(page):

@@ -17,6 +17,7 @@ from uniflow.training.logs import count_flops
 from uniflow.training.recipe import Run, read_run
 from uniflow.unifluid import UniFluid, UniFluidConfig
 from uniflow.unifluid.captions import Drawings, Readings
+from uniflow.unifluid.config import Lora
 from uniflow.unifluid.objective import UniFluidObjective
 from uniflow.unifluid.recipe import UniFluidRun
 from uniflow.unifluid.texts import make_text_tokenizer
@@ -103,25 +104,32 @@ def test_what_the_paper_of_unifluid_says():
         run.recipe.micro_batches(processes)
 
 
-def test_what_the_docs_count_of_2b():
+@pytest.mark.parametrize("lora", [None, Lora()], ids=["all", "adapters"])
+def test_what_the_docs_count_of_2b(lora):
     """Parameters and FLOPs of docs/unifluid.md, counted again on the meta device: nothing is computed."""
     tokenizer = make_text_tokenizer(["a seven"], 300)
     sizes = {"token_channels": 16, "grid": (16, 16), "head_width": 1024, "head_depth": 6, "head": "ddpm"}
     with torch.device("meta"):
-        config = UniFluidConfig(transformers.Gemma2Config().to_dict(), **sizes, vision_channels=1152)
+        config = UniFluidConfig(transformers.Gemma2Config().to_dict(), **sizes, vision_channels=1152, lora=lora)
         model = UniFluid(config, tokenizer)
         embedding, layer = model.backbone.get_input_embeddings(), model.layers()[0]
         ids, real = torch.empty(1, 64, dtype=torch.int64), torch.empty(1, 64, dtype=torch.bool)
         drawings = Drawings(torch.empty(1, 3, 256, 256, dtype=torch.uint8), ids, real)
         slots = (torch.cat([ids] * 5, 1), torch.cat([real] * 5, 1))  # 256 features before the text
         readings = Readings(torch.empty(1, 3, 224, 224, dtype=torch.uint8), *slots, real[:, :16])
-    docs = (EXAMPLES.parent / "docs" / "unifluid.md").read_text()
-    for part in (model, layer, embedding, model.head):
-        assert f"| {sum(parameter.numel() for parameter in part.parameters()):,} |" in docs
+    docs = " ".join((EXAMPLES.parent / "docs" / "unifluid.md").read_text().split())
+    if lora is None:
+        for part in (model, layer, embedding, model.head):
+            assert f"| {sum(parameter.numel() for parameter in part.parameters()):,} |" in docs
+    else:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in model.parameters()) - trained
+        assert f" {trained:,} parameters are trained, and the other {frozen:,} stay" in docs
     objective = UniFluidObjective(model, Gives(256, 16), Gives(256, 1152))
     none = Drawings(*(part[:0] for part in drawings[:3])), Readings(*(part[:0] for part in readings))
     draw, read = (count_flops(objective, batch) / 1e12 for batch in ((drawings, none[1]), (none[0], readings)))
-    assert f"| forward and backward | {draw:.2f} | {read:.2f} |" in docs
+    which = "" if lora is None else ", adapters"
+    assert f"| forward and backward{which} | {draw:.2f} | {read:.2f} |" in docs
 
 
 class Gives(torch.nn.Module):

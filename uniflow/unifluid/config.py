@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
-from uniflow.reading import shown
+from uniflow.reading import printable, shown
+from uniflow.unifluid.places import Grid
 from uniflow.unifluid.slots import SOURCES
 from uniflow.unifluid.tiles import LARGEST_GRID
 
@@ -16,6 +18,55 @@ HEADS = ("flow", "ddpm", *FEW_STEPS)
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
 _LONGEST_LINE = 1 << 10  # tokens
+_MOST_GRIDS = 1 << 10
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of the backbone's linear layers, see `uniflow.unifluid.adapters`.
+
+    Attributes:
+        rank: of what is added to each weight.
+        alpha: what is added is multiplied by alpha / rank.
+        dropout: of an adapter's input, in training.
+        targets: how the layers are called that have one, as in ["q_proj", "v_proj"], or "all-linear" for all that are
+            in the transformer's layers.
+
+    Raises:
+        ValueError: for values that cannot be, naming the field.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read by pydantic where it comes from a training file
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        check_integer("lora.rank", self.rank, 1, LARGEST_WIDTH)
+        for name, least, below in (("alpha", 0.0, math.inf), ("dropout", 0.0, 1.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not least <= value < below:
+                raise ValueError(f"lora.{name}: expected a number from {least} and below {below}, got {shown(value)}")
+        if self.targets == "all-linear":
+            return
+        if not isinstance(self.targets, (list, tuple)) or not all(isinstance(name, str) for name in self.targets):
+            raise ValueError(f"lora.targets: expected all-linear or a list of names, got {shown(self.targets)}")
+        if not self.targets:
+            raise ValueError("lora.targets: expected all-linear or a list of names, got an empty one")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+    @classmethod
+    def of(cls, values: object) -> Lora:
+        """Those of a config.json, or adapters as they are."""
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, dict):
+            raise ValueError(f"lora: expected the fields of adapters, got {shown(values)}")
+        if unknown := sorted(set(values) - {each.name for each in fields(cls)}):
+            raise ValueError(f"lora: unknown field {printable(unknown[0])}")
+        return cls(**values)
 
 
 @dataclass
@@ -26,7 +77,7 @@ class UniFluidConfig:
         backbone: the configuration of a decoder-only language model of the transformers package, as its `to_dict()`
             gives it (`{"model_type": "llama", "hidden_size": ...}`); what is left out has transformers' defaults.
         token_channels: C, size of an image token.
-        grid: lines of image tokens, and tokens a line.
+        grid: lines of image tokens, and tokens a line; of pictures of several sizes, those of the first.
         head_width: W of the head.
         head_depth: its blocks.
         head: "flow", which predicts a velocity; "ddpm", noise and its variance (MAR); "mean_flow" or
@@ -43,6 +94,9 @@ class UniFluidConfig:
         packing: of how many latents a side of the image tokenizer, which lie next to each other, one token is made.
         vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
             `uniflow.unifluid.tiles`.
+        lora: adapters that are trained in the place of the backbone; None for a plain model.
+        grids: of the pictures of several sizes that it draws, with embeddings for lines, columns and each grid; None
+            for a model of one grid, which has an embedding for each place of it.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -64,15 +118,12 @@ class UniFluidConfig:
     vision_layers: int = 1
     packing: int = 1
     vision_tiles: int = 1
+    lora: Lora | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
-            raise ValueError(f"grid: expected lines and tokens a line, got {shown(self.grid)}")
-        if any(type(extent) is not int or not 1 <= extent <= _LONGEST_LINE for extent in self.grid):
-            raise ValueError(
-                f"grid: expected lines and tokens a line, both from 1 to {_LONGEST_LINE}, got {shown(self.grid)}"
-            )
-        self.grid = (self.grid[0], self.grid[1])
+        self.grid = _grid("grid", self.grid)
+        self.grids = None if self.grids is None else _grids(self.grids, self.grid)
         for name in ("token_channels", "head_width", "head_depth", "vision_channels"):
             value = getattr(self, name)
             if value is not None or name != "vision_channels":
@@ -93,6 +144,7 @@ class UniFluidConfig:
             raise ValueError(f"sources: expected one of {', '.join(SOURCES)}, got {shown(self.sources)}")
         if self.sources in ("features", "both") and self.vision_channels is None:
             raise ValueError(f"sources: {self.sources} of pictures need vision_channels")
+        self.lora = None if self.lora is None else Lora.of(self.lora)
         if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
             raise ValueError("backbone: expected a configuration of transformers with its model_type")
         for name in ("tokenizer", "vision", "text_tokenizer"):
@@ -102,8 +154,20 @@ class UniFluidConfig:
 
     @property
     def tokens(self) -> int:
-        """N, image tokens of a picture."""
-        return self.grid[0] * self.grid[1]
+        """N, image tokens of a picture; of one of the largest, where there are several sizes."""
+        return max(lines * columns for lines, columns in self.grids or (self.grid,))
+
+    def known_grid(self, grid: Grid | None) -> Grid:
+        """The grid, or the first one for None.
+
+        Raises:
+            ValueError: if the model draws no such pictures.
+        """
+        known = self.grids or (self.grid,)
+        if grid is not None and tuple(grid) not in known:
+            expected = ", ".join(f"{lines}x{columns}" for lines, columns in known)
+            raise ValueError(f"grid: expected tokens of {expected}, as in training, got {'x'.join(map(str, grid))}")
+        return self.grid if grid is None else (grid[0], grid[1])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UniFluidConfig:
@@ -118,3 +182,22 @@ class UniFluidConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""
         write_config(folder, {"model_type": MODEL_TYPE, **asdict(self)})
+
+
+def _grids(grids: Any, first: Grid) -> tuple[Grid, ...]:
+    """Several, as a file may give them."""
+    if not isinstance(grids, (list, tuple)) or not 1 <= len(grids) <= _MOST_GRIDS:
+        raise ValueError(f"grids: expected a list of 1 to {_MOST_GRIDS}, got {shown(grids)}")
+    found = tuple(_grid("grids", grid) for grid in grids)
+    if len(set(found)) < len(found) or found[0] != first:
+        raise ValueError(f"grids: expected different ones, the first of them {first}, got {shown(grids)}")
+    return found
+
+
+def _grid(name: str, grid: Any) -> Grid:
+    """Lines and tokens a line, as a file may give them."""
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2:
+        raise ValueError(f"{name}: expected lines and tokens a line, got {shown(grid)}")
+    if any(type(extent) is not int or not 1 <= extent <= _LONGEST_LINE for extent in grid):
+        raise ValueError(f"{name}: expected lines and tokens a line, both from 1 to {_LONGEST_LINE}, got {shown(grid)}")
+    return grid[0], grid[1]

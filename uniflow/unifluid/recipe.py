@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uniflow.training.recipe import NO_UNKNOWN_KEYS, AnyRun, at_least
+from uniflow.unifluid.config import Lora
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ModelChoice:
         vision_merge, vision_layers, vision_tiles: how pictures are seen; see `UniFluidConfig`.
         checkpointing: recomputes activations in the backward pass: those of the backbone's layers, and with "all" of
             the head's blocks.
+        lora: adapters that are trained in the place of a pretrained backbone; see `uniflow.unifluid.config.Lora`.
         head_width, head_depth, head, order: see `UniFluidConfig`.
     """
 
@@ -39,6 +41,7 @@ class ModelChoice:
     vision_layers: int = 1
     vision_tiles: int = 1
     checkpointing: Literal["none", "backbone", "all"] = "none"
+    lora: Lora | None = None
     head_width: int = 1024
     head_depth: int = 6
     head: Literal["flow", "ddpm", "mean_flow", "self_distillation"] = "flow"
@@ -47,6 +50,8 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if (self.backbone is None) == (self.config is None):
             raise ValueError("expected either backbone or config")
+        if self.lora is not None and self.backbone is None:
+            raise ValueError("lora: expected a pretrained backbone beside it, which stays as it is")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class UniFluidRun(AnyRun):
         tokenizer: folder of the image tokenizer, a UniFlow, or an AutoencoderKL or AutoencoderDC of diffusers.
         vision: folder of the encoder whose features are read, see `VisionFeatures`; the tokenizer's if not given.
         image_size: (H, W) to draw at, in pixels; the size the tokenizer was trained at if not given.
+        sizes: in the place of image_size several, (H, W) each, to draw at: a picture is brought to the nearest.
         packing: latents of the tokenizer a side of an image token, see `uniflow.unifluid.tokens.ImageTokenizer`.
     """
 
@@ -133,6 +139,18 @@ class UniFluidRun(AnyRun):
     data: DataChoice
     vision: Path | None = None
     image_size: tuple[int, int] | None = None
+    sizes: list[tuple[int, int]] | None = None
     packing: int = 1
     objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
     samples: SamplesChoice = field(default_factory=SamplesChoice)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes is None:
+            return
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes: expected different heights and widths, got {self.sizes}")
+        if self.image_size is not None:
+            raise ValueError("expected either image_size or sizes")
+        if self.data.latents is not None:
+            raise ValueError("data.latents: expected image_size in the place of sizes, latents are of one size")

@@ -15,12 +15,12 @@ from uniflow_kernels.ops.transformer_layers import (
     ACTIVATIONS,
     ONE_DNN,
     may_have_kernels,
+    mlp_by_one_dnn,
     paths_by_time,
     serves_one_dnn,
     why_not_here,
     why_not_tensors,
 )
-from uniflow_kernels.torch_private import one_dnn_linear
 
 _PRODUCTS = ("products", "small products")
 
@@ -55,7 +55,7 @@ def mlp(
     if path in _PRODUCTS:
         return _by_products(x, fc1, fc2, activation, position, path in SMALL)
     if path == ONE_DNN:
-        made = one_dnn_linear(one_dnn_linear(x, *fc1, activation), *fc2, "none")
+        made = mlp_by_one_dnn(x, fc1, fc2, activation)
     else:
         made = F.linear(ACTIVATIONS[activation](F.linear(x, *fc1)), *fc2)
     return made if position is None else made + position

@@ -8,10 +8,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import randomize
 from tests.uniflow.training.two import both
+from tests.uniflow.unifluid.conftest import LLAMA
 from tests.uniflow.unifluid.test_cli import BOTH, CONFIG, RECIPE, files, last, losses, write_folder
 from uniflow import UniFlow, UniFlowConfig
 from uniflow.cli import run
 from uniflow.unifluid import UniFluid
+from uniflow.unifluid.backbone import new_backbone
+from uniflow.unifluid.texts import make_text_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -19,9 +22,10 @@ KINDS = {
     "both": BOTH,
     "drawing": {"caption": "a {} square"},
     "reading": {"question": "which colour?", "answer": "{}"},
+    "adapters": BOTH,
 }
 # data of one kind leave parameters without a gradient, which each way of spreading has its own trouble with
-TOGETHER = [("both", "ddp"), ("both", "fsdp"), ("drawing", "fsdp"), ("reading", "ddp")]
+TOGETHER = [("both", "ddp"), ("both", "fsdp"), ("drawing", "fsdp"), ("reading", "ddp"), ("adapters", "fsdp")]
 TINY = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "vit_hidden_size": 64, "intermediate_size": 96}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "latent_ch": 8}
 TINY |= {"global_blocks_depth": 1, "num_decoder_layers": 2}
@@ -31,9 +35,12 @@ def write(folder, kind, parallel="ddp"):
     """A configuration, and the command that trains as it says."""
     path = folder / f"{kind}-{parallel}.yaml"
     size = "micro_batch_size: 2, ema_decay: 0.9"
+    around = f"config: {CONFIG}, vocabulary: 300"
+    if kind == "adapters":
+        around = f"backbone: {folder / 'language'}, lora: {{rank: 4}}"
     path.write_text(
         f"tokenizer: {folder / 'tokenizer'}\n"
-        f"model: {{config: {CONFIG}, head_width: 32, head_depth: 1, vocabulary: 300}}\n"
+        f"model: {{{around}, head_width: 32, head_depth: 1}}\n"
         f"data: {{folder: {folder / kind}, validation: {folder / kind}}}\n"
         f"samples: {{captions: 1, steps: 2, head_steps: 2}}\n"
         f"tensorboard: false\nrecipe: {{{RECIPE.replace('save_every: 1', 'save_every: 2')}, {size}, "
@@ -56,6 +63,9 @@ def folder(tmp_path_factory):
     """What one process did alone (KIND-alone), and two together (KIND-ddp, KIND-fsdp)."""
     folder = tmp_path_factory.mktemp("two")
     randomize(UniFlow(UniFlowConfig.preset("base", **TINY))).save_pretrained(folder / "tokenizer")
+    texts_of = make_text_tokenizer(["a red square", "which colour?"], 300)
+    new_backbone(LLAMA).save_pretrained(folder / "language")
+    texts_of.save_pretrained(folder / "language")
     together = []
     for kind, texts in KINDS.items():
         write_folder(folder / kind, [texts] * 8)
@@ -95,3 +105,14 @@ def test_shards_go_on_and_are_gathered(folder):
         for name, value in alone.items():
             assert torch.allclose(gathered[name], value, atol=1e-4), name
         assert UniFluid.from_pretrained(out).text_tokenizer.get_vocab()
+
+
+def test_adapters_are_gathered_and_merged(folder):
+    out = {name: folder / f"adapters-{name}" for name in ("gathered", "merged", "alone-merged")}
+    assert run(["gather", str(last(folder / "adapters-fsdp")), "--out", str(out["gathered"])]) == 0
+    assert run(["unifluid", "merge", str(out["gathered"]), "--out", str(out["merged"])]) == 0
+    assert run(["unifluid", "merge", str(last(folder / "adapters-alone")), "--out", str(out["alone-merged"])]) == 0
+    merged, alone = (load_file(out[name] / "model.safetensors") for name in ("merged", "alone-merged"))
+    assert merged.keys() == alone.keys()
+    for name, value in alone.items():
+        assert torch.allclose(merged[name], value, atol=1e-4), name
