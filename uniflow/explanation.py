@@ -12,7 +12,7 @@ from uniflow.transformer import TransformerLayer
 from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
-from uniflow_kernels.ops.attention import why_not_flash_attn
+from uniflow_kernels.ops.attention import explain_attention
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED
 from uniflow_kernels.ops.fp8_linear import explain_fp8
 from uniflow_kernels.ops.patch_embedding import explain_patch_embedding
@@ -62,13 +62,12 @@ def _products(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dt
 
 
 def _attention(layers: Sequence[TransformerLayer], device: torch.device, dtype: torch.dtype) -> OpReport:
-    widths = {layer.attn.proj.in_features // layer.attn.heads for layer in layers}
-    reasons = [reason for width in widths if (reason := why_not_flash_attn(device, dtype, width)) is not None]
-    if reasons:
-        return OpReport("attention", "scaled_dot_product_attention", reasons[0])
-    if not all(layer.attn.allow_flash_attn for layer in layers):
-        return OpReport("attention", "scaled_dot_product_attention", "the config's use_flash_attn is false")
-    return OpReport("attention", "flash-attn", UNMEASURED)
+    """As the first of them has it."""
+    layer = layers[0].attn
+    return OpReport(
+        "attention",
+        *explain_attention(device, dtype, layer.proj.in_features // layer.heads, layer.allow_flash_attn),
+    )
 
 
 def _fused(layers: Sequence[TransformerLayer], device: torch.device, dtype: torch.dtype) -> OpReport:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_dual_rows, test_modulated_norm, test_transformer_layers
+from tests.uniflow_kernels import test_compared_norm, test_dual_rows, test_modulated_norm, test_transformer_layers
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
 from uniflow_kernels.ops import fp8_linear
@@ -90,6 +90,18 @@ def test_residual_and_norm(within_twice, without, dtype):
         found = test_modulated_norm.results(test_modulated_norm.ours, given, dtype)
     for mine, theirs, truth in zip(found, plain, exact, strict=True):
         within_twice(mine, theirs, truth)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "teacher_dtype"),
+    [
+        ("the release's", torch.bfloat16, torch.bfloat16),
+        pytest.param("no LayerScale", torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_residual_norm_and_distance(within_twice, form, dtype, teacher_dtype):
+    with unwritten_is_nan(), backend("triton"):
+        test_compared_norm.against_definition(within_twice, form, (2, 19, 24), dtype, teacher_dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""What a transformer layer launches and moves in inference, counted: numbers that hold on any machine."""
+"""What a transformer layer launches and moves, counted: numbers that hold on any machine."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.uniflow_kernels.test_transformer_layers import make, tokens
-from uniflow_kernels import backend
+from uniflow_kernels import backend, compared_residual_norm
 from uniflow_kernels.ops import transformer_layers
+from uniflow_kernels.ops.distillation import mean_distance
 from uniflow_kernels.ops.transformer_layers import LayerForm, fold_norm
 
 pytest.importorskip("triton")
@@ -80,6 +82,37 @@ def test_by_rows_a_layer_is_eight_launches(monkeypatch):
     assert launches == 8
     # products and attention 4 + 4 + 2 + 5 + 5, GELU 8, and each residual with its norm 4
     assert moved / TENSOR == pytest.approx(36.4, abs=0.2)
+
+
+def between_layers(together, monkeypatch):
+    """Launches and bytes of both passes where a layer's last residual, the next one's norm and a distance are made."""
+    x, q, teacher, ds, dh = (tokens((BATCH, LENGTH, WIDTH), torch.bfloat16) for _ in range(5))
+    gate, weight, bias = (torch.ones(WIDTH, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    x, q = x.requires_grad_(), q.requires_grad_()
+    with monkeypatch.context() as patched, Counted() as counted, backend("triton"):
+
+        def note(launch, grid, describe=None, /, **arguments):
+            counted.note(launch.kernel.__name__, *torch.utils._pytree.tree_leaves(arguments))
+
+        patched.setattr(Launch, "__call__", note)
+        if together:
+            made = compared_residual_norm(x, q, gate, teacher=teacher, skip_tokens=1, weight=weight, bias=bias)
+        else:
+            s = torch.addcmul(x, q, gate)
+            made = s, F.layer_norm(s, (WIDTH,), weight, bias), mean_distance(s, teacher, 1)
+        torch.autograd.backward(made, [ds, dh, torch.tensor(0.5)])
+    return counted
+
+
+def test_comparing_where_layers_meet_moves_half_as_much(monkeypatch):
+    """In a launch each way; of what the distance costs beside sum and norm, the teacher read twice is left."""
+    apart, together = (between_layers(how, monkeypatch) for how in (False, True))
+    kernels = [name for name in together.names if name.endswith("kernel")]
+    assert kernels == ["compared_norm_kernel", "compared_norm_backward_kernel"]
+    # x, q and teacher to sum and norm; both gradients, sum, q and teacher to two gradients; partial sums
+    assert together.bytes / TENSOR == pytest.approx(12.5, abs=0.1)
+    # sum 3, norm 2, distances with their gradients 3; weighing these 1, in place; norm 3, additions 6, LayerScale 8
+    assert apart.bytes / TENSOR == pytest.approx(26.1, abs=0.1)
 
 
 def test_the_release_moves_twice_as_much(monkeypatch):

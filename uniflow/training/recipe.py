@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from uniflow.reading import read_yaml, shown
+from uniflow.recomputation import memory_of
 from uniflow_kernels.triton_kernels import why_not_launched
 
 # read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
@@ -173,7 +174,9 @@ class ModelChoice:
     `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
     decoder's around an encoder. `image_size`, in pixels, `drop_path_rate` and `latent_noise` take the place of what any
     of them has. `checkpointing` recomputes activations in the backward pass: those of the encoder's layers and the
-    global blocks ("encoder"), or of the flow head's blocks too ("all").
+    global blocks ("encoder"), or of the flow head's blocks too ("all"); or as few of the former as it takes for these
+    to hold no more bytes at a time than that ("12GB"), or than that share of what they would ("50%"), see
+    `UniFlow.gradient_checkpointing_enable`.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -185,14 +188,18 @@ class ModelChoice:
     image_size: int | None = None
     drop_path_rate: float | None = None
     latent_noise: float | None = None
-    checkpointing: Literal["none", "encoder", "all"] = "none"
+    checkpointing: str = "none"
 
     def __post_init__(self) -> None:
         if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
             raise ValueError("expected one of preset, checkpoint and encoder")
         if self.checkpoint is not None and self.config:
             raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
-        _one_of(self, "checkpointing", ("none", "encoder", "all"))
+        if self.checkpointing not in ("none", "encoder", "all"):
+            try:
+                memory_of(self.checkpointing)
+            except ValueError as error:
+                raise ValueError(f"checkpointing: expected none, encoder or all, or {error}") from None
         for name in ("image_size", "drop_path_rate", "latent_noise"):
             if getattr(self, name) is not None and name in self.config:
                 raise ValueError(f"{name}: is said twice, the other time in config")
