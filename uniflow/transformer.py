@@ -216,7 +216,7 @@ class TransformerLayer(RecomputingLayer):
         attn, mlp = self.attn, self.mlp
         norms, products = map(affine_of, (self.norm1, self.norm2)), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         (norm1, norm2), (qkv, proj, fc1, fc2) = norms, map(affine_of, products)
-        return Layer(norm1, qkv, attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
+        return Layer(norm1, (qkv,), attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
 
     @property
     def form(self) -> LayerForm:
