@@ -47,7 +47,7 @@ def attend(qkv):
 def a_layer(path, monkeypatch):
     """Launches and bytes of a layer behind others: what two layers need more than one."""
     layers = [layer._replace(attend=attend) for layer in make(WIDTH, 4 * WIDTH, torch.bfloat16)]
-    products = [pair for layer in layers for pair in ((layer.norm1, layer.qkv), (layer.norm2, layer.fc1))]
+    products = [pair for layer in layers for pair in ((layer.norm1, *layer.qkv), (layer.norm2, layer.fc1))]
     kept = {id(affine.weight): fold_norm(norm, affine) for norm, affine in products}  # as between calls
     monkeypatch.setattr(transformer_layers, "packed", lambda _, sources, build: kept[id(sources[2])])
     x, found = tokens((BATCH, LENGTH, WIDTH), torch.bfloat16), []

@@ -45,6 +45,8 @@ def _activated(p, dtype: tl.constexpr, ACT: tl.constexpr):
         return p * sigmoid_for(1.5957691216057308 * (p + 0.044715 * p * p * p), p, dtype)
     elif ACT == "silu":
         return p * sigmoid_for(p, p, dtype)
+    elif ACT == "quick_gelu":
+        return p * sigmoid_for(1.702 * p, p, dtype)
     elif ACT == "relu":
         return tl.maximum(p, 0.0)
     else:
@@ -228,7 +230,7 @@ def folded_norm(
         weight: of the product, the norm's weight in it, [N, K].
         sums: of each of its rows, float32 [N]; None with an RMS norm.
         bias: of the product, with the norm's in it, [N].
-        activation: "gelu", "gelu_pytorch_tanh", "silu", "relu" or "none".
+        activation: "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu" or "none".
         rms: RMS norm instead of LayerNorm.
         eps: of the norm.
         small: whether in tiles of which a multiprocessor holds two.
