@@ -216,7 +216,7 @@ class TransformerLayer(RecomputingLayer):
         attn, mlp = self.attn, self.mlp
         norms, products = map(affine_of, (self.norm1, self.norm2)), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         (norm1, norm2), (qkv, proj, fc1, fc2) = norms, map(affine_of, products)
-        return Layer(norm1, qkv, attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
+        return Layer(norm1, (qkv,), attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
 
     @property
     def form(self) -> LayerForm:
@@ -261,8 +261,8 @@ def compared_states(
     """The output of every layer and how far it is from a teacher's, by `compared_residual_norm` where layers meet.
 
     None where layers' own forwards serve, and distances are to be made apart: where no gradient is wanted or no kernel
-    does residuals and norms, something is to fire between or samples are to be left out, and where layers are compiled,
-    of another class, or what FSDP2 makes of them.
+    does residuals and norms, something is to fire between, to be computed again or to be left out, and where layers are
+    compiled, of another class, or what FSDP2 makes of them.
 
     Args:
         layers: one after the other.
@@ -281,6 +281,8 @@ def compared_states(
         return None
     own: Any = layers
     if any(layer.drop_path1.leaves_out() or layer.drop_path2.leaves_out() for layer in own):
+        return None
+    if any(layer.keeps != "everything" for layer in own):
         return None
     return _compared(own, x, features, skip_tokens) if len(own) else None
 

@@ -193,8 +193,9 @@ def encode(
 ) -> None:
     """Encode pictures into latents: a few into one file, a data set into a folder.
 
-    A data set is class folders or WebDataset tar files ("train-{0000..0099}.tar"). Under torchrun all processes share
-    the work, and the same command goes on where it was stopped.
+    A data set is class folders or WebDataset tar files ("train-{0000..0099}.tar"), and its latents may be an
+    autoencoder's of diffusers. Under torchrun all processes share the work, and the same command goes on where it was
+    stopped.
     """
     from uniflow.cli.encode_set import HowToEncode, encode_set
     from uniflow.cli.files import Given
