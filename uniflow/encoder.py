@@ -163,9 +163,7 @@ class LayerStack(nn.Module):
 
         Where the distance is None the features were not asked for: it is left to the caller. See `compared_states`.
         """
-        fused = None
-        if not (positions or self.gradient_checkpointing):
-            fused = compared_states(self.layers, x, features, skip_tokens)
+        fused = None if positions else compared_states(self.layers, x, features, skip_tokens)
         yield from ((state, None) for state in self.states(x, *positions)) if fused is None else fused
 
     def last(self, x: Tensor, *positions: Tensor) -> Tensor:

@@ -261,8 +261,8 @@ def compared_states(
     """The output of every layer and how far it is from a teacher's, by `compared_residual_norm` where layers meet.
 
     None where layers' own forwards serve, and distances are to be made apart: where no gradient is wanted or no kernel
-    does residuals and norms, something is to fire between or samples are to be left out, and where layers are compiled,
-    of another class, or what FSDP2 makes of them.
+    does residuals and norms, something is to fire between, to be computed again or to be left out, and where layers are
+    compiled, of another class, or what FSDP2 makes of them.
 
     Args:
         layers: one after the other.
@@ -281,6 +281,8 @@ def compared_states(
         return None
     own: Any = layers
     if any(layer.drop_path1.leaves_out() or layer.drop_path2.leaves_out() for layer in own):
+        return None
+    if any(layer.keeps != "everything" for layer in own):
         return None
     return _compared(own, x, features, skip_tokens) if len(own) else None
 
