@@ -139,6 +139,7 @@ def _products(device: torch.device) -> Iterator[Timed]:
     sums = torch.zeros(WIDTH, device=device)
     folded = partial(layer_products.folded_norm, x, made, square[0], sums, sums)
     yield Timed("folded_norm", partial(folded, "gelu", False, 1e-6))
+    yield Timed("activated_product", partial(layer_products.activated_product, x, square, "gelu"))
     residual = partial(layer_products.residual_product, a, square, square[1], x, False)
     yield Timed("residual_product", partial(residual, made))
 

@@ -329,6 +329,8 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
         layer_products.folded_norm(x, moments, matrix(width, width), sums, side, "gelu", rms, 1e-6)
         bias = None if rms else vector
         layer_products.residual_product(a, (matrix(width, width), bias), bias, x, None if rms else False)
+        layer_products.activated_product(x, (matrix(width, width), bias), "gelu")
+        layer_products.residual_product(a, (matrix(width, width), bias), None, of(3, width, dtype=dtype), None)
 
 
 @check

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_compared_norm, test_dual_rows, test_modulated_norm, test_transformer_layers
+from tests.uniflow_kernels import (
+    test_compared_norm,
+    test_dual_rows,
+    test_mlp,
+    test_modulated_norm,
+    test_transformer_layers,
+)
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
 from uniflow_kernels.ops import fp8_linear
@@ -54,6 +60,13 @@ def test_layers(within_twice, name, width, hidden):
     x = test_transformer_layers.tokens((2, 65, width), torch.bfloat16)
     with unwritten_is_nan():
         test_transformer_layers.against_definition(within_twice, layers, x, form, "products", 1e-2)
+
+
+def test_an_mlp(within_twice):
+    """Positions that begin anew inside a tile."""
+    with unwritten_is_nan():
+        given = test_mlp.make(64, 136, 144, torch.bfloat16, shape=(2, 65))
+        test_mlp.against_definition(within_twice, given, "products", floor=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 144), (torch.float32, 1030)])

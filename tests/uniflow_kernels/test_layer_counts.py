@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.uniflow_kernels import test_mlp
 from tests.uniflow_kernels.test_transformer_layers import make, tokens
 from uniflow_kernels import backend, compared_residual_norm
 from uniflow_kernels.ops import transformer_layers
 from uniflow_kernels.ops.distillation import mean_distance
+from uniflow_kernels.ops.mlp import mlp
 from uniflow_kernels.ops.transformer_layers import LayerForm, fold_norm
 
 pytest.importorskip("triton")
@@ -119,3 +121,22 @@ def test_the_release_moves_twice_as_much(monkeypatch):
     _, moved, _ = a_layer("eager", monkeypatch)
     # norms 2 + 2, products and attention 20, GELU 8, LayerScale 2 + 2 and residuals 3 + 3
     assert moved / TENSOR == pytest.approx(42.4, abs=0.1)
+
+
+def test_the_mlps_around_the_latent_move_half(monkeypatch):
+    """Of [rows, width] as their inner layers, the latent a sixteenth; the position is one picture's."""
+    x, fc1, fc2, _ = test_mlp.make(WIDTH, WIDTH, WIDTH // 16, torch.bfloat16, shape=(BATCH, LENGTH - 1))
+    back = test_mlp.make(WIDTH // 16, WIDTH, WIDTH, torch.bfloat16, shape=(BATCH, LENGTH - 1))
+    moved = {}
+    for path in ("auto", "products"):
+        with monkeypatch.context() as patched, Counted() as counted, backend("triton"), torch.no_grad():
+
+            def note(launch, grid, describe=None, /, counted=counted, **arguments):
+                counted.note(launch.kernel.__name__, *arguments.values())
+
+            patched.setattr(Launch, "__call__", note)
+            mlp(x, fc1, fc2, path=path)
+            mlp(*back[:3], position=back[3], path=path)
+        moved[path] = counted.bytes / TENSOR, len(counted.names)
+    assert moved["auto"] == (pytest.approx(12.7, abs=0.1), 7)
+    assert moved["products"] == (pytest.approx(6.7, abs=0.1), 4)

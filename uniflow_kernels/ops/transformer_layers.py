@@ -198,10 +198,15 @@ def transformer_layers(
 def _by_one_dnn(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
     attended = layer.attend(one_dnn_linear(_norm(x, layer.norm1, form), *_beside(layer.qkv), "none"))
     x = _add(x, one_dnn_linear(attended, *layer.proj, "none"), layer.scale1)
-    inside = "none" if form.activation == "quick_gelu" else form.activation  # which oneDNN does not have
-    hidden = one_dnn_linear(_norm(x, layer.norm2, form), *layer.fc1, inside)
-    hidden = hidden if inside == form.activation else ACTIVATIONS[form.activation](hidden)
-    return _add(x, one_dnn_linear(hidden, *layer.fc2, "none"), layer.scale2)
+    made = mlp_by_one_dnn(_norm(x, layer.norm2, form), layer.fc1, layer.fc2, form.activation)
+    return _add(x, made, layer.scale2)
+
+
+def mlp_by_one_dnn(x: Tensor, fc1: Affine, fc2: Affine, activation: str) -> Tensor:
+    """fc2(activation(fc1(x))), the activation in the first product."""
+    inside = "none" if activation == "quick_gelu" else activation  # which oneDNN does not have
+    hidden = one_dnn_linear(x, *fc1, inside)
+    return one_dnn_linear(hidden if inside == activation else ACTIVATIONS[activation](hidden), *fc2, "none")
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -291,38 +296,49 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         ValueError: for an unknown path, or one that cannot serve, saying why.
     """
     check_choice("path", path, ("auto", *KERNELS, ONE_DNN))
-    if path in ("auto", ONE_DNN):
-        reason = why_not_one_dnn(x.device, x.dtype) or _why_not_tensors(x, layers)
-        if reason is None and (path == ONE_DNN or requested() == "auto"):
-            return ONE_DNN
-        if path == ONE_DNN:
-            raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
+    every = [tensor for layer in layers for tensor in layer.tensors()]
+    if path == "auto" and serves_one_dnn(x, every):
+        return ONE_DNN
     if path != "auto":
-        reason = _why_not(x, layers) or _why_not_path(x, layers, path)
+        if path == ONE_DNN:
+            reason = why_not_one_dnn(x.device, x.dtype) or why_not_tensors(x, every)
+        else:
+            reason = _why_not(x, every) or _why_not_path(x, layers, path)
         if reason is not None:
             raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
         return path
-    if not may_have_kernels(x) or _why_not(x, layers) is not None:
+    if not may_have_kernels(x) or _why_not(x, every) is not None:
         return "eager"
+    order = paths_by_time(x, x.shape[-1])
+    return next((each for each in order if _why_not_path(x, layers, each) is None), "eager")
+
+
+def paths_by_time(x: Tensor, width: int) -> list[str]:
+    """Those of x's rows in layers of a width, the fastest first, of what is asked for."""
     among = KERNELS if requested() == "triton" else ("eager", *KERNELS)
-    order = _order(x.device, x.dtype, x.shape[-1], x.shape[:-1].numel())
-    return next((each for each in order if each in among and _why_not_path(x, layers, each) is None), "eager")
+    return [path for path in _order(x.device, x.dtype, width, x.shape[:-1].numel()) if path in among]
 
 
-def may_have_kernels(x: Tensor) -> bool:
-    """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
+def serves_one_dnn(x: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether oneDNN makes the products of x and weights."""
+    possible = requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None
+    return possible and why_not_tensors(x, tensors) is None
+
+
+def may_have_kernels(x: Tensor, width: int | None = None) -> bool:
+    """Whether anything but "eager" may come of `choose_layers_path`, before layers (of x's width) are looked at."""
     if torch.compiler.is_compiling() or not x.numel() or is_dispatch_watched():  # a trace sees no launches
         return False
     if requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None:
         return not torch.is_grad_enabled()
     if is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
         return False
-    return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
+    return requested() == "triton" or bool(_known(x.device, x.dtype, width or x.shape[-1]))
 
 
 def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
     """What serves layers of a width by their rows, and why: where that was measured, or what speaks against kernels."""
-    reason = _why_not_here(device, dtype, width)
+    reason = why_not_here(device, dtype, width)
     if requested() == "auto" and (why := why_not_one_dnn(device, dtype)) is None:
         return RUNS[ONE_DNN], f"measured in docs/layers.md; Triton: {reason}"
     if reason is not None:
@@ -358,23 +374,25 @@ def why_not_one_dnn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why no kernels can serve layers of a width."""
     if width > MAX_WIDTH:
         return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
     return why_not_on(device, dtype)
 
 
-def _why_not(x: Tensor, layers: Sequence[Layer]) -> str | None:
+def _why_not(x: Tensor, tensors: list[Tensor]) -> str | None:
     """Why no kernels can serve."""
-    if (reason := _why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
+    if (reason := why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
         return reason
-    return _why_not_tensors(x, layers)
+    return why_not_tensors(x, tensors)
 
 
-def _why_not_tensors(x: Tensor, layers: Sequence[Layer]) -> str | None:
+def why_not_tensors(x: Tensor, tensors: list[Tensor]) -> str | None:
+    """Why nothing but plain PyTorch can serve x with such weights."""
     if is_transforming() or is_forward_mode():
         return "it has no rules for the transforms of torch.func, nor for dual numbers"
-    every = [x, *(tensor for layer in layers for tensor in layer.tensors())]
+    every = [x, *tensors]
     if wants_gradient(every):
         return "it has no gradients"
     if any(type(tensor) not in (Tensor, Parameter) for tensor in every):
