@@ -189,9 +189,7 @@ class UniFlowTokens(ImageTokenizer):
         return rearrange(self.model.encode(images), "b (h w) c -> b c h w", h=lines)
 
     def _decode(self, latents: Tensor, generator: torch.Generator | None) -> Tensor:
-        rows = rearrange(
-            latents, "b c h w -> b (h w) c"
-        ).contiguous()
+        rows = rearrange(latents, "b c h w -> b (h w) c").contiguous()
         return self.model.decode(rows, self.steps, generator=generator, size=self.image_size)
 
 
