@@ -280,6 +280,9 @@ def test_numbers_of_the_kernels(name, within_twice, not_its_own, monkeypatch):
     assert torch.equal(*first)
     within_twice(first[0], before[0], exact[0])
     within_twice(changed, before[1], exact[1])
+    assert len(op._left) == (0 if path == "rows" else 4)  # of all outputs that are still there
+    del kept, first, changed
+    assert len(op._left) == 0
     if name == "CLIP":
         return
     with backend("triton"), torch.inference_mode():  # where no change can be seen
