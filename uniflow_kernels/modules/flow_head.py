@@ -7,7 +7,7 @@ many rows (the time embedding of a shared t, the modulation of a shared conditio
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain, repeat
 from operator import contains, itemgetter
