@@ -22,11 +22,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from uniflow.pictures import Box, PictureError, cut, open_part, open_picture, to_tensor
+from uniflow.pictures import Box, PictureError, cut, open_part, open_picture, picture_size, to_tensor
 from uniflow.shards import Members, State, find_members, read_member
 
 T = TypeVar("T")
 
+_HEADER = 1 << 16  # bytes of a picture that nearly always say its size
 MIXED_SHARDS = 16  # shards whose samples are shuffled together
 
 
@@ -80,6 +81,11 @@ class PictureList:
         """Read the file, or take the picture as it is."""
         picture = self.pictures[number]
         return open_picture(picture, largest=self.largest) if isinstance(picture, Path) else picture
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(height, width), of a file by its header."""
+        picture = self.pictures[number]
+        return picture_size(picture, largest=self.largest) if isinstance(picture, Path) else picture.size[::-1]
 
     def open_part(self, number: int, part: Callable[[int, int], Box], size: int) -> Image.Image:
         """A part of the file, or of the picture."""
@@ -151,6 +157,13 @@ class PictureShards:
     def open(self, number: int) -> Image.Image:
         """Read a member."""
         return open_picture(io.BytesIO(self._read(number, 0)), self.name(number), self.largest)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(height, width), by a member's header; all of it is read only where that stands further behind."""
+        try:
+            return picture_size(io.BytesIO(self._read(number, 0, _HEADER)), self.name(number), self.largest)
+        except PictureError:
+            return picture_size(io.BytesIO(self._read(number, 0)), self.name(number), self.largest)
 
     def open_part(self, number: int, part: Callable[[int, int], Box], size: int) -> Image.Image:
         """Read a part of a member."""
@@ -408,8 +421,12 @@ def _batch(samples: Samples, taken: list[Sample | Exception]) -> Batch | Excepti
         if isinstance(sample, Exception):
             return sample
     read = [sample for sample in taken if not isinstance(sample, Exception)]
+    try:
+        inputs = samples.collate([sample.value for sample in read])
+    except ValueError as error:
+        return error
     return Batch(
-        samples.collate([sample.value for sample in read]),
+        inputs,
         [sample.name for sample in read],
         [name for sample in read for name in sample.skipped],
     )

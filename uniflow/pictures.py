@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ _STRIP = 64  # times as long as the size that is cut out of it
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
+T = TypeVar("T")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
@@ -153,9 +154,18 @@ def open_part(
     return _opened(file, name, largest, read)
 
 
-def _opened(
-    file: Path | BinaryIO, name: str | None, largest: int | None, read: Callable[[Image.Image, str], Image.Image]
-) -> Image.Image:
+def picture_size(file: Path | BinaryIO, name: str | None = None, largest: int | None = None) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown, of which the header alone is read; else as `open_picture`."""
+
+    def read(opened: Image.Image, _: str) -> tuple[int, int]:
+        # a PNG's own getexif would decode it, to find what stands behind its pixels
+        turned = Image.Image.getexif(opened).get(ExifTags.Base.Orientation) in _TURNED
+        return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+    return _opened(file, name, largest, read)
+
+
+def _opened(file: Path | BinaryIO, name: str | None, largest: int | None, read: Callable[[Image.Image, str], T]) -> T:
     """What `read` makes of a picture, whose header was read, and its name; with the errors of `open_picture`."""
     name = str(file) if name is None else name
     if isinstance(file, Path):

@@ -573,6 +573,12 @@ def unifluid_generate(
         typer.Option(help="Folder of the vision encoder, for a model that sees sources by it.", show_default=False),
     ] = None,
     weights: Weights = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="HxW in pixels, of a model that draws several sizes; by default its first.", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(min=1, max=10_000, help="Pictures for each caption.")] = 4,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps for all tokens of a picture; one a token if not given.")
@@ -602,7 +608,7 @@ def unifluid_generate(
     guidance = {"cfg": cfg, "cfg_source": cfg_source, "cfg_schedule": cfg_schedule}
     how = {"steps": steps, "head_steps": head_steps, "temperature": temperature, **guidance}
     named = Named(checkpoint, weights)
-    drawing = Drawing(named, tokenizer, vision, how, count, seed, batch_size, dtype, device)
+    drawing = Drawing(named, tokenizer, vision, size, how, count, seed, batch_size, dtype, device)
     if len(captions) == 1 and captions[0].endswith(".jsonl"):
         if source:
             raise InputError("--source: expected none with a file, whose lines have their own")

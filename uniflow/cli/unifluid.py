@@ -32,7 +32,9 @@ from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.objective import UniFluidObjective, read_vision
 from uniflow.unifluid.orders import group_sizes
+from uniflow.unifluid.places import Grid
 from uniflow.unifluid.recipe import DataChoice, ModelChoice, UniFluidRun
+from uniflow.unifluid.sizes import DrawingSize
 from uniflow.unifluid.slots import source_slots
 from uniflow.unifluid.texts import (
     ids_fingerprint,
@@ -55,47 +57,56 @@ def train(config: Path, out: Path | None, resume: str | None, device: str, force
 
 def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trained:
     data, recipe = run.data, run.recipe
-    tokenizer = read_image_tokenizer(run.tokenizer, run.image_size, run.packing).to(device)
+    first = run.sizes[0] if run.sizes else run.image_size
+    tokenizer = read_image_tokenizer(run.tokenizer, first, run.packing).to(device)
+    at_sizes = [tokenizer, *(tokenizer.at_size(size) for size in (run.sizes or ())[1:])]
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
     torch.manual_seed(recipe.seed)
-    student = _student(run.model, examples, tokenizer, vision).to(device)
+    grids = None if run.sizes is None else tuple(each.grid for each in at_sizes)
+    student = _student(run.model, examples, tokenizer, vision, grids).to(device)
     if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
         notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
         student.gradient_checkpointing_enable(flow_head=run.model.checkpointing == "all")
     sizes = (tokenizer.image_size, vision.image_size if vision else tokenizer.image_size)
     texts = (student.text_tokenizer, *sizes, _longest_text(data, student, vision))
-    count, seen = student.config.tokens, vision.tokens if vision else 0
+    seen = vision.tokens if vision else 0
+    own, *others = (_drawing_size(student, each, seen) for each in at_sizes)
     slots: dict[str, Any] = {
         "features": seen,
         "tiles": student.config.vision_tiles,
-        "source": source_slots(student.config.sources, seen, count),
+        "source": own.source,
         "context": student.check_context(0),
-        "tokens": count,
+        "tokens": own.tokens,
+        "others": others,
     }
     dropped = (data.drop_caption, data.flip, data.drop_source)
     cached = None if data.latents is None else CachedLatents(data.latents, tokenizer, examples, data.flip)
+    slots["together"] = recipe.batch_size  # all processes have pictures of one size in a step
     samples = CaptionedPictures(examples, *texts, recipe.seed, data.reading_share, *dropped, **slots, cached=cached)
     _, size = recipe.micro_batches(processes.world)
     samples.check_batches(size)
+    _check_sizes(samples)
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
     if samples.reading_share < 1:
         student.set_statistics(_tokens(samples, tokenizer, data.statistics, device))
     objective = UniFluidObjective(student, tokenizer, vision, **asdict(run.objective))
     if data.validation is None:
         return Trained(objective, samples, None)
-    unseen = CaptionFolder(data.validation)
+    unseen, slots["together"] = CaptionFolder(data.validation), size
     share = None if vision and samples.reading_share < 1 else float(samples.reading_share)  # scored is what is trained
     scored = CaptionedPictures(unseen, *texts, recipe.seed, share, drop_caption=0.0, drop_source=0.0, **slots)
-    first = [] if share == 1 else _first_captions(unseen, run.samples.captions)
-    shown = scored.collate([scored.whole("drawing", number) for number in first])[0] if first else None
+    first_ones = [] if share == 1 else _first_captions(scored, run.samples.captions)
+    shown = scored.collate([scored.whole("drawing", number) for number in first_ones])[0] if first_ones else None
     how = {name: value for name, value in asdict(run.samples).items() if name != "captions"}
-    from_others = any(unseen.texts(number).sources for number in first)
+    from_others = any(unseen.texts(number).sources for number in first_ones)
     if run.samples.cfg_source != 1 and not (student.config.sources and from_others):
         raise InputError(f"samples.cfg_source: expected 1 for data without sources, got {run.samples.cfg_source}")
     if run.samples.steps is not None:
-        group_sizes(student.config.tokens, run.samples.steps)  # too many are found now, not at the first validation
+        group_sizes(
+            min(each.tokens for each in samples.sizes), run.samples.steps
+        )  # too many are found now, not at the first validation
     validator = DrawingValidator(objective, scored, min(len(unseen), _VALIDATED), size, shown, how)
     return Trained(objective, samples, validator)
 
@@ -140,8 +151,25 @@ def _examples(data: DataChoice) -> Examples:
     return CaptionShards(find_shards(str(data.shards)), picture_suffixes())
 
 
+def _drawing_size(student: UniFluid, tokenizer: ImageTokenizer, features: int) -> DrawingSize:
+    """The tokenizer's size, with what it makes of a picture and of a source in which the student sees features."""
+    count = tokenizer.grid[0] * tokenizer.grid[1]
+    return DrawingSize(tokenizer.image_size, count, tuple(source_slots(student.config.sources, features, count)))
+
+
+def _check_sizes(samples: CaptionedPictures) -> None:
+    """Refuse a size that no picture has: it would be drawn as if it had been trained."""
+    for number, (size, *_) in enumerate(samples.sizes):
+        if samples.reading_share < 1 and not samples.count(number):
+            raise InputError(f"sizes: no picture of the data is nearest to {size[0]}x{size[1]}")
+
+
 def _student(
-    model: ModelChoice, examples: Examples, tokenizer: ImageTokenizer, vision: VisionFeatures | None
+    model: ModelChoice,
+    examples: Examples,
+    tokenizer: ImageTokenizer,
+    vision: VisionFeatures | None,
+    grids: tuple[Grid, ...] | None,
 ) -> UniFluid:
     backbone = None if model.backbone is None else read_backbone(model.backbone)
     own_tokenizer = model.text_tokenizer or model.backbone
@@ -168,28 +196,31 @@ def _student(
         model.vision_layers,
         tokenizer.packing,
         model.vision_tiles,
+        grids=grids,
         lora=model.lora,
     )
     return UniFluid(config, texts, backbone).float()
 
 
 def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:
-    """Image tokens of the first pictures to be drawn, about `count` of them or an epoch."""
+    """Image tokens [..., C] of the first pictures to be drawn, about `count` of them or an epoch."""
     found: list[Tensor] = []
+    at_a_time = _AT_A_TIME if len(samples.sizes) == 1 else math.gcd(_AT_A_TIME, samples.together)
     last = math.ceil(min(count, len(samples.examples)) / (1 - samples.reading_share))
-    for first in range(0, last, _AT_A_TIME):
-        values = [samples[position].value for position in range(first, min(last, first + _AT_A_TIME))]
-        images = samples.collate(values)[0].images
-        found.append(image_tokens(tokenizer, images.to(device)))
+    for first in range(0, last, at_a_time):
+        values = [samples[position].value for position in range(first, min(last, first + at_a_time))]
+        images = samples.collate(values)[0].images.to(device)
+        own = tokenizer if len(samples.sizes) == 1 else tokenizer.at_size((images.shape[2], images.shape[3]))
+        found.append(image_tokens(own, images).flatten(0, 1))
     return torch.cat(found)
 
 
-def _first_captions(examples: Examples, count: int) -> list[int]:
-    """The numbers of the first captions that differ from each other; with sources, of any."""
+def _first_captions(samples: CaptionedPictures, count: int) -> list[int]:
+    """The numbers of the first captions that differ from each other, of pictures of one size; with sources, of any."""
     numbers: dict[object, int] = {}
-    for number in range(len(examples)):
-        texts = examples.texts(number)
-        if texts.caption:
+    for number in range(len(samples.examples)):
+        texts = samples.examples.texts(number)
+        if texts.caption and samples.nearest[number] == samples.nearest[next(iter(numbers.values()), number)]:
             numbers.setdefault(number if texts.sources else texts.caption, number)
     return list(islice(numbers.values(), count))
 

@@ -24,6 +24,7 @@ from uniflow.pictures import center_crop, save_picture, to_tensor
 from uniflow.reading import shown
 from uniflow.training.processes import Processes, joined
 from uniflow.unifluid.captions import pictures_of, read_lines, text_of
+from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.drawing import Sources, draw_pictures, see_sources
 from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.guidance import SCHEDULES
@@ -46,6 +47,7 @@ class Drawing:
         checkpoint: of the UniFluid.
         tokenizer: folder of its image tokenizer.
         vision: folder of its encoder, for a model that sees sources by it.
+        size: HxW in pixels, one of those that the model draws; the first one if None.
         how: arguments of `uniflow.unifluid.drawing.draw_tokens`.
         count: pictures for each caption.
         seed: of all that is drawn.
@@ -56,6 +58,7 @@ class Drawing:
     checkpoint: Named
     tokenizer: Path
     vision: Path | None
+    size: str | None
     how: dict[str, Any]
     count: int
     seed: int
@@ -144,9 +147,12 @@ def _draw(
         config = model.config
         tokenizer = read_image_tokenizer(drawing.tokenizer, packing=config.packing, grid=config.grid).to(model.device)
         check_tokenizer(model, tokenizer)
-        group_sizes(model.config.tokens, drawing.how["steps"] or 1)
+        if drawing.size is not None:
+            tokenizer = tokenizer.at_size(_known_size(drawing.size, config, tokenizer.side))
+        count = tokenizer.grid[0] * tokenizer.grid[1]
+        group_sizes(count, drawing.how["steps"] or 1)
         vision = _vision(prompts, drawing, model)
-        _check_context(prompts, model, vision)
+        _check_context(prompts, model, vision, count)
     size, pictures = drawing.batch_size, list[Tensor]()
     blocks = -(-len(prompts) // size)
     seeds = seeds_of_blocks(drawing.seed, blocks)
@@ -187,13 +193,22 @@ def _vision(prompts: Sequence[Prompt], drawing: Drawing, model: UniFluid) -> Vis
     return read_vision(drawing.vision, model)
 
 
-def _check_context(prompts: Sequence[Prompt], model: UniFluid, vision: VisionFeatures | None) -> None:
+def _known_size(size: str, config: UniFluidConfig, side: int) -> tuple[int, int]:
+    """(H, W) in pixels of a grid that the model draws, of tokens of so many pixels a side, as the option names it."""
+    pixels = [(side * lines, side * columns) for lines, columns in config.grids or (config.grid,)]
+    known = {f"{height}x{width}": (height, width) for height, width in pixels}
+    if size not in known:
+        raise InputError(f"--size: expected one that the model draws, {', '.join(known)}; got {shown(size)}")
+    return known[size]
+
+
+def _check_context(prompts: Sequence[Prompt], model: UniFluid, vision: VisionFeatures | None, tokens: int) -> None:
     """Find what is too long before anything is drawn."""
     features = 0 if vision is None else vision.tokens
-    slots = len(source_slots(model.config.sources, features, model.config.tokens))
+    slots = len(source_slots(model.config.sources, features, tokens))
     for caption, count in {(prompt.caption, len(prompt.sources)) for prompt in prompts}:
         own = len(prompt_ids(model.text_tokenizer, caption))
-        model.check_context(slots * count + own + model.config.tokens)
+        model.check_context(slots * count + own + tokens)
 
 
 def _seen(

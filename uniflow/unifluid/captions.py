@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from uniflow.data import Epochs, PictureList, Pictures, PictureShards, Sample, Samples, sample_key
-from uniflow.pictures import open_picture
+from uniflow.pictures import PictureError, open_picture
 from uniflow.reading import check_file, parse_json, printable, shown
 from uniflow.unifluid.conversations import PICTURE, ROLES, Turn, about_a_picture, check_turns, conversation_ids
+from uniflow.unifluid.sizes import DrawingSize, Turns, nearest_size
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.texts import padded, padded_marks, prompt_ids
 from uniflow.unifluid.tiles import most_tiles, one_tile, tiles_of
@@ -77,6 +78,10 @@ class Examples(Pictures, Protocol):
 
     def pictures_to_draw(self, number: int) -> list[str]:
         """What `uniflow encode` calls the picture that is drawn, and its sources."""
+        ...
+
+    def size(self, number: int) -> tuple[int, int]:
+        """(height, width) of the first picture, by its header; errors as of `open`."""
         ...
 
 
@@ -395,6 +400,11 @@ class CaptionedPictures(Samples):
         context: slots that the transformer has positions for; a drawing needs some for its own tokens.
         tokens: how many these are.
         cached: the latents of what is drawn, and of its sources, in the place of the pixels; all of `examples`.
+        others: further sizes to draw at, beside `drawing_size`; a picture is brought to the nearest, see
+            `uniflow.unifluid.sizes.nearest_size`, and so are its sources. The headers of all pictures are read here.
+        together: how many neighbours, from each multiple of it, have drawings of one size, where there are several.
+            Every epoch of a size shows all of its pictures, but for one a run where the share of readings does not
+            divide the runs evenly.
 
     Raises:
         CaptionError: for texts that are not as they should be or longer than `max_text`; in shards a text that is too
@@ -421,6 +431,8 @@ class CaptionedPictures(Samples):
         context: int | None = None,
         tokens: int = 0,
         cached: CachedLatents | None = None,
+        others: Sequence[DrawingSize] = (),
+        together: int = 1,
     ) -> None:
         for name, dropped in (("drop_caption", drop_caption), ("drop_source", drop_source)):
             if not 0 <= dropped <= 1:
@@ -436,23 +448,36 @@ class CaptionedPictures(Samples):
         self.drop_source = drop_source
         self.features = features
         self.tiles = tiles
-        self.source = list(source)
+        self.sizes = [DrawingSize(drawing_size, tokens, tuple(source)), *others]
+        self.together = together
         self.context = context
-        self.tokens = tokens
         self.cached = cached
         kinds = np.array([_kinds(examples.texts(number)) for number in range(len(examples))])
         captions, questions = (bool(column.any()) for column in kinds.T)
         self.reading_share = _reading_share(reading_share, captions, questions)
-        # of the seed's streams the first is that of `RandomCrops`
-        self._streams = {
-            kind: Epochs(examples, seed, 2 + place, kinds[:, place])
-            for place, kind in enumerate(KINDS)
-            if kinds[:, place].any()
-        }
+        self.nearest = np.array([self._nearest(number) if drawn else -1 for number, drawn in enumerate(kinds[:, 0])])
+        self._turns = Turns([self.count(size) for size in range(len(self.sizes))])
+        # of the seed's streams the first is that of `RandomCrops`, the third that of readings
+        chosen = {("reading", 0): (3, kinds[:, 1])}
+        for size in range(len(self.sizes)):
+            chosen["drawing", size] = (3 + size if size else 2, self.nearest == size)
+        self._streams = {key: Epochs(examples, seed, *how) for key, how in chosen.items() if how[1].any()}
         if isinstance(examples, CaptionFolder):
             for place, kind in enumerate(KINDS):
                 for number in np.flatnonzero(kinds[:, place]).tolist():
-                    self._ids(kind, number, self._most_slots(kind, examples.texts(number)))
+                    self._ids(kind, number, self._most_slots(kind, number))
+
+    def count(self, size: int) -> int:
+        """How many pictures are drawn at one of `sizes`, by its number."""
+        return int((self.nearest == size).sum())
+
+    def _nearest(self, number: int) -> int:
+        if len(self.sizes) == 1:
+            return 0
+        try:
+            return nearest_size(self.examples.size(number), [each.size for each in self.sizes])
+        except (PictureError, OSError):
+            return 0  # it will be skipped, and counted, when its turn comes
 
     def __getitem__(self, position: int) -> Sample:
         """The sample at a position.
@@ -464,16 +489,27 @@ class CaptionedPictures(Samples):
         share = self.reading_share
         before, after = (place * share.numerator // share.denominator for place in (position, position + 1))
         kind: Kind = "reading" if after > before else "drawing"
-        own = before if kind == "reading" else position - before
+        size, own = (0, before) if kind == "reading" else self._turn(position, position - before)
         rng = np.random.default_rng((self.seed, position))
         drawn, flipped = rng.random(), self.flip and rng.random() < 0.5
-        number, found, skipped = self._streams[kind].read(own, lambda number: self._open(kind, number, flipped))
+        number, found, skipped = self._streams[kind, size].read(own, lambda number: self._open(kind, number, flipped))
         from_others = len(found.seen) > 0
         nothing = from_others and drawn < self.drop_source
         dropped = nothing or drawn < self.drop_caption + (self.drop_source if from_others else 0.0)
         if nothing:
             found = found._replace(sources=found.sources[:0], seen=found.seen[:0], slots=[])
         return Sample(self._value(kind, number, found, dropped), self.examples.name(number), skipped)
+
+    def _turn(self, position: int, before: int) -> tuple[int, int]:
+        """The size of the drawing at a position, before which there are some, and its place in that size's stream."""
+        if len(self.sizes) == 1:
+            return 0, before
+        run = position // self.together
+        size, earlier = self._turns.of(run)
+        before_run, most = (  # drawings before the run, and of a run
+            samples - math.floor(samples * self.reading_share) for samples in (run * self.together, self.together)
+        )
+        return size, earlier * most + before - before_run
 
     def whole(self, kind: Kind, number: int) -> CaptionedPicture:
         """An example as it is, of which nothing is dropped or mirrored; errors as of reading it from the stream."""
@@ -489,12 +525,12 @@ class CaptionedPictures(Samples):
             tiles = [tiles_of(picture, self.reading_size, self.tiles, flipped) for picture in pictures]
             slots = [picture_slots(self.features * len(own)) for own in tiles]
             return _Opened(torch.cat(tiles), middles([], self.drawing_size), middles([], self.reading_size), slots)
-        seen, slots = middles(further, self.reading_size), [self.source] * len(further)
+        size, _, source = self._size(number)
+        seen, slots = middles(further, self.reading_size), [list(source)] * len(further)
         if self.cached is not None:
             latents = self.cached.read(number, flipped)
             return _Opened(latents[:1], latents[1:], seen, slots)
-        drawn = middles([self.examples.open(number)], self.drawing_size)
-        return _Opened(drawn, middles(further, self.drawing_size), seen, slots)
+        return _Opened(middles([self.examples.open(number)], size), middles(further, size), seen, slots)
 
     def _value(self, kind: Kind, number: int, found: _Opened, dropped: bool) -> CaptionedPicture:
         ids, predicted = self._ids(kind, number, found.slots, dropped)
@@ -507,10 +543,15 @@ class CaptionedPictures(Samples):
             found.seen,
         )
 
-    def _most_slots(self, kind: Kind, texts: Texts) -> list[list[int]]:
+    def _size(self, number: int) -> DrawingSize:
+        """What an example is drawn at."""
+        return self.sizes[self.nearest[number]]
+
+    def _most_slots(self, kind: Kind, number: int) -> list[list[int]]:
         """The slots of an example's pictures, whatever these are like."""
+        texts = self.examples.texts(number)
         if kind == "drawing":
-            return [self.source] * texts.sources
+            return [list(self._size(number).source)] * texts.sources
         pictures = sum(turn.text.count(PICTURE) for turn in texts.conversation())
         return [picture_slots(self.features * most_tiles(self.tiles))] * pictures
 
@@ -528,9 +569,20 @@ class CaptionedPictures(Samples):
             )
 
     def collate(self, values: list[CaptionedPicture]) -> tuple[Drawings, Readings]:
-        """Samples to a batch of each kind, in which those of the other kind are left out."""
+        """Samples to a batch of each kind, in which those of the other kind are left out.
+
+        Raises:
+            ValueError: for drawings of several sizes.
+        """
         drawn, read = ([value for value in values if value.kind == kind] for kind in KINDS)
         drawings, readings = (padded([value.ids for value in part], self.tokenizer) for part in (drawn, read))
+        sizes = sorted({tuple(value.pixels.shape[1:]) for value in drawn})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"batch: expected drawings of one size, got {sizes[0]} and {sizes[1]}; of several sizes "
+                f"{self.together} neighbours from a multiple of it have one, so a run goes on with the batch_size that "
+                "it had"
+            )
         predicted = padded_marks([value.ids for value in read], [value.predicted for value in read])
         first = int(predicted.any(0).float().argmax()) if predicted.any() else predicted.shape[1]
         return (
@@ -563,7 +615,7 @@ class CaptionedPictures(Samples):
                 f"{self.examples.name(number)}: a text of {written} ids, with bos and eos; at most "
                 f"{self.max_text} (max_text) are allowed"
             )
-        length = len(ids) + (self.tokens if kind == "drawing" else 0)
+        length = len(ids) + (self._size(number).tokens if kind == "drawing" else 0)
         if self.context is not None and length > self.context:
             raise CaptionError(
                 f"{self.examples.name(number)}: text and pictures take {length} slots; the transformer has positions "

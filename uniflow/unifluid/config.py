@@ -9,6 +9,7 @@ from typing import Any
 
 from uniflow.config import LARGEST_DEPTH, LARGEST_WIDTH, check_integer, read_fields, write_config
 from uniflow.reading import printable, shown
+from uniflow.unifluid.places import Grid
 from uniflow.unifluid.slots import SOURCES
 from uniflow.unifluid.tiles import LARGEST_GRID
 
@@ -17,6 +18,7 @@ HEADS = ("flow", "ddpm", *FEW_STEPS)
 ORDERS = ("random", "raster")
 MODEL_TYPE = "unifluid"
 _LONGEST_LINE = 1 << 10  # tokens
+_MOST_GRIDS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class UniFluidConfig:
         backbone: the configuration of a decoder-only language model of the transformers package, as its `to_dict()`
             gives it (`{"model_type": "llama", "hidden_size": ...}`); what is left out has transformers' defaults.
         token_channels: C, size of an image token.
-        grid: lines of image tokens, and tokens a line.
+        grid: lines of image tokens, and tokens a line; of pictures of several sizes, those of the first.
         head_width: W of the head.
         head_depth: its blocks.
         head: "flow", which predicts a velocity; "ddpm", noise and its variance (MAR); "mean_flow" or
@@ -93,6 +95,8 @@ class UniFluidConfig:
         vision_tiles: of how many tiles at most the grid is that a picture is read as; 1 for its middle alone. See
             `uniflow.unifluid.tiles`.
         lora: adapters that are trained in the place of the backbone; None for a plain model.
+        grids: of the pictures of several sizes that it draws, with embeddings for lines, columns and each grid; None
+            for a model of one grid, which has an embedding for each place of it.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -115,15 +119,11 @@ class UniFluidConfig:
     packing: int = 1
     vision_tiles: int = 1
     lora: Lora | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid, (list, tuple)) or len(self.grid) != 2:
-            raise ValueError(f"grid: expected lines and tokens a line, got {shown(self.grid)}")
-        if any(type(extent) is not int or not 1 <= extent <= _LONGEST_LINE for extent in self.grid):
-            raise ValueError(
-                f"grid: expected lines and tokens a line, both from 1 to {_LONGEST_LINE}, got {shown(self.grid)}"
-            )
-        self.grid = (self.grid[0], self.grid[1])
+        self.grid = _grid("grid", self.grid)
+        self.grids = None if self.grids is None else _grids(self.grids, self.grid)
         for name in ("token_channels", "head_width", "head_depth", "vision_channels"):
             value = getattr(self, name)
             if value is not None or name != "vision_channels":
@@ -154,8 +154,20 @@ class UniFluidConfig:
 
     @property
     def tokens(self) -> int:
-        """N, image tokens of a picture."""
-        return self.grid[0] * self.grid[1]
+        """N, image tokens of a picture; of one of the largest, where there are several sizes."""
+        return max(lines * columns for lines, columns in self.grids or (self.grid,))
+
+    def known_grid(self, grid: Grid | None) -> Grid:
+        """The grid, or the first one for None.
+
+        Raises:
+            ValueError: if the model draws no such pictures.
+        """
+        known = self.grids or (self.grid,)
+        if grid is not None and tuple(grid) not in known:
+            expected = ", ".join(f"{lines}x{columns}" for lines, columns in known)
+            raise ValueError(f"grid: expected tokens of {expected}, as in training, got {'x'.join(map(str, grid))}")
+        return self.grid if grid is None else (grid[0], grid[1])
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UniFluidConfig:
@@ -170,3 +182,22 @@ class UniFluidConfig:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `folder`/config.json; the folder is made if need be."""
         write_config(folder, {"model_type": MODEL_TYPE, **asdict(self)})
+
+
+def _grids(grids: Any, first: Grid) -> tuple[Grid, ...]:
+    """Several, as a file may give them."""
+    if not isinstance(grids, (list, tuple)) or not 1 <= len(grids) <= _MOST_GRIDS:
+        raise ValueError(f"grids: expected a list of 1 to {_MOST_GRIDS}, got {shown(grids)}")
+    found = tuple(_grid("grids", grid) for grid in grids)
+    if len(set(found)) < len(found) or found[0] != first:
+        raise ValueError(f"grids: expected different ones, the first of them {first}, got {shown(grids)}")
+    return found
+
+
+def _grid(name: str, grid: Any) -> Grid:
+    """Lines and tokens a line, as a file may give them."""
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2:
+        raise ValueError(f"{name}: expected lines and tokens a line, got {shown(grid)}")
+    if any(type(extent) is not int or not 1 <= extent <= _LONGEST_LINE for extent in grid):
+        raise ValueError(f"{name}: expected lines and tokens a line, both from 1 to {_LONGEST_LINE}, got {shown(grid)}")
+    return grid[0], grid[1]

@@ -14,6 +14,7 @@ from uniflow.normalization import normalize, to_uint8
 from uniflow.unifluid.guidance import guidance_scales
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
+from uniflow.unifluid.places import Grid
 from uniflow.unifluid.slots import picture_slots
 from uniflow.unifluid.steps import Steps
 from uniflow.unifluid.texts import no_text, padded, prompt_ids
@@ -80,7 +81,7 @@ def draw_pictures(
 
     Args:
         model: in evaluation mode.
-        tokenizer: the one whose tokens it was trained on.
+        tokenizer: the one whose tokens it was trained on; at one of its sizes if it draws several, see `at_size`.
         captions: B texts.
         generator: for all that is drawn, on the CPU or the model's device.
         sources: what is seen of other pictures (`see_sources`), as many for each caption.
@@ -102,7 +103,7 @@ def draw_pictures(
         before = picture_slots(features, clean) * count
     prompts = [prompt_ids(model.text_tokenizer, caption, before) for caption in captions]
     ids, real = (part.to(model.device) for part in padded(prompts, model.text_tokenizer))
-    tokens = draw_tokens(model, ids, real, sources=sources, generator=generator, **how)
+    tokens = draw_tokens(model, ids, real, sources=sources, grid=tokenizer.grid, generator=generator, **how)
     return to_uint8(tokenizer.decode(tokens, generator))
 
 
@@ -122,6 +123,7 @@ def draw_tokens(
     schedule: str = "linear",
     solver: str = "euler",
     order: Tensor | None = None,
+    grid: Grid | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Image tokens for texts. The transformer's keys and values are kept from step to step.
@@ -142,6 +144,7 @@ def draw_tokens(
         temperature: of the head's noise, see `FlowHead.sample` and, for a "ddpm" head, `uniflow.diffusion.sample`.
         schedule, solver: see `FlowHead.sample`; not of a "ddpm" head.
         order: int64 [B, N], the places in the order in which they are drawn; drawn itself if not given.
+        grid: lines of the pictures' tokens, and tokens a line; the config's if not given.
         generator: for the order and the noise, on any device.
 
     Returns:
@@ -150,11 +153,12 @@ def draw_tokens(
     Raises:
         ValueError: if steps or shapes do not fit, the text is too long, there are not as many features or tokens of
             sources as slots for them; for a cfg_source without sources, or of another head; for an unknown
-            cfg_schedule.
+            cfg_schedule, and for a grid that the model does not draw.
 
     Source: the two scales are those of InstructPix2Pix (Brooks et al. 2023, eq. 3).
     """
-    batch, count = len(ids), model.config.tokens
+    grid = model.config.known_grid(grid)
+    batch, count = len(ids), grid[0] * grid[1]
     sizes = group_sizes(count, count if steps is None else steps)
     of_text, of_sources = (guidance_scales(scale, sizes, cfg_schedule) for scale in (cfg, cfg_source))
     if order is None:
@@ -178,15 +182,15 @@ def draw_tokens(
     how = _Head(branches, head_steps, temperature, schedule, solver, generator)
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
     transformer = Steps(model, len(ids), text + count, max(sizes))
-    slots = model.text_slots(ids, real, features, clean)
+    slots = model.text_slots(ids, real, features, clean, grid)
     tokens, first = [], 0
     for step, size in enumerate(sizes):
         places = order[:, first : first + size]
         group = torch.full_like(places, step)
-        queries = model.query_slots(places, group, begin, text)
+        queries = model.query_slots(places, group, begin, text, grid)
         new = how.draw(model, transformer(slots, queries), of_text[step], of_sources[step])
         tokens.append(new)
-        slots = model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text)
+        slots = model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text, grid)
         first += size
     drawn = torch.cat(tokens, dim=1)
     places = order[:batch].unsqueeze(-1).expand_as(drawn)

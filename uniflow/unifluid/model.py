@@ -31,6 +31,7 @@ from uniflow.unifluid.backbone import (
     new_backbone,
 )
 from uniflow.unifluid.config import FEW_STEPS, UniFluidConfig
+from uniflow.unifluid.places import Grid, GridEmbedding
 from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
@@ -119,7 +120,11 @@ class UniFluid(Float32Buffers):
             raise ValueError("text_tokenizer: has other ids than the one that the model was trained with")
         width, channels = own.hidden_size, config.token_channels
         self.token_proj = nn.Linear(channels, width)
-        self.place_embedding = nn.Parameter(torch.empty(config.tokens, width))
+        self.place_embedding: Any = (
+            nn.Parameter(torch.empty(config.tokens, width))
+            if config.grids is None
+            else GridEmbedding(config.grids, width)
+        )
         self.query_embedding = nn.Parameter(torch.empty(width))
         self.vision_proj = _projection(config, width)
         out_channels = 2 * channels if config.head == "ddpm" else channels
@@ -149,7 +154,11 @@ class UniFluid(Float32Buffers):
         for projection in (self.token_proj, *(part for part in of_vision if isinstance(part, nn.Linear))):
             nn.init.normal_(projection.weight, std=std / projection.in_features**0.5)
             nn.init.zeros_(projection.bias)
-        for embedding in (self.place_embedding, self.query_embedding, self.source_embedding):
+        of_places = self.place_embedding
+        if isinstance(of_places, GridEmbedding):
+            of_places.start(std)
+            of_places = None
+        for embedding in (of_places, self.query_embedding, self.source_embedding):
             if embedding is not None:
                 nn.init.normal_(embedding, std=std)
         self.head.reset_parameters()
@@ -177,12 +186,12 @@ class UniFluid(Float32Buffers):
     @property
     def device(self) -> torch.device:
         """Of the parameters."""
-        return self.place_embedding.device
+        return self.query_embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
-        return self.place_embedding.dtype
+        return self.query_embedding.dtype
 
     def layers(self) -> list[nn.Module]:
         """The transformer's layers."""
@@ -301,6 +310,7 @@ class UniFluid(Float32Buffers):
         groups: Tensor,
         features: Tensor | None = None,
         clean: Tensor | None = None,
+        grid: Grid | None = None,
     ) -> Tensor:
         """What the head is conditioned on, for all tokens of pictures that are known, as in training.
 
@@ -312,15 +322,17 @@ class UniFluid(Float32Buffers):
             groups: int64 [B, N], rising: the step of each token of `order`, from 0.
             features: [P, M, vision_channels] of the sources of all rows, one after the other.
             clean: [P, N, C], their image tokens, normalised, in raster order.
+            grid: lines of the pictures' tokens, and tokens a line; the config's if not given.
 
         Returns:
             [B, N, D], in the order of `order`.
 
         Raises:
             ValueError: if the shapes do not fit together, there are not as many features or tokens of sources as slots
-                (asked on a CPU), or the context is too long.
+                (asked on a CPU), or the context is too long; for a grid that the model does not draw.
         """
-        shape = (len(ids), self.config.tokens)
+        grid = self.config.known_grid(grid)
+        shape = (len(ids), grid[0] * grid[1])
         if tokens.shape != (*shape, self.config.token_channels):
             raise ValueError(
                 f"tokens: expected shape {(*shape, self.config.token_channels)}, got {tuple(tokens.shape)}"
@@ -329,27 +341,36 @@ class UniFluid(Float32Buffers):
             if value.shape != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
         ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
-        text = self.text_slots(ids, real, features, clean)
+        text = self.text_slots(ids, real, features, clean, grid)
         begin = real.sum(1, keepdim=True)
-        content = self.content_slots(ordered, order, groups, begin, ids.shape[1])
-        queries = self.query_slots(order, groups, begin, ids.shape[1])
-        return self.states([text, content, queries])[:, -self.config.tokens :]
+        content = self.content_slots(ordered, order, groups, begin, ids.shape[1], grid)
+        queries = self.query_slots(order, groups, begin, ids.shape[1], grid)
+        return self.states([text, content, queries])[:, -shape[1] :]
 
     def text_slots(
-        self, ids: Tensor, real: Tensor, features: Tensor | None = None, clean: Tensor | None = None
+        self,
+        ids: Tensor,
+        real: Tensor,
+        features: Tensor | None = None,
+        clean: Tensor | None = None,
+        grid: Grid | None = None,
     ) -> Slots:
         """Text and sources before the image tokens: each slot sees those before it, and padding nothing.
 
         Arguments as of `draw_states`.
         """
-        self.check_context(ids.shape[1] + self.config.tokens)
+        grid = self.config.known_grid(grid)
+        self.check_context(ids.shape[1] + grid[0] * grid[1])
         if ids.device.type == "cpu":
             self.check_slots(ids, features, clean)
         column = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         position = (real.cumsum(1) - 1).clamp(min=0)
-        return Slots(self._embed(ids, features, clean), position, column.where(real, NEVER), column.where(real, -1))
+        embedded = self._embed(ids, features, clean, grid)
+        return Slots(embedded, position, column.where(real, NEVER), column.where(real, -1))
 
-    def content_slots(self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
+    def content_slots(
+        self, tokens: Tensor, places: Tensor, groups: Tensor, begin: Tensor, text: int, grid: Grid | None = None
+    ) -> Slots:
         """Known tokens, which see the text, each other's step and the steps before.
 
         Args:
@@ -358,14 +379,21 @@ class UniFluid(Float32Buffers):
             groups: their steps, int64 [B, K].
             begin: the text's length without padding, int64 [B, 1].
             text: T, its length with padding.
+            grid: see `draw_states`.
         """
-        embedded = self.token_proj(tokens.to(self.token_proj.weight.dtype)) + self.place_embedding[places]
+        embedded = self.token_proj(tokens.to(self.token_proj.weight.dtype)) + self.placed(places, grid)
         return Slots(embedded.to(self.dtype), begin + places, text + groups, text + groups)
 
-    def query_slots(self, places: Tensor, groups: Tensor, begin: Tensor, text: int) -> Slots:
+    def query_slots(self, places: Tensor, groups: Tensor, begin: Tensor, text: int, grid: Grid | None = None) -> Slots:
         """Tokens to be predicted, which see the text and the steps before theirs; arguments as of `content_slots`."""
-        embedded = self.query_embedding + self.place_embedding[places]
+        embedded = self.query_embedding + self.placed(places, grid)
         return Slots(embedded, begin + places, torch.full_like(groups, NEVER), text + groups - 1)
+
+    def placed(self, places: Tensor, grid: Grid | None = None) -> Tensor:
+        """The embeddings [..., D] of places in raster order, int64 [...]; grid as of `draw_states`."""
+        if self.config.grids is None:
+            return self.place_embedding[places]
+        return self.place_embedding(places, self.config.known_grid(grid))
 
     def states(self, parts: list[Slots], cache: Cache | None = None, earlier: Earlier | None = None) -> Tensor:
         """The transformer's last states [B, S, D] of all slots of the parts.
@@ -382,7 +410,9 @@ class UniFluid(Float32Buffers):
             visible, others = torch.cat([earlier.visible, visible], 1), torch.cat([earlier.position, position], 1)
         return attend(self.backbone, embedded, Sight(position, sees, own, visible, others), cache)
 
-    def _embed(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> Tensor:
+    def _embed(
+        self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         """The embeddings of ids, and in the slots of pictures of what is seen of them."""
         embedded = self.backbone.get_input_embeddings()(ids.clamp(min=0))
         if features is not None and features.numel() and self.vision_proj is not None:
@@ -390,7 +420,8 @@ class UniFluid(Float32Buffers):
             embedded = _placed(embedded, ids == FEATURES, projected)
         if clean is not None and clean.numel() and self.source_embedding is not None:
             projected = self.token_proj(clean.to(self.token_proj.weight.dtype))
-            embedded = _placed(embedded, ids == TOKENS, projected + self.place_embedding + self.source_embedding)
+            places = self.placed(torch.arange(clean.shape[1], device=clean.device), grid)
+            embedded = _placed(embedded, ids == TOKENS, projected + places + self.source_embedding)
         return embedded
 
     def check_slots(self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None) -> None:

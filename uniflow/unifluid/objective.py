@@ -115,12 +115,13 @@ class UniFluidObjective(nn.Module):
         student = self.student
         if not len(images):
             return self.image_weight.new_zeros(())
-        tokens = student.normalized(image_tokens(self.tokenizer, images))
+        tokenizer = self.tokenizer_for(images)
+        tokens = student.normalized(image_tokens(tokenizer, images))
         batch, count, _ = tokens.shape
         order = draw_orders(batch, count, student.config.order, tokens.device)
         groups = draw_groups(batch, count, tokens.device)
         features, clean = self.looked_at(sources, seen)
-        states = student.draw_states(tokens, ids, real, order, groups, features, clean)
+        states = student.draw_states(tokens, ids, real, order, groups, features, clean, tokenizer.grid)
         ordered = tokens.gather(1, order.unsqueeze(-1).expand_as(tokens))
         if student.head.times == 1:
             return self._loss_at_times(states, ordered)
@@ -128,9 +129,16 @@ class UniFluidObjective(nn.Module):
             return self._loss_of_intervals(states, ordered)
         alone = no_text(student.text_tokenizer, batch, ids.device)
         with torch.no_grad():
-            null = student.draw_states(tokens, alone, torch.ones_like(alone, dtype=torch.bool), order, groups)
+            everything = torch.ones_like(alone, dtype=torch.bool)
+            null = student.draw_states(tokens, alone, everything, order, groups, grid=tokenizer.grid)
         given = (real.sum(1) > alone.shape[1]).unsqueeze(1).expand(batch, count)  # a caption, or sources
         return self._loss_of_intervals(states, ordered, torch.where(given, self.guidance, 1.0), null)
+
+    def tokenizer_for(self, pictures: Tensor) -> ImageTokenizer:
+        """The tokenizer at the size of pictures, uint8 [B, 3, H, W]; a student of one size has one alone."""
+        if self.student.config.grids is None:
+            return self.tokenizer
+        return self.tokenizer.at_size((pictures.shape[-2], pictures.shape[-1]))
 
     def looked_at(self, sources: Tensor | None, seen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Features and clean tokens of the pictures that are drawn from, as far as the student sees them."""
@@ -141,7 +149,7 @@ class UniFluidObjective(nn.Module):
                 raise ValueError("drawings: the objective was made without vision, expected no sources")
             features = self.vision(normalize(seen))
         if sources is not None and len(sources) and wanted in ("tokens", "both"):
-            clean = self.student.normalized(image_tokens(self.tokenizer, sources))
+            clean = self.student.normalized(image_tokens(self.tokenizer_for(sources), sources))
         return features, clean
 
     def _loss_of_intervals(

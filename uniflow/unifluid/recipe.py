@@ -128,6 +128,7 @@ class UniFluidRun(AnyRun):
         tokenizer: folder of the image tokenizer, a UniFlow, or an AutoencoderKL or AutoencoderDC of diffusers.
         vision: folder of the encoder whose features are read, see `VisionFeatures`; the tokenizer's if not given.
         image_size: (H, W) to draw at, in pixels; the size the tokenizer was trained at if not given.
+        sizes: in the place of image_size several, (H, W) each, to draw at: a picture is brought to the nearest.
         packing: latents of the tokenizer a side of an image token, see `uniflow.unifluid.tokens.ImageTokenizer`.
     """
 
@@ -138,6 +139,18 @@ class UniFluidRun(AnyRun):
     data: DataChoice
     vision: Path | None = None
     image_size: tuple[int, int] | None = None
+    sizes: list[tuple[int, int]] | None = None
     packing: int = 1
     objective: ObjectiveChoice = field(default_factory=ObjectiveChoice)
     samples: SamplesChoice = field(default_factory=SamplesChoice)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sizes is None:
+            return
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
+            raise ValueError(f"sizes: expected different heights and widths, got {self.sizes}")
+        if self.image_size is not None:
+            raise ValueError("expected either image_size or sizes")
+        if self.data.latents is not None:
+            raise ValueError("data.latents: expected image_size in the place of sizes, latents are of one size")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -49,17 +50,22 @@ class ImageTokenizer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         check_integer("packing", packing, 1, LARGEST_WIDTH)
-        height, width = image_size
-        side = patch_size * packing
-        if min(image_size) < 1 or height % side or width % side:
-            raise ValueError(
-                f"image_size: expected multiples of {side} pixels, the side of a token, got {height}x{width}"
-            )
         self.model = model.requires_grad_(False).eval()
         self.channels = channels * packing**2
         self.packing = packing
+        self.side = patch_size * packing
         self.image_size = image_size
-        self.grid = (height // side, width // side)
+        self.grid = _grid_of(image_size, self.side)
+
+    def at_size(self, image_size: tuple[int, int]) -> ImageTokenizer:
+        """The same tokenizer, for images of another size (H, W) in pixels.
+
+        Raises:
+            ValueError: if the side of a token does not divide the size.
+        """
+        other = copy.copy(self)
+        other.image_size, other.grid = image_size, _grid_of(image_size, self.side)
+        return other
 
     def train(self, mode: bool = True) -> ImageTokenizer:
         """Stay in evaluation mode."""
@@ -129,6 +135,13 @@ class ImageTokenizer(nn.Module, ABC):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+
+def _grid_of(image_size: tuple[int, int], side: int) -> tuple[int, int]:
+    height, width = image_size
+    if min(image_size) < 1 or height % side or width % side:
+        raise ValueError(f"image_size: expected multiples of {side} pixels, the side of a token, got {height}x{width}")
+    return height // side, width // side
 
 
 class UniFlowTokens(ImageTokenizer):

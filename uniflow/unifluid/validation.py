@@ -61,10 +61,12 @@ class DrawingValidator:
         if self.shown is None:
             return Validation(step, scores)
         generator = torch.Generator().manual_seed(_SEED)
-        given, tokenizer = _on(device, self.shown), self.objective.tokenizer
+        given = _on(device, self.shown)
+        tokenizer = self.objective.tokenizer_for(given.images)
         features, clean = self.objective.looked_at(given.sources, given.seen)
         sources = None if features is None and clean is None else Sources(features, clean)
-        tokens = draw_tokens(student, given.ids, given.real, sources=sources, generator=generator, **self.how)
+        how = {"sources": sources, "grid": tokenizer.grid, "generator": generator, **self.how}
+        tokens = draw_tokens(student, given.ids, given.real, **how)
         pictures = to_uint8(tokenizer.decode(tokens, generator)).cpu()
         short = -len(pictures) % min(_ACROSS, len(pictures))
         pictures = torch.cat([pictures, pictures.new_zeros(short, *pictures.shape[1:])])
