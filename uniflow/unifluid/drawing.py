@@ -192,6 +192,7 @@ def draw_tokens(
         tokens.append(new)
         slots = model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text, grid)
         first += size
+    transformer.end()
     drawn = torch.cat(tokens, dim=1)
     places = order[:batch].unsqueeze(-1).expand_as(drawn)
     return model.denormalized(torch.empty_like(drawn).scatter_(1, places, drawn))
