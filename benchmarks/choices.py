@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.results import ROOT, Entry, ResultsError
 from uniflow.atomic import replacing
+from uniflow_kernels.ops.attention import BACKENDS, OWN, PACKAGES
 from uniflow_kernels.ops.flow_choice import FILE
 
 TABLE = ROOT / "uniflow_kernels" / FILE
@@ -26,6 +27,7 @@ _KERNELS = {"ours": "rows", "products": "products", "small products": "small pro
 OPS = {
     "flow_head": Paths("flow_head_paths", {**_KERNELS, "plain": "eager"}),
     "transformer_layers": Paths("layer_paths", {**_KERNELS, "own": "eager"}),
+    "attention": Paths("attention_paths", {"ours": OWN, **{path: path for path in (*BACKENDS, *PACKAGES)}}),
 }
 
 # launches cost what calls of few rows take, which is the wall clock's to tell; a CUDA graph has none to wait for

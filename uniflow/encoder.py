@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import UniFlowConfig
-from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow.transformer import TransformerLayer, compared_states, kernel_states, last_of
 from uniflow_kernels import patchify
 from uniflow_kernels.ops.fp8_linear import bytes_per_row
 from uniflow_kernels.ops.patch_embedding import embeds_by_product, patch_embedding
@@ -137,13 +136,11 @@ class LayerStack(nn.Module):
     """Layers that map tokens [B, S, D] to tokens [B, S, D], one after the other.
 
     All of them are given the same positions, which the `positions` of the embeddings says.
-    `gradient_checkpointing = True` recomputes each layer in the backward pass (the release's own switch crashes).
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, *positions: Tensor) -> list[Tensor]:
         """Embeddings [B, S, D] -> L+1 tensors [B, S, D]: the embeddings, then the output of every layer."""
@@ -156,8 +153,18 @@ class LayerStack(nn.Module):
             yield from fused
             return
         for layer in self.layers:
-            x = self._run(layer, x, *positions)
+            x = layer(x, *positions)
             yield x
+
+    def compared(
+        self, x: Tensor, *positions: Tensor, features: Iterator[Tensor], skip_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`states`, each with its mean cosine distance to the next of a teacher's features, where layers make it.
+
+        Where the distance is None the features were not asked for: it is left to the caller. See `compared_states`.
+        """
+        fused = None if positions else compared_states(self.layers, x, features, skip_tokens)
+        yield from ((state, None) for state in self.states(x, *positions)) if fused is None else fused
 
     def last(self, x: Tensor, *positions: Tensor) -> Tensor:
         """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""
@@ -165,13 +172,8 @@ class LayerStack(nn.Module):
         if fused is not None:
             return last_of(fused, x)
         for layer in self.layers:
-            x = self._run(layer, x, *positions)
+            x = layer(x, *positions)
         return x
-
-    def _run(self, layer: nn.Module, x: Tensor, *positions: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, x, *positions, use_reentrant=False)
-        return layer(x, *positions)
 
 
 def drop_path_rates(config: UniFlowConfig) -> list[float]:

@@ -10,9 +10,11 @@ from torch import nn
 from uniflow.encoder import Embeddings
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels.diagnosis import OpReport
+from uniflow_kernels.dropin.encoder_layers import EncoderLayer
+from uniflow_kernels.dropin.patching import recognised_as
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
-from uniflow_kernels.ops.attention import why_not_flash_attn
+from uniflow_kernels.ops.attention import explain_attention
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED
 from uniflow_kernels.ops.fp8_linear import explain_fp8
 from uniflow_kernels.ops.patch_embedding import explain_patch_embedding
@@ -40,7 +42,7 @@ def explained(
     if own:
         parts += [_attention(own, device, dtype), _fused(own, device, dtype), _norms(device, dtype)]
     if len(own) < len(layers):
-        parts.append(OpReport("other layers", f"{len(layers) - len(own)} as the transformers package has them", ""))
+        parts.append(_others([layer for layer in layers if layer not in own], device, dtype))
     name, _, text = head.explain().partition(": ")
     runs, _, why = text.partition("; ")
     return [*parts, OpReport(name, runs, why)]
@@ -49,6 +51,17 @@ def explained(
 def printed(parts: Sequence[OpReport]) -> str:
     """A line each."""
     return "\n".join(f"{part.op:19} {part.runs}" + (f"; {part.why}" if part.why else "") for part in parts)
+
+
+def _others(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> OpReport:
+    """Those of the transformers package."""
+    found = [recognised_as(part) for layer in layers for part in layer.modules()]
+    recognised = [each for each in found if isinstance(each, EncoderLayer)]
+    if not recognised:
+        why = "what kernels can serve of them, uniflow_kernels.patch(model) says, and uniflow.compile(model) takes"
+        return OpReport("other layers", f"{len(layers)} as the transformers package has them", why)
+    runs, why = explain_layers(device, dtype, recognised[0].width)
+    return OpReport("other layers", f"{len(recognised)} of {len(layers)} recognised: {runs}", why)
 
 
 def _products(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> OpReport:
@@ -62,13 +75,12 @@ def _products(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dt
 
 
 def _attention(layers: Sequence[TransformerLayer], device: torch.device, dtype: torch.dtype) -> OpReport:
-    widths = {layer.attn.proj.in_features // layer.attn.heads for layer in layers}
-    reasons = [reason for width in widths if (reason := why_not_flash_attn(device, dtype, width)) is not None]
-    if reasons:
-        return OpReport("attention", "scaled_dot_product_attention", reasons[0])
-    if not all(layer.attn.allow_flash_attn for layer in layers):
-        return OpReport("attention", "scaled_dot_product_attention", "the config's use_flash_attn is false")
-    return OpReport("attention", "flash-attn", UNMEASURED)
+    """As the first of them has it."""
+    layer = layers[0].attn
+    return OpReport(
+        "attention",
+        *explain_attention(device, dtype, layer.proj.in_features // layer.heads, layer.allow_flash_attn),
+    )
 
 
 def _fused(layers: Sequence[TransformerLayer], device: torch.device, dtype: torch.dtype) -> OpReport:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uniflow.encoder import resize_position_embedding
 from uniflow.normalization import IMAGENET_MEAN, IMAGENET_STD
+from uniflow.recomputation import RecomputingLayer
 
 NORM = "pre_layrnorm"  # CLIP's, under the name that it has there
 
@@ -194,7 +195,7 @@ class Rotations(nn.Module):
         return self
 
 
-class HuggingFaceLayer(nn.Module):
+class HuggingFaceLayer(RecomputingLayer):
     """A layer of the transformers package as one of tokens to tokens: no mask, and nothing but the tokens returned."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -204,7 +205,7 @@ class HuggingFaceLayer(nn.Module):
         takes = [p for p in inspect.signature(layer.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.without = (None,) if len(takes) > 1 else ()
 
-    def forward(self, x: Tensor, *positions: Tensor) -> Tensor:
+    def compute(self, x: Tensor, *positions: Tensor) -> Tensor:
         """[B, S, D], and what `HuggingFaceEmbeddings.positions` gives -> [B, S, D]."""
         more = {"position_embeddings": positions} if positions else {}
         out = self.layer(x, *self.without, **more)

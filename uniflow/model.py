@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, embedded, patches_for, resize_position_embedding
 from uniflow.encoding import ImageEncoder
 from uniflow.explanation import explained, printed
-from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
+from uniflow.flow_decoder import ChannelProjection, FlowDecoder, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
     PretrainedEncoder,
@@ -23,6 +22,7 @@ from uniflow.pretrained import (
     pretrained_encoder,
     take_tensors,
 )
+from uniflow.recomputation import KEEPS, Recomputation, count_kept, fit, memory_of
 from uniflow.resizing import Resizable
 from uniflow.sampler import Decoder, Sampler
 from uniflow.stored import Stored
@@ -31,6 +31,7 @@ from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.ops.fp8_linear import check_precision
 from uniflow_kernels.ops.patches import patch_grid
 from uniflow_kernels.solvers import Interval, Plan
+from uniflow_kernels.torch_private import has_autocast
 
 
 class UniFlow(Stored, Resizable):
@@ -55,6 +56,9 @@ class UniFlow(Stored, Resizable):
     encoding_parts: tuple[str, ...] = ("embeddings", "encoder", "chal_proj")  # submodules that decoding never calls
     decoding_parts: tuple[str, ...] = ("chal_unproj", "global_blocks", "flow_head")  # and encoding
 
+    activation_memory: int | float | None = None  # of what layers keep, see `gradient_checkpointing_enable`
+    _planned: tuple[Any, ...] | None = None
+
     def __init__(self, config: UniFlowConfig, pretrained: PretrainedEncoder | None = None) -> None:
         super().__init__(config)
         width = config.vit_hidden_size
@@ -63,8 +67,8 @@ class UniFlow(Stored, Resizable):
         if pretrained is None:
             self.embeddings = Embeddings(config)
             self.encoder = Encoder(config)
-        self.chal_proj = channel_projection(width, width, config.latent_ch)
-        self.chal_unproj = channel_projection(config.latent_ch, width, width)
+        self.chal_proj = ChannelProjection(width, width, config.latent_ch)
+        self.chal_unproj = ChannelProjection(config.latent_ch, width, width)
         self.global_block_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
         self.global_blocks = nn.ModuleList(
             TransformerLayer(width, GLOBAL_BLOCK_HEADS, 4 * width, allow_flash_attn=config.use_flash_attn)
@@ -183,6 +187,12 @@ class UniFlow(Stored, Resizable):
         """
         return self.encoder.states(*self._embed(images, patches))
 
+    def compared_states(
+        self, images: Tensor, patches: Tensor | None, features: Iterator[Tensor], skip_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`layer_states` beside a teacher's, see `uniflow.encoder.LayerStack.compared`."""
+        return self.encoder.compared(*self._embed(images, patches), features=features, skip_tokens=skip_tokens)
+
     def patches(self, images: Tensor) -> Tensor | None:
         """Those of images [B, C, H, W], [B, N, C*P*P] in their dtype, where `encode` is made of them; else None."""
         self.checked_images(images)
@@ -190,7 +200,10 @@ class UniFlow(Stored, Resizable):
 
     def _embed(self, images: Tensor, patches: Tensor | None = None) -> tuple[Tensor, ...]:
         """The embeddings [B, prefix + N, D], and the positions that the layers take beside them."""
-        return embedded(self.embeddings, self.checked_images(images), patches)
+        images = self.checked_images(images)
+        if self.activation_memory is not None and torch.is_grad_enabled():
+            self._recompute_for(images)
+        return embedded(self.embeddings, images, patches)
 
     @property
     def prefix_tokens(self) -> int:
@@ -253,16 +266,13 @@ class UniFlow(Stored, Resizable):
         """
         self.check_latents(latents)
         grid = patch_grid(latents.shape[1], self.config.patch_size, size)
-        x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
+        x = self.chal_unproj(latents.to(self.dtype), resize_position_embedding(self.global_block_pos_embed, grid))
         fused = kernel_states(self.global_blocks, x)
         if fused is not None:
             x = last_of(fused, x)
         else:
             for block in self.global_blocks:
-                if self.encoder.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = block(x)
         return x + resize_position_embedding(self.decoder_pos_embed, grid)
 
     def check_latents(self, latents: Tensor) -> None:
@@ -410,15 +420,76 @@ class UniFlow(Stored, Resizable):
         height, width = (extent // patch * patch for extent in images.shape[-2:])
         return self.decode(self.encode(images), size=(height, width), **sampling)
 
-    def gradient_checkpointing_enable(self, enable: bool = True, flow_head: bool = True) -> None:
+    def gradient_checkpointing_enable(
+        self, enable: bool = True, flow_head: bool = True, memory: int | str | None = None
+    ) -> None:
         """Recompute layers in the backward pass instead of keeping their activations: the same numbers, less memory.
 
         Args:
             enable: whether the encoder's layers and the global blocks are recomputed.
             flow_head: whether the flow head's blocks are, too.
+            memory: bytes that those layers and blocks may hold at a time, as a number or as in "12GB", or the share of
+                what they would hold without, as in "50%". They are then recomputed only as far as it takes, what costs
+                least first, see `recomputation`. All of them altogether if not given.
+
+        Raises:
+            ValueError: for a memory that is none. One that is not enough is an error where images are encoded.
         """
-        self.encoder.gradient_checkpointing = enable
+        self.activation_memory = None
+        if enable and memory is not None:
+            self.activation_memory = memory_of(memory) if isinstance(memory, str) else memory
+            if self.activation_memory <= 0:
+                raise ValueError(f"memory: expected more than 0 bytes, got {memory}")
+        layer: Any
+        for layer in self.layers():
+            layer.keeps = "nothing" if enable and memory is None else "everything"
+        self._planned = None
         self.flow_head.net.grad_checkpointing = enable and flow_head
+
+    def recomputation(self, shape: Sequence[int]) -> Recomputation:
+        """What the encoder's layers and the global blocks keep for the backward pass, counted by their shapes.
+
+        As `gradient_checkpointing_enable` was told, and as many bytes as autocast makes it where this is called. It is
+        asked anew where images of another shape are encoded, by a model that is not compiled as a whole.
+
+        Args:
+            shape: of the images, [B, C, H, W].
+
+        Raises:
+            ValueError: if the memory is not enough, saying how much is.
+        """
+        batch, channels, height, width = shape
+        tokens = height // self.config.patch_size * (width // self.config.patch_size)
+        with torch.no_grad():
+            one = torch.empty(1, channels, height, width, dtype=self.dtype, device=self.device)
+            positions = self.embeddings.positions(one)
+        of_encoder = (batch, self.prefix_tokens + tokens, self.config.hidden_size)
+        of_blocks = (batch, tokens, self.config.vit_hidden_size)
+        how = self.dtype, self.device
+        counted = count_kept(list(self.encoder.layers), of_encoder, positions, *how)
+        counted += count_kept(list(self.global_blocks), of_blocks, (), *how)
+        whole = sum(each[0] for each in counted)
+        memory = whole if self.activation_memory is None else self.activation_memory
+        budget = int(memory * whole) if isinstance(memory, float) else memory
+        frozen = not _learns(self.embeddings)
+        for number, layer in enumerate(self.encoder.layers):
+            frozen = frozen and not _learns(layer)
+            if frozen:  # nothing is kept
+                counted[number] = [0] * len(KEEPS)
+        return fit(counted, budget)
+
+    def _recompute_for(self, images: Tensor) -> None:
+        """Have layers keep what the memory allows for such images; counted where it was not for the ones before."""
+        if torch.compiler.is_compiling() or images.is_meta:
+            return
+        kind = images.device.type
+        trained = tuple(_learns(part) for part in (self.embeddings, *self.encoder.layers))
+        asked = (images.shape, trained, has_autocast(kind) and torch.is_autocast_enabled(kind))
+        layer: Any
+        if asked != self._planned:
+            for layer, keeps in zip(self.layers(), self.recomputation(images.shape).keeps, strict=True):
+                layer.keeps = keeps
+            self._planned = asked
 
     @classmethod
     def from_encoder(
@@ -479,6 +550,10 @@ class UniFlow(Stored, Resizable):
                 f"images: height and width must be multiples of the patch ({config.patch_size}), got {height}x{width}"
             )
         return images.to(self.dtype)
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
 
 
 def _check_float(**tensors: Tensor) -> None:

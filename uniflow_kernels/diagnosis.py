@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from uniflow_kernels import cpu_kernels, cuda_kernels, triton_kernels
-from uniflow_kernels.ops.attention import why_not_flash_attn
+from uniflow_kernels.ops.attention import explain_attention
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
 from uniflow_kernels.ops.fp8_linear import explain_fp8
 from uniflow_kernels.ops.transformer_layers import OP, explain_layers
@@ -39,7 +39,12 @@ class DoctorReport:
         return "\n".join(lines)
 
 
-_OF_BLOCKS = ("modulated_norm", "residual_norm", "flow_tangents")  # which the CPU part does not have
+_OF_BLOCKS = (
+    "modulated_norm",
+    "residual_norm",
+    "compared_residual_norm",
+    "flow_tangents",
+)  # which the CPU part does not have
 _TRITON_ONLY = ("seeded_noise", "to_images", *_OF_BLOCKS)
 
 
@@ -122,10 +127,7 @@ def _triton_only(name: str, cuda: bool) -> OpReport:
 
 
 def _attention(cuda: bool) -> OpReport:
-    reason = why_not_flash_attn(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 64)
-    if reason is None:
-        return OpReport("attention", "flash-attn in float16 and bfloat16", "scaled_dot_product_attention in float32")
-    return OpReport("attention", "scaled_dot_product_attention", reason)
+    return OpReport("attention", *explain_attention(torch.device("cuda" if cuda else "cpu"), torch.bfloat16, 64))
 
 
 def _installed(distribution: str) -> str:

@@ -194,7 +194,10 @@ FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 def replica_of(module: nn.Module) -> nn.Module:
     """A module with the same attributes and submodules, but no parameters: those are for the caller to set."""
-    return module._replicate_for_data_parallel()
+    made: nn.Module = object.__new__(type(module))  # not by the class: that of a layer of FSDP would be built anew
+    own = {"_parameters": {}, "_buffers": dict(module._buffers), "_modules": dict(module._modules)}
+    made.__dict__ = {**module.__dict__, **own}
+    return made
 
 
 def is_forward_hooked(module: nn.Module) -> bool:
@@ -203,13 +206,17 @@ def is_forward_hooked(module: nn.Module) -> bool:
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) or "forward" in own
 
 
+def fires(module: nn.Module) -> bool:
+    """Whether calling the module fires a hook of its own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module fires a hook of its own, or a forward put on the instance."""
-    own = module.__dict__
-    return (
-        bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
-        or "forward" in own
-    )
+    return fires(module) or "forward" in module.__dict__
 
 
 def is_compiled(module: nn.Module) -> bool:

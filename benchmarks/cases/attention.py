@@ -1,6 +1,9 @@
-"""Attention of the encoder's shape, against the release's own, which writes its scores."""
+"""Attention of the encoder's shape, against the release's own, which writes its scores, and on each path."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +11,7 @@ from torch import Tensor
 from benchmarks import reference
 from benchmarks.case import Case, Problem, Work, at, attention_flops
 from uniflow_kernels import attention
+from uniflow_kernels.ops.attention import BACKENDS, OWN, PACKAGES, attend_on
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -30,6 +34,15 @@ def build(batch: int, length: int, heads: int, head_dim: int, dtype: str) -> Pro
     )
 
 
+def build_paths(batch: int, tokens: int, width: int, dtype: str) -> Problem:
+    """Sixteen heads of a width; of a picture so many tokens."""
+    return replace(
+        build(batch, tokens, 16, width, dtype),
+        ours=partial(attend_on, OWN),
+        libraries={path: partial(partial, attend_on, path, only=True) for path in (*BACKENDS, *PACKAGES)},
+    )
+
+
 CASES = (
     Case(
         "attention",
@@ -46,6 +59,18 @@ CASES = (
             at(batch=1, length=65, heads=4, head_dim=32, dtype="float32", quick=True),
             at(batch=8, length=65, heads=4, head_dim=32, dtype="float32", quick=True, compile=True),
         ),
+        check_at_most={"batch": 1},
+    ),
+    Case(
+        "attention_paths",
+        "Which of PyTorch's backends and of flash-attn 2 and 3 is the fastest, by dtype and tokens of a picture?",
+        build_paths,
+        cuda=tuple(
+            at(batch=batch, tokens=tokens, width=64, dtype=dtype, quick=dtype == "bfloat16", compile=False)
+            for batch, tokens in ((128, 257), (64, 577), (32, 1025), (16, 2305), (8, 4097))
+            for dtype in ("bfloat16", "float16")
+        ),
+        cpu=(),  # one of them alone serves there, and nothing is chosen
         check_at_most={"batch": 1},
     ),
 )

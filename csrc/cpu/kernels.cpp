@@ -311,8 +311,9 @@ constexpr int kTokens = 4;
 
 void distances(const Distances& job, int64_t begin, int64_t end, float* memory) {
   const Scratch scratch(memory, job.width);
-  const int64_t in_layer = job.batch * job.length, size = bytes_of(job.type);
-  const int64_t at_once = job.type == kFloat32 ? kTokens : 1;  // what is converted lies in scratch, which has room for one
+  const int64_t in_layer = job.batch * job.length, size = bytes_of(job.type), teacher_size = bytes_of(job.teacher_type);
+  // what is converted lies in scratch, which has room for the teacher's of all, or for both sides of one and a gradient
+  const int64_t at_once = job.type == kFloat32 ? kTokens : 1;
   const float largest = job.type == kFloat16 ? 65504.0f : job.type == kBFloat16 ? 3.3895313892515355e38f : 3.4028234663852886e38f;
   for (int64_t unit = begin, count = 1; unit < end; unit += count) {
     const int64_t number = unit / in_layer, place = unit - number * in_layer;
@@ -332,7 +333,8 @@ void distances(const Distances& job, int64_t begin, int64_t end, float* memory) 
       const int64_t of_student = image * layer.student_batch + (token + k) * layer.student_token;
       const int64_t of_teacher = image * layer.teacher_batch + (token + k) * layer.teacher_token;
       students[k] = floats(at(layer.student, of_student * size), job.type, job.width, scratch.rows[0]);
-      teachers[k] = floats(at(layer.teacher, of_teacher * size), job.type, job.width, scratch.rows[1]);
+      float* widened = job.type == kFloat32 ? scratch.rows[k] : scratch.rows[1];
+      teachers[k] = floats(at(layer.teacher, of_teacher * teacher_size), job.teacher_type, job.width, widened);
       sums[k] = sums_of(students[k], teachers[k], job.width);
     }
     float* found = job.distances + (number * job.batch + image) * (job.length - job.skip) + token - job.skip;

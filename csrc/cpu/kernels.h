@@ -92,7 +92,7 @@ struct Layer {  // [B, S, D] with neighbouring elements in a row
 struct Distances {  // units: tokens of all layers
   const Layer* layers;
   int64_t batch, length, width, skip;
-  int32_t type;
+  int32_t type, teacher_type;
   float* distances;  // [L, B, S - skip]
 };
 

@@ -99,12 +99,12 @@ class Level {
   }
 
   void cosine_distances(const std::vector<std::array<int64_t, 8>>& of_layers, int64_t batch, int64_t length, int64_t width, int64_t skip,
-                        int32_t type, uintptr_t distances, int threads) const {
+                        const std::array<int32_t, 2>& types, uintptr_t distances, int threads) const {
     std::vector<Layer> layers;
     for (const auto& [student, teacher, gradient, powers, student_batch, student_token, teacher_batch, teacher_token] : of_layers)
       layers.push_back({at<const void>(student), at<const void>(teacher), at<void>(gradient), at<float>(powers), student_batch,
                         student_token, teacher_batch, teacher_token});
-    const Distances job{layers.data(), batch, length, width, skip, type, at<float>(distances)};
+    const Distances job{layers.data(), batch, length, width, skip, types[0], types[1], at<float>(distances)};
     share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
   }
 

@@ -1,9 +1,11 @@
 import json
 
+import torch
+
 from benchmarks import choices
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
-from uniflow_kernels.ops import transformer_layers
+from uniflow_kernels.ops import attention, transformer_layers
 from uniflow_kernels.ops.flow_choice import PATHS
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -60,7 +62,7 @@ def test_the_table_has_the_paths_by_their_times(results_file, tmp_path):
         known | orders(["eager", "rows"], ["rows", "eager"]) | {"rows": 64},
         known | orders(["eager", "rows", "products"], ["products", "rows", "eager"]) | {"rows": 512},
     ]
-    assert len(out.read_text().splitlines()) == 2 + 5  # one size a line
+    assert len(out.read_text().splitlines()) == 2 + 6  # one size a line
 
 
 def test_the_later_of_two_measurements_counts(results_file, tmp_path):
@@ -128,5 +130,23 @@ def test_tables_of_several_ops_are_written(results_file, tmp_path):
         main(["choices", str(results_file(entries=[entry(64, ours=(1, 1)), of_layers], **GPU)), "--out", str(out)]) == 0
     )
     table = json.loads(out.read_text())
-    assert [len(entries) for entries in table.values()] == [1, 1]
+    assert [len(entries) for entries in table.values()] == [1, 1, 0]
     assert table["transformer_layers"][0]["inference"] == ["products", "rows", "eager"]
+
+
+def test_the_case_of_attention_asks_for_every_path(results_file, tmp_path):
+    paths = choices.OPS["attention"]
+    problem = CASES[paths.case].problem("cpu", {"batch": 1, "tokens": 5, "width": 8, "dtype": "float32"})
+    assert set(paths.of_forms) == {"ours", *problem.libraries}
+    assert set(paths.of_forms.values()) == {attention.OWN, *attention.BACKENDS, *attention.PACKAGES}
+    expected = problem.plain(*problem.inputs)
+    for form in (problem.ours, problem.libraries["flash"](), problem.libraries["math"]()):
+        assert torch.allclose(form(*problem.inputs), expected, atol=1e-6)
+    of_heads = entry(1025, ours=(3, 1), cudnn=(2, 2), **{"flash-attn 3": (1, 3)}) | {"case": "attention_paths"}
+    of_heads["size"] |= {"width": 64}
+    out = tmp_path / "table.json"
+    assert main(["choices", str(results_file(entries=[of_heads], **GPU)), "--out", str(out)]) == 0
+    (only,) = json.loads(out.read_text())["attention"]
+    assert (only["width"], only["rows"]) == (64, 1025)
+    assert only["inference"] == ["flash-attn 3", "cudnn", "own choice"]
+    assert only["training"] == ["own choice", "cudnn", "flash-attn 3"]

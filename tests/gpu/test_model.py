@@ -9,7 +9,8 @@ from tests.conftest import smooth_picture
 from uniflow import UniFlow, UniFlowConfig, UniFlowObjective
 from uniflow.data import PictureList, RandomCrops
 from uniflow.training import Recipe, Stage, Trainer
-from uniflow_kernels import backend
+from uniflow_kernels import attention, backend
+from uniflow_kernels.ops.attention import BACKENDS, PACKAGES, attend_on
 from uniflow_kernels.triton_kernels import why_not_launched
 
 pytestmark = [
@@ -138,12 +139,12 @@ def test_a_run_that_leaves_everything_open():
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_flash_attn_where_it_is_installed():
-    pytest.importorskip("flash_attn")
-    from uniflow_kernels import attention
-
-    q, k, v = torch.randn(3, 2, 65, 4, 64, device="cuda").unbind(0)
-    exact = attention(q.double(), k.double(), v.double(), allow_flash_attn=False)
-    plain = attention(q.half(), k.half(), v.half(), allow_flash_attn=False)
-    ours = attention(q.half(), k.half(), v.half())
+@pytest.mark.parametrize("path", [*BACKENDS, *PACKAGES])
+def test_attention_on_every_path_that_is_there(path):
+    if path in PACKAGES:
+        pytest.importorskip(PACKAGES[path])
+    q, k, v = torch.randn(2, 65, 3, 4, 64, device="cuda").unbind(2)
+    exact = attention(q.double(), k.double(), v.double())
+    plain = attend_on("math", q.half(), k.half(), v.half())
+    ours = attend_on(path, q.half(), k.half(), v.half())
     assert relative_error(ours, exact.cpu()) <= 2 * relative_error(plain, exact.cpu()) + 1e-5

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import randomize
+from tests.uniflow_kernels import test_mlp
 from tests.uniflow_kernels import test_transformer_layers as on_cpu
 from uniflow.transformer import TransformerLayer, kernel_states, last_of
 from uniflow_kernels import backend
@@ -34,6 +35,15 @@ def test_numbers(within_twice, path, name, shape, hidden):
     _, _, form, there = on_cpu.FORMS[name]
     layers = on_cpu.make(shape[-1], hidden, torch.bfloat16, device="cuda", **there)
     on_cpu.against_definition(within_twice, layers, on_cpu.tokens(shape, torch.bfloat16, "cuda"), form, path, 1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(1024, 1024, 64), (64, 1024, 1024), (40, 136, 24)])
+def test_an_mlp(within_twice, path, sizes):
+    """Those around the latent, whose positions begin anew with each picture."""
+    if path == "rows":
+        pytest.skip("plain PyTorch")
+    given = test_mlp.make(*sizes, torch.bfloat16, shape=(3, 256 if 64 in sizes else 67), device="cuda")
+    test_mlp.against_definition(within_twice, given, path, floor=1e-3)
 
 
 @pytest.mark.parametrize("name", on_cpu.ROWS)

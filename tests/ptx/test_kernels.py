@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_dual_rows, test_modulated_norm, test_transformer_layers
+from tests.uniflow_kernels import (
+    test_compared_norm,
+    test_dual_rows,
+    test_mlp,
+    test_modulated_norm,
+    test_transformer_layers,
+)
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
 from uniflow_kernels.ops import fp8_linear
@@ -56,6 +62,13 @@ def test_layers(within_twice, name, width, hidden):
         test_transformer_layers.against_definition(within_twice, layers, x, form, "products", 1e-2)
 
 
+def test_an_mlp(within_twice):
+    """Positions that begin anew inside a tile."""
+    with unwritten_is_nan():
+        given = test_mlp.make(64, 136, 144, torch.bfloat16, shape=(2, 65))
+        test_mlp.against_definition(within_twice, given, "products", floor=1e-2)
+
+
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 144), (torch.float32, 1030)])
 def test_quantization(request, dtype, width):
     """The bits of the definition, by the conversion that a GPU has from sm_89 on."""
@@ -90,6 +103,18 @@ def test_residual_and_norm(within_twice, without, dtype):
         found = test_modulated_norm.results(test_modulated_norm.ours, given, dtype)
     for mine, theirs, truth in zip(found, plain, exact, strict=True):
         within_twice(mine, theirs, truth)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "teacher_dtype"),
+    [
+        ("the release's", torch.bfloat16, torch.bfloat16),
+        pytest.param("no LayerScale", torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_residual_norm_and_distance(within_twice, form, dtype, teacher_dtype):
+    with unwritten_is_nan(), backend("triton"):
+        test_compared_norm.against_definition(within_twice, form, (2, 19, 24), dtype, teacher_dtype)
 
 
 @pytest.mark.parametrize(

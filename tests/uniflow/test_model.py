@@ -262,7 +262,7 @@ def test_gradient_checkpointing_changes_no_number(tiny):
         recomputed = gradients(model, images(16, 16))
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
     model.gradient_checkpointing_enable(False)
-    assert not model.encoder.gradient_checkpointing
+    assert {layer.keeps for layer in model.layers()} == {"everything"}
     assert not model.flow_head.net.grad_checkpointing
 
 

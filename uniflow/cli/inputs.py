@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from uniflow.cli.printing import notice
 from uniflow.hub import local_folder
 from uniflow.model import UniFlow
 from uniflow.reading import shown
+from uniflow.recomputation import memory_of
 
 
 class _Model(Protocol):
@@ -68,7 +69,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_dtype(name: str) -> torch.dtype | None:
+def choose_dtype(name: str) -> torch.dtype | None:
     """The dtype called `name`; None for "auto", that of the file."""
     if name != "auto" and name not in DTYPES:
         raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
@@ -94,7 +95,7 @@ def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtyp
 
     Where that is float32 on a GPU, what it costs is said.
     """
-    own = _choose_dtype(dtype)
+    own = choose_dtype(dtype)
     chosen = choose_device(device)
     with explained():
         folder = local_folder(checkpoint.folder)
@@ -127,11 +128,7 @@ def parse_memory(text: str | None) -> int | None:
     """Bytes of "2GB", "500 MB" or "1.5e9"; None for None."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
-    except ValueError:
-        number = 0.0
-    if not 1 <= number < math.inf:
-        raise InputError(f"--max-memory: expected a number of bytes as in 2GB or 500MB, got {text!r}")
-    return int(number)
+    with suppress(ValueError):
+        if isinstance(memory := memory_of(text), int):
+            return memory
+    raise InputError(f"--max-memory: expected a number of bytes as in 2GB or 500MB, got {text!r}")

@@ -10,7 +10,7 @@ import torch
 
 from uniflow.cli.files import check_folder, check_outputs, picture_files, picture_suffixes, read_picture
 from uniflow.cli.inputs import InputError, Named, explained, load_model
-from uniflow.cli.printing import say
+from uniflow.cli.printing import notice, say
 from uniflow.cli.runs import Trained, check_installed, find_shards, train_as_written
 from uniflow.cli.train_generator import train as train_generator
 from uniflow.config import UniFlowConfig, read_config
@@ -25,7 +25,7 @@ from uniflow.objective import UniFlowObjective
 from uniflow.reading import read_yaml
 from uniflow.teachers import EncoderTeacher
 from uniflow.training.processes import Processes
-from uniflow.training.recipe import DataChoice, ModelChoice, Run
+from uniflow.training.recipe import DataChoice, ModelChoice, Recipe, Run
 from uniflow.training.state import gather as gather_shards
 from uniflow.training.state import gathered_tensors
 from uniflow.training.validation import Validator
@@ -68,6 +68,9 @@ def _untrained(average: bool, folder: Path) -> UniFlow | UniFluid | FlowTransfor
 def _build(run: Run, device: torch.device, processes: Processes) -> Trained:
     objective = _objective(run, device)
     size = objective.student.config.image_size
+    if objective.student.activation_memory is not None:
+        with explained():
+            _check_memory(objective.student, run, run.recipe.on(device.type), processes)
     crops = RandomCrops(_pictures(run.data), size, run.recipe.seed, run.data.smallest_crop, run.data.flip)
     return Trained(objective, crops, _validator(run, device, processes))
 
@@ -89,8 +92,24 @@ def _objective(run: Run, device: torch.device) -> UniFlowObjective:
             teacher = EncoderTeacher.from_pretrained(model.encoder, dtype="float32").to(device)
         made = UniFlowObjective(student, **(asdict(objective) | {"teacher": teacher, "distill_weight": weight}))
         made.resize(made.image_size if model.image_size is None else model.image_size)
-        student.gradient_checkpointing_enable(model.checkpointing != "none", flow_head=model.checkpointing == "all")
+        recomputed = model.checkpointing
+        memory = None if recomputed in ("none", "encoder", "all") else recomputed
+        student.gradient_checkpointing_enable(recomputed != "none", flow_head=recomputed == "all", memory=memory)
     return made
+
+
+def _check_memory(student: UniFlow, run: Run, recipe: Recipe, processes: Processes) -> None:
+    """Say what is recomputed at each size that the encoder learns at; an error now, not in a step, where it cannot."""
+    kind, (_, batch), size = student.device.type, recipe.micro_batches(processes.world), student.config.image_size
+    said: list[str] = []
+    for stage in recipe.stages:
+        size = size if stage.image_size is None else stage.image_size
+        if stage.train == "all":
+            with torch.autocast(kind, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                planned = student.recomputation((batch, student.config.num_channels, size, size))
+            said.append(f"checkpointing: {run.model.checkpointing}, at {size} px: {planned}")
+    for line in dict.fromkeys(said if processes.first else ()):
+        notice(line)
 
 
 def _student(model: ModelChoice, device: torch.device, few_steps: bool) -> UniFlow:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from uniflow.reading import read_yaml, shown
+from uniflow.recomputation import memory_of
 from uniflow_kernels.triton_kernels import why_not_launched
 
 # read by pydantic where a configuration comes from a file; the classes themselves need no pydantic
@@ -27,7 +28,9 @@ class Stage:
         train: "all", or "decoder": what is pretrained, UniFlow's encoder, is frozen.
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
-        final_learning_rate: where the half cosine ends; the encoder's ends at the same share of its highest.
+        vision_learning_rate: the highest of a vision encoder that the student has beside what it is made of; without
+            one the encoder is frozen.
+        final_learning_rate: where the half cosine ends; those of encoders end at the same share of their highest.
         image_size: what is trained at from here on, in pixels; if not given as before, at first the model's own.
         warmup_steps: may be 0.
         seconds: of training; runs that end by the clock are not repeated to the bit.
@@ -43,11 +46,13 @@ class Stage:
     seconds: float | None = None
     final_learning_rate: float = 0.0
     image_size: int | None = None
+    vision_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         _at_most(self, 2**62, "steps")
-        at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps", "final_learning_rate")
+        rates = ("learning_rate", "encoder_learning_rate", "vision_learning_rate", "final_learning_rate")
+        at_least(self, 0, *rates, "warmup_steps")
         _above_zero(self, "seconds", "image_size")
         _one_of(self, "train", ("all", "decoder"))
         if self.final_learning_rate > self.learning_rate:
@@ -173,7 +178,9 @@ class ModelChoice:
     `encoder` is a folder that `UniFlow.from_encoder` reads. `config` changes fields of a preset's config, or of the
     decoder's around an encoder. `image_size`, in pixels, `drop_path_rate` and `latent_noise` take the place of what any
     of them has. `checkpointing` recomputes activations in the backward pass: those of the encoder's layers and the
-    global blocks ("encoder"), or of the flow head's blocks too ("all").
+    global blocks ("encoder"), or of the flow head's blocks too ("all"); or as few of the former as it takes for these
+    to hold no more bytes at a time than that ("12GB"), or than that share of what they would ("50%"), see
+    `UniFlow.gradient_checkpointing_enable`.
     """
 
     __pydantic_config__ = NO_UNKNOWN_KEYS
@@ -185,14 +192,18 @@ class ModelChoice:
     image_size: int | None = None
     drop_path_rate: float | None = None
     latent_noise: float | None = None
-    checkpointing: Literal["none", "encoder", "all"] = "none"
+    checkpointing: str = "none"
 
     def __post_init__(self) -> None:
         if [self.preset, self.checkpoint, self.encoder].count(None) != 2:
             raise ValueError("expected one of preset, checkpoint and encoder")
         if self.checkpoint is not None and self.config:
             raise ValueError("config: changes a preset or goes around an encoder; a checkpoint has its own")
-        _one_of(self, "checkpointing", ("none", "encoder", "all"))
+        if self.checkpointing not in ("none", "encoder", "all"):
+            try:
+                memory_of(self.checkpointing)
+            except ValueError as error:
+                raise ValueError(f"checkpointing: expected none, encoder or all, or {error}") from None
         for name in ("image_size", "drop_path_rate", "latent_noise"):
             if getattr(self, name) is not None and name in self.config:
                 raise ValueError(f"{name}: is said twice, the other time in config")

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from uniflow.cli.runs import costs_of
-from uniflow.cli.train import _objective
+from uniflow.cli.train import _check_memory, _objective
 from uniflow.training import Recipe, Stage
 from uniflow.training import recipe as module
+from uniflow.training.processes import Processes
 from uniflow.training.recipe import Run, read_run
 
 RUN = """
@@ -148,5 +149,32 @@ def test_what_is_recomputed(tmp_path, said, layers, blocks):
         "data: {folder: pictures}\nrecipe: {stages: [{steps: 1}]}\n"
     )
     student = _objective(read_run(file, Run), torch.device("cpu")).student
-    assert (student.encoder.gradient_checkpointing, student.flow_head.net.grad_checkpointing) == (layers, blocks)
+    assert {layer.keeps for layer in student.layers()} == {"nothing" if layers else "everything"}
+    assert student.flow_head.net.grad_checkpointing == blocks
     assert student.config.latent_noise == 0.3
+
+
+def test_a_memory_is_fitted_to_the_micro_batch_before_anything_is_trained(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+
+    def check(said):
+        file.write_text(
+            f"model: {{preset: tiny, checkpointing: {said}}}\ndata: {{folder: pictures}}\n"
+            "recipe: {batch_size: 6, micro_batch_size: 2, precision: float32, "
+            "stages: [{steps: 1, train: decoder}, {steps: 1, image_size: 64}]}\n"
+        )
+        run = read_run(file, Run)
+        student = _objective(run, torch.device("cpu")).student
+        _check_memory(student, run, run.recipe, Processes())
+        return student
+
+    student = check("70%")
+    assert student.activation_memory == 0.7
+    assert not student.flow_head.net.grad_checkpointing
+    planned = student.recomputation((2, 3, 64, 64))
+    assert capsys.readouterr().err == f"uniflow: checkpointing: 70%, at 64 px: {planned}\n"
+    assert planned.held < 0.7 * planned.whole
+    with pytest.raises(ValueError, match=r"memory: expected at least .* got 5 KB"):
+        check("5KB")
+    with pytest.raises(ValueError, match=r"checkpointing: expected none, encoder or all, or .* a share .*, got 'half'"):
+        check("half")

@@ -45,13 +45,16 @@ def both(act: Callable[[], int | None], folder: Path, world: int = 2) -> list[tu
     return [(file.read_text(), status) for file, status in zip(said, statuses, strict=True)]
 
 
-def trainer(processes: Processes, out: Path, **options: object) -> tuple[Trainer, Heard]:
-    """The run that one process and two shall make alike."""
+def trainer(processes: Processes, out: Path, memory: str | None = None, **options: object) -> tuple[Trainer, Heard]:
+    """The run that one process and two shall make alike; with a memory, of which layers are recomputed to fit it."""
     recipe = Recipe(
         STAGES, **{"batch_size": 4, "micro_batch_size": 1, "log_every": 1, "ema_decay": 0.9, "save_every": 2, **options}
     )
     heard = Heard()
-    made = Trainer(small_objective(), small_crops(), recipe, out, [heard], processes=processes)
+    objective = small_objective()
+    if memory is not None:
+        objective.student.gradient_checkpointing_enable(flow_head=False, memory=memory)
+    made = Trainer(objective, small_crops(), recipe, out, [heard], processes=processes)
     made.checkpoints.keep = 9
     return made, heard
 
@@ -78,8 +81,8 @@ def main(folder: Path) -> None:
             trainer(processes, folder / "unlike", batch_size=4 + 2 * processes.rank)
         except ValueError as error:
             (folder / f"unlike-{processes.rank}.json").write_text(json.dumps(str(error)))
-        together("ddp", processes)
-        together("fsdp", processes, parallel="fsdp")
+        together("ddp", processes, memory="80%")  # in the second stage the encoder keeps less
+        together("fsdp", processes, memory="80%", parallel="fsdp")
         together("resumed", processes, folder / "alone" / "checkpoints" / "step-00000002", save_every=9)
         together("half", processes, parallel="fsdp", precision="bfloat16", save_every=9, ema_decay=None)
         if processes.rank == 1:
