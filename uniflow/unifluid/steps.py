@@ -50,18 +50,17 @@ class Steps:
             new: what became known since the last step, and before the first one: text.
             queries: of the tokens that are to be drawn; no later step sees them.
         """
-        first, asked = self._seen, queries.position.shape[1]
+        first, asked, device = self._seen, queries.position.shape[1], new.position.device
         self._seen += new.position.shape[1]
-        own, device = [(first, self._seen)], new.position.device
-        end, behind = self._columns, self._known
-        if not self._alike:
-            end, behind = self._seen + asked, self._seen
-        elif first:
-            own += [(self._columns - self._widest + self._seen - first, self._columns)]
+        end = self._columns if self._alike else self._seen + asked
+        columns = torch.arange(first, self._seen if self._alike else end, device=device)
+        if self._alike and first:
+            pads = torch.arange(end - self._widest + self._seen - first, end, device=device)
+            columns = torch.cat([columns, pads])
             new, queries = _padded(new, self._widest), _padded(queries, self._widest)
         wide = queries.position.shape[1]
-        own += [(behind, behind + wide)]
-        columns = torch.cat([torch.arange(*ends, device=device) for ends in own])
+        if self._alike:
+            columns = torch.cat([columns, torch.arange(self._known, self._known + wide, device=device)])
 
         def states(columns: Tensor, embedded: Tensor, position: Tensor, visible: Tensor, sees: Tensor) -> Tensor:
             self._visible.index_copy_(1, columns, visible)
