@@ -190,6 +190,7 @@ CHILDREN = itemgetter("_modules")
 PARAMETERS = itemgetter("_parameters")
 BUFFERS = itemgetter("_buffers")
 FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+BACKWARD_HOOKS = itemgetter("_backward_hooks"), itemgetter("_backward_pre_hooks")
 
 
 def replica_of(module: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@
 namespace uniflow_cpu {
 
 constexpr int64_t kScaledAtOnce = 1 << 12;  // elements
+constexpr int kTokens = 8;                  // of which distances are made at once; both sides' and a gradient are scratch
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 

@@ -35,12 +35,12 @@ struct Freed {
   void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// Units of `elements` each, on up to so many threads; each has five rows of `length` floats.
+// Units of `elements` each, on up to so many threads; each has some rows of `length` floats.
 template <class Job>
 void share(void (*work)(const Job&, int64_t, int64_t, float*), const Job& job, int64_t units, int64_t elements, int64_t length,
-           int threads) {
+           int threads, int rows = 5) {
   const Threads& all = threads_of_torch();
-  const int64_t each = 5 * scratch_row(length);
+  const int64_t each = rows * scratch_row(length);
   threads = all.share(threads, units, (kLeast + elements - 1) / elements);
   const std::unique_ptr<float[], Freed> scratch(new (std::align_val_t{64}) float[threads * each]);
   all.run(threads, units, [&](int64_t begin, int64_t end, int thread) { work(job, begin, end, scratch.get() + thread * each); });
@@ -105,7 +105,8 @@ class Level {
       layers.push_back({at<const void>(student), at<const void>(teacher), at<void>(gradient), at<float>(powers), student_batch,
                         student_token, teacher_batch, teacher_token});
     const Distances job{layers.data(), batch, length, width, skip, types[0], types[1], at<float>(distances)};
-    share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
+    share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads,
+          2 * kTokens + 1);
   }
 
   // Of each tensor the addresses of its values and of its rows' factors, its rows, their width, and its type.

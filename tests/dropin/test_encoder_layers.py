@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import randomize
 from tests.dropin.stand_ins import rows
 from tests.dropin.test_attentions import EncoderLayer as InternViTLayer
-from tests.dropin.test_attentions import FusedAttention
+from tests.dropin.test_attentions import FusedAttention, NaiveAttention
 from tests.dropin.test_heads import compare
 from tests.uniflow.test_pretrained import hidden_states, hugging_face, images  # noqa: F401 - a fixture
 from uniflow.huggingface import layers_of
@@ -94,6 +94,18 @@ class TimmBlock(nn.Module):
     def forward(self, x, attn_mask=None, is_causal=False):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class MaskedBlock(TimmBlock):
+    """With attention that writes its scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = NaiveAttention(WIDTH)
+
+    def forward(self, x, mask=None):
+        x = x + self.ls1(self.attn(self.norm1(x), mask))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 def timm_block(**options):
@@ -268,6 +280,9 @@ def test_numbers_of_the_kernels(name, within_twice, not_its_own, monkeypatch):
     assert torch.equal(*first)
     within_twice(first[0], before[0], exact[0])
     within_twice(changed, before[1], exact[1])
+    assert len(op._left) == (0 if path == "rows" else 4)  # of all outputs that are still there
+    del kept, first, changed
+    assert len(op._left) == 0
     if name == "CLIP":
         return
     with backend("triton"), torch.inference_mode():  # where no change can be seen
@@ -337,6 +352,21 @@ def test_masks_reach_the_attention(by_definition, not_its_own):
             torch.testing.assert_close(layer(x, mask), expected, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(layer(x, attention_mask=mask), expected, rtol=1e-5, atol=1e-5)
     assert by_definition == ["rows"] * 2
+
+
+def test_a_mask_of_attention_that_writes_its_scores(by_definition, not_its_own):
+    """Without it the operation stands for the attention, with it the attention's own code between its products."""
+    block, x = randomize(MaskedBlock()).eval(), rows(2, 5, WIDTH)
+    mask = torch.zeros(5, 5).masked_fill(torch.arange(5) > 2, -1e9)
+    with torch.no_grad():
+        expected = [block(x), block(x, None), block(x, mask)]
+        assert set(patch(block).patched) == {"", "attn"}
+        not_its_own(block)
+        with backend("triton"):
+            for found, before in zip((block(x), block(x, None), block(x, mask)), expected, strict=True):
+                torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+    assert by_definition == ["rows"] * 3
+    assert not torch.allclose(expected[0], expected[2], atol=1e-2)
 
 
 def test_arguments_that_are_not_known(own_forwards):
@@ -610,6 +640,17 @@ def test_products_that_stay_as_they_are(which, not_its_own):
         not_its_own(block)
         with backend("triton"):
             torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu", "gelu_new"])
+def test_activations_are_told_apart(act):
+    """Also where the layer is wide, and two forms of GELU are nearly the same beside the largest number."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "hidden_act": act}
+    layer = transformers.models.siglip.modeling_siglip.SiglipEncoderLayer(transformers.SiglipVisionConfig(**sizes))
+    layer.self_attn.config._attn_implementation = "sdpa"
+    name = {"gelu_new": "gelu_pytorch_tanh"}.get(act, act)
+    assert f"no LayerScale, {name})" in patch(layer).patched[""]
 
 
 def test_what_is_no_such_layer_is_not_spoken_of():

@@ -61,15 +61,16 @@ def results(run, given, how, dtype, factor=3.0):
     }
     teacher = given["teacher"] if given["teacher"].dtype.itemsize <= dtype.itemsize else given["teacher"].to(dtype)
     s, h, distance = run(**leaves, teacher=teacher, **how)
-    weights = [numbers(*s.shape, seed=seed).to(given["x"].dtype).to(s.dtype) for seed in (20, 21)]
+    weights = [numbers(*s.shape, seed=seed).to(given["x"]).to(s.dtype) for seed in (20, 21)]
     loss = (s * weights[0]).sum() + (h * weights[1]).sum() + distance * factor * s[..., 0].numel()
     wanted = [leaf for leaf in leaves.values() if leaf is not None]
     return [s.detach(), h.detach(), distance.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-def against_definition(within_twice, form, shape, dtype, teacher_dtype=None):
+def against_definition(within_twice, form, shape, dtype, teacher_dtype=None, device="cpu"):
     """All that a call gives, under the backend that is set."""
     given, how = inputs(form, shape, dtype, teacher_dtype)
+    given = {name: None if tensor is None else tensor.to(device) for name, tensor in given.items()}
     exact, plain = (results(definition, given, how, kind) for kind in (torch.float64, dtype))
     found = results(compared_residual_norm, given, how, dtype)
     for mine, theirs, truth in zip(found, plain, exact, strict=True):

@@ -146,7 +146,7 @@ def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | 
     return data.max_text or room
 
 
-def _examples(data: DataChoice) -> Examples:
+def _examples(data: DataChoice) -> CaptionFolder | CaptionShards:
     if data.folder is not None:
         return CaptionFolder(data.folder)
     return CaptionShards(find_shards(str(data.shards)), picture_suffixes())

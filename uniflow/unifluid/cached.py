@@ -15,7 +15,7 @@ from uniflow.reading import printable, shown
 from uniflow.unifluid.tokens import ImageTokenizer
 
 if TYPE_CHECKING:
-    from uniflow.unifluid.captions import Examples
+    from uniflow.unifluid.captions import StoredExamples
 
 
 class CachedLatents:
@@ -34,7 +34,9 @@ class CachedLatents:
             mirror images that are needed, or lacks a picture.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: ImageTokenizer, examples: Examples, flip: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, tokenizer: ImageTokenizer, examples: StoredExamples, flip: bool = False
+    ) -> None:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no such folder of latents: {folder}")
         self.latents = LatentSet(folder)
@@ -69,7 +71,7 @@ class CachedLatents:
             raise PictureError("its picture, or a source, could not be read when the latents were made")
         return torch.stack([self.latents.latent(row, flipped) for row in rows])
 
-    def _rows(self, examples: Examples, number: int, rows: dict[str, int]) -> list[int]:
+    def _rows(self, examples: StoredExamples, number: int, rows: dict[str, int]) -> list[int]:
         """Which latents an example has; -1 for a picture that could not be read, none for what is not drawn."""
         if not examples.texts(number).caption:
             return []
