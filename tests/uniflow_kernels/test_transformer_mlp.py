@@ -75,7 +75,7 @@ def test_the_whole_range_of_gelu(dtype):
     x = p.double().requires_grad_()
     exact = torch.nn.functional.gelu(x)
     (slope,) = torch.autograd.grad(exact.sum(), x)
-    rounding, fitted = torch.finfo(dtype).eps, 1e-4 if dtype == torch.bfloat16 else 1e-6
+    rounding, fitted = torch.finfo(dtype).eps, 5e-4 if dtype == torch.bfloat16 else 1e-6
     for found, truth in ((u, exact), (dp, slope)):
         assert ((found.double() - truth).abs() <= rounding * truth.abs() + fitted).all()
     assert torch.allclose(sums.double(), slope.sum(0), rtol=1e-4, atol=1e-3)

@@ -35,7 +35,7 @@ from uniflow_kernels.triton_kernels.products import (
 def _activated(p, dtype: tl.constexpr, ACT: tl.constexpr):
     """An activation of p in float32, for results that are rounded to a dtype."""
     if ACT == "gelu":
-        return p * gelu_share(p, dtype)
+        return p * gelu_share(p, p, dtype)
     elif ACT == "gelu_pytorch_tanh":
         return p * sigmoid_for(1.5957691216057308 * (p + 0.044715 * p * p * p), p, dtype)
     elif ACT == "silu":

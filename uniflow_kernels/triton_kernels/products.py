@@ -71,7 +71,7 @@ _HALF_OF_HOPPER = {
     "down": Tile(128, 64, 64, 4, 4),
     "down backward": Tile(128, 128, 64, 8, 3),
     "gated down backward": Tile(128, 64, 64, 8, 3),
-    "layer's down backward": Tile(128, 128, 64, 8, 3),
+    "layer's down backward": Tile(128, 64, 64, 8, 3),
 }
 _SHALLOW = {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}  # at most 99 KiB of shared memory
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
