@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from uniflow.explanation import printed
+from uniflow.huggingface import HuggingFaceLayer
 from uniflow.model import UniFlow
+from uniflow_kernels import patch
 from uniflow_kernels.diagnosis import OpReport
 from uniflow_kernels.graphs import why_not_graph
 from uniflow_kernels.ops.flow_choice import UNMEASURED
@@ -68,6 +70,9 @@ class CompiledUniFlow:
         self.model = model.on_same_parameters().eval()
         if precision is not None:
             self.model = self.model.at_precision(precision)
+        for layer in self.model.layers():
+            if isinstance(layer, HuggingFaceLayer):
+                patch(layer)
         reason = why_not_compiled(self.model)
         if reason is None:
             for layer in self.model.layers():

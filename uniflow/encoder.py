@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
-from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow.transformer import TransformerLayer, compared_states, kernel_states, last_of
 from uniflow_kernels import patchify
 from uniflow_kernels.ops.fp8_linear import bytes_per_row
 from uniflow_kernels.ops.patch_embedding import embeds_by_product, patch_embedding
@@ -155,6 +155,16 @@ class LayerStack(nn.Module):
         for layer in self.layers:
             x = layer(x, *positions)
             yield x
+
+    def compared(
+        self, x: Tensor, *positions: Tensor, features: Iterator[Tensor], skip_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`states`, each with its mean cosine distance to the next of a teacher's features, where layers make it.
+
+        Where the distance is None the features were not asked for: it is left to the caller. See `compared_states`.
+        """
+        fused = None if positions else compared_states(self.layers, x, features, skip_tokens)
+        yield from ((state, None) for state in self.states(x, *positions)) if fused is None else fused
 
     def last(self, x: Tensor, *positions: Tensor) -> Tensor:
         """Embeddings [B, S, D] -> the output of the last layer; the others are let go as soon as possible."""

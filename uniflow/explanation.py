@@ -10,6 +10,8 @@ from torch import nn
 from uniflow.encoder import Embeddings
 from uniflow.transformer import TransformerLayer
 from uniflow_kernels.diagnosis import OpReport
+from uniflow_kernels.dropin.encoder_layers import EncoderLayer
+from uniflow_kernels.dropin.patching import recognised_as
 from uniflow_kernels.modules.flow_head import FlowHead
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 from uniflow_kernels.ops.attention import explain_attention
@@ -40,7 +42,7 @@ def explained(
     if own:
         parts += [_attention(own, device, dtype), _fused(own, device, dtype), _norms(device, dtype)]
     if len(own) < len(layers):
-        parts.append(OpReport("other layers", f"{len(layers) - len(own)} as the transformers package has them", ""))
+        parts.append(_others([layer for layer in layers if layer not in own], device, dtype))
     name, _, text = head.explain().partition(": ")
     runs, _, why = text.partition("; ")
     return [*parts, OpReport(name, runs, why)]
@@ -49,6 +51,17 @@ def explained(
 def printed(parts: Sequence[OpReport]) -> str:
     """A line each."""
     return "\n".join(f"{part.op:19} {part.runs}" + (f"; {part.why}" if part.why else "") for part in parts)
+
+
+def _others(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> OpReport:
+    """Those of the transformers package."""
+    found = [recognised_as(part) for layer in layers for part in layer.modules()]
+    recognised = [each for each in found if isinstance(each, EncoderLayer)]
+    if not recognised:
+        why = "what kernels can serve of them, uniflow_kernels.patch(model) says, and uniflow.compile(model) takes"
+        return OpReport("other layers", f"{len(layers)} as the transformers package has them", why)
+    runs, why = explain_layers(device, dtype, recognised[0].width)
+    return OpReport("other layers", f"{len(recognised)} of {len(layers)} recognised: {runs}", why)
 
 
 def _products(layers: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> OpReport:

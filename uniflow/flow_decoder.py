@@ -11,14 +11,33 @@ from torch import Tensor, nn
 
 from uniflow.config import UniFlowConfig
 from uniflow_kernels import FlowHead, flow_matching_loss, mean_flow_loss, patchify, self_distillation_loss
+from uniflow_kernels.modules.flow_layers import affine_of
+from uniflow_kernels.ops.mlp import mlp
+from uniflow_kernels.ops.transformer_layers import may_have_kernels
+from uniflow_kernels.torch_private import plain_parts
 
 FLOW_LOSSES = ("flow_matching", "mean_flow", "self_distillation")  # the last two of heads of two times
 
 
-def channel_projection(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+class ChannelProjection(nn.Sequential):
     """Linear, GELU, Linear under the release's names: c_fc, gelu, c_proj."""
-    layers = [("c_fc", nn.Linear(inputs, hidden)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(hidden, outputs))]
-    return nn.Sequential(OrderedDict(layers))
+
+    c_fc: nn.Linear
+    c_proj: nn.Linear
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        layers = [("c_fc", nn.Linear(inputs, hidden)), ("gelu", nn.GELU()), ("c_proj", nn.Linear(hidden, outputs))]
+        super().__init__(OrderedDict(layers))
+
+    def forward(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """[B, N, inputs] -> [B, N, outputs], with a position [1, N, outputs] added to it."""
+        if may_have_kernels(x, self.c_fc.out_features) and plain_parts(list(self), _PARTS) is not None:
+            return mlp(x, affine_of(self.c_fc), affine_of(self.c_proj), "gelu", position)
+        made = super().forward(x)
+        return made if position is None else made + position
+
+
+_PARTS = frozenset({nn.Linear, nn.GELU})
 
 
 def sincos_position_embedding(width: int, side: int) -> Tensor:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,34 @@ _SAID = "uniflow"  # what a shard's metadata is called
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Maker(NamedTuple):
+    """What makes the latents of a set.
+
+    tokenizer: the config of the model, as far as it says what a latent means; with latent_ch and patch_size.
+    fingerprint: of the weights around the latent, see `uniflow.latents.fingerprint`.
+    encoder: a hash of all weights that encode.
+    """
+
+    tokenizer: dict[str, Any]
+    fingerprint: str
+    encoder: str
+
+    @classmethod
+    def of(cls, model: UniFlow) -> Maker:
+        """That a UniFlow is."""
+        return cls(
+            meaning(model),
+            fingerprint(model),
+            hash_weights(model.embeddings, model.encoder, model.chal_proj),
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a set of latents is: the same for all its shards, and whoever goes on with it must want the same.
 
     Attributes:
-        tokenizer: the config of the model, as far as it says what a latent means.
-        fingerprint: of the weights around the latent, see `uniflow.latents.fingerprint`.
-        encoder: a hash of all weights that encode.
+        tokenizer, fingerprint, encoder: of what makes the latents, see `Maker`.
         size: (H, W) of the pictures in pixels.
         dtype: of the latents.
         flips: whether there is a latent of each picture's mirror image too.
@@ -65,7 +85,7 @@ class Manifest:
     @classmethod
     def of(
         cls,
-        model: UniFlow,
+        model: UniFlow | Maker,
         size: tuple[int, int],
         dtype: torch.dtype,
         flips: bool,
@@ -82,9 +102,7 @@ class Manifest:
         if labels is not None:
             digest.update(labels.astype("<i8").tobytes())
         return cls(
-            meaning(model),
-            fingerprint(model),
-            encoder_hash(model),
+            *(model if isinstance(model, Maker) else Maker.of(model)),
             size,
             str(dtype).removeprefix("torch."),
             flips,
@@ -144,11 +162,6 @@ class Manifest:
         ours, theirs = asdict(self), asdict(other)
         ours, theirs = ({**values.pop("tokenizer"), **values} for values in (ours, theirs))
         return [name for name in ours if ours[name] != theirs.get(name)]
-
-
-def encoder_hash(model: UniFlow) -> str:
-    """A hash of all weights that make latents of pictures."""
-    return hash_weights(model.embeddings, model.encoder, model.chal_proj)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from uniflow.config import DECODER_FIELDS, GLOBAL_BLOCK_HEADS, UniFlowConfig
 from uniflow.encoder import Embeddings, Encoder, LayerStack, embedded, patches_for, resize_position_embedding
 from uniflow.encoding import ImageEncoder
 from uniflow.explanation import explained, printed
-from uniflow.flow_decoder import FlowDecoder, channel_projection, sincos_position_embedding
+from uniflow.flow_decoder import ChannelProjection, FlowDecoder, sincos_position_embedding
 from uniflow.pretrained import (
     HuggingFaceEmbeddings,
     PretrainedEncoder,
@@ -67,8 +67,8 @@ class UniFlow(Stored, Resizable):
         if pretrained is None:
             self.embeddings = Embeddings(config)
             self.encoder = Encoder(config)
-        self.chal_proj = channel_projection(width, width, config.latent_ch)
-        self.chal_unproj = channel_projection(config.latent_ch, width, width)
+        self.chal_proj = ChannelProjection(width, width, config.latent_ch)
+        self.chal_unproj = ChannelProjection(config.latent_ch, width, width)
         self.global_block_pos_embed = nn.Parameter(torch.empty(1, config.tokens, width))
         self.global_blocks = nn.ModuleList(
             TransformerLayer(width, GLOBAL_BLOCK_HEADS, 4 * width, allow_flash_attn=config.use_flash_attn)
@@ -187,6 +187,12 @@ class UniFlow(Stored, Resizable):
         """
         return self.encoder.states(*self._embed(images, patches))
 
+    def compared_states(
+        self, images: Tensor, patches: Tensor | None, features: Iterator[Tensor], skip_tokens: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`layer_states` beside a teacher's, see `uniflow.encoder.LayerStack.compared`."""
+        return self.encoder.compared(*self._embed(images, patches), features=features, skip_tokens=skip_tokens)
+
     def patches(self, images: Tensor) -> Tensor | None:
         """Those of images [B, C, H, W], [B, N, C*P*P] in their dtype, where `encode` is made of them; else None."""
         self.checked_images(images)
@@ -260,7 +266,7 @@ class UniFlow(Stored, Resizable):
         """
         self.check_latents(latents)
         grid = patch_grid(latents.shape[1], self.config.patch_size, size)
-        x = self.chal_unproj(latents.to(self.dtype)) + resize_position_embedding(self.global_block_pos_embed, grid)
+        x = self.chal_unproj(latents.to(self.dtype), resize_position_embedding(self.global_block_pos_embed, grid))
         fused = kernel_states(self.global_blocks, x)
         if fused is not None:
             x = last_of(fused, x)

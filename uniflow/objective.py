@@ -15,7 +15,7 @@ from uniflow.model import UniFlow
 from uniflow.normalization import normalize
 from uniflow.teachers import EncoderTeacher
 from uniflow_kernels import LayerwiseDistillation
-from uniflow_kernels.ops.distillation import check_layer_weights
+from uniflow_kernels.ops.distillation import as_compared, check_layer_weights
 
 
 @dataclass(frozen=True)
@@ -215,15 +215,29 @@ class UniFlowObjective(nn.Module):
         layers = student.config.num_hidden_layers
         distillation = LayerwiseDistillation(layers, self.beta, skip_tokens=shared, layer_weights=self.layer_weights)
         taught = self._taught(images, patches)
-        for layer, state in enumerate(student.layer_states(images, patches), start=1):
-            with torch.no_grad():
-                feature = next(taught, None)
-            if feature is None:
-                raise ValueError(f"teacher: gives {layer - 1} layers, expected the student's {layers}")
-            distillation.push(layer, state[:, own - shared :], feature[:, its - shared :].to(state.dtype))
+        features = self._features(taught, layers)
+        if own == its:
+            states = student.compared_states(images, patches, features, shared)
+        else:
+            states = ((state, None) for state in student.layer_states(images, patches))
+        for layer, (state, distance) in enumerate(states, start=1):
+            if distance is not None:
+                distillation.put(layer, distance)
+                continue
+            feature = as_compared(next(features), state)
+            distillation.push(layer, state[:, own - shared :], feature[:, its - shared :])
         if next(taught, None) is not None:
             raise ValueError(f"teacher: gives more layers than the student's {layers}")
         return student.latents(state), distillation
+
+    def _features(self, taught: Iterator[Tensor], layers: int) -> Iterator[Tensor]:
+        """What a teacher's layers give, of which there must be so many; none is held here while others are computed."""
+        for layer in range(layers):
+            with torch.no_grad():
+                feature = next(taught, None)
+            if feature is None:
+                raise ValueError(f"teacher: gives {layer} layers, expected the student's {layers}")
+            yield feature
 
     @property
     def _has_a_teacher(self) -> bool:

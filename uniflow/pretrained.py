@@ -89,6 +89,7 @@ _INTERNVIT_CHOICES = (
     "initializer_factor",
     "use_flash_attn",
 )
+_AROUND = ("vit_hidden_size", "encoder")
 
 
 class PretrainedEncoder(NamedTuple):
@@ -164,6 +165,29 @@ def _encoder_state(folder: Path, weights: str | None) -> dict[str, Tensor]:
 def _assign(encoder: PretrainedEncoder, state: dict[str, Tensor], source: str | Path) -> None:
     parts = nn.ModuleDict({"embeddings": encoder.embeddings, "encoder": encoder.encoder})
     assign_state(parts, state, str(source))
+
+
+def encoder_fields(config: UniFlowConfig) -> dict[str, Any]:
+    """The fields of a config that say what its encoder is, as a `PretrainedEncoder` has them."""
+    return {name: getattr(config, name) for name in (*ENCODER_ARCHITECTURE, *_INTERNVIT_CHOICES, *_AROUND)}
+
+
+def new_encoder(config: UniFlowConfig, state: Mapping[str, Tensor] | None = None) -> PretrainedEncoder:
+    """An encoder of a config, on the CPU, into whose parameters a state is to be loaded.
+
+    Arguments and errors as of `described_encoder`, which makes those of the transformers package.
+    """
+    if config.encoder is not None:
+        return described_encoder(config, state)
+
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict({"embeddings": Embeddings(config), "encoder": Encoder(config)})
+
+    if state is not None:
+        outline(build, state, "encoder")
+    with torch.device("cpu"):
+        made: Any = build()
+    return PretrainedEncoder(made["embeddings"], made["encoder"], encoder_fields(config))
 
 
 # --- InternViT: the layers are UniFlow's own ---

@@ -112,14 +112,16 @@ class Sampler:
         if self.temperature != 1.0:
             noise = noise * self.temperature
         # nothing is held ahead beside what `decoding_bytes_per_token` counts
+        # rows, not pictures of rows, of which every product would make rows; a view, as only whole pictures are several
         x, velocity, dt = follow(
             head.net,
-            noise,
-            condition[:, tokens],
+            noise.flatten(0, 1),
+            condition[:, tokens].flatten(0, 1),
             self.plan,
             time_scale=head.time_scale,
             ahead=False,
         )
+        x, velocity = x.view(noise.shape), velocity.view(noise.shape)
         size = (bottom - top) * config.patch_size, across * config.patch_size
         end: dict[str, Any] = {"dtype": dtype}
         if self.pictures is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from uniflow.recomputation import RecomputingLayer
 from uniflow_kernels.modules.flow_layers import LayerNorm, affine_of
 from uniflow_kernels.ops.attention import attention
+from uniflow_kernels.ops.compared_norm import compared_residual_norm
+from uniflow_kernels.ops.distillation import as_compared
 from uniflow_kernels.ops.flow_choice import dtype_of_products, is_plain
 from uniflow_kernels.ops.modulated_norm import norm_has_kernels, residual_norm
 from uniflow_kernels.ops.transformer_layers import (
@@ -207,15 +210,20 @@ class TransformerLayer(RecomputingLayer):
         if self.training and (self.drop_path1.leaves_out() or self.drop_path2.leaves_out()):
             x = _add_to_some(x, lambda some: self.attn(self.norm1(some)), self.ls1, self.drop_path1)
             return _add_to_some(x, lambda some: self.mlp(self.norm2(some)), self.ls2, self.drop_path2)
-        x, h = _add_and_norm(x, self.drop_path1(self.attn(self.norm1(x))), self.ls1, self.norm2)
-        return _add(x, self.drop_path2(self.mlp(h)), self.ls2)
+        x, branch = self.to_last_branch(x, self.norm1(x))
+        return _add(x, branch, self.ls2)
+
+    def to_last_branch(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, S, W] and its norm -> the sum behind attention, and what the MLP adds to it but for its LayerScale."""
+        x, h = _add_and_norm(x, self.drop_path1(self.attn(h)), self.ls1, self.norm2)
+        return x, self.drop_path2(self.mlp(h))
 
     def tensors(self) -> Layer:
         """As `transformer_layers` takes them."""
         attn, mlp = self.attn, self.mlp
         norms, products = map(affine_of, (self.norm1, self.norm2)), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         (norm1, norm2), (qkv, proj, fc1, fc2) = norms, map(affine_of, products)
-        return Layer(norm1, qkv, attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
+        return Layer(norm1, (qkv,), attn.attend, proj, self.ls1, norm2, fc1, fc2, self.ls2)
 
     @property
     def form(self) -> LayerForm:
@@ -252,6 +260,53 @@ def kernel_states(layers: nn.ModuleList, x: Tensor, path: str = "auto") -> Itera
     tensors = [layer.tensors() for layer in own]
     chosen = choose_layers_path(x, tensors, form, path)
     return None if chosen == "eager" else transformer_layers(x, tensors, form, chosen)
+
+
+def compared_states(
+    layers: nn.ModuleList, x: Tensor, features: Iterator[Tensor], skip_tokens: int
+) -> Iterator[tuple[Tensor, Tensor | None]] | None:
+    """The output of every layer and how far it is from a teacher's, by `compared_residual_norm` where layers meet.
+
+    None where layers' own forwards serve, and distances are to be made apart: where no gradient is wanted or no kernel
+    does residuals and norms, something is to fire between, to be computed again or to be left out, and where layers are
+    compiled, of another class, or what FSDP2 makes of them.
+
+    Args:
+        layers: one after the other.
+        x: [B, S, W].
+        features: of the teacher, [B, S, W] each; the next is asked for when the student's layer is nearly there.
+        skip_tokens: how many tokens at the front do not count.
+
+    Returns:
+        Pairs of x behind the layer and its mean distance. That of the last is None: no norm of a layer follows it.
+    """
+    if not torch.is_grad_enabled() or not norm_has_kernels(x):
+        return None
+    if any(type(layer) is not TransformerLayer or is_compiled(layer) for layer in layers):
+        return None
+    if plain_parts(list(layers), _PARTS) is None:
+        return None
+    own: Any = layers
+    if any(layer.drop_path1.leaves_out() or layer.drop_path2.leaves_out() for layer in own):
+        return None
+    if any(layer.keeps != "everything" for layer in own):
+        return None
+    return _compared(own, x, features, skip_tokens) if len(own) else None
+
+
+def _compared(
+    layers: Any, x: Tensor, features: Iterator[Tensor], skip_tokens: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    h = layers[0].norm1(x)
+    for layer, following in pairwise(layers):
+        x, branch = layer.to_last_branch(x, h)
+        norm, feature = following.norm1, as_compared(next(features), x)
+        vectors = {"weight": norm.weight, "bias": getattr(norm, "bias", None)}
+        how = {"norm": _NORMS[type(norm)], "eps": norm.eps, "dtype": dtype_of_products(x), "skip_tokens": skip_tokens}
+        x, h, distance = compared_residual_norm(x, branch, layer.ls2, teacher=feature, **vectors, **how)
+        yield x, distance
+    x, branch = layers[-1].to_last_branch(x, h)
+    yield _add(x, branch, layers[-1].ls2), None
 
 
 def last_of(states: Iterator[Tensor], x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from uniflow_kernels.modules.flow_head import FlowHead
     from uniflow_kernels.modules.flow_matching import flow_matching_loss
     from uniflow_kernels.ops.attention import attention
+    from uniflow_kernels.ops.compared_norm import compared_residual_norm
     from uniflow_kernels.ops.distillation import LayerwiseDistillation, layerwise_distillation
     from uniflow_kernels.ops.flow_head import fused_flow_blocks
     from uniflow_kernels.ops.fp8_linear import fp8_linear
@@ -29,6 +30,7 @@ __all__ = [
     "VerifyReport",
     "attention",
     "backend",
+    "compared_residual_norm",
     "doctor",
     "flow_matching_loss",
     "fp8_linear",
@@ -60,6 +62,7 @@ _MODULES = {
     "VerifyReport": "dropin.verification",
     "attention": "ops.attention",
     "backend": "choice",
+    "compared_residual_norm": "ops.compared_norm",
     "doctor": "diagnosis",
     "flow_matching_loss": "modules.flow_matching",
     "fp8_linear": "ops.fp8_linear",

@@ -180,7 +180,7 @@ def cosine_distances(
         length,
         width,
         skip_tokens,
-        TYPES[student[0].dtype],
+        (TYPES[student[0].dtype], TYPES[teacher[0].dtype]),
         distances.data_ptr(),
         torch.get_num_threads(),
     )

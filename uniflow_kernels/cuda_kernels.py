@@ -127,6 +127,7 @@ def cosine_distances(
     batch, length, width = student[0].shape
     if not student[0].numel():
         return
+    teacher = [t.to(student[0].dtype) for t in teacher]  # it takes one dtype; nothing is copied that is of that
     layers = layers_of(student, teacher, gradients, powers)
     with torch.cuda.device(student[0].device):
         _module().cosine_distances(

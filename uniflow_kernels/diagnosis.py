@@ -41,7 +41,12 @@ class DoctorReport:
         return "\n".join(lines)
 
 
-_OF_BLOCKS = ("modulated_norm", "residual_norm", "flow_tangents")  # which the CPU part does not have
+_OF_BLOCKS = (
+    "modulated_norm",
+    "residual_norm",
+    "compared_residual_norm",
+    "flow_tangents",
+)  # which the CPU part does not have
 _TRITON_ONLY = ("seeded_noise", "to_images", *_OF_BLOCKS)
 
 

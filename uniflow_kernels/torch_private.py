@@ -190,6 +190,7 @@ CHILDREN = itemgetter("_modules")
 PARAMETERS = itemgetter("_parameters")
 BUFFERS = itemgetter("_buffers")
 FORWARD_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+BACKWARD_HOOKS = itemgetter("_backward_hooks"), itemgetter("_backward_pre_hooks")
 
 
 def replica_of(module: nn.Module) -> nn.Module:
@@ -206,13 +207,17 @@ def is_forward_hooked(module: nn.Module) -> bool:
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"]) or "forward" in own
 
 
+def fires(module: nn.Module) -> bool:
+    """Whether calling the module fires a hook of its own."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module fires a hook of its own, or a forward put on the instance."""
-    own = module.__dict__
-    return (
-        bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
-        or "forward" in own
-    )
+    return fires(module) or "forward" in module.__dict__
 
 
 def is_compiled(module: nn.Module) -> bool:

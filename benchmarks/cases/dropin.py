@@ -1,4 +1,4 @@
-"""Heads of other projects as their users have them, and the same after `uniflow_kernels.patch`."""
+"""Heads and layers of other projects as their users have them, and the same after `uniflow_kernels.patch`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.case import Case, Problem, Size, Work, at, linear_flops, randomised
+from benchmarks.case import Case, Problem, Size, Work, at, attention_flops, linear_flops, randomised
 from uniflow_kernels import patch
 from uniflow_kernels.modules.flow_layers import TimestepEmbedding
 
@@ -87,8 +88,72 @@ def build(shape: str, rows: int, width: int, depth: int, mode: str, dtype: str) 
     )
 
 
-def _patched(head: Head, *inputs: Any) -> Tensor:
-    return head(*inputs)
+def _patched(module: nn.Module, *inputs: Any) -> Tensor:
+    return module(*inputs)
+
+
+class Attention(nn.Module):
+    """Of three products, as in the layers of the transformers package; heads of 64."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        made = (layer(x).unflatten(-1, (-1, 64)).transpose(1, 2) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(F.scaled_dot_product_attention(*made).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., W] -> [..., W]."""
+        return x * self.lambda1
+
+
+class EncoderLayer(nn.Module):
+    """DINOv2's, as the transformers package has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attention, self.layer_scale1, self.layer_scale2 = Attention(width), LayerScale(width), LayerScale(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, W] -> [B, S, W]."""
+        x = self.layer_scale1(self.attention(self.norm1(x))) + x
+        return self.layer_scale2(self.mlp(self.norm2(x))) + x
+
+
+def build_layers(batch: int, length: int, width: int, mode: str, dtype: str) -> Problem:
+    """Two layers, of which the second may take what the first left."""
+    precision = getattr(torch, dtype)
+    layers = randomised(nn.Sequential(EncoderLayer(width), EncoderLayer(width)), precision)
+    layers.requires_grad_(mode == "train").train(mode == "train")
+    patch(layers, strict=True)
+    x = torch.randn(batch, length, width, dtype=precision).requires_grad_(mode == "train")
+    flops = linear_flops(batch * length, layers) + 2 * attention_flops(batch, length, width)
+    return Problem(
+        inputs=(layers, x),
+        ours=_patched,
+        plain=_own_forwards,
+        tokens=batch * length,
+        forward=Work.of(flops, layers, x, x),
+        backward=Work.of(2 * flops, layers, x, x, layers, x) if mode == "train" else None,
+    )
+
+
+def _own_forwards(layers: nn.Sequential, x: Tensor) -> Tensor:
+    for layer in layers:
+        x = EncoderLayer.forward(layer, x)  # type: ignore[arg-type]
+    return x
 
 
 def _on_cuda(shape: str, rows: int, mode: str) -> Size:
@@ -119,5 +184,18 @@ CASES = (
             for shape, rows, width, mode in product(SHAPES, (1, 64, 512), (128, 512), ("eval", "train"))
         ),
         check_at_most={"rows": 4096},
+    ),
+    Case(
+        "dropin_layers",
+        "What does `patch` change for layers of a vision transformer?",
+        build_layers,
+        cuda=tuple(
+            at(batch=batch, length=1025, width=width, mode=mode, dtype="bfloat16", quick=width == 1024 and batch == 32)
+            for width, (batch, mode) in product((384, 1024), ((1, "eval"), (8, "eval"), (32, "eval"), (32, "train")))
+        ),
+        cpu=tuple(
+            at(batch=batch, length=257, width=384, mode="eval", dtype="float32", quick=batch == 1) for batch in (1, 8)
+        ),
+        check_at_most={"batch": 2, "length": 257},
     ),
 )

@@ -53,9 +53,28 @@ def _rows(device: torch.device) -> Iterator[Timed]:
             norm_modulate_backward, dh, total, x, norm_and_scale, norm, None, None, None, of_layer, False, 1e-6, dx=h
         ),
     )
+    yield from _comparisons(device)
     yield Timed("quantize", partial(quantize, x, 448.0, 1e-38))
     yield Timed("activation", partial(activation, x, WIDTH))
     yield Timed("activation_backward", partial(activation_backward, du, x))
+
+
+def _comparisons(device: torch.device) -> Iterator[Timed]:
+    from uniflow_kernels.triton_kernels.compared_norm import compared_norm, compared_norm_backward
+
+    empty = partial(torch.zeros, dtype=torch.bfloat16, device=device)
+    x, q, h, dh, total, teacher, dx, dq = (empty(ROWS, WIDTH) for _ in range(8))
+    scale, norm = empty(WIDTH), (empty(WIDTH), empty(WIDTH))
+    distances, coefficients = torch.zeros(ROWS, device=device), torch.zeros(ROWS, 2, device=device)
+    made = distances, coefficients
+    yield Timed(
+        "compared_norm", partial(compared_norm, x, scale, q, norm, teacher, ROWS, 1, total, h, *made, False, 1e-6)
+    )
+    arriving = dh, x, torch.zeros((), device=device), 1 / ROWS
+    yield Timed(
+        "compared_norm_backward",
+        partial(compared_norm_backward, *arriving, total, scale, q, norm, teacher, coefficients, dx, dq, False, 1e-6),
+    )
 
 
 def _duals(device: torch.device) -> Iterator[Timed]:
@@ -121,6 +140,7 @@ def _products(device: torch.device) -> Iterator[Timed]:
     sums = torch.zeros(WIDTH, device=device)
     folded = partial(layer_products.folded_norm, x, made, square[0], sums, sums)
     yield Timed("folded_norm", partial(folded, "gelu", False, 1e-6))
+    yield Timed("activated_product", partial(layer_products.activated_product, x, square, "gelu"))
     residual = partial(layer_products.residual_product, a, square, square[1], x, False)
     yield Timed("residual_product", partial(residual, made))
 

@@ -20,6 +20,9 @@ namespace {
 
 using uniflow::kLanes;
 
+// What sums begin with: x + -0 is x. Zeros would be a memset, for which compilers take an instruction that is slow to begin.
+constexpr float kNothing = -0.0f;
+
 // --- noise ---
 
 constexpr int kBlock = 32;  // counters at a time
@@ -167,7 +170,8 @@ void interpolate(const Interpolate& job, int64_t begin, int64_t end, float* memo
 // The error of a row, times `factor` into `gradient`; gives the sum of its squares.
 inline float squared_error(const float* __restrict velocity, const float* __restrict x1, const float* __restrict x0, int64_t length,
                            float coefficient, float* __restrict gradient) {
-  float sums[kLanes] = {};
+  float sums[kLanes];
+  for (float& sum : sums) sum = kNothing;
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -282,9 +286,14 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
 
 // --- distillation ---
 
-// Not inlined: its sums then stay in registers.
-[[gnu::noinline]] uniflow::CosineSums sums_of(const float* __restrict student, const float* __restrict teacher, int64_t width) {
-  float product[kLanes] = {}, students[kLanes] = {}, teachers[kLanes] = {};
+// Several tokens are taken at once: what is added up over lanes, and the roots and quotients, are vectors of all of them.
+constexpr int kLanesOfTokens = kTokens * kLanes;
+constexpr int64_t kNear = 1 << 12;  // elements of each side, 32 KB of both
+
+// The lanes of a token's product, student and teacher, kLanesOfTokens apart. Not inlined: they then stay in registers.
+[[gnu::noinline]] void lanes_of(const float* __restrict student, const float* __restrict teacher, int64_t width, float* __restrict lanes) {
+  float product[kLanes], students[kLanes], teachers[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) product[lane] = students[lane] = teachers[lane] = kNothing;
   int64_t i = 0;
   for (; i + kLanes <= width; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -299,21 +308,47 @@ void finish(const Finish& job, int64_t begin, int64_t end, float* memory) {
     students[lane] = uniflow::multiply_add(s, s, students[lane]);
     teachers[lane] = uniflow::multiply_add(t, t, teachers[lane]);
   }
-  uniflow::CosineSums sums;
-  sums.product = uniflow::butterfly(product);
-  sums.student = uniflow::butterfly(students);
-  sums.teacher = uniflow::butterfly(teachers);
-  return sums;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    lanes[lane] = product[lane];
+    lanes[kLanesOfTokens + lane] = students[lane];
+    lanes[2 * kLanesOfTokens + lane] = teachers[lane];
+  }
 }
 
-// How many tokens are taken at once: the roots and quotients of one, which wait for its sums, are made beside the others'.
-constexpr int kTokens = 4;
+// `uniflow::butterfly` of COUNT sums at once, whose lanes lie one sum's behind another's: the narrow steps are vectors of many sums.
+template <int COUNT, int STEP = kLanes / 2>
+inline void butterflies(const float* __restrict lanes, float* __restrict out) {
+  float sums[COUNT * STEP];
+  for (int sum = 0; sum < COUNT; ++sum)
+    for (int lane = 0; lane < STEP; ++lane) sums[sum * STEP + lane] = lanes[2 * sum * STEP + lane] + lanes[(2 * sum + 1) * STEP + lane];
+  if constexpr (STEP == 1)
+    for (int sum = 0; sum < COUNT; ++sum) out[sum] = sums[sum];
+  else
+    butterflies<COUNT, STEP / 2>(sums, out);
+}
+
+struct Terms {  // `uniflow::CosineTerms` of kTokens tokens
+  float distance[kTokens], along[kTokens], across[kTokens], student_least[kTokens];
+};
+
+[[gnu::noinline]] void terms_of(const float* __restrict lanes, Terms& __restrict terms) {
+  float sums[3 * kTokens];
+  butterflies<3 * kTokens>(lanes, sums);
+  for (int k = 0; k < kTokens; ++k) {
+    const uniflow::CosineTerms of = uniflow::cosine_terms({sums[k], sums[kTokens + k], sums[2 * kTokens + k]});
+    terms.distance[k] = of.distance, terms.along[k] = of.along, terms.across[k] = of.across;
+    terms.student_least[k] = of.student_least;
+  }
+}
 
 void distances(const Distances& job, int64_t begin, int64_t end, float* memory) {
-  const Scratch scratch(memory, job.width);
-  const int64_t in_layer = job.batch * job.length, size = bytes_of(job.type);
-  const int64_t at_once = job.type == kFloat32 ? kTokens : 1;  // what is converted lies in scratch, which has room for one
+  const int64_t in_layer = job.batch * job.length, row = scratch_row(job.width);
+  const int64_t size = bytes_of(job.type), teacher_size = bytes_of(job.teacher_type);
+  const int64_t near = job.width == 0 ? kTokens : kNear / job.width;  // both sides are read twice, then from the nearest cache
+  const int64_t at_once = near < 1 ? 1 : near < kTokens ? near : kTokens;
   const float largest = job.type == kFloat16 ? 65504.0f : job.type == kBFloat16 ? 3.3895313892515355e38f : 3.4028234663852886e38f;
+  alignas(64) float lanes[3 * kLanesOfTokens] = {};  // of tokens that are not there zeros, or those of earlier ones
+  Terms terms;
   for (int64_t unit = begin, count = 1; unit < end; unit += count) {
     const int64_t number = unit / in_layer, place = unit - number * in_layer;
     const int64_t image = place / job.length, token = place - image * job.length;
@@ -326,29 +361,26 @@ void distances(const Distances& job, int64_t begin, int64_t end, float* memory) 
     }
     while (count < at_once && unit + count < end && token + count < job.length) ++count;
     const float *students[kTokens], *teachers[kTokens];
-    uniflow::CosineSums sums[kTokens];
-    uniflow::CosineTerms terms[kTokens];
     for (int64_t k = 0; k < count; ++k) {
       const int64_t of_student = image * layer.student_batch + (token + k) * layer.student_token;
       const int64_t of_teacher = image * layer.teacher_batch + (token + k) * layer.teacher_token;
-      students[k] = floats(at(layer.student, of_student * size), job.type, job.width, scratch.rows[0]);
-      teachers[k] = floats(at(layer.teacher, of_teacher * size), job.type, job.width, scratch.rows[1]);
-      sums[k] = sums_of(students[k], teachers[k], job.width);
+      students[k] = floats(at(layer.student, of_student * size), job.type, job.width, memory + 2 * k * row);
+      teachers[k] = floats(at(layer.teacher, of_teacher * teacher_size), job.teacher_type, job.width, memory + (2 * k + 1) * row);
+      lanes_of(students[k], teachers[k], job.width, lanes + k * kLanes);
     }
+    terms_of(lanes, terms);
     float* found = job.distances + (number * job.batch + image) * (job.length - job.skip) + token - job.skip;
-    for (int64_t k = 0; k < count; ++k) {
-      terms[k] = uniflow::cosine_terms(sums[k]);
-      found[k] = terms[k].distance;
-    }
+    for (int64_t k = 0; k < count; ++k) found[k] = terms.distance[k];
     if (out == nullptr) continue;
     for (int64_t k = 0; k < count; ++k) {
       float power = 1.0f;
-      if (layer.powers != nullptr) layer.powers[place + k] = power = uniflow::gradient_power(terms[k].student_least);
-      float* __restrict gradient = job.type == kFloat32 ? reinterpret_cast<float*>(out) + k * job.width : scratch.rows[2];
+      if (layer.powers != nullptr) layer.powers[place + k] = power = uniflow::gradient_power(terms.student_least[k]);
+      char* here = out + k * job.width * size;
+      float* __restrict gradient = job.type == kFloat32 ? reinterpret_cast<float*>(here) : memory + 2 * kTokens * row;
       const float *__restrict student = students[k], *__restrict teacher = teachers[k];
-      const uniflow::CosineTerms of = terms[k];
+      const uniflow::CosineTerms of{terms.distance[k], terms.along[k], terms.across[k], terms.student_least[k]};
       for (int64_t i = 0; i < job.width; ++i) gradient[i] = power * uniflow::cosine_gradient(of, student[i], teacher[i], largest);
-      if (job.type != kFloat32) store(gradient, job.type, job.width, out);
+      if (job.type != kFloat32) store(gradient, job.type, job.width, here);
     }
   }
 }

@@ -8,6 +8,7 @@
 namespace uniflow_cpu {
 
 constexpr int64_t kScaledAtOnce = 1 << 12;  // elements
+constexpr int kTokens = 8;                  // of which distances are made at once; both sides' and a gradient are scratch
 
 enum Type : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kUInt8 = 3 };
 
@@ -92,7 +93,7 @@ struct Layer {  // [B, S, D] with neighbouring elements in a row
 struct Distances {  // units: tokens of all layers
   const Layer* layers;
   int64_t batch, length, width, skip;
-  int32_t type;
+  int32_t type, teacher_type;
   float* distances;  // [L, B, S - skip]
 };
 

@@ -35,12 +35,12 @@ struct Freed {
   void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
 };
 
-// Units of `elements` each, on up to so many threads; each has five rows of `length` floats.
+// Units of `elements` each, on up to so many threads; each has some rows of `length` floats.
 template <class Job>
 void share(void (*work)(const Job&, int64_t, int64_t, float*), const Job& job, int64_t units, int64_t elements, int64_t length,
-           int threads) {
+           int threads, int rows = 5) {
   const Threads& all = threads_of_torch();
-  const int64_t each = 5 * scratch_row(length);
+  const int64_t each = rows * scratch_row(length);
   threads = all.share(threads, units, (kLeast + elements - 1) / elements);
   const std::unique_ptr<float[], Freed> scratch(new (std::align_val_t{64}) float[threads * each]);
   all.run(threads, units, [&](int64_t begin, int64_t end, int thread) { work(job, begin, end, scratch.get() + thread * each); });
@@ -99,13 +99,14 @@ class Level {
   }
 
   void cosine_distances(const std::vector<std::array<int64_t, 8>>& of_layers, int64_t batch, int64_t length, int64_t width, int64_t skip,
-                        int32_t type, uintptr_t distances, int threads) const {
+                        const std::array<int32_t, 2>& types, uintptr_t distances, int threads) const {
     std::vector<Layer> layers;
     for (const auto& [student, teacher, gradient, powers, student_batch, student_token, teacher_batch, teacher_token] : of_layers)
       layers.push_back({at<const void>(student), at<const void>(teacher), at<void>(gradient), at<float>(powers), student_batch,
                         student_token, teacher_batch, teacher_token});
-    const Distances job{layers.data(), batch, length, width, skip, type, at<float>(distances)};
-    share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads);
+    const Distances job{layers.data(), batch, length, width, skip, types[0], types[1], at<float>(distances)};
+    share(kernels_.distances, job, static_cast<int64_t>(layers.size()) * batch * length, 2 * width, width, threads,
+          2 * kTokens + 1);
   }
 
   // Of each tensor the addresses of its values and of its rows' factors, its rows, their width, and its type.

@@ -26,6 +26,7 @@ from triton.runtime import driver
 from uniflow_kernels.ops.velocity import source_of
 from uniflow_kernels.triton_kernels import (
     activation,
+    compared_norm,
     distillation,
     dual_activation,
     dual_norm,
@@ -211,6 +212,30 @@ def all_launches(rows: int, width: int, dtype: torch.dtype, offset: int = 0, ext
                 1e-6,
                 dx=h,
             )
+    found, coefficients, number = torch.zeros(rows), torch.zeros(rows, 2), torch.zeros(())
+    for scale_and_norm in ((vector(width), vector(width), vector(width)), (None, vector(width), None)):
+        of_layer, *of_norm = scale_and_norm
+        rms, branch = of_layer is None, None if of_layer is None else q
+        compared_norm.compared_norm(
+            x, of_layer, q, tuple(of_norm), matrix(rows, width), rows, 1, total, h, found, coefficients, rms, 1e-6
+        )
+        for arriving in (total, None):
+            compared_norm.compared_norm_backward(
+                dh,
+                arriving,
+                number,
+                0.5,
+                x,
+                of_layer,
+                branch,
+                tuple(of_norm),
+                matrix(rows, width),
+                coefficients,
+                h,
+                branch,
+                rms,
+                1e-6,
+            )
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         activation.activation(p, width)
         activation.activation_backward(matrix(rows, width), p)
@@ -305,6 +330,8 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
         layer_products.folded_norm(x, moments, matrix(width, width), sums, side, "gelu", rms, 1e-6)
         bias = None if rms else vector
         layer_products.residual_product(a, (matrix(width, width), bias), bias, x, None if rms else False)
+        layer_products.activated_product(x, (matrix(width, width), bias), "gelu")
+        layer_products.residual_product(a, (matrix(width, width), bias), None, of(3, width, dtype=dtype), None)
 
 
 @check
@@ -318,7 +345,7 @@ def every_launch_is_the_same_as_tritons() -> None:
                 all_products(rows, 64, extra)
                 all_products(rows, 64, extra, arch=80)
     launches = {name.removesuffix(", kept") for name in seen}
-    assert len(launches) == 24, launches  # every kernel of the package
+    assert len(launches) == 26, launches  # every kernel of the package
     assert {f"{name}, kept" for name in launches} <= set(seen), seen
 
 

@@ -5,7 +5,13 @@ import pytest
 from tests.compile.compiling import Request, arches, compile_all
 
 # of a kernel; of all others flow_head
-MODULES = {"activation": "activation", "activation_backward": "activation", "fold_norm": "layer_products"}
+MODULES = {
+    "activation": "activation",
+    "activation_backward": "activation",
+    "fold_norm": "layer_products",
+    "compared_norm": "compared_norm",
+    "compared_norm_backward": "compared_norm",
+}
 # per thread; no more than these were needed when the kernels were written
 REGISTERS = {
     "norm_modulate": 64,
@@ -13,6 +19,8 @@ REGISTERS = {
     "activation": 32,
     "activation_backward": 126,
     "fold_norm": 48,
+    "compared_norm": 64,
+    "compared_norm_backward": 136,
 }
 
 # where every row has a condition of its own; with divisions of 64 bits 856 and 1080, with a sigmoid by exp 360 and 776
@@ -22,10 +30,17 @@ INSTRUCTIONS = {
     "activation": 216,
     "activation_backward": 632,
     "fold_norm": 272,
+    "compared_norm": 480,
+    "compared_norm_backward": 600,
 }
 # loads that wait for no reduction: all of the forward pass; of the backward pass all of a row but x's, on sixteen warps
 # dh and the scale, since 128 registers a thread have no room for more
-TOGETHER = {("norm_modulate", 1024): 12, ("norm_modulate_backward", 1024): 5, ("norm_modulate_backward", 3072): 3}
+TOGETHER = {
+    ("norm_modulate", 1024): 12,
+    ("norm_modulate_backward", 1024): 5,
+    ("norm_modulate_backward", 3072): 3,
+    ("compared_norm_backward", 1024): 4,  # 6 by the newest
+}
 
 
 def norm_modulate(width, arch, dtype, *, residual=True, rms=False, shared=False, modulated=True, gated=True):
@@ -56,6 +71,24 @@ def norm_modulate_backward(width, arch, dtype, *, residual=True, rms=False, shar
     }
     signature = pointers | norm(dtype) | dict.fromkeys(strides + sizes, "i32") | {"eps": "fp32"}
     return request("norm_modulate_backward", arch, signature, constants, 1024)
+
+
+def compared_norm(width, arch, dtype, teacher, *, rms=False):
+    pointers = dict.fromkeys(("x_p", "gate_p", "q_p", "sum_p", "h_p"), f"*{dtype}") | {"teacher_p": f"*{teacher}"}
+    pointers |= dict.fromkeys(("distance_p", "coefficients_p"), "*fp32")
+    sizes = dict.fromkeys(("x_s", "q_s", "teacher_s", "rows", "length", "skip"), "i32")
+    constants = {"W": width, "RMS": rms} | ({"bias_p": None} if rms else {})
+    return request("compared_norm", arch, pointers | norm(dtype) | sizes | {"eps": "fp32"}, constants, 1024)
+
+
+def compared_norm_backward(width, arch, dtype, teacher, *, rms=False):
+    names = ("dh_p", "dsum_p", "x_p", "gate_p", "q_p", "weight_p", "dx_p", "dq_p")
+    pointers = dict.fromkeys(names, f"*{dtype}") | {"teacher_p": f"*{teacher}"}
+    pointers |= dict.fromkeys(("ddistance_p", "coefficients_p", "partial_p"), "*fp32")
+    sizes = dict.fromkeys(("dh_s", "dsum_s", "q_s", "teacher_s", "rows", "per_program"), "i32")
+    constants = {"W": width, "BIAS": not rms, "RMS": rms, "LARGEST": 3.3895313892515355e38}
+    signature = pointers | sizes | dict.fromkeys(("share", "eps"), "fp32")
+    return request("compared_norm_backward", arch, signature, constants, 1024)
 
 
 def fold_norm(width, arch, dtype):
@@ -110,6 +143,8 @@ def compiled(oldest):
         asked["norm_modulate_backward", arch, 1024, "shared"] = norm_modulate_backward(
             1024, arch, "bf16", shared=True, modulated=False
         )
+        asked["compared_norm", arch, 1024] = compared_norm(1024, arch, "bf16", "bf16")
+        asked["compared_norm_backward", arch, 1024] = compared_norm_backward(1024, arch, "bf16", "bf16")
     # other widths and forms, in which nothing depends on the architecture
     asked["norm_modulate", 90, 1536] = norm_modulate(1536, 90, "fp32", residual=False, rms=True)
     asked["norm_modulate", 90, 1024, "shared", "modulated"] = norm_modulate(1024, 90, "bf16", shared=True)
@@ -117,6 +152,10 @@ def compiled(oldest):
     asked["norm_modulate_backward", 90, 1536] = norm_modulate_backward(1536, 90, "bf16")
     asked["norm_modulate_backward", 90, 3072] = norm_modulate_backward(3072, 90, "bf16")
     asked["norm_modulate_backward", 90, 768] = norm_modulate_backward(768, 90, "fp32", residual=False, rms=True)
+    asked["compared_norm", 90, 1280] = compared_norm(1280, 90, "fp32", "bf16", rms=True)
+    asked["compared_norm_backward", 90, 1280] = compared_norm_backward(1280, 90, "fp32", "bf16", rms=True)
+    asked["compared_norm", 90, 3072] = compared_norm(3072, 90, "bf16", "bf16")
+    asked["compared_norm_backward", 90, 3072] = compared_norm_backward(3072, 90, "bf16", "bf16")
     return dict(zip(asked, compile_all(list(asked.values()), oldest), strict=True))
 
 
@@ -140,5 +179,10 @@ def test_every_access_is_of_16_bytes(compiled):
     """But for partial sums and what a row has one of, of which there are few."""
     for (kernel, *at), result in compiled.items():
         narrow = [kind for kind in result.wide if "128" not in kind]
-        few = {"activation_backward": {"STG.E.64"}, "fold_norm": {"LDG.E.U16", "STG.E"}}
+        few = {
+            "activation_backward": {"STG.E.64"},
+            "fold_norm": {"LDG.E.U16", "STG.E"},
+            "compared_norm": {"STG.E"},
+            "compared_norm_backward": {"LDG.E"},
+        }
         assert set(narrow) <= few.get(kernel, set()), (kernel, at, result.wide)

@@ -26,11 +26,21 @@ REGISTERS = {
     "layer's down backward": 240,
 }
 # on sm_90, with a sigmoid by tanh that is made once; by exp 2968, 2112, 5672 and 4056, and with GELU by erf 5552
-INSTRUCTIONS = {"folded": 2320, "up": 1824, "gated up": 1552, "down backward": 2920, "gated down backward": 2584}
+INSTRUCTIONS = {
+    **{"folded": 2320, "up": 1824, "gated up": 1552, "down backward": 2920, "gated down backward": 2584},
+    "layer's down backward": 3800,  # with the derivative of GELU's polynomial, made once
+}
 PAIRS = ("modulated", "gated up")
 
 
-def request(name, arch, small=False):
+# of an MLP that is no layer's: without a norm before it, and with positions behind it
+OF_MLP = {
+    "folded": {"sums_p": None, "moments_p": None, "PART": 0, "RMS": True},
+    "residual": {"x_p": None, "scale_p": None, "moments_p": None},
+}
+
+
+def request(name, arch, small=False, of_mlp=False):
     """A product of a canonical head of width 1024 in bfloat16, which keeps all that training wants, or of a layer."""
     made = products.ARCHITECTURES[arch]
     tma, tiles = made.tma, made.small if small else made.tiles
@@ -50,7 +60,7 @@ def request(name, arch, small=False):
             "residual_product_kernel",
             {"a_p": left, "w_p": weight, **dict.fromkeys(("x_p", "sum_p"), rows)},
             {**dict.fromkeys(("bias_p", "scale_p"), "*bf16"), "moments_p": "*fp32"},
-            {"N": W, "K": 4 * W, "RMS": False},
+            {"position_p": None, "N": W, "K": 4 * W, "RMS": False},
         ),
         "modulated": (
             "modulation_kernel",
@@ -80,6 +90,11 @@ def request(name, arch, small=False):
             {"up_p": None, "dup_p": None, "H": H, "K": W, "GATED": gated, "ACT": "gelu" if of_layer else "silu"},
         ),
     }[name.removeprefix("gated ").removeprefix("layer's ")]
+    if of_mlp:
+        operands.pop("x_p" if name == "residual" else "", None)
+        constants |= OF_MLP[name]
+        constants.pop("position_p", None)
+        vectors["position_p"] = "*bf16"
     constants = {name: value for name, value in constants.items() if name not in operands}
     constants |= {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "BP": tile.piece, "TMA": tma}
     described = {
@@ -102,6 +117,16 @@ def both_sizes(oldest):
         asked = [each for each in asked if each[1] == 90 or "backward" in each[0]]
     asked += [(name, 90, True) for name in products.ARCHITECTURES[90].small]
     return dict(zip(asked, compile_all([request(*each) for each in asked], oldest), strict=True))
+
+
+def test_the_products_of_an_mlp(oldest):
+    for name, result in zip(
+        OF_MLP, compile_all([request(name, 90, of_mlp=True) for name in OF_MLP], oldest), strict=True
+    ):
+        assert result.spills == result.stack == 0, (name, result)
+        assert result.registers <= REGISTERS[name], (name, result)
+        assert not result.serialised, (name, result)
+        assert result.instructions <= INSTRUCTIONS.get(name, 2000), (name, result)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_attention_inside_an_encoder_layer():
     x = rows(2, 9, 32)
     expected = model[0](x)
     report = patch(model)
-    assert set(report.patched) == {"0.attn", "1.attn"}
+    assert set(report.patched) == {"0", "0.attn", "1", "1.attn"}
     close(model[0](x), expected)
 
 

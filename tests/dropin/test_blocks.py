@@ -61,7 +61,26 @@ class LightningBlock(DiTBlock):
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
+class Halved(NaiveAttention):
+    def forward(self, x, factor=1.0):
+        return super().forward(factor * x)
+
+
+class WithDefault(DiTBlock):
+    """An argument that is handed on, and is not None where it is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = Halved()
+
+    def forward(self, x, c, factor=0.5):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift, scale), factor)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
 BLOCKS = {
+    "with a default": (WithDefault, {}),
     "DiT": (DiTBlock, {}),
     "LightningDiT": (LightningBlock, {"feat_rope": rows(WIDTH, seed=2)}),
     "LightningDiT without": (LightningBlock, {}),

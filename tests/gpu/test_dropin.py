@@ -1,4 +1,4 @@
-"""Other projects' heads on a GPU, patched: numbers and gradients of the kernels against float64."""
+"""Other projects' heads, blocks and layers on a GPU, patched: numbers and gradients of the kernels against float64."""
 
 import copy
 
@@ -9,8 +9,11 @@ from tests.conftest import randomize
 from tests.dropin.stand_ins import PROJECTS
 from tests.dropin.test_blocks import BLOCKS
 from tests.dropin.test_blocks import INPUTS as OF_BLOCKS
+from tests.dropin.test_encoder_layers import FAMILIES, WIDTH, made, others
 from tests.dropin.test_heads import DISTINCT, compare, outputs_and_gradients
-from uniflow_kernels import patch
+from uniflow_kernels import backend, patch
+from uniflow_kernels.dropin import encoder_layers
+from uniflow_kernels.ops.transformer_layers import choose_layers_path
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +47,41 @@ def test_numbers_and_gradients_of_transformer_blocks(name, within_twice):
     patch(block, strict=True)
     after = outputs_and_gradients(block, inputs, kwargs, torch.float32)
     compare(after, before, exact, within_twice, floor=2e-6)
+
+
+@pytest.mark.parametrize("path", ["rows", "products", "small products"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_numbers_of_layers_of_vision_transformers(name, path, within_twice, monkeypatch):
+    """Two layers in bfloat16, of which the second takes what the products of the first left."""
+    layers = torch.nn.ModuleList([made(name, torch.bfloat16), made(name, torch.bfloat16)]).cuda()
+    x = torch.randn(4, 33, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16().cuda()
+
+    def run(layers, x):
+        given = {key: tuple(map(on_gpu, value or ())) or None for key, value in others(layers[0], 33, x.dtype).items()}
+        with torch.no_grad():
+            return layers[1](layers[0](x, **given), **given)
+
+    before, exact = run(layers, x), run(copy.deepcopy(layers).double(), x.double())
+    patch(layers, strict=True)
+    monkeypatch.setattr(encoder_layers, "choose_layers_path", lambda *given: choose_layers_path(*given, path))
+    with backend("triton"):
+        within_twice(run(layers, x), before, exact)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_layers_of_vision_transformers(name, within_twice):
+    layer, x = made(name).cuda(), torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
+
+    def found(layer, dtype):
+        given = {key: tuple(map(on_gpu, value or ())) or None for key, value in others(layer, 5, dtype).items()}
+        leaf = x.to(dtype).requires_grad_()
+        leaves = {"x": leaf, **dict(layer.named_parameters())}
+        out = layer(leaf, **given)
+        return {
+            "out": out.detach(),
+            **dict(zip(leaves, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True)),
+        }
+
+    exact, before = found(copy.deepcopy(layer).double(), torch.float64), found(layer, torch.float32)
+    patch(layer, strict=True)
+    compare(found(layer, torch.float32), before, exact, within_twice, floor=2e-6)

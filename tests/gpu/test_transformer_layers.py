@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import randomize
+from tests.uniflow_kernels import test_mlp
 from tests.uniflow_kernels import test_transformer_layers as on_cpu
 from tests.uniflow_kernels import test_transformer_mlp as mlp_on_cpu
 from uniflow.transformer import TransformerLayer, kernel_states, last_of
@@ -47,6 +48,15 @@ def test_the_mlp_in_training(within_twice, path, dtype, shape, hidden):
     found = mlp_on_cpu.against_definition(within_twice, given, "gelu", path, 1e-3)
     with backend("triton"):
         assert all(map(torch.equal, found, mlp_on_cpu.results(transformer_mlp, *given, "gelu", path)))
+
+
+@pytest.mark.parametrize("sizes", [(1024, 1024, 64), (64, 1024, 1024), (40, 136, 24)])
+def test_an_mlp(within_twice, path, sizes):
+    """Those around the latent, whose positions begin anew with each picture."""
+    if path == "rows":
+        pytest.skip("plain PyTorch")
+    given = test_mlp.make(*sizes, torch.bfloat16, shape=(3, 256 if 64 in sizes else 67), device="cuda")
+    test_mlp.against_definition(within_twice, given, path, floor=1e-3)
 
 
 @pytest.mark.parametrize("name", on_cpu.ROWS)

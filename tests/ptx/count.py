@@ -85,6 +85,20 @@ def layers() -> None:
         results(transformer_mlp, *of_mlp(half, shape=(rows, width), hidden=4 * width), "gelu", "products")
 
 
+def distillation() -> None:
+    """Launch what ends a layer beside a teacher's."""
+    from uniflow_kernels import backend, compared_residual_norm
+
+    rows, width, half = SIZES["rows"], SIZES["width"], torch.bfloat16
+    x, q, teacher = (torch.randn(2, rows // 2, width).to(half) for _ in range(3))
+    gate, weight, bias = (torch.randn(width).to(half).requires_grad_() for _ in range(3))
+    with backend("triton"):
+        *made, distance = compared_residual_norm(
+            x.requires_grad_(), q.requires_grad_(), gate, teacher=teacher, skip_tokens=1, weight=weight, bias=bias
+        )
+        (sum(each.float().square().sum() for each in made) + distance).backward()
+
+
 def in_fp8() -> None:
     """Launch what quantizes rows, where the architecture has it."""
     from uniflow_kernels import backend
@@ -206,6 +220,7 @@ def main(archs: list[int]) -> None:
         with emulated(arch) as triton:
             flow()
             layers()
+            distillation()
             in_fp8()
             losses(csrc=False)
         parts, findings = {"Triton": counted(False, triton)}, len(triton.findings)

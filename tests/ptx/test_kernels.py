@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from tests.ptx.session import unwritten_is_nan
-from tests.uniflow_kernels import test_dual_rows, test_modulated_norm, test_transformer_layers, test_transformer_mlp
+from tests.uniflow_kernels import (
+    test_compared_norm,
+    test_dual_rows,
+    test_mlp,
+    test_modulated_norm,
+    test_transformer_layers,
+    test_transformer_mlp,
+)
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
 from uniflow_kernels.ops import fp8_linear
@@ -64,12 +71,19 @@ def test_layers(within_twice, name, width, hidden):
         pytest.param("gelu_pytorch_tanh", torch.bfloat16, 136, 136, marks=pytest.mark.slow),
     ],
 )
-def test_mlp(within_twice, activation, dtype, width, hidden):
+def test_the_mlp_in_training(within_twice, activation, dtype, width, hidden):
     """The activation's gradient in the backward product."""
     given = test_transformer_mlp.make(dtype, shape=(130, width), hidden=hidden)
     floor = 1e-2 if dtype == torch.bfloat16 else 1e-3
     with unwritten_is_nan():
         test_transformer_mlp.against_definition(within_twice, given, activation, "products", floor)
+
+
+def test_an_mlp(within_twice):
+    """Positions that begin anew inside a tile."""
+    with unwritten_is_nan():
+        given = test_mlp.make(64, 136, 144, torch.bfloat16, shape=(2, 65))
+        test_mlp.against_definition(within_twice, given, "products", floor=1e-2)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 144), (torch.float32, 1030)])
@@ -106,6 +120,18 @@ def test_residual_and_norm(within_twice, without, dtype):
         found = test_modulated_norm.results(test_modulated_norm.ours, given, dtype)
     for mine, theirs, truth in zip(found, plain, exact, strict=True):
         within_twice(mine, theirs, truth)
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "teacher_dtype"),
+    [
+        ("the release's", torch.bfloat16, torch.bfloat16),
+        pytest.param("no LayerScale", torch.float32, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_residual_norm_and_distance(within_twice, form, dtype, teacher_dtype):
+    with unwritten_is_nan(), backend("triton"):
+        test_compared_norm.against_definition(within_twice, form, (2, 19, 24), dtype, teacher_dtype)
 
 
 @pytest.mark.parametrize(

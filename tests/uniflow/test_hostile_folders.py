@@ -40,6 +40,7 @@ from uniflow.training.state import gather
 from uniflow.unifluid.backbone import read_backbone
 from uniflow.unifluid.captions import CaptionFolder
 from uniflow.unifluid.config import UniFluidConfig
+from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.questions import read_questions
 from uniflow.unifluid.recipe import UniFluidRun
@@ -115,7 +116,9 @@ def whole(tmp_path_factory, golden_folder):
     transformers.SiglipModel(siglip).save_pretrained(place / "siglip")
     texts = make_text_tokenizer(["a seven"], 300)
     texts.save_pretrained(place / "texts")
-    unifluid = UniFluid(UniFluidConfig(LLAMA, 5, (3, 4), 32, 2), texts)
+    vision = VisionFeatures(transformers.ViTModel(transformers.ViTConfig(**VISION)))
+    seen = {"vision_channels": vision.width, "vision_encoder": vision.fields}
+    unifluid = UniFluid(UniFluidConfig(LLAMA, 5, (3, 4), 32, 2, **seen), texts, vision=vision)
     unifluid.save_pretrained(place / "unifluid")
     unifluid.backbone.save_pretrained(place / "llama")
     texts.save_pretrained(place / "llama")

@@ -7,8 +7,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.live_bytes import LiveBytes
-from uniflow import EncoderTeacher, UniFlowObjective, encoder, normalize
-from uniflow_kernels import layerwise_distillation, patchify
+from uniflow import EncoderTeacher, UniFlowObjective, encoder, normalize, transformer
+from uniflow_kernels import backend, layerwise_distillation, patchify
 from uniflow_kernels.modules.fp8_linear import Fp8Linear
 
 
@@ -104,6 +104,54 @@ def test_layers_are_compared_as_they_come_and_let_go(tiny):
     objective(*batch()).total.backward()
     assert order == [(name, layer) for layer in range(5) for name in ("student", "teacher")]
     assert max(most) <= 2
+
+
+def most_held(objective, images):
+    """The most bytes that a call of the objective holds at a time."""
+    torch.manual_seed(0)
+    with LiveBytes() as live:
+        losses = objective(images)
+    return live.peak, losses
+
+
+def test_what_the_objective_holds_does_not_grow_with_the_depth_of_the_teacher(tiny):
+    """But by what is handed over all at once."""
+    images, held = torch.randn(8, 3, 16, 16), []
+    of_layer = 8 * 17 * 64 * 4
+    with torch.no_grad():
+        for depth in (3, 9):
+            objective = UniFlowObjective(tiny(num_hidden_layers=depth, num_decoder_layers=1), chunk_tokens=16)
+            held.append(most_held(objective, images)[0])
+        # after the encoders nothing is left of them: here it is they that hold the most
+        listed = UniFlowObjective(objective.student, objective.teacher.forward, chunk_tokens=16)
+        assert most_held(listed, images)[0] > held[1] + 4 * of_layer
+    assert held[1] - held[0] < of_layer / 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_each_layer_the_smaller_is_kept_for_the_backward_pass(tiny, dtype):
+    """The gradient of its distance; or the teacher's features, to the same gradients but for rounding."""
+    depth, images = 9, torch.randn(8, 3, 16, 16)
+    student = tiny(num_hidden_layers=depth, num_decoder_layers=1)
+    teacher = EncoderTeacher.copy_of(student, dtype)
+    perturb(student)
+    alone, _ = most_held(UniFlowObjective(student, distill_weight=0.0), images)
+    beside, losses = most_held(UniFlowObjective(student, teacher), images)
+    of_layer = 8 * 17 * 64 * 4
+    # the student's own graph holds its layers but for the last
+    kept = depth * of_layer if dtype == torch.float32 else depth * of_layer // 2 + of_layer
+    assert abs(beside - alone - kept) < of_layer / 10
+
+    losses.total.backward()
+    ours = [parameter.grad for parameter in student.parameters()]
+    states = [state[:, 1:] for state in student.hidden_states(images)[1:]]
+    widened = [feature[:, 1:].float() for feature in teacher(images)[1:]]
+    student.zero_grad()
+    torch.manual_seed(0)
+    flow = UniFlowObjective(student, distill_weight=0.0)(images).total
+    (flow + layerwise_distillation(states, widened)[0]).backward()
+    for mine, parameter in zip(ours, student.parameters(), strict=True):
+        assert (mine - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max().clamp(min=1e-3)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 4])
@@ -465,3 +513,128 @@ def test_distributed(process_group, tiny, wrap):
         results.append([losses.total.detach(), *(getattr(g, "full_tensor", lambda g=g: g)() for g in gradients)])
     for ours, theirs in zip(*results, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def compare_layers(objective, images, **autocast):
+    """The distance, alpha, weights, and the gradients of the student's encoder of the distance and the latents."""
+    objective.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, **autocast):
+        latents, distillation = objective._encode(images, None)
+    loss, alpha, weights = distillation.result()
+    (loss + latents.float().square().mean()).backward()
+    encoder = (objective.student.embeddings, objective.student.encoder)
+    gradients = [parameter.grad for part in encoder for parameter in part.parameters()]
+    return [loss.detach(), alpha, weights, *gradients]
+
+
+def exactly(objective, images):
+    wide = UniFlowObjective(copy.deepcopy(objective.student).double(), copy.deepcopy(objective.teacher).double())
+    return compare_layers(wide, images.double(), enabled=False)
+
+
+@pytest.fixture
+def comparisons(monkeypatch):
+    """How often layers were compared by the op that ends a layer, with Triton in its interpreter."""
+    pytest.importorskip("triton")
+    made, plain = [], transformer.compared_residual_norm
+    counted = lambda *of, **how: made.append(1) or plain(*of, **how)  # noqa: E731
+    monkeypatch.setattr(transformer, "compared_residual_norm", counted)
+    with backend("triton"):
+        yield made
+
+
+@pytest.mark.parametrize("kind", ["float32", "rms", "autocast"])
+def test_layers_are_compared_where_they_meet(tiny, within_twice, comparisons, kind):
+    """To the numbers of layers that are compared apart; under autocast with a teacher in bfloat16."""
+    changes = {"norm_type": "rms_norm", "qk_normalization": True} if kind == "rms" else {}
+    student = tiny(num_hidden_layers=3, **changes)
+    halved = kind == "autocast"
+    objective = UniFlowObjective(student, EncoderTeacher.copy_of(student, torch.bfloat16 if halved else None))
+    perturb(student)
+    images = batch()[0]
+    found = compare_layers(objective, images, enabled=halved)
+    assert len(comparisons) == 2
+    with backend("eager"):
+        plain = compare_layers(objective, images, enabled=halved)
+        exact = exactly(objective, images)
+    assert len(comparisons) == 2
+    for mine, theirs, truth in zip(found, plain, exact, strict=True):
+        within_twice(mine, theirs, truth.double(), 1e-2 if halved else 2e-6)
+
+
+class Registers(torch.nn.Module):
+    """A teacher with two more tokens at the front."""
+
+    prefix_tokens = 3
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def states(self, images):
+        for state in self.teacher.states(images):
+            yield torch.cat([state[:, :2], state], 1)
+
+
+def test_what_keeps_layers_from_being_compared_where_they_meet(tiny, comparisons):
+    """Then they are compared apart, to the same gradients but for rounding, and everything fires that is to fire."""
+    student = tiny()
+    objective = UniFlowObjective(student)
+    perturb(student)
+    images = batch()[0]
+    expected = compare_layers(objective, images, enabled=False)
+    assert len(comparisons) == 1
+
+    def apart(objective=objective):
+        comparisons.clear()
+        found = compare_layers(objective, images, enabled=False)
+        assert not comparisons
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp(min=1e-3)
+
+    fired = []
+    hook = student.encoder.layers[1].norm1.register_forward_hook(lambda *_: fired.append(1))
+    apart()
+    assert fired == [1]
+    hook.remove()
+    student.gradient_checkpointing_enable()
+    apart()
+    student.gradient_checkpointing_enable(False)
+    with backend("eager"):
+        apart()
+    student.encoder.layers[1].compile(backend="eager")
+    student.encoder.layers[1]._compiled_call_impl = student.encoder.layers[1]._call_impl
+    apart()
+    student.encoder.layers[1]._compiled_call_impl = None
+    apart(UniFlowObjective(student, Registers(objective.teacher)))
+    for layer in student.encoder.layers:
+        layer.drop_path2.rate = 1e-9
+    objective.train()
+    apart()
+    objective.eval()
+    assert len(compare_layers(objective, images, enabled=False)) == len(expected)
+    assert len(comparisons) == 1
+    with torch.no_grad():
+        comparisons.clear()
+        objective._encode(images, None)
+    assert not comparisons
+
+
+def test_layers_that_meet_keep_the_teachers_features_and_no_gradient(tiny, comparisons):
+    """In bfloat16 half as much as the gradients in float32 take; and of a frozen copy in float32 as much."""
+    student, images = tiny(num_hidden_layers=3), torch.randn(2, 3, 16, 16)
+
+    def held(dtype):
+        objective = UniFlowObjective(student, EncoderTeacher.copy_of(student, dtype))
+        with LiveBytes() as live:
+            made = objective._encode(images, None)
+        assert made[1] is not None
+        return live.now
+
+    together, halved = held(torch.float32), held(torch.bfloat16)
+    assert len(comparisons) == 4
+    student.encoder.layers[0].register_forward_hook(lambda *_: None)
+    apart, of_layer = held(torch.float32), 2 * 17 * 64 * 4
+    assert len(comparisons) == 4
+    assert together - apart < of_layer / 2  # two numbers a token, and a few
+    assert together - halved > 2 * of_layer // 2 - of_layer / 10

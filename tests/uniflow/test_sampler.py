@@ -76,7 +76,7 @@ def test_pieces_change_nothing(tiny, size):
     one_line = max(tokens * in_blocks, tokens * 64 * 4 + across * in_head)
     assert one_line < one_picture
     calls = []
-    model.flow_head.net.input_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[:2].numel()))
+    model.flow_head.net.input_proj.register_forward_hook(lambda module, args, out: calls.append(out.shape[:-1].numel()))
     with torch.no_grad():
         whole = model.decode(latents, noise=noise, size=size)
         for memory, rows in ((3 * one_picture, [3 * tokens]), (one_picture, [tokens] * 3)):

@@ -136,6 +136,26 @@ def test_distances_are_those_of_the_definition(level, dtype, width):
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", [33, 1000, 5000])
+def test_a_token_has_the_same_bits_beside_others(level, dtype, width):
+    """Up to eight are taken at once, fewer of wide ones; here with some left over."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 1, 2, 21, width, generator=generator).to(dtype).unbind()
+    made = []
+    for pieces in (torch.arange(21).split(21), torch.arange(21).split(1)):
+        found = []
+        for piece in pieces:
+            s, t = student[:, :, piece].contiguous(), teacher[:, :, piece].contiguous()
+            gradient, distances = torch.full_like(s, torch.nan), torch.full(s.shape[:3], torch.nan)
+            powers = torch.full(s.shape[:3], torch.nan) if dtype == torch.float16 else None
+            cpu_kernels.cosine_distances(list(s), list(t), 0, list(gradient), powers, distances)
+            found.append((distances, gradient, *([] if powers is None else [powers])))
+        made.append([torch.cat(parts, 2) for parts in zip(*found, strict=True)])
+    assert not any(tensor.isnan().any() for tensor in made[0])
+    assert all(map(torch.equal, *made))
+
+
+@pytest.mark.parametrize("dtype", HALF)
 def test_gradients_are_scaled_as_torch_rounds(level, dtype):
     """By one number and by one a row, across the pieces that threads take, with a tensor of nothing among them."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from uniflow_kernels import (
     LayerwiseDistillation,
     attention,
     backend,
+    compared_residual_norm,
     doctor,
     flow_matching_loss,
     fp8_linear,
@@ -145,7 +146,8 @@ def of_residual(given):
     x, modulation = given.condition.clone().requires_grad_(), given.condition[:, :1]
     total, h = gated_residual_norm(x, modulation, x, modulation, modulation)
     total, h = residual_norm(total, h, modulation)
-    return [total, *with_gradients(h.square().sum(), x)]
+    total, h, distance = compared_residual_norm(total, h, modulation[0, 0], teacher=given.condition, skip_tokens=1)
+    return [total, *with_gradients(h.square().sum() + distance, x)]
 
 
 def of_few_steps(loss):
@@ -169,6 +171,7 @@ CALLS = {
         fp8_linear(given.noise, given.velocity.detach()[0].repeat(8, 1), given.noise[0, :, 0].repeat(8))
     ],
     "fused_flow_blocks": of_blocks,
+    "compared_residual_norm": of_residual,
     "gated_residual_norm": of_residual,
     "residual_norm": of_residual,
     "interpolate": of_interpolate,

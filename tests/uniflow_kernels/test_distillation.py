@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import pytest
@@ -221,6 +222,39 @@ def test_layer_by_layer_keeps_nothing_of_the_teacher():
     streamed.result()[0].backward()
 
 
+@pytest.mark.parametrize("layer_by_layer", [True, False])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.float32)],
+)
+def test_a_narrower_teacher_is_kept_instead_of_the_gradient(layer_by_layer, wide, narrow):
+    """To the same numbers, twice if wanted."""
+
+    def run(teacher, keep=False):
+        student, saved = [s.requires_grad_() for s in layers(dtype=wide)], []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            if layer_by_layer:
+                streamed = LayerwiseDistillation(4, skip_tokens=1)
+                for layer, sides in enumerate(zip(student, teacher, strict=True), start=1):
+                    streamed.push(layer, *sides)
+                found = streamed.result()
+            else:
+                found = layerwise_distillation(student, teacher, skip_tokens=1)
+        gradients = torch.autograd.grad(3 * found[0], student, retain_graph=keep)
+        if keep:
+            assert all(map(torch.equal, gradients, torch.autograd.grad(3 * found[0], student)))
+        return [*found, *gradients], [t.data_ptr() for t in saved], student
+
+    with backend("eager") if wide == torch.float64 else contextlib.nullcontext():
+        teacher = layers(dtype=narrow, seed=1)
+        ours, saved, student = run(teacher, keep=True)
+        plain, without, _ = run([t.to(wide) for t in teacher])
+    assert all(map(torch.equal, ours, plain))
+    kept = {t.data_ptr() for t in (*student, *teacher)}
+    assert kept <= set(saved)
+    assert not kept & set(without)
+
+
 def test_layer_by_layer_wrong_use():
     streamed = LayerwiseDistillation(layers=2)
     (x,) = layers(1)
@@ -255,6 +289,8 @@ def test_registered_op_is_sound_and_compiles_once():
     op = torch.ops.uniflow_kernels.cosine_distances
     torch.library.opcheck(op, (student, teacher, 1, True), test_utils=tests)
     detached = [s.detach() for s in student]
+    narrow = [t.bfloat16() for t in teacher]
+    torch.library.opcheck(op, (student, narrow, 1, False), test_utils=(*tests, "test_aot_dispatch_dynamic"))
     torch.library.opcheck(op, (detached, teacher, 1, False), test_utils=(*tests, "test_aot_dispatch_dynamic"))
 
     torch._dynamo.reset()
@@ -268,6 +304,9 @@ def test_registered_op_is_sound_and_compiles_once():
             ours = torch.autograd.grad(compiled([student], [teacher]), student)[0]
         plain = torch.autograd.grad(layerwise_distillation([student], [teacher], skip_tokens=1)[0], student)[0]
         assert torch.equal(ours, plain)
+    narrow = teacher.bfloat16()
+    ours = torch.autograd.grad(compiled([student], [narrow]), student)[0]
+    assert torch.equal(ours, torch.autograd.grad(compiled([student], [narrow.float()]), student)[0])
 
 
 def test_no_tokens():

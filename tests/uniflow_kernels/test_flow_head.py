@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
@@ -14,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from tests.conftest import check_reset, derivative_error, randomize
 from tests.live_bytes import LiveBytes
 from uniflow_kernels import FlowHead, backend
+from uniflow_kernels.torch_private import children_of, replica_of
 
 
 def plain_head(p, x, t, c):
@@ -191,6 +193,137 @@ def test_hooks_on_all_modules_fire():
         handle.remove()
     assert calls.count("FlowBlock") == 3
     assert calls.count("FinalLayer") == calls.count("FlowHead") == 1
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def other_parameter(head):
+    head.res_blocks[1].mlp[0].weight = nn.Parameter(2 * head.res_blocks[1].mlp[0].weight.detach())
+
+
+def other_tensor_assigned(head):
+    head.load_state_dict({name: 2 * tensor for name, tensor in head.state_dict().items()}, assign=True)
+
+
+def changed_in_place(head):
+    head.res_blocks[2].in_ln.weight.data.mul_(2)
+
+
+def no_bias(head):
+    head.final_layer.adaLN_modulation[1].bias = None
+
+
+def other_layer(head):
+    head.res_blocks[0].mlp[2] = nn.Linear(64, 64)
+
+
+def other_activation(head):
+    head.res_blocks[0].mlp[1] = nn.Tanh()
+
+
+def other_class(head):
+    head.res_blocks[2].mlp[0].__class__ = Doubled
+
+
+def other_blocks(head):
+    head.res_blocks = make_head(depth=2).res_blocks
+
+
+def one_block_less(head):
+    del head.res_blocks[1]
+
+
+def other_final_layer(head):
+    head.final_layer = make_head(rows=24).final_layer
+    head.final_layer.linear.weight.data.mul_(2)
+
+
+def other_eps(head):
+    head.res_blocks[1].in_ln.eps = 0.5
+
+
+def forward_put_on(head):
+    head.res_blocks[1].mlp[1].forward = torch.tanh
+
+
+def hooked(head):
+    head.res_blocks[1].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def hooked_before(head):
+    head.final_layer.norm_final.register_forward_pre_hook(lambda module, inputs: (inputs[0] ** 2,))
+
+
+def parametrized(head):
+    nn.utils.parametrize.register_parametrization(head.res_blocks[0].mlp[0], "weight", nn.Softplus())
+
+
+CHANGES = [
+    other_parameter,
+    other_tensor_assigned,
+    changed_in_place,
+    no_bias,
+    other_layer,
+    other_activation,
+    other_class,
+    other_blocks,
+    one_block_less,
+    other_final_layer,
+    other_eps,
+    forward_put_on,
+    hooked,
+    hooked_before,
+    parametrized,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_change_after_a_call_is_seen(change, gradients):
+    """What the fused op is given is kept; a copy finds it anew, and the modules themselves know nothing of it."""
+    head, inputs = make_head(), make_inputs()
+    with torch.set_grad_enabled(gradients):
+        before = head(*inputs)
+        assert head._found._known is not None
+        change(head)
+        after = head(*inputs)
+        x, t, c = inputs
+        y = head.time_embed(t) + head.cond_embed(c)
+        expected = head._by_modules(head.input_proj(x), y, again=False)
+        assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(after, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(after, copy.deepcopy(head)(*inputs))
+
+
+def test_a_backward_hook_after_a_call_fires():
+    head, inputs, fired = make_head(), make_inputs(), []
+    head(*inputs).sum().backward()
+    head.res_blocks[1].register_full_backward_hook(lambda *_: fired.append(1))
+    head(*inputs).sum().backward()
+    assert fired == [1]
+
+
+def test_what_was_found_is_of_no_other_head():
+    """Copies, shallow or deep, pickles, replicas and calls with other parameters."""
+    head, inputs = make_head(), make_inputs()
+    expected = head(*inputs)
+    shallow, deep, replica = copy.copy(head), copy.deepcopy(head), replica_of(head)
+    for other in (shallow, deep, pickle.loads(pickle.dumps(head))):
+        assert torch.equal(other(*inputs), expected)
+    doubled = {name: 2 * p for name, p in head.named_parameters()}
+    assert not torch.allclose(functional_call(head, doubled, inputs), expected)
+    deep.res_blocks[0].mlp[0].weight.data.zero_()
+    assert not torch.equal(deep(*inputs), expected)
+    children_of(replica)["res_blocks"] = deep.res_blocks  # a replica shares the attributes that are no modules
+    assert not torch.equal(
+        replica._by_modules(head.input_proj(inputs[0]), head.cond_embed(inputs[2]), again=False),
+        head._by_modules(head.input_proj(inputs[0]), head.cond_embed(inputs[2]), again=False),
+    )
+    assert replica._found(replica)[0][0].up.weight is deep.res_blocks[0].mlp[0].weight
+    assert torch.equal(head(*inputs), expected)
 
 
 def test_no_rows():

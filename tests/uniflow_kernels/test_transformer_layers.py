@@ -52,7 +52,7 @@ def make(width, hidden, dtype=torch.float32, *, bias=True, norm_bias=True, scale
 
     def one():
         scales = [numbers(width, mean=0.5, std=0.1) if scale else None for _ in range(2)]
-        first = norm(), linear(3 * width, width), attend, linear(width, width), scales[0]
+        first = norm(), (linear(3 * width, width),), attend, linear(width, width), scales[0]
         return Layer(*first, norm(), linear(hidden, width), linear(width, hidden), scales[1])
 
     return [one() for _ in range(layers)]
@@ -64,6 +64,8 @@ def wide(layers):
     def of(value):
         if isinstance(value, Affine):
             return Affine(*(None if t is None else t.double() for t in value))
+        if isinstance(value, tuple):
+            return tuple(map(of, value))
         return value.double() if isinstance(value, torch.Tensor) else value
 
     return [Layer(*map(of, layer)) for layer in layers]
@@ -122,7 +124,7 @@ def test_the_definition_is_written_out():
         centred = x - x.mean(-1, keepdim=True)
         return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * affine.weight + affine.bias
 
-    qkv = norm(x, layer.norm1) @ layer.qkv.weight.T + layer.qkv.bias
+    qkv = norm(x, layer.norm1) @ layer.qkv[0].weight.T + layer.qkv[0].bias
     y = x + layer.scale1 * (attend(qkv) @ layer.proj.weight.T + layer.proj.bias)
     hidden = norm(y, layer.norm2) @ layer.fc1.weight.T + layer.fc1.bias
     hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2

@@ -193,8 +193,9 @@ def encode(
 ) -> None:
     """Encode pictures into latents: a few into one file, a data set into a folder.
 
-    A data set is class folders or WebDataset tar files ("train-{0000..0099}.tar"). Under torchrun all processes share
-    the work, and the same command goes on where it was stopped.
+    A data set is class folders or WebDataset tar files ("train-{0000..0099}.tar"), and its latents may be an
+    autoencoder's of diffusers. Under torchrun all processes share the work, and the same command goes on where it was
+    stopped.
     """
     from uniflow.cli.encode_set import HowToEncode, encode_set
     from uniflow.cli.files import Given
@@ -618,8 +619,11 @@ def unifluid_generate(
 
 
 _Vision = Annotated[
-    Path,
-    typer.Option(help="Folder of the vision encoder (or tokenizer) that it was trained with.", show_default=False),
+    Path | None,
+    typer.Option(
+        help="Folder of the vision encoder (or tokenizer) that it was trained with, if it has none of its own.",
+        show_default=False,
+    ),
 ]
 System = Annotated[
     str | None, typer.Option(help="A system prompt, for a tokenizer with a chat template.", show_default=False)
@@ -640,7 +644,7 @@ def unifluid_ask(
         typer.Argument(help="Picture files, and folders of them; or a file *.jsonl of questions.", show_default=False),
     ],
     checkpoint: UniFluidCheckpoint,
-    vision: _Vision,
+    vision: _Vision = None,
     question: Annotated[
         str | None, typer.Option("--question", "-q", help="The same for all pictures.", show_default=False)
     ] = None,
@@ -695,9 +699,7 @@ def unifluid_evaluate(
             show_default=False,
         ),
     ] = None,
-    vision: Annotated[
-        Path | None, typer.Option(help="Folder of its vision encoder (or tokenizer).", show_default=False)
-    ] = None,
+    vision: _Vision = None,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file for the results.", show_default=False)] = None,
     system: System = None,
     weights: Weights = None,
@@ -718,10 +720,10 @@ def unifluid_evaluate(
     from uniflow.cli.inputs import InputError, Named
     from uniflow.cli.unifluid_questions import Asking, evaluate_file, how_to_write
 
-    if (checkpoint is None) != (vision is None):
-        raise InputError("--checkpoint, --vision: expected both, to ask, or neither, to score the file's responses")
+    if checkpoint is None and vision is not None:
+        raise InputError("--vision: expected --checkpoint too, to ask, or neither, to score the file's responses")
     asking = None
-    if checkpoint is not None and vision is not None:
+    if checkpoint is not None:
         named, how = Named(checkpoint, weights), how_to_write(temperature, top_p, beams)
         asking = Asking(named, vision, system, how, longest, seed, batch_size, strict, max_pixels, dtype, device)
     evaluate_file(questions, asking, out, force, as_json)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -17,19 +18,19 @@ from torch import Tensor
 from uniflow.cli.bars import picture_bar
 from uniflow.cli.batches import most_encoded
 from uniflow.cli.files import check_folder, labels_of_folders, picture_files, picture_suffixes
-from uniflow.cli.inputs import DTYPES, InputError, Named, choose_device, explained, load_model
+from uniflow.cli.inputs import DTYPES, InputError, Named, choose_device, choose_dtype, explained, load_model
 from uniflow.cli.printing import counted, notice, say
 from uniflow.cli.runs import find_shards
 from uniflow.cli.tokenize import LATENTS
 from uniflow.cli.workers import Workers
 from uniflow.data import PictureList, Pictures, PictureShards
-from uniflow.encoding import ImageEncoder
-from uniflow.latent_set import MANIFEST, STATISTICS, Manifest, finish, write_shard
+from uniflow.latent_set import MANIFEST, STATISTICS, Maker, Manifest, finish, write_shard
 from uniflow.normalization import normalize
 from uniflow.pictures import PictureError, center_crop, to_tensor
 from uniflow.training.checkpoints import rests
 from uniflow.training.lock import held
 from uniflow.training.processes import Processes, joined
+from uniflow.unifluid.tokens import is_autoencoder, read_image_tokenizer
 
 _CLASS = ".cls"  # WebDataset's member that holds a label
 _LONGEST_LABEL = 32  # bytes
@@ -80,15 +81,15 @@ def encode_set(
         raise InputError(f"--store: expected auto, {', '.join(DTYPES)}, got {how.store!r}")
     check_folder(out)
     with joined(choose_device(device), "the same command goes on from there") as (processes, own_device):
-        model = load_model(checkpoint, str(own_device), dtype, precision)
-        side = model.config.image_size if how.size is None else how.size
-        if side % model.config.patch_size:
-            raise InputError(f"--size: expected a multiple of the patch ({model.config.patch_size}), got {side}")
+        if is_autoencoder(checkpoint.folder):
+            tokenizer = _autoencoder(checkpoint, how, dtype, precision, own_device)
+        else:
+            tokenizer = _uniflow(checkpoint, how, dtype, precision, own_device)
         pictures, labels, classes = _find(given, how)
-        stored = model.dtype if how.store == "auto" else getattr(torch, how.store)
+        stored = tokenizer.dtype if how.store == "auto" else getattr(torch, how.store)
         manifest = Manifest.of(
-            model,
-            (side, side),
+            tokenizer.maker,
+            (tokenizer.side, tokenizer.side),
             stored,
             how.flip,
             how.per_shard,
@@ -100,16 +101,70 @@ def encode_set(
             raise InputError("the processes do not find the same pictures; all must see the same files")
         with held(out) if processes.first else nullcontext():
             processes.from_first(lambda: _begin(out, manifest, force))
-            batch = min(how.batch_size, most_encoded(model, (side, side), how.max_memory))
-            encoder = model.compile_encoder(batch, (side, side))
             with explained():
-                _encode(pictures, labels, encoder, out, manifest, how, processes)
+                _encode(pictures, labels, tokenizer, out, manifest, how, processes)
                 processes.wait()
                 if processes.first:
                     count, skipped = finish(out, manifest)
                     say(f"latents of {counted(count)} in {out}, {manifest.shards} shards")
                     if skipped:
                         notice(f"{len(skipped)} of {manifest.pictures} pictures cannot be read: skipped")
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """What makes latents of a set's pictures.
+
+    Attributes:
+        maker: see `Maker`.
+        side: of the pictures, in pixels.
+        dtype, device: in which, and where.
+        most: pictures at a time.
+        prepared: given a number of pictures, what encodes so many or fewer, [n, 3, S, S] to [n, N, C].
+    """
+
+    maker: Maker
+    side: int
+    dtype: torch.dtype
+    device: torch.device
+    most: int
+    prepared: Callable[[int], Callable[[Tensor], Tensor]]
+
+
+def _uniflow(
+    checkpoint: Named, how: HowToEncode, dtype: str, precision: str | None, device: torch.device
+) -> _Tokenizer:
+    model = load_model(checkpoint, str(device), dtype, precision)
+    side = model.config.image_size if how.size is None else how.size
+    if side % model.config.patch_size:
+        raise InputError(f"--size: expected a multiple of the patch ({model.config.patch_size}), got {side}")
+    most = most_encoded(model, (side, side), how.max_memory)
+
+    def prepared(batch: int) -> Callable[[Tensor], Tensor]:
+        return model.compile_encoder(batch, (side, side))
+
+    return _Tokenizer(Maker.of(model), side, model.dtype, model.device, most, prepared)
+
+
+def _autoencoder(
+    checkpoint: Named, how: HowToEncode, dtype: str, precision: str | None, device: torch.device
+) -> _Tokenizer:
+    """One of diffusers, which is read in float32."""
+    for option, given in (
+        ("--weights", checkpoint.weights),
+        ("--precision", precision),
+        ("--max-memory", how.max_memory),
+    ):
+        if given is not None:
+            raise InputError(f"{option}: of a UniFlow, {checkpoint.folder} holds an autoencoder of diffusers")
+    chosen = choose_dtype(dtype) or torch.float32
+    with explained():
+        size = None if how.size is None else (how.size, how.size)
+        tokenizer = read_image_tokenizer(checkpoint.folder, size)
+    tokenizer.to(device, chosen)
+    own = next(tokenizer.parameters())
+    side = tokenizer.image_size[0]
+    return _Tokenizer(tokenizer.maker(), side, own.dtype, own.device, sys.maxsize, lambda _: tokenizer.encode)
 
 
 def _find(given: Sequence[Path], how: HowToEncode) -> tuple[Pictures, np.ndarray | None, list[str] | None]:
@@ -178,7 +233,7 @@ def _begin(out: Path, manifest: Manifest, force: bool) -> None:
 def _encode(
     pictures: Pictures,
     labels: np.ndarray | None,
-    encoder: ImageEncoder,
+    tokenizer: _Tokenizer,
     out: Path,
     manifest: Manifest,
     how: HowToEncode,
@@ -187,7 +242,9 @@ def _encode(
     """The shards of this process that are not there yet, one after the other."""
     mine = range(processes.rank, manifest.shards, processes.world)
     missing = [shard for shard in mine if not manifest.path(out, shard).exists()]
-    dtype, device = getattr(torch, manifest.dtype), encoder.model.device
+    dtype, device = getattr(torch, manifest.dtype), tokenizer.device
+    batch_size = min(how.batch_size, tokenizer.most)
+    encoder = tokenizer.prepared(batch_size)
 
     def read(place: tuple[int, int]) -> _Read:
         shard, number = place
@@ -207,7 +264,7 @@ def _encode(
             skipped: list[int] = []
             straight = [torch.empty(0, *manifest.latent_shape(), dtype=dtype, device=device)]
             flipped = list(straight)
-            while batch := list(islice(found, encoder.batch)):
+            while batch := list(islice(found, batch_size)):
                 skipped += [each.number for each in batch if each.crop is None]
                 crops = {each.number: each.crop for each in batch if each.crop is not None}
                 bar.advance(task, len(batch))

@@ -69,7 +69,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _choose_dtype(name: str) -> torch.dtype | None:
+def choose_dtype(name: str) -> torch.dtype | None:
     """The dtype called `name`; None for "auto", that of the file."""
     if name != "auto" and name not in DTYPES:
         raise InputError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
@@ -95,7 +95,7 @@ def load_checkpoint(read: Callable[..., M], checkpoint: Named, device: str, dtyp
 
     Where that is float32 on a GPU, what it costs is said.
     """
-    own = _choose_dtype(dtype)
+    own = choose_dtype(dtype)
     chosen = choose_device(device)
     with explained():
         folder = local_folder(checkpoint.folder)

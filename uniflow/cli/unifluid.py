@@ -62,9 +62,10 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     at_sizes = [tokenizer, *(tokenizer.at_size(size) for size in (run.sizes or ())[1:])]
     examples = _examples(data)
     vision = _vision(run, tokenizer).to(device) if _reads(run, examples) else None
+    trained = vision if any(stage.vision_learning_rate is not None for stage in recipe.stages) else None
     torch.manual_seed(recipe.seed)
     grids = None if run.sizes is None else tuple(each.grid for each in at_sizes)
-    student = _student(run.model, examples, tokenizer, vision, grids).to(device)
+    student = _student(run.model, examples, tokenizer, vision, trained, grids).to(device)
     if device.type == "cuda" and processes.first and (reason := why_not_blocks(student.backbone, device)):
         notice(f"the transformer trains with masks of all pairs of slots: {reason}")
     if run.model.checkpointing != "none":
@@ -91,7 +92,7 @@ def _build(run: UniFluidRun, device: torch.device, processes: Processes) -> Trai
     student.train_for(drawing=samples.reading_share < 1, reading=samples.reading_share > 0)
     if samples.reading_share < 1:
         student.set_statistics(_tokens(samples, tokenizer, data.statistics, device))
-    objective = UniFluidObjective(student, tokenizer, vision, **asdict(run.objective))
+    objective = UniFluidObjective(student, tokenizer, None if trained else vision, **asdict(run.objective))
     if data.validation is None:
         return Trained(objective, samples, None)
     unseen, slots["together"] = CaptionFolder(data.validation), size
@@ -145,7 +146,7 @@ def _longest_text(data: DataChoice, student: UniFluid, vision: VisionFeatures | 
     return data.max_text or room
 
 
-def _examples(data: DataChoice) -> Examples:
+def _examples(data: DataChoice) -> CaptionFolder | CaptionShards:
     if data.folder is not None:
         return CaptionFolder(data.folder)
     return CaptionShards(find_shards(str(data.shards)), picture_suffixes())
@@ -169,6 +170,7 @@ def _student(
     examples: Examples,
     tokenizer: ImageTokenizer,
     vision: VisionFeatures | None,
+    trained: VisionFeatures | None,
     grids: tuple[Grid, ...] | None,
 ) -> UniFluid:
     backbone = None if model.backbone is None else read_backbone(model.backbone)
@@ -198,8 +200,9 @@ def _student(
         model.vision_tiles,
         grids=grids,
         lora=model.lora,
+        vision_encoder=None if trained is None else trained.fields,
     )
-    return UniFluid(config, texts, backbone).float()
+    return UniFluid(config, texts, backbone, trained).float()
 
 
 def _tokens(samples: CaptionedPictures, tokenizer: ImageTokenizer, count: int, device: torch.device) -> Tensor:

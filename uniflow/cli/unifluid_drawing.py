@@ -46,7 +46,7 @@ class Drawing:
     Attributes:
         checkpoint: of the UniFluid.
         tokenizer: folder of its image tokenizer.
-        vision: folder of its encoder, for a model that sees sources by it.
+        vision: folder of its encoder, for a model that sees sources by it and does not have one itself.
         size: HxW in pixels, one of those that the model draws; the first one if None.
         how: arguments of `uniflow.unifluid.drawing.draw_tokens`.
         count: pictures for each caption.
@@ -188,8 +188,6 @@ def _vision(prompts: Sequence[Prompt], drawing: Drawing, model: UniFluid) -> Vis
         raise InputError("sources: the model draws from text alone")
     if model.config.sources == "tokens":
         return None
-    if drawing.vision is None:
-        raise InputError("--vision: the model sees features of its sources, expected their encoder")
     return read_vision(drawing.vision, model)
 
 

@@ -40,7 +40,7 @@ class Asking:
 
     Attributes:
         checkpoint: of the UniFluid.
-        vision: folder of its encoder.
+        vision: folder of its encoder; None for one that has its own.
         system: a system prompt, or None.
         how: arguments of transformers' `generate`.
         longest: ids that an answer may have.
@@ -52,7 +52,7 @@ class Asking:
     """
 
     checkpoint: Named
-    vision: Path
+    vision: Path | None
     system: str | None
     how: dict[str, Any]
     longest: int

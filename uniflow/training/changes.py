@@ -98,7 +98,7 @@ def _obstacle(key: str, was: Any, now: Any, progress: Progress, current: int) ->
         case ["recipe", "stages", number, *_] if int(number) < current:
             return "that stage is over"
         case ["recipe", "stages", number, *rest] if int(number) == current and progress.stage_step:
-            if rest in ([], ["train"]):
+            if rest in ([], ["train"]) or (rest == ["vision_learning_rate"] and None in (was, now)):
                 return "that stage has begun"
             if rest == ["steps"] and now < progress.stage_step:
                 return f"that stage has made {progress.stage_step} steps"

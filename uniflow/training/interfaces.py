@@ -68,6 +68,21 @@ class Student(Protocol):
 
 
 @runtime_checkable
+class Seeing(Protocol):
+    """A student that may have a vision encoder, which stages train that say a `vision_learning_rate`."""
+
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """How the names of its parameters begin; none without one."""
+        ...
+
+
+def vision_parts(student: Student) -> tuple[str, ...]:
+    """How the names of a student's parameters begin that are of its vision encoder."""
+    return student.vision_parts if isinstance(student, Seeing) else ()
+
+
+@runtime_checkable
 class Resizable(Protocol):
     """An objective whose student can be trained at several sizes; `image_size` in its config.json says which it has."""
 

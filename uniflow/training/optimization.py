@@ -10,36 +10,51 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from uniflow.training.interfaces import Student
+from uniflow.training.interfaces import Student, vision_parts
 from uniflow.training.recipe import Recipe, Stage
 
 
 def freeze(student: Student, stage: Stage) -> None:
     """Let the parameters that the stage trains have gradients, and no others."""
     frozen = student.untrained_parts + (() if stage.train == "all" else student.pretrained_parts)
+    if stage.vision_learning_rate is None:
+        frozen += vision_parts(student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
+
+
+def check_vision(student: Student, recipe: Recipe) -> None:
+    """Raise a ValueError, naming the stage, if one is to train a vision encoder that the student does not have."""
+    for number, stage in enumerate(recipe.stages):
+        if stage.vision_learning_rate is not None and not vision_parts(student):
+            raise ValueError(
+                f"stages.{number}.vision_learning_rate: expected none, since this {type(student).__name__} has no "
+                f"vision encoder of its own, got {stage.vision_learning_rate}"
+            )
 
 
 def make_optimizer(student: Student, stage: Stage, recipe: Recipe) -> torch.optim.AdamW:
     """A fused AdamW for what the stage trains; the rest is frozen.
 
-    The groups of pretrained parts have their own learning rate; parameters of one dimension (norms, biases, scales) do
-    not decay. A group's `peak` is the learning rate that the schedule scales.
+    The groups of pretrained parts, and of a vision encoder, have their own learning rates; parameters of one dimension
+    (norms, biases, scales) do not decay. A group's `peak` is the learning rate that the schedule scales.
     """
     freeze(student, stage)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    parts = [(vision_parts(student), stage.vision_learning_rate), (student.pretrained_parts, stage.encoder_rate)]
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name.startswith(student.pretrained_parts), parameter.ndim > 1), []).append(parameter)
+            part = next((place for place, (begins, _) in enumerate(parts) if name.startswith(begins)), len(parts))
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    peaks = [*(peak for _, peak in parts), stage.learning_rate]
     optimizer = torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "peak": stage.encoder_rate if pretrained else stage.learning_rate,
+                "peak": peaks[part],
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             }
-            for (pretrained, decays), parameters in groups.items()
+            for (part, decays), parameters in groups.items()
         ],
         lr=stage.learning_rate,
         betas=recipe.betas,

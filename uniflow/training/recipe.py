@@ -28,7 +28,9 @@ class Stage:
         train: "all", or "decoder": what is pretrained, UniFlow's encoder, is frozen.
         learning_rate: the highest.
         encoder_learning_rate: the encoder's highest, if it is another.
-        final_learning_rate: where the half cosine ends; the encoder's ends at the same share of its highest.
+        vision_learning_rate: the highest of a vision encoder that the student has beside what it is made of; without
+            one the encoder is frozen.
+        final_learning_rate: where the half cosine ends; those of encoders end at the same share of their highest.
         image_size: what is trained at from here on, in pixels; if not given as before, at first the model's own.
         warmup_steps: may be 0.
         seconds: of training; runs that end by the clock are not repeated to the bit.
@@ -44,11 +46,13 @@ class Stage:
     seconds: float | None = None
     final_learning_rate: float = 0.0
     image_size: int | None = None
+    vision_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         _at_most(self, 2**62, "steps")
-        at_least(self, 0, "learning_rate", "encoder_learning_rate", "warmup_steps", "final_learning_rate")
+        rates = ("learning_rate", "encoder_learning_rate", "vision_learning_rate", "final_learning_rate")
+        at_least(self, 0, *rates, "warmup_steps")
         _above_zero(self, "seconds", "image_size")
         _one_of(self, "train", ("all", "decoder"))
         if self.final_learning_rate > self.learning_rate:

@@ -21,7 +21,14 @@ from uniflow.training.checkpoints import Checkpoints, random_states, replacing_f
 from uniflow.training.interfaces import Resizable, student_of
 from uniflow.training.logs import Log, Report, count_flops, is_finite, peak_flops, peak_memory
 from uniflow.training.measures import Measures
-from uniflow.training.optimization import MovingAverage, averaged, freeze, make_optimizer, set_learning_rates
+from uniflow.training.optimization import (
+    MovingAverage,
+    averaged,
+    check_vision,
+    freeze,
+    make_optimizer,
+    set_learning_rates,
+)
 from uniflow.training.processes import (
     READER_LOST,
     Processes,
@@ -76,7 +83,7 @@ class Trainer:
     Raises:
         TypeError: if the student lacks something, naming what.
         ValueError: if the recipe does not fit the number of processes, or processes have another one; if a stage's size
-            is none for the objective or the samples.
+            is none for the objective or the samples, or it trains a vision encoder that the student does not have.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class Trainer:
         )  # 1 from the first step that is not finite
         self._stop = False
         self._peak = peak_flops(self.device)  # in bfloat16
+        check_vision(self.student, recipe)
         self._sizes, self._samples = sizes_of(recipe, objective, samples)  # of each stage
         self._flops = [self._count_flops(number) for number in range(len(recipe.stages))]  # of a sample
         if recipe.teacher_precision is not None:

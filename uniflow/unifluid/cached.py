@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniflow.latent_set import LatentsError, LatentSet, encoder_hash
+from uniflow.latent_set import LatentsError, LatentSet
 from uniflow.pictures import PictureError
-from uniflow.reading import printable
-from uniflow.unifluid.tokens import ImageTokenizer, UniFlowTokens
+from uniflow.reading import printable, shown
+from uniflow.unifluid.tokens import ImageTokenizer
 
 if TYPE_CHECKING:
-    from uniflow.unifluid.captions import Examples
+    from uniflow.unifluid.captions import StoredExamples
 
 
 class CachedLatents:
@@ -30,23 +30,23 @@ class CachedLatents:
 
     Raises:
         FileNotFoundError: if there is no such set.
-        ValueError: for a tokenizer that is no UniFlow.
-        LatentsError: if the set is not finished or damaged, of another model, of pictures of another size, without
+        LatentsError: if the set is not finished or damaged, of another tokenizer, of pictures of another size, without
             mirror images that are needed, or lacks a picture.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: ImageTokenizer, examples: Examples, flip: bool = False) -> None:
-        if not isinstance(tokenizer, UniFlowTokens):
-            raise ValueError(
-                "latents: `uniflow encode` writes those of a UniFlow alone, expected one as the tokenizer, got an "
-                f"{type(tokenizer.model).__name__}"
-            )
+    def __init__(
+        self, folder: str | Path, tokenizer: ImageTokenizer, examples: StoredExamples, flip: bool = False
+    ) -> None:
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"no such folder of latents: {folder}")
-        self.latents = LatentSet(folder, tokenizer.model)
-        manifest = self.latents.manifest
-        if manifest.encoder != encoder_hash(tokenizer.model):
-            raise LatentsError(f"{folder} was written by a model with another encoder than the tokenizer's")
+        self.latents = LatentSet(folder)
+        manifest, maker = self.latents.manifest, tokenizer.maker()
+        theirs = manifest.tokenizer
+        if differing := [name for name, value in maker.tokenizer.items() if theirs.get(name) != value]:
+            said = (f"{name} {shown(theirs.get(name))} not {shown(maker.tokenizer[name])}" for name in differing)
+            raise LatentsError(f"{folder} was written by another tokenizer: {', '.join(said)}")
+        if (manifest.fingerprint, manifest.encoder) != maker[1:]:
+            raise LatentsError(f"{folder} was written by a tokenizer of the same shape with other weights")
         if manifest.size != tokenizer.image_size:
             own, wanted = ("x".join(map(str, size)) for size in (manifest.size, tokenizer.image_size))
             raise LatentsError(f"{folder} holds latents of pictures of {own} pixels, expected {wanted}")
@@ -71,7 +71,7 @@ class CachedLatents:
             raise PictureError("its picture, or a source, could not be read when the latents were made")
         return torch.stack([self.latents.latent(row, flipped) for row in rows])
 
-    def _rows(self, examples: Examples, number: int, rows: dict[str, int]) -> list[int]:
+    def _rows(self, examples: StoredExamples, number: int, rows: dict[str, int]) -> list[int]:
         """Which latents an example has; -1 for a picture that could not be read, none for what is not drawn."""
         if not examples.texts(number).caption:
             return []

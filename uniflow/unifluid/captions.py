@@ -76,12 +76,16 @@ class Examples(Pictures, Protocol):
         """Pictures beside the first: a drawing's sources, what is read besides it; errors as of `open`."""
         ...
 
-    def pictures_to_draw(self, number: int) -> list[str]:
-        """What `uniflow encode` calls the picture that is drawn, and its sources."""
-        ...
-
     def size(self, number: int) -> tuple[int, int]:
         """(height, width) of the first picture, by its header; errors as of `open`."""
+        ...
+
+
+class StoredExamples(Examples, Protocol):
+    """Those whose pictures `uniflow encode` finds, too."""
+
+    def pictures_to_draw(self, number: int) -> list[str]:
+        """What it calls the picture that is drawn, and its sources."""
         ...
 
 

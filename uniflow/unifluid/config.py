@@ -97,6 +97,8 @@ class UniFluidConfig:
         lora: adapters that are trained in the place of the backbone; None for a plain model.
         grids: of the pictures of several sizes that it draws, with embeddings for lines, columns and each grid; None
             for a model of one grid, which has an embedding for each place of it.
+        vision_encoder: what its own encoder of pictures is, where that is trained with it and stands in its checkpoints
+            (`VisionFeatures.fields`); None where the encoder stays as `vision` has it, in a folder of its own.
 
     Raises:
         ValueError: for values that cannot be, naming the field.
@@ -120,6 +122,7 @@ class UniFluidConfig:
     vision_tiles: int = 1
     lora: Lora | None = None
     grids: tuple[tuple[int, int], ...] | None = None
+    vision_encoder: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.grid = _grid("grid", self.grid)
@@ -128,15 +131,13 @@ class UniFluidConfig:
             value = getattr(self, name)
             if value is not None or name != "vision_channels":
                 check_integer(name, value, 1, LARGEST_DEPTH if name == "head_depth" else LARGEST_WIDTH)
-        check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
-        check_integer("vision_layers", self.vision_layers, 1, 2)
+        self._check_vision()
         check_integer("packing", self.packing, 1, LARGEST_WIDTH)
         if self.token_channels % self.packing**2:
             raise ValueError(
                 f"packing: expected {self.packing}x{self.packing} latents to have the token_channels, "
                 f"{self.token_channels}, together"
             )
-        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
         for name, allowed in (("head", HEADS), ("order", ORDERS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {shown(getattr(self, name))}")
@@ -151,6 +152,18 @@ class UniFluidConfig:
             value = getattr(self, name)
             if not (value is None or isinstance(value, str)):
                 raise ValueError(f"{name}: expected a fingerprint, got {shown(value)}")
+
+    def _check_vision(self) -> None:
+        check_integer("vision_merge", self.vision_merge, 1, LARGEST_WIDTH)
+        check_integer("vision_layers", self.vision_layers, 1, 2)
+        check_integer("vision_tiles", self.vision_tiles, 1, LARGEST_GRID)
+        if self.vision_encoder is not None:
+            if not isinstance(self.vision_encoder, dict):
+                raise ValueError(
+                    f"vision_encoder: expected fields of a UniFlowConfig, got {shown(self.vision_encoder)}"
+                )
+            if self.vision_channels is None:
+                raise ValueError("vision_encoder: what it sees needs vision_channels")
 
     @property
     def tokens(self) -> int:

@@ -31,6 +31,7 @@ from uniflow.unifluid.backbone import (
     new_backbone,
 )
 from uniflow.unifluid.config import FEW_STEPS, UniFluidConfig
+from uniflow.unifluid.features import VisionFeatures
 from uniflow.unifluid.places import Grid, GridEmbedding
 from uniflow.unifluid.slots import FEATURES, TOKENS
 from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
@@ -79,11 +80,13 @@ class UniFluid(Float32Buffers):
         text_tokenizer: of the transformers package; saved with the model.
         backbone: a language model of the transformers package that fits the config, taken as it is; by default a new
             one.
+        vision: its own encoder of pictures, taken as it is, for a config with `vision_encoder`; None for others.
 
     Raises:
         ImportError: if the transformers package is not installed, or the peft package for a config with `lora`.
-        ValueError: if the tokenizer has more ids than the transformer, or is another than the config knows; for a
-            language model that cannot serve, see `uniflow.unifluid.backbone.check_backbone`.
+        ValueError: if the encoder does not fit the config; if the tokenizer has more ids than the transformer, or is
+            another than the config knows; for a language model that cannot serve, see
+            `uniflow.unifluid.backbone.check_backbone`.
 
     Source: UniFluid (Fan et al. 2025); queries with the place of their target as in RandAR, steps as in MAR.
     """
@@ -102,6 +105,7 @@ class UniFluid(Float32Buffers):
         config: UniFluidConfig,
         text_tokenizer: PreTrainedTokenizerBase,
         backbone: PreTrainedModel | None = None,
+        vision: VisionFeatures | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -126,6 +130,8 @@ class UniFluid(Float32Buffers):
             else GridEmbedding(config.grids, width)
         )
         self.query_embedding = nn.Parameter(torch.empty(width))
+        self.vision = None if vision is None else vision.unfreeze()
+        _check_own_vision(config, vision)
         self.vision_proj = _projection(config, width)
         out_channels = 2 * channels if config.head == "ddpm" else channels
         times = 2 if config.head in FEW_STEPS else 1
@@ -140,7 +146,10 @@ class UniFluid(Float32Buffers):
         self._start()
 
     def reset_parameters(self) -> None:
-        """Set all parameters and buffers as in a new model, those of the backbone too, also after `to_empty`."""
+        """Set all parameters and buffers as in a new model, those of the backbone too, also after `to_empty`.
+
+        A vision encoder of its own stays as it is: it is a pretrained one.
+        """
         new = new_backbone(self.config.backbone)
         if self.config.lora is not None:
             add_adapters(new, self.config.lora)
@@ -193,12 +202,17 @@ class UniFluid(Float32Buffers):
         """Of the parameters."""
         return self.query_embedding.dtype
 
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """How the names of the parameters of a vision encoder of its own begin; none without one."""
+        return () if self.vision is None else ("vision.",)
+
     def layers(self) -> list[nn.Module]:
-        """The transformer's layers."""
-        return layers_of(self.backbone)
+        """The layers of the transformer, and of a vision encoder of its own."""
+        return [*layers_of(self.backbone), *([] if self.vision is None else self.vision.encoder.layers)]
 
     def gradient_checkpointing_enable(self, enable: bool = True, flow_head: bool = True) -> None:
-        """Recompute the activations of the transformer's layers, and of the head's blocks, in the backward pass.
+        """Recompute the activations of all `layers`, and of the head's blocks, in the backward pass.
 
         Raises:
             ValueError: if the transformer's layers cannot.
@@ -209,6 +223,9 @@ class UniFluid(Float32Buffers):
             getattr(self.backbone, f"{kept}_checkpointing_disable")()
         else:
             getattr(self.backbone, f"{kept}_checkpointing_enable")({"use_reentrant": False})
+        layer: Any
+        for layer in () if self.vision is None else self.vision.encoder.layers:
+            layer.keeps = "nothing" if enable else "everything"
         self.head.grad_checkpointing = enable and flow_head
 
     def train_for(self, drawing: bool, reading: bool) -> None:
@@ -503,8 +520,13 @@ class UniFluid(Float32Buffers):
         Errors as of `from_pretrained`.
         """
         config, texts = UniFluidConfig.from_pretrained(folder), read_text_tokenizer(Path(folder) / _TEXT_TOKENIZER)
-        outline(lambda: cls(config, texts), state, str(folder))
-        return cls(config, texts)  # not on the meta device: tables of positions are in no checkpoint
+        vision = None
+        if config.vision_encoder is not None:
+            own = {name.removeprefix("vision."): part for name, part in state.items() if name.startswith("vision.")}
+            vision = VisionFeatures.described(config.vision_encoder, config.vision_merge, own)
+        outline(lambda: cls(config, texts, vision=vision), state, str(folder))
+        # not on the meta device: tables of positions are in no checkpoint
+        return cls(config, texts, vision=vision)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and what `save_config` writes."""
@@ -515,6 +537,17 @@ class UniFluid(Float32Buffers):
         """Write config.json and the text tokenizer, in a folder of its own."""
         self.config.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(str(Path(folder) / _TEXT_TOKENIZER))
+
+
+def _check_own_vision(config: UniFluidConfig, vision: VisionFeatures | None) -> None:
+    if (vision is None) != (config.vision_encoder is None):
+        which = "no encoder" if vision is not None else "the encoder"
+        raise ValueError(f"vision: expected {which}, as the config's vision_encoder says")
+    if vision is not None and (vision.width, vision.merge) != (config.vision_channels, config.vision_merge):
+        raise ValueError(
+            f"vision: expected features of {config.vision_channels} channels, of {config.vision_merge} patches a side, "
+            f"got {vision.width} and {vision.merge}"
+        )
 
 
 def _projection(config: UniFluidConfig, width: int) -> nn.Module | None:

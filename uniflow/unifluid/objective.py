@@ -49,7 +49,8 @@ class UniFluidObjective(nn.Module):
     Args:
         student: the model to train, with the image tokenizer's statistics (see `UniFluid.set_statistics`).
         tokenizer: makes the image tokens; frozen.
-        vision: makes the features of pictures that are read; frozen. None for a model that only draws.
+        vision: makes the features of pictures that are read; frozen. None for a model that only draws, or that has an
+            encoder of its own.
         image_weight: lambda, what the loss of the image tokens is multiplied by.
         head_repeats: k, how many times and noises the head is trained on for each token.
         t_distribution: of the times, but for a "ddpm" head, see `uniflow.flow.sample_t` and `sample_intervals`.
@@ -87,9 +88,11 @@ class UniFluidObjective(nn.Module):
         check_tokenizer(student, tokenizer)
         if vision is not None:
             check_vision(student, vision)
+        if student.vision is not None and not {*student.vision.parameters()}.isdisjoint(tokenizer.parameters()):
+            raise ValueError("vision: the student's encoder is a part of the tokenizer too, which stays as it is")
         self.student = student
         self.tokenizer = tokenizer
-        self.vision = vision
+        self.frozen_vision = vision
         self.head_repeats = head_repeats
         self.t_distribution = t_distribution
         self.guidance = guidance
@@ -151,6 +154,11 @@ class UniFluidObjective(nn.Module):
         if sources is not None and len(sources) and wanted in ("tokens", "both"):
             clean = self.student.normalized(image_tokens(self.tokenizer_for(sources), sources))
         return features, clean
+
+    @property
+    def vision(self) -> VisionFeatures | None:
+        """What sees the pictures: the student's own encoder, or the frozen one."""
+        return self.frozen_vision if self.student.vision is None else self.student.vision
 
     def _loss_of_intervals(
         self, condition: Tensor, tokens: Tensor, cfg: float | Tensor = 1.0, null: Tensor | None = None
@@ -214,8 +222,20 @@ def check_tokenizer(student: UniFluid, tokenizer: ImageTokenizer) -> None:
         raise ValueError("tokenizer: has other weights than the one that the model was trained with")
 
 
-def read_vision(folder: str | Path, student: UniFluid) -> VisionFeatures:
-    """The encoder in a folder on the student's device, checked to be the one that the student is made for."""
+def read_vision(folder: str | Path | None, student: UniFluid) -> VisionFeatures:
+    """The encoder that the student sees by: its own, or that in a folder, on its device.
+
+    Raises:
+        ValueError: for a folder beside an encoder of its own, which was trained with it; for none without one; if that
+            in the folder is not the one that the student is made for.
+    """
+    _check_reads(student)
+    if student.vision is not None:
+        if folder is not None:
+            raise ValueError("vision: the model has its encoder in its checkpoint, trained with it; expected no folder")
+        return student.vision
+    if folder is None:
+        raise ValueError("vision: expected the folder of the encoder that the model was trained with")
     vision = VisionFeatures(folder, merge=student.config.vision_merge).to(student.device)
     check_vision(student, vision)
     return vision
@@ -223,12 +243,18 @@ def read_vision(folder: str | Path, student: UniFluid) -> VisionFeatures:
 
 def check_vision(student: UniFluid, vision: VisionFeatures) -> None:
     """Raise a ValueError unless the features are those that the student is made for."""
+    _check_reads(student)
     config = student.config
-    if config.vision_channels is None:
-        raise ValueError("vision: the model was made without vision_channels, it reads no pictures")
+    if student.vision is not None:
+        raise ValueError("vision: the model has an encoder of its own, expected none beside it")
     if vision.merge != config.vision_merge:
         raise ValueError(f"vision: merges {vision.merge} patches a side, expected {config.vision_merge}")
     if vision.width != config.vision_channels:
         raise ValueError(f"vision: gives features of {vision.width} channels, expected {config.vision_channels}")
     if config.vision is not None and vision.fingerprint() != config.vision:
         raise ValueError("vision: has other weights than what the model was trained with")
+
+
+def _check_reads(student: UniFluid) -> None:
+    if student.config.vision_channels is None:
+        raise ValueError("vision: the model was made without vision_channels, it reads no pictures")

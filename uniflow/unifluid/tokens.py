@@ -16,6 +16,7 @@ from uniflow.checkpoint import CheckpointError, assign_state, outline, read_stat
 from uniflow.config import LARGEST_WIDTH, check_integer
 from uniflow.foreign import checked_values, short_reason
 from uniflow.hub import local_folder
+from uniflow.latent_set import Maker
 from uniflow.latents import fingerprint, hash_weights
 from uniflow.model import UniFlow
 from uniflow.normalization import denormalize, normalize
@@ -125,6 +126,10 @@ class ImageTokenizer(nn.Module, ABC):
         """A hash of the weights, which tells tokens of one tokenizer from those of another."""
 
     @abstractmethod
+    def maker(self) -> Maker:
+        """What a set of its latents says of it."""
+
+    @abstractmethod
     def _encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] to latents [B, channels, H / patch, W / patch]."""
 
@@ -175,12 +180,16 @@ class UniFlowTokens(ImageTokenizer):
         """That of `uniflow.latents`."""
         return fingerprint(self.model)
 
+    def maker(self) -> Maker:
+        """As `uniflow encode` writes it."""
+        return Maker.of(self.model)
+
     def _encode(self, images: Tensor) -> Tensor:
         lines = images.shape[2] // self.model.config.patch_size
         return rearrange(self.model.encode(images), "b (h w) c -> b c h w", h=lines)
 
     def _decode(self, latents: Tensor, generator: torch.Generator | None) -> Tensor:
-        rows = rearrange(latents, "b c h w -> b (h w) c")
+        rows = rearrange(latents, "b c h w -> b (h w) c").contiguous()
         return self.model.decode(rows, self.steps, generator=generator, size=self.image_size)
 
 
@@ -217,6 +226,17 @@ class AutoencoderTokens(ImageTokenizer):
         """Of all weights."""
         return hash_weights(self.model)
 
+    def maker(self) -> Maker:
+        """Its kind, what a latent is of, and how it is shifted and scaled."""
+        meaning = {
+            "_class_name": type(self.model).__name__,
+            "latent_ch": self.channels // self.packing**2,
+            "patch_size": self.side // self.packing,
+            "shift_factor": self.shift,
+            "scaling_factor": self.scale,
+        }
+        return Maker(meaning, self.fingerprint(), self.fingerprint())
+
     def _encode(self, images: Tensor) -> Tensor:
         encoded = self.model.encode(2 * denormalize(images) - 1)
         latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
@@ -243,6 +263,14 @@ def image_tokens(tokenizer: ImageTokenizer, pictures: Tensor) -> Tensor:
     if tuple(pictures.shape[1:]) != expected:
         raise ValueError(f"latents: expected shape {['B', *expected]}, got {list(pictures.shape)}")
     return tokenizer.packed(rearrange(pictures.float(), "b (h w) c -> b c h w", h=lines))
+
+
+def is_autoencoder(folder: str | Path) -> bool:
+    """Whether a checkpoint folder says that it holds a model of diffusers; not where it cannot be read."""
+    try:
+        return "_class_name" in read_json(local_folder(folder) / "config.json")
+    except (ValueError, OSError):
+        return False
 
 
 def _stride(config: Any) -> int:

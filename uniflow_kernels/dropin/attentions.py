@@ -49,14 +49,19 @@ class Attention:
     def attend(self, module: nn.Module, x: Tensor, attention: Callable[..., Tensor] = attention) -> Tensor:
         """[B, S, W] -> [B, S, W]."""
         parts: Any = children_of(module)
-        q, k, v = parts["qkv"](x).chunk(3, dim=-1)
+        x = parts["proj"](self.between(module, parts["qkv"](x), attention))
+        return parts["proj_drop"](x) if "proj_drop" in parts else x
+
+    def between(self, module: nn.Module, qkv: Tensor, attention: Callable[..., Tensor] = attention) -> Tensor:
+        """What lies between its products: queries, keys and values side by side, [B, S, 3W] -> [B, S, W]."""
+        parts: Any = children_of(module)
+        q, k, v = qkv.chunk(3, dim=-1)
         if self.norm == "all":
             q, k = parts["q_norm"](q), parts["k_norm"](k)
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
         if self.norm == "head":
             q, k = parts["q_norm"](q), parts["k_norm"](k)
-        x = parts["proj"](attention(q, k, v).flatten(2))
-        return parts["proj_drop"](x) if "proj_drop" in parts else x
+        return attention(q, k, v).flatten(2)
 
     @staticmethod
     def _needs_scores(module: nn.Module) -> bool:

@@ -94,7 +94,7 @@ def call(probe: Probe, lists: list[Lists]) -> tuple[Lists, Chain]:
     failure: Exception | None = None
     for roles, given in itertools.islice(_arguments(probe, lists), MOST_CALLS):
         try:
-            calls = _calls(probe, given)
+            calls = calls_of(probe, given)
         except NotOurs as error:
             reasons.append(error)
             continue
@@ -135,7 +135,8 @@ def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
     return dict(list(inspect.signature(own_forward(module)).parameters.items())[1:])
 
 
-def _calls(probe: Probe, given: dict[str, Any]) -> list[Called]:
+def calls_of(probe: Probe, given: dict[str, Any]) -> list[Called]:
+    """All calls of submodules of the probed module in eval mode, inner ones first."""
     calls: list[Called] = []
     handles = [
         part.register_forward_hook(lambda *called: calls.append(Called(*called)), with_kwargs=True)

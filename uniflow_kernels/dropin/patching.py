@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from uniflow_kernels.dropin import attentions, blocks, heads
+from uniflow_kernels.dropin import attentions, blocks, encoder_layers, heads
 from uniflow_kernels.dropin.probe import NotOurs
 from uniflow_kernels.modules.flow_head import FlowHead
 
 _lock = threading.RLock()  # one thread at a time puts forwards in place, or takes them away
-RECOGNISERS = (heads.recognise, attentions.recognise, blocks.recognise)
+RECOGNISERS = (heads.recognise, attentions.recognise, blocks.recognise, encoder_layers.recognise)
 
 
 class Recognised(Protocol):
@@ -101,10 +101,11 @@ def _listed(names: list[str]) -> str:
 def patch(model: nn.Module, only: str | Sequence[str] | None = None, strict: bool = False) -> PatchReport:
     """Find the modules in a model that this package can run faster, and let it.
 
-    Recognised are, by what they compute, the per-token heads of MAR's family, attention that writes its scores, and
-    blocks of diffusion transformers. Only `forward` is replaced, on the instances. Parameters, submodules, state_dict,
-    hooks, modes, copies and pickles stay as they are. Patch after loading and before wrapping, sharding or compiling
-    the model. Patching twice is patching once. Other threads may use or patch the model meanwhile.
+    Recognised are, by what they compute, the per-token heads of MAR's family, attention that writes its scores, blocks
+    of diffusion transformers, and layers of vision transformers. Only `forward` is replaced, on the instances.
+    Parameters, submodules, state_dict, hooks, modes, copies and pickles stay as they are. Patch after loading and
+    before wrapping, sharding or compiling the model. Patching twice is patching once. Other threads may use or patch
+    the model meanwhile.
 
     Args:
         model: any module, itself perhaps such a head.
@@ -188,6 +189,11 @@ def _chosen(model: nn.Module, only: str | Sequence[str] | None) -> list[tuple[st
 def is_patched(module: nn.Module) -> bool:
     """Whether its forward is one of ours."""
     return isinstance(vars(module).get("forward"), Forward)
+
+
+def recognised_as(module: nn.Module) -> Recognised | None:
+    """What it was patched as; None if it was not."""
+    return vars(module)["forward"].recognised if is_patched(module) else None
 
 
 def _recognised(module: nn.Module) -> Recognised | None:

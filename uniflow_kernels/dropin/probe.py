@@ -222,7 +222,7 @@ class _Watched(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if draws(name) and not (func is F.dropout and _keeps_all(*args, **kwargs)):
+        if draws(name) and not _keeps_all(func, *args, **kwargs):
             raise NotOurs(f"it draws random numbers ({name})")
         if not self.in_float64 or name not in PRODUCTS:
             return func(*args, **kwargs)
@@ -230,7 +230,14 @@ class _Watched(TorchFunctionMode):
         return func(*args, **kwargs).float()
 
 
-def _keeps_all(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
+def _keeps_all(func: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether it is what may drop something, and drops nothing."""
+    if func is F.scaled_dot_product_attention:
+        return not (args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+    return func is F.dropout and _is_off(*args, **kwargs)
+
+
+def _is_off(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> bool:
     return not (p and training)
 
 

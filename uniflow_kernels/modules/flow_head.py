@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from itertools import chain, repeat
+from operator import contains, itemgetter
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +27,34 @@ from uniflow_kernels.modules.flow_layers import (
     modulation_of,
 )
 from uniflow_kernels.modules.sampling import check_dtype, replayed, sampler, start
-from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, block_after_block, check_choice
-from uniflow_kernels.ops.flow_choice import Call, call_of, choose_path, dtype_of_products, explain, what_is_shared
+from uniflow_kernels.ops.flow_blocks import Affine, Block, Form, block_after_block, check_choice, in_order
+from uniflow_kernels.ops.flow_choice import (
+    Call,
+    call_of,
+    choose_path,
+    dtype_of_products,
+    explain,
+    is_plain_for,
+    what_is_shared,
+)
 from uniflow_kernels.ops.flow_fp8 import QuantizedLayers
 from uniflow_kernels.ops.flow_head import RECOMPUTE, run_flow_blocks, run_quantized
 from uniflow_kernels.ops.flow_tangents import Dual, Rules, flow_blocks_with_tangents
 from uniflow_kernels.ops.fp8_linear import check_precision, explain_fp8, refused
 from uniflow_kernels.packing import packed
 from uniflow_kernels.solvers import Interval, Plan
-from uniflow_kernels.torch_private import children_of, is_any_hooked, is_forward_hooked, is_hooked
+from uniflow_kernels.torch_private import (
+    BACKWARD_HOOKS,
+    CHILDREN,
+    FORWARD_HOOKS,
+    PARAMETERS,
+    children_of,
+    is_any_hooked,
+    is_forward_hooked,
+    is_hooked,
+)
+
+Tensors = tuple[list[Block], list[Affine], Affine | None]  # as `fused_flow_blocks` takes them
 
 
 class FlowHead(nn.Module):
@@ -122,6 +143,7 @@ class FlowHead(nn.Module):
         )
         self.final_layer = FinalLayer(model_channels, out_channels, form, bias, final_modulation)
         self._remember_parts()
+        self._found = _Found()
         self.reset_parameters()
 
     def for_intervals(self) -> FlowHead:
@@ -363,20 +385,25 @@ class FlowHead(nn.Module):
         if quantized is not None:
             return self._velocity(run_quantized(x, y, *self.tensors(), self.form, quantized=quantized), padded)
         recompute = "block" if self.grad_checkpointing else self.recompute
-        if (reason := self._why_not_fused()) is not None:
+        tensors = self._found(self)
+        if tensors is None:
+            reason = self._why_not_fused()
             choose_path(Call(x.device, x.dtype, self.model_channels, 0, rows=None, why_not=reason))  # raises, or eager
             out = self._by_modules(x, y, recompute == "block" and torch.is_grad_enabled())
             return F.pad(out, (0, _behind(out.shape[-1], dtype_of_products(x)))) if padded else out
-        tensors = self.tensors()
-        path = choose_path(call_of(x, y, *tensors))
+        path = "eager" if is_plain_for(x) else choose_path(call_of(x, y, *tensors))
         return self._velocity(run_flow_blocks(x, y, *tensors, self.form, recompute, path), padded)
 
-    def tensors(self) -> tuple[list[Block], list[Affine], Affine | None]:
+    def tensors(self) -> Tensors:
         """Blocks, modulations and final modulation, as `fused_flow_blocks` takes them."""
         blocks, last = self._blocks(), self.final_layer
         modulations = [modulation_of(block) for block in blocks[:: self.blocks_per_group]]
         final = None if last.adaLN_modulation is None else modulation_of(last)
         return [block.tensors() for block in blocks], modulations, final
+
+    def _looked_for(self) -> Tensors | None:
+        """The same; None where calling the modules does more than the op."""
+        return None if self._why_not_fused() is not None else self.tensors()
 
     def explain(self) -> str:
         """What the blocks run on with tensors of its parameters' device and dtype, and why."""
@@ -410,7 +437,7 @@ class FlowHead(nn.Module):
 
     def _parts(self, whole: bool) -> list[nn.Module]:
         """All that the fused op stands for, or all there is: found in every call, thrice as fast as `modules()` is."""
-        parts: list[nn.Module] = list(self.children()) if whole else [self.res_blocks, self.final_layer]
+        parts: list[nn.Module] = list(self.children()) if whole else [getattr(self, name) for name in _FUSED]
         for part in parts:  # which grows
             parts += [child for child in children_of(part).values() if child is not None]
         return parts
@@ -430,6 +457,74 @@ class FlowHead(nn.Module):
         return self.final_layer(x, y)
 
 
+class _Known(NamedTuple):
+    """The tensors that were found, and in which modules: all, and the attributes of some."""
+
+    tensors: Tensors
+    parts: list[nn.Module]
+    own: list[dict[str, Any]]  # of all
+    whole: list[dict[str, Any]]  # of those that have parts
+    holding: list[dict[str, Any]]  # of those that have places for parameters
+    norms: list[dict[str, Any]]
+    state: tuple[list[Any], ...] = ()
+
+    @classmethod
+    def of(cls, head: FlowHead, tensors: Tensors) -> _Known | None:
+        """None where a tensor is no parameter of a module, as in replicas of DataParallel."""
+        parts = head._parts(whole=False)
+        own = list(map(vars, parts))
+        whole, holding = ([part for part in own if of(part)] for of in (CHILDREN, PARAMETERS))
+        known = cls(tensors, parts, own, whole, holding, [part for part in own if "eps" in part])
+        held = chain.from_iterable(PARAMETERS(part).values() for part in holding)
+        given = (tensor for affine in in_order(*tensors) for tensor in affine if tensor is not None)
+        return known._replace(state=known.seen()) if {*map(id, given)} <= {*map(id, held)} else None
+
+    def seen(self) -> tuple[list[Any], ...]:
+        """What is the same as long as the same would be found; no line of Python runs for each part."""
+        return (
+            list(map(type, self.parts)),
+            list(chain.from_iterable(map(dict.values, map(CHILDREN, self.whole)))),
+            list(map(id, chain.from_iterable(map(dict.values, map(PARAMETERS, self.holding))))),
+            list(map(_EPS, self.norms)),
+        )
+
+    def holds(self, head: FlowHead) -> bool:
+        """Whether they would be found again, and no hook fires."""
+        if [children_of(head)[name] for name in _FUSED] != self.parts[:2] or self.seen() != self.state:
+            return False
+        hooks = (*FORWARD_HOOKS, *BACKWARD_HOOKS) if torch.is_grad_enabled() else FORWARD_HOOKS
+        hooked = is_any_hooked() or any(any(map(of, self.own)) for of in hooks)
+        return not (hooked or any(map(contains, self.own, repeat("forward"))))
+
+
+class _Found:
+    """The tensors of a head's fused op, looked for again where a module, a parameter or a norm's eps is another.
+
+    To see that none is, and that there is no hook, takes a third of the time, which counts beside few rows. What was
+    replaced is held until the next call. A copy of a head, or one that was pickled, has found nothing yet.
+    """
+
+    def __init__(self) -> None:
+        self._known: _Known | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Found, ()
+
+    def __call__(self, head: FlowHead) -> Tensors | None:
+        """None where calling the modules does more than the op."""
+        if torch.compiler.is_compiling():  # a graph is guarded by what it reads of the modules
+            return head._looked_for()
+        known = self._known
+        if known is not None and known.holds(head):
+            return known.tensors
+        tensors = head._looked_for()
+        if tensors is not None:
+            self._known = _Known.of(head, tensors) or known
+        return tensors
+
+
+_FUSED = "res_blocks", "final_layer"  # what the op stands for
+_EPS = itemgetter("eps")
 _NORMS = (LayerNorm, nn.RMSNorm)
 _CHANGED = "a submodule was replaced, wrapped or given a hook"
 

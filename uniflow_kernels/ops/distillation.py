@@ -70,7 +70,8 @@ class LayerwiseDistillation:
     """`layerwise_distillation` layer by layer: push each as soon as both sides have it, and let the teacher's go.
 
     Every push computes the layer's cosines and their gradient while both are still in the cache; nothing of the
-    teacher is kept.
+    teacher is kept. A teacher in a narrower dtype than the student's is kept in the place of the gradient, which would
+    take more, until the backward pass makes that; the student's layer its own graph holds anyway.
 
         distillation = LayerwiseDistillation(layers=24, skip_tokens=1)
         for layer, (student, teacher) in enumerate(states, start=1):
@@ -113,12 +114,28 @@ class LayerwiseDistillation:
             TypeError: if a dtype is none of floating point.
             ValueError: if there is no such layer, it has been pushed already, or the shapes differ.
         """
+        self._check(layer)
+        _check_layer(layer, student, teacher, self.skip_tokens)
+        self._alphas[layer - 1] = _alphas([student], [teacher], self.skip_tokens)
+
+    def put(self, layer: int, distance: Tensor) -> None:
+        """Take layer 1..L, in any order, of which the mean distance is known: `compared_residual_norm` gives it.
+
+        Args:
+            layer: which.
+            distance: a scalar, float32.
+
+        Raises:
+            ValueError: if there is no such layer, or it has been pushed already.
+        """
+        self._check(layer)
+        self._alphas[layer - 1] = distance.view(1)
+
+    def _check(self, layer: int) -> None:
         if not 1 <= layer <= len(self._alphas):
             raise ValueError(f"layer: expected 1 to {len(self._alphas)}, got {layer}")
         if self._alphas[layer - 1] is not None:
             raise ValueError(f"layer: {layer} has been pushed already")
-        _check_layer(layer, student, teacher, self.skip_tokens)
-        self._alphas[layer - 1] = _alphas([student], [teacher], self.skip_tokens)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, alpha, weights) as `layerwise_distillation` gives them; the next step can then be pushed.
@@ -155,7 +172,24 @@ def _alphas(student: list[Tensor], teacher: list[Tensor], skip_tokens: int) -> T
         return defined_distances(student, [t.detach() for t in teacher], skip_tokens)
     constants = [t.detach() if t.requires_grad else t for t in teacher]
     with_gradient = torch.is_grad_enabled() and any(s.requires_grad for s in student)
-    return cosine_distances_op(student, constants, skip_tokens, with_gradient)
+    makes_now = with_gradient and not all(map(is_narrower, constants, student))
+    return cosine_distances_op(student, constants, skip_tokens, makes_now)
+
+
+def is_narrower(teacher: Tensor, student: Tensor) -> bool:
+    """Whether the teacher's layer takes less memory than a gradient of the student's, whose dtype holds it exactly."""
+    wide = torch.promote_types(teacher.dtype, student.dtype)
+    return teacher.dtype.itemsize < student.dtype.itemsize and wide == student.dtype
+
+
+def as_compared(teacher: Tensor, student: Tensor) -> Tensor:
+    """A teacher's layer in the dtype in which it is compared with the student's: its own where that is narrower."""
+    return teacher if is_narrower(teacher, student) else teacher.to(student.dtype)
+
+
+def mean_distance(student: Tensor, teacher: Tensor, skip_tokens: int) -> Tensor:
+    """Mean of 1 - cosine over the tokens of one layer [B, S, D], a scalar in float32, differentiable in the student."""
+    return _alphas([student], [teacher], skip_tokens)[0]
 
 
 def check_layer_weights(name: str) -> str:
@@ -271,15 +305,17 @@ def _kernels(student: list[Tensor], teacher: list[Tensor]) -> Any:
     """The module whose kernels serve such layers, or None for plain PyTorch."""
 
     def why_not(name: str) -> str | None:
-        sides, dtype = (*student, *teacher), student[0].dtype
+        sides = *student, *teacher
         module = {"triton": triton_kernels, "cuda": cuda_kernels, "cpu": cpu_kernels}[name]
         if reason := module.why_not(*sides):
             return reason
         for side in sides:
             if side.stride(-1) != 1 and side.shape[-1] > 1:
                 return "the elements of a token are not neighbours in memory"
-            if side.dtype != dtype:
-                return "the layers differ in dtype"
+        of_student, of_teacher = ({layer.dtype for layer in side} for side in (student, teacher))
+        fits = of_student == of_teacher or is_narrower(teacher[0], student[0])
+        if not fits or len(of_student) > 1 or len(of_teacher) > 1:
+            return "the layers differ in dtype"
         if name == "triton" and student[0].shape[-1] > triton_kernels.MOST_DISTILLED_COLUMNS:
             return f"it keeps at most {triton_kernels.MOST_DISTILLED_COLUMNS} columns in registers"
         return None
@@ -318,15 +354,18 @@ def _gradients(student: list[Tensor], with_gradient: bool) -> list[Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    student, _, skip_tokens, _ = inputs
-    ctx.save_for_backward(*output[1])
-    ctx.layers = len(student)
+    student, teacher, skip_tokens, with_gradient = inputs
+    ctx.save_for_backward(*(output[1] if with_gradient else (*student, *teacher)))
+    ctx.layers, ctx.is_made, ctx.skip_tokens = len(student), with_gradient, skip_tokens
     ctx.wanted = [s.requires_grad for s in student]
     ctx.tokens = student[0].shape[0] * (student[0].shape[1] - skip_tokens)
 
 
 def _backward(ctx: Any, incoming: Tensor, *_: None) -> dict[str, Any]:
     factors, saved = incoming / max(1, ctx.tokens), ctx.saved_tensors
+    if not ctx.is_made:
+        student, teacher = list(saved[: ctx.layers]), list(saved[ctx.layers :])
+        _, saved = torch.ops.uniflow_kernels.cosine_distances(student, teacher, ctx.skip_tokens, True)
     made, powers = saved[: ctx.layers], saved[ctx.layers :]
     if powers:
         factors = factors[:, None, None] / powers[0]

@@ -197,6 +197,13 @@ def is_plain(on_cuda: bool) -> bool:
     return wanted == "eager" or (wanted == "auto" and not on_cuda)
 
 
+def is_plain_for(x: Tensor) -> bool:
+    """Whether plain PyTorch serves x [..., W] whatever the other facts of the call are, which nobody need ask for."""
+    if torch.compiler.is_compiling() or not is_plain(x.is_cuda):
+        return False
+    return not x.is_cpu or x.shape[:-1].numel() > few_rows(dtype_of_products(x), x.shape[-1])
+
+
 def why_not_device(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why the kernels cannot serve a head of this width on this device; None where they can."""
     if width > MAX_WIDTH:  # not `constant`: with torch.compile(dynamic=True) a number that a module holds is none yet

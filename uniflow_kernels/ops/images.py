@@ -124,10 +124,10 @@ def _served_by(
         reason = "a gradient is wanted, and the kernel has none"
     elif is_transforming() or is_forward_mode():
         reason = "the kernel has no rules for the transforms of torch.func, nor for dual numbers"
-    triton = next((why for dtype in read if (why := triton_kernels.why_not_on(device, dtype))), None) or reason
     cpu = cpu_kernels.why_not_images(device, read, written) or reason
-    if requested() == "auto" and watched:
-        cpu = "the plain form can be looked into"
+    if requested() == "auto" and device.type == "cpu":  # Triton's interpreter must be asked for
+        return "eager" if watched or cpu is not None else "cpu"
+    triton = next((why for dtype in read if (why := triton_kernels.why_not_on(device, dtype))), None) or reason
     return choose("to_images", {"triton": triton, "cpu": cpu})
 
 

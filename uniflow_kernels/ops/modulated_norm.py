@@ -126,13 +126,20 @@ def residual_norm(
     Raises:
         TypeError, ValueError: as `gated_residual_norm`.
     """
+    check_residual_norm(x, q, gate, weight, bias, norm)
     how = _How(weight, bias, norm, eps)
-    how.check(x, {} if gate is None else {"gate": gate})
-    _check_branch(q, x)
     if norm_is_plain(x, gate, q, weight, bias):
         total = _sum(x, gate, q, x.dtype)
         return total, _plain_norm(total, how).to(x.dtype if dtype is None else dtype)
     return _run(x, gate, q, None, how, dtype)
+
+
+def check_residual_norm(
+    x: Tensor, q: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, norm: str
+) -> None:
+    """Raise what `residual_norm` raises of arguments that do not fit."""
+    _How(weight, bias, norm, 0.0).check(x, {} if gate is None else {"gate": gate})
+    _check_branch(q, x)
 
 
 class _How(NamedTuple):

@@ -15,12 +15,13 @@ Source: the ViT's layer (Dosovitskiy et al. 2021) with LayerScale (Touvron et al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from uniflow_kernels import cpu_kernels
 from uniflow_kernels.choice import is_in_graph, requested
@@ -46,8 +47,12 @@ from uniflow_kernels.torch_private import (
     is_forward_mode,
     is_transforming,
     one_dnn_linear,
+    version_of,
 )
 from uniflow_kernels.triton_kernels import architecture, why_not_on
+
+if TYPE_CHECKING:
+    from uniflow_kernels.triton_kernels.products import Moments
 
 OP = "transformer_layers"
 KERNELS = ("rows", "products", "small products")
@@ -57,9 +62,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
 }
 # of float16 the weight times the norm's may leave its range, where channels of large numbers have small weights
 _FOLDS = (torch.bfloat16, torch.float32)
+# what a layer that is called on its own left of the rows that it returned, for the next one: moments, norm, version
+_left = WeakTensorKeyDictionary()
 
 
 class Layer(NamedTuple):
@@ -67,7 +75,7 @@ class Layer(NamedTuple):
 
     Args:
         norm1, norm2: weight [W] and bias [W] or None; an RMS norm has no bias.
-        qkv: [3W, W].
+        qkv: [3W, W]; or three of [W, W], which lie side by side in what is made of them.
         attend: what makes [B, S, W] of queries, keys and values side by side, [B, S, 3W].
         proj: [W, W], with a bias or without, as all products.
         scale1, scale2: LayerScale [W]; None for none.
@@ -76,7 +84,7 @@ class Layer(NamedTuple):
     """
 
     norm1: Affine
-    qkv: Affine
+    qkv: tuple[Affine, ...]
     attend: Callable[[Tensor], Tensor]
     proj: Affine
     scale1: Tensor | None
@@ -87,7 +95,7 @@ class Layer(NamedTuple):
 
     def tensors(self) -> list[Tensor]:
         """All that are there."""
-        affines = (self.norm1, self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
+        affines = (self.norm1, *self.qkv, self.proj, self.norm2, self.fc1, self.fc2)
         return [t for t in (*(t for affine in affines for t in affine), self.scale1, self.scale2) if t is not None]
 
 
@@ -126,11 +134,32 @@ def fold_norm(norm: Affine, affine: Affine) -> Folded:
 
 def plain_layer(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
     """The definition: one layer in plain PyTorch, [B, S, W] -> [B, S, W]."""
-    attended = F.linear(layer.attend(F.linear(_norm(x, layer.norm1, form), *layer.qkv)), *layer.proj)
+    attended = F.linear(layer.attend(F.linear(_norm(x, layer.norm1, form), *_beside(layer.qkv))), *layer.proj)
     x = x + (attended if layer.scale1 is None else attended * layer.scale1)
     hidden = ACTIVATIONS[form.activation](F.linear(_norm(x, layer.norm2, form), *layer.fc1))
     made = F.linear(hidden, *layer.fc2)
     return x + (made if layer.scale2 is None else made * layer.scale2)
+
+
+def _beside(affines: Sequence[Affine]) -> Affine:
+    """Several products of one input as one; of parameters it is kept until they change."""
+    return affines[0] if len(affines) == 1 else packed("side by side", _in_columns(affines), _joined)
+
+
+def _in_columns(affines: Sequence[Affine]) -> tuple[Tensor | None, ...]:
+    """All weights, then all biases."""
+    return (*(affine.weight for affine in affines), *(affine.bias for affine in affines))
+
+
+def _joined(*columns: Tensor) -> Affine:
+    """One weight and one bias of what `_in_columns` gives; 0 where others have a bias, as keys have none in DINOv3."""
+    weights, biases = columns[: len(columns) // 2], columns[len(columns) // 2 :]
+    if len(weights) == 1:
+        return Affine(weights[0], biases[0])
+    if all(bias is None for bias in biases):
+        return Affine(torch.cat(weights))
+    there = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    return Affine(torch.cat(weights), torch.cat(there))
 
 
 def _norm(x: Tensor, norm: Affine, form: LayerForm) -> Tensor:
@@ -139,7 +168,9 @@ def _norm(x: Tensor, norm: Affine, form: LayerForm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, form.eps)
 
 
-def transformer_layers(x: Tensor, layers: Sequence[Layer], form: LayerForm, path: str) -> Iterator[Tensor]:
+def transformer_layers(
+    x: Tensor, layers: Sequence[Layer], form: LayerForm, path: str, more_follow: bool = False
+) -> Iterator[Tensor]:
     """The output of each layer, computed when it is asked for; no gradient is recorded.
 
     Args:
@@ -147,6 +178,8 @@ def transformer_layers(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         layers: at least one.
         form: of all of them.
         path: "eager", ONE_DNN or one of KERNELS, as `choose_layers_path` says.
+        more_follow: whether the last output may be x in another call, as where each layer is called on its own; then
+            what the last product knows of its rows stays with it.
     """
     if path == "eager":
         for layer in layers:
@@ -159,14 +192,21 @@ def transformer_layers(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
     elif path == "rows":
         yield from _by_rows(x, layers, form)
     else:
-        yield from _by_products(x, layers, form, path in SMALL)
+        yield from _by_products(x, layers, form, path in SMALL, more_follow)
 
 
 def _by_one_dnn(x: Tensor, layer: Layer, form: LayerForm) -> Tensor:
-    attended = layer.attend(one_dnn_linear(_norm(x, layer.norm1, form), *layer.qkv, "none"))
+    attended = layer.attend(one_dnn_linear(_norm(x, layer.norm1, form), *_beside(layer.qkv), "none"))
     x = _add(x, one_dnn_linear(attended, *layer.proj, "none"), layer.scale1)
-    hidden = one_dnn_linear(_norm(x, layer.norm2, form), *layer.fc1, form.activation)
-    return _add(x, one_dnn_linear(hidden, *layer.fc2, "none"), layer.scale2)
+    made = mlp_by_one_dnn(_norm(x, layer.norm2, form), layer.fc1, layer.fc2, form.activation)
+    return _add(x, made, layer.scale2)
+
+
+def mlp_by_one_dnn(x: Tensor, fc1: Affine, fc2: Affine, activation: str) -> Tensor:
+    """fc2(activation(fc1(x))), the activation in the first product."""
+    inside = "none" if activation == "quick_gelu" else activation  # which oneDNN does not have
+    hidden = one_dnn_linear(x, *fc1, inside)
+    return one_dnn_linear(hidden if inside == activation else ACTIVATIONS[activation](hidden), *fc2, "none")
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
@@ -181,7 +221,7 @@ def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Te
 
     h = _norm(x, layers[0].norm1, form)
     for layer, following in zip(layers, (*layers[1:], None), strict=True):
-        attended = F.linear(layer.attend(F.linear(h, *layer.qkv)), *layer.proj)
+        attended = F.linear(layer.attend(F.linear(h, *_beside(layer.qkv))), *layer.proj)
         x, h = add_and_norm(x, attended, layer.scale1, layer.norm2)
         made = F.linear(ACTIVATIONS[form.activation](F.linear(h, *layer.fc1)), *layer.fc2)
         if following is not None:
@@ -191,32 +231,55 @@ def _by_rows(x: Tensor, layers: Sequence[Layer], form: LayerForm) -> Iterator[Te
         yield x
 
 
-def _by_products(x: Tensor, layers: Sequence[Layer], form: LayerForm, small: bool) -> Iterator[Tensor]:
+def _by_products(
+    x: Tensor, layers: Sequence[Layer], form: LayerForm, small: bool, more_follow: bool
+) -> Iterator[Tensor]:
     """Four products a layer and attention: each reads what the one before wrote, and nothing else."""
     from uniflow_kernels.triton_kernels import layer_products
     from uniflow_kernels.triton_kernels.layer_products import folded_norm, residual_product
-    from uniflow_kernels.triton_kernels.products import Moments, moments
+    from uniflow_kernels.triton_kernels.products import moments
 
     shape, rms = x.shape, form.norm == "rms"
 
-    def normed(rows: Tensor, of_rows: Moments, norm: Affine, affine: Affine, activation: str) -> Tensor:
+    def fold(weight: Tensor | None, bias: Tensor | None, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return layer_products.fold_norm((weight, bias), _joined(*columns))
+
+    def normed(rows: Tensor, of_rows: Moments, norm: Affine, affines: Sequence[Affine], activation: str) -> Tensor:
         # in a CUDA graph it is made in every replay, which is to see new weights
-        made = packed("folded norm", (*norm, *affine), lambda *given: layer_products.fold_norm(given[:2], given[2:]))
+        made = packed("folded norm", (*norm, *_in_columns(affines)), fold)
         return folded_norm(rows, of_rows, *made, activation, rms, form.eps, small)
 
     rows = flat_rows(x)
-    known: Moments | None = moments(rows, rms)
+    recalled = _recall(x, rms)
+    known: Moments | None = moments(rows, rms) if recalled is None else recalled
     for i, layer in enumerate(layers):
         assert known is not None
         qkv = normed(rows, known, layer.norm1, layer.qkv, "none")
         attended = flat_rows(layer.attend(qkv.view(*shape[:-1], -1)))
-        rows, known = residual_product(attended, layer.proj, layer.scale1, rows, rms, known, small)
+        free = None if known is recalled else known  # x may be asked about again
+        rows, known = residual_product(attended, layer.proj, layer.scale1, rows, rms, free, small)
         del qkv, attended  # before the largest of all is made
         assert known is not None
-        hidden = normed(rows, known, layer.norm2, layer.fc1, form.activation)
-        wanted = rms if i + 1 < len(layers) else None
+        hidden = normed(rows, known, layer.norm2, (layer.fc1,), form.activation)
+        last = i + 1 == len(layers)
+        wanted = None if last and not more_follow else rms
         rows, known = residual_product(hidden, layer.fc2, layer.scale2, rows, wanted, known, small)
-        yield rows.view(shape)
+        out = rows.view(shape)
+        if last and more_follow:
+            _remember(out, known, rms)
+        yield out
+
+
+def _remember(x: Tensor, known: Moments | None, rms: bool) -> None:
+    """Keep the moments of x's rows for as long as it is there and unchanged; what has no versions may change."""
+    if not x.is_inference():
+        _left[x] = known, rms, version_of(x)
+
+
+def _recall(x: Tensor, rms: bool) -> Moments | None:
+    """What `_remember` kept; None if x is another tensor, was changed, or its moments are those of another norm."""
+    kept = _left.get(x)
+    return None if kept is None or kept[1:] != (rms, version_of(x)) else kept[0]
 
 
 def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path: str = "auto") -> str:
@@ -233,38 +296,49 @@ def choose_layers_path(x: Tensor, layers: Sequence[Layer], form: LayerForm, path
         ValueError: for an unknown path, or one that cannot serve, saying why.
     """
     check_choice("path", path, ("auto", *KERNELS, ONE_DNN))
-    if path in ("auto", ONE_DNN):
-        reason = why_not_one_dnn(x.device, x.dtype) or _why_not_tensors(x, layers)
-        if reason is None and (path == ONE_DNN or requested() == "auto"):
-            return ONE_DNN
-        if path == ONE_DNN:
-            raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
+    every = [tensor for layer in layers for tensor in layer.tensors()]
+    if path == "auto" and serves_one_dnn(x, every):
+        return ONE_DNN
     if path != "auto":
-        reason = _why_not(x, layers) or _why_not_path(x, layers, path)
+        if path == ONE_DNN:
+            reason = why_not_one_dnn(x.device, x.dtype) or why_not_tensors(x, every)
+        else:
+            reason = _why_not(x, every) or _why_not_path(x, layers, path)
         if reason is not None:
             raise ValueError(f"{OP}: path {path!r} cannot serve this input: {reason}")
         return path
-    if not may_have_kernels(x) or _why_not(x, layers) is not None:
+    if not may_have_kernels(x) or _why_not(x, every) is not None:
         return "eager"
+    order = paths_by_time(x, x.shape[-1])
+    return next((each for each in order if _why_not_path(x, layers, each) is None), "eager")
+
+
+def paths_by_time(x: Tensor, width: int) -> list[str]:
+    """Those of x's rows in layers of a width, the fastest first, of what is asked for."""
     among = KERNELS if requested() == "triton" else ("eager", *KERNELS)
-    order = _order(x.device, x.dtype, x.shape[-1], x.shape[:-1].numel())
-    return next((each for each in order if each in among and _why_not_path(x, layers, each) is None), "eager")
+    return [path for path in _order(x.device, x.dtype, width, x.shape[:-1].numel()) if path in among]
 
 
-def may_have_kernels(x: Tensor) -> bool:
-    """Whether anything but "eager" may come of `choose_layers_path`, before layers are looked at."""
-    if torch.compiler.is_compiling() or not x.numel():
+def serves_one_dnn(x: Tensor, tensors: list[Tensor]) -> bool:
+    """Whether oneDNN makes the products of x and weights."""
+    possible = requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None
+    return possible and why_not_tensors(x, tensors) is None
+
+
+def may_have_kernels(x: Tensor, width: int | None = None) -> bool:
+    """Whether anything but "eager" may come of `choose_layers_path`, before layers (of x's width) are looked at."""
+    if torch.compiler.is_compiling() or not x.numel() or is_dispatch_watched():  # a trace sees no launches
         return False
     if requested() == "auto" and why_not_one_dnn(x.device, x.dtype) is None:
-        return not torch.is_grad_enabled() and not is_dispatch_watched()
+        return not torch.is_grad_enabled()
     if is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
         return False
-    return requested() == "triton" or bool(_known(x.device, x.dtype, x.shape[-1]))
+    return requested() == "triton" or bool(_known(x.device, x.dtype, width or x.shape[-1]))
 
 
 def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
     """What serves layers of a width by their rows, and why: where that was measured, or what speaks against kernels."""
-    reason = _why_not_here(device, dtype, width)
+    reason = why_not_here(device, dtype, width)
     if requested() == "auto" and (why := why_not_one_dnn(device, dtype)) is None:
         return RUNS[ONE_DNN], f"measured in docs/layers.md; Triton: {reason}"
     if reason is not None:
@@ -300,23 +374,25 @@ def why_not_one_dnn(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+def why_not_here(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    """Why no kernels can serve layers of a width."""
     if width > MAX_WIDTH:
         return f"it holds a row in one program: up to {MAX_WIDTH} wide, not {width}"
     return why_not_on(device, dtype)
 
 
-def _why_not(x: Tensor, layers: Sequence[Layer]) -> str | None:
+def _why_not(x: Tensor, tensors: list[Tensor]) -> str | None:
     """Why no kernels can serve."""
-    if (reason := _why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
+    if (reason := why_not_here(x.device, x.dtype, x.shape[-1])) is not None:
         return reason
-    return _why_not_tensors(x, layers)
+    return why_not_tensors(x, tensors)
 
 
-def _why_not_tensors(x: Tensor, layers: Sequence[Layer]) -> str | None:
+def why_not_tensors(x: Tensor, tensors: list[Tensor]) -> str | None:
+    """Why nothing but plain PyTorch can serve x with such weights."""
     if is_transforming() or is_forward_mode():
         return "it has no rules for the transforms of torch.func, nor for dual numbers"
-    every = [x, *(tensor for layer in layers for tensor in layer.tensors())]
+    every = [x, *tensors]
     if wants_gradient(every):
         return "it has no gradients"
     if any(type(tensor) not in (Tensor, Parameter) for tensor in every):

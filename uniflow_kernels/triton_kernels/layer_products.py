@@ -40,6 +40,8 @@ def _activated(p, dtype: tl.constexpr, ACT: tl.constexpr):
         return p * sigmoid_for(1.5957691216057308 * (p + 0.044715 * p * p * p), p, dtype)
     elif ACT == "silu":
         return p * sigmoid_for(p, p, dtype)
+    elif ACT == "quick_gelu":
+        return p * sigmoid_for(1.702 * p, p, dtype)
     elif ACT == "relu":
         return tl.maximum(p, 0.0)
     else:
@@ -105,34 +107,38 @@ def folded_norm_kernel(
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """out = ACT((x @ w.T - mean * sums) * rstd + bias), [M, N]."""
+    """out = ACT((x @ w.T - mean * sums) * rstd + bias), [M, N]; without moments ACT(x @ w.T + bias)."""
     row, col = place(M, N, BM, BN)
     total = product(x_p, x_s, w_p, w_s, row, col, M, N, K, BM, BN, BK, False, TMA)
-    mean, rstd = read_moments(moments_p, row, M, eps, K, PART, BM, RMS)
+    if moments_p is not None:
+        mean, rstd = read_moments(moments_p, row, M, eps, K, PART, BM, RMS)
     for i in tl.static_range(BN // BP):
         c = col + i * BP
         out = piece_of(total, i, BN // BP)  # [BM, BP]
-        if not RMS:
-            out -= mean[:, None] * vector(sums_p, c, N, BP)
-        out *= rstd[:, None]
+        if moments_p is not None:
+            if not RMS:
+                out -= mean[:, None] * vector(sums_p, c, N, BP)
+            out *= rstd[:, None]
         if bias_p is not None:
             out += vector(bias_p, c, N, BP)
         write(out_p, out_s, row, c, M, N, _activated(out, out_p.dtype if TMA else out_p.dtype.element_ty, ACT), TMA)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "positions"])
 def residual_product_kernel(
     a_p,
     w_p,
     bias_p,
     scale_p,
     x_p,
+    position_p,
     sum_p,
     moments_p,
     a_s,
     w_s,
     x_s,
     sum_s,
+    positions,
     M,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -143,7 +149,10 @@ def residual_product_kernel(
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """sum = x + scale * (a @ w.T + bias), [M, N], and its moments if they are wanted."""
+    """sum = x + scale * (a @ w.T + bias), [M, N], and its moments if they are wanted.
+
+    In the place of x a position [positions, N] may be added, the same to all rows of its number modulo `positions`.
+    """
     row, col = place(M, N, BM, BN)
     qs = product(a_p, a_s, w_p, w_s, row, col, M, N, K, BM, BN, BK, False, TMA)
     for i in tl.static_range(BN // BP):
@@ -153,7 +162,12 @@ def residual_product_kernel(
             q += vector(bias_p, c, N, BP)
         if scale_p is not None:
             q *= vector(scale_p, c, N, BP)
-        x = read(x_p, x_s, row, c, M, N, BM, BP, TMA).to(tl.float32)
+        if x_p is not None:
+            x = read(x_p, x_s, row, c, M, N, BM, BP, TMA).to(tl.float32)
+        else:  # few rows, which the L2 cache holds
+            r = (row + tl.arange(0, BM)[:, None]) % positions
+            at = c + tl.arange(0, BP)[None, :]
+            x = tl.load(position_p + r * N + at, at < N, 0.0).to(tl.float32)
         x = rounded(x + q, sum_p, TMA)
         write(sum_p, sum_s, row, c, M, N, x, TMA)
         if moments_p is not None:
@@ -206,7 +220,7 @@ def fold_norm(
 
 def folded_norm(
     x: Tensor,
-    of_x: Moments,
+    of_x: Moments | None,
     weight: Tensor,
     sums: Tensor | None,
     bias: Tensor | None,
@@ -219,11 +233,11 @@ def folded_norm(
 
     Args:
         x: [R, K].
-        of_x: its moments.
+        of_x: its moments; None for no norm.
         weight: of the product, the norm's weight in it, [N, K].
         sums: of each of its rows, float32 [N]; None with an RMS norm.
         bias: of the product, with the norm's in it, [N].
-        activation: "gelu", "gelu_pytorch_tanh", "silu", "relu" or "none".
+        activation: "gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu" or "none".
         rms: RMS norm instead of LayerNorm.
         eps: of the norm.
         small: whether in tiles of which a multiprocessor holds two.
@@ -241,7 +255,7 @@ def folded_norm(
         w_p=weight,
         sums_p=sums,
         bias_p=bias,
-        moments_p=of_x.values,
+        moments_p=None if of_x is None else of_x.values,
         out_p=out,
         x_s=x.stride()[0],
         w_s=weight.stride()[0],
@@ -250,12 +264,26 @@ def folded_norm(
         eps=float(eps),
         N=columns,
         K=x.shape[1],
-        PART=of_x.columns,
+        PART=0 if of_x is None else of_x.columns,
         ACT=activation,
         RMS=rms,
         **plan.constants,
     )
     return out
+
+
+def activated_product(x: Tensor, affine: tuple[Tensor, Tensor | None], activation: str, small: bool = False) -> Tensor:
+    """An activation of a product: `folded_norm_kernel` without a norm.
+
+    Args:
+        x: [R, K].
+        affine: weight [N, K] and bias [N].
+        activation, small: as above.
+
+    Returns:
+        [R, N] in x's dtype.
+    """
+    return folded_norm(x, None, affine[0], None, affine[1], activation, True, 0.0, small)
 
 
 def residual_product(
@@ -273,7 +301,7 @@ def residual_product(
         a: [R, K].
         affine: weight [N, K] and bias [N].
         scale: LayerScale, [N].
-        x: what is added to, [R, N].
+        x: what is added to, [R, N]; or a position [P, N], contiguous, for rows of which each P lie side by side.
         rms: whether moments are wanted for an RMS norm or a LayerNorm; None if they are not.
         done: moments that nobody needs any more, whose memory is taken if it fits.
         small: as above.
@@ -281,11 +309,12 @@ def residual_product(
     Returns:
         The sum [R, N] and its moments.
     """
-    rows, width = x.shape
     weight, bias = affine
-    plan = plan_of("residual", x, small)
+    (rows, depth), width = a.shape, weight.shape[0]
+    repeats = x.shape[0] != rows
+    plan = plan_of("residual", a, small)
     values = None if rms is None else room_for_moments(x, plan.tile, done)
-    total = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    total = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     _launch_residual(
         plan.grid(rows, width),
         plan.describe,
@@ -293,16 +322,18 @@ def residual_product(
         w_p=weight,
         bias_p=bias,
         scale_p=scale,
-        x_p=x,
+        x_p=None if repeats else x,
+        position_p=x if repeats else None,
         sum_p=total,
         moments_p=values,
         a_s=a.stride()[0],
         w_s=weight.stride()[0],
         x_s=x.stride()[0],
         sum_s=width,
+        positions=x.shape[0],
         M=rows,
         N=width,
-        K=a.shape[1],
+        K=depth,
         RMS=bool(rms),
         **plan.constants,
     )

@@ -247,7 +247,7 @@ def test_train_with_sources_and_conversations(capsys, run_file, place, make_mode
     source = ["--source", place / "data" / "1.png"]
     command = ["unifluid", "generate", "its mirror image", *seen, "--cfg-source", 2]
     assert "--cfg-source: expected 1 without --source" in fails(capsys, *command, "--out", place / "none")
-    assert "vision: the model sees features" in fails(capsys, *command, *source, "--out", place / "none")
+    assert "vision: expected the folder of the encoder" in fails(capsys, *command, *source, "--out", place / "none")
     assert not (place / "none").exists()
     drawn = {}
     for name, sources in (("one", source), ("other", ["--source", place / "data" / "2.png"]), ("two", source * 2)):

@@ -1,4 +1,7 @@
-"""Two gloo processes train the UniFluid of one, in both ways of spreading it, on data of both kinds and of one."""
+"""Two gloo processes train the UniFluid of one, in both ways of spreading it, on data of both kinds and of one.
+
+Where it reads it has a vision encoder of its own, which is trained too.
+"""
 
 import os
 
@@ -38,12 +41,15 @@ def write(folder, kind, parallel="ddp"):
     around = f"config: {CONFIG}, vocabulary: 300"
     if kind == "adapters":
         around = f"backbone: {folder / 'language'}, lora: {{rank: 4}}"
+    recipe = RECIPE.replace("save_every: 1", "save_every: 2")
+    if kind != "drawing":  # which sees nothing
+        recipe = recipe.replace("{steps: 4,", "{steps: 4, vision_learning_rate: 1.0e-3,")
     path.write_text(
         f"tokenizer: {folder / 'tokenizer'}\n"
         f"model: {{{around}, head_width: 32, head_depth: 1}}\n"
         f"data: {{folder: {folder / kind}, validation: {folder / kind}}}\n"
         f"samples: {{captions: 1, steps: 2, head_steps: 2}}\n"
-        f"tensorboard: false\nrecipe: {{{RECIPE.replace('save_every: 1', 'save_every: 2')}, {size}, "
+        f"tensorboard: false\nrecipe: {{{recipe}, {size}, "
         f"parallel: {parallel}}}\n"
     )
     return ["unifluid", "train", str(path)]
@@ -102,6 +108,7 @@ def test_shards_go_on_and_are_gathered(folder):
             load_file(place / "model.safetensors") for place in (out, last(folder / "both-alone") / part)
         )
         assert gathered.keys() == alone.keys()
+        assert any(name.startswith("vision.") for name in alone)
         for name, value in alone.items():
             assert torch.allclose(gathered[name], value, atol=1e-4), name
         assert UniFluid.from_pretrained(out).text_tokenizer.get_vocab()

@@ -259,7 +259,7 @@ def test_bad_input(capsys, asked):
         ([*ask, questions, *where, "--top-p", 0.5, "--out", folder / "a.jsonl"], "--top-p: nothing is drawn"),
         ([*evaluate, questions], "questions.jsonl:1: no response, expected what `uniflow unifluid ask` wrote"),
         ([*evaluate, choice], "likelihoods: expected a number for each choice, got None"),
-        ([*evaluate, questions, "--vision", folder / "vision"], "expected both, to ask, or neither"),
+        ([*evaluate, questions, "--vision", folder / "vision"], "expected --checkpoint too, to ask, or neither"),
     ):
         assert message in fails(capsys, *arguments), arguments
     with pytest.raises(AssertionError, match=r"7\.png is not a picture"):
