@@ -111,7 +111,7 @@ def test_the_case_of_layers_holds_every_form_to_its_path(monkeypatch):
     problem = CASES[paths.case].problem("cpu", size)
     for name in ("_by_rows", "_by_products"):
         run = getattr(transformer_layers, name)
-        note = lambda *given, name=name, run=run: taken.append((name, *given[3:])) or run(*given)  # noqa: E731
+        note = lambda *given, name=name, run=run: taken.append((name, *given[3:4])) or run(*given)  # noqa: E731
         monkeypatch.setattr(transformer_layers, name, note)
     expected = {"ours": ("_by_rows",), "products": ("_by_products", False), "small products": ("_by_products", True)}
     libraries = {label: load() for label, load in problem.libraries.items()}

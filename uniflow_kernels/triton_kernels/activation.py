@@ -81,6 +81,10 @@ def activation_and_slope(p, beside, dtype: tl.constexpr, ACT: tl.constexpr):
         s = sigmoid_for(logit, beside, dtype)
         u = wide * s
         slope = s + u * sigmoid_for(-logit, beside, dtype) * (1.5957691216057308 + 0.21406859270366874 * square)
+    elif ACT == "quick_gelu":
+        s = sigmoid_for(1.702 * wide, beside, dtype)
+        u = wide * s
+        slope = s + 1.702 * u * (1 - s)
     else:
         tl.static_assert(ACT == "relu")
         u = tl.maximum(wide, 0.0)

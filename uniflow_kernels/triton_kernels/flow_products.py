@@ -427,7 +427,7 @@ def down_backward(
         p: what its first layer made, [R, H or 2H].
         small: as above.
         sums: where dp's are added up together with those of other launches.
-        activation: between the layers; "gelu", "gelu_pytorch_tanh" and "relu" too where p is [R, H].
+        activation: between the layers; one of ACTIVATIONS where p is [R, H].
 
     Returns:
         dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32; these are there when `sums` are added up.
