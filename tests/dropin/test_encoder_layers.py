@@ -215,6 +215,7 @@ def test_products_by_one_dnn(name, within_twice, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "is_amds", lambda: True)
     layer, x = made(name), rows(3, 17, WIDTH)
     given, asked = others(layer, 17, torch.float32), []
+    monkeypatch.setattr(op, "_WORTH_ONE_DNN", 0)
     monkeypatch.setattr(op, "one_dnn_linear", lambda *given: asked.append(1) or one_dnn_linear(*given))
     with torch.no_grad():
         before, exact = layer(x, **given), copy.deepcopy(layer).double()(x.double(), **others(layer, 17, torch.float64))

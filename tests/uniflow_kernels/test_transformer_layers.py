@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from uniflow_kernels import backend, cpu_kernels, doctor
 from uniflow_kernels.choice import in_graph
 from uniflow_kernels.ops import flow_choice
+from uniflow_kernels.ops import transformer_layers as op
 from uniflow_kernels.ops.flow_blocks import Affine
 from uniflow_kernels.ops.transformer_layers import (
     ACTIVATIONS,
@@ -20,11 +21,12 @@ from uniflow_kernels.ops.transformer_layers import (
     choose_layers_path,
     explain_layers,
     fold_norm,
+    linear_by_one_dnn,
     may_have_kernels,
     plain_layer,
     transformer_layers,
 )
-from uniflow_kernels.torch_private import has_one_dnn
+from uniflow_kernels.torch_private import has_one_dnn, one_dnn_linear
 
 triton = pytest.importorskip("triton")
 from uniflow_kernels.triton_kernels import layer_products, products  # noqa: E402
@@ -299,6 +301,7 @@ def on_amd(monkeypatch):
     if not has_one_dnn():
         pytest.skip("torch is built without oneDNN or MKL")
     monkeypatch.setattr(cpu_kernels, "is_amds", lambda: True)
+    monkeypatch.setattr(op, "_WORTH_ONE_DNN", 0)  # of products however small
 
 
 @pytest.mark.usefixtures("on_amd")
@@ -312,6 +315,20 @@ def test_products_by_one_dnn(within_twice, name):
     assert all(map(torch.equal, found, run(x, layers, form, ONE_DNN)))
     apart = x.repeat(1, 1, 2)[..., :width]
     assert all(map(torch.equal, found, run(apart, layers, form, ONE_DNN)))
+
+
+@pytest.mark.usefixtures("on_amd")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_small_products_are_not_worth_a_call_of_one_dnn(within_twice, monkeypatch, name):
+    x, affine = tokens((2, 5, 24)), Affine(tokens((16, 24)), tokens((16,)))
+    exact = ACTIVATIONS[name](F.linear(*(t.double() for t in (x, *affine))))
+    plain, made = ACTIVATIONS[name](F.linear(x, *affine)), []
+    monkeypatch.setattr(op, "one_dnn_linear", lambda *given: made.append(1) or one_dnn_linear(*given))
+    for worth, calls in ((2 * 5 * 24 * 16, [1]), (2 * 5 * 24 * 16 + 1, [])):
+        monkeypatch.setattr(op, "_WORTH_ONE_DNN", worth)
+        within_twice(linear_by_one_dnn(x, affine, name), plain, exact)
+        assert made == calls
+        made.clear()
 
 
 @pytest.mark.usefixtures("on_amd")

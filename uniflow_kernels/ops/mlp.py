@@ -14,8 +14,8 @@ from uniflow_kernels.ops.flow_choice import SMALL
 from uniflow_kernels.ops.transformer_layers import (
     ACTIVATIONS,
     ONE_DNN,
+    linear_by_one_dnn,
     may_have_kernels,
-    mlp_by_one_dnn,
     paths_by_time,
     serves_one_dnn,
     why_not_here,
@@ -55,7 +55,7 @@ def mlp(
     if path in _PRODUCTS:
         return _by_products(x, fc1, fc2, activation, position, path in SMALL)
     if path == ONE_DNN:
-        made = mlp_by_one_dnn(x, fc1, fc2, activation)
+        made = linear_by_one_dnn(linear_by_one_dnn(x, fc1, activation), fc2)
     else:
         made = F.linear(ACTIVATIONS[activation](F.linear(x, *fc1)), *fc2)
     return made if position is None else made + position
