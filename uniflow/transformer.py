@@ -25,6 +25,8 @@ from uniflow_kernels.ops.transformer_layers import (
     may_have_kernels,
     transformer_layers,
 )
+from uniflow_kernels.ops.transformer_mlp import may_have_kernels as may_have_kernels_of_mlp
+from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 from uniflow_kernels.torch_private import is_compiled, plain_parts
 
 
@@ -130,6 +132,9 @@ class Attention(nn.Module):
         return attention(q, k, v, dropout, self.allow_flash_attn).flatten(2)
 
 
+_LINEAR = frozenset({nn.Linear})
+
+
 class MLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
@@ -142,6 +147,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
+        if may_have_kernels_of_mlp(x) and plain_parts([self.fc1, self.fc2], _LINEAR) is not None:
+            return transformer_mlp(x, affine_of(self.fc1), affine_of(self.fc2), self.activation)
         return self.fc2(self.act(self.fc1(x)))
 
 
