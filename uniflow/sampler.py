@@ -113,10 +113,12 @@ class Sampler:
             noise = noise * self.temperature
         # nothing is held ahead beside what `decoding_bytes_per_token` counts
         # rows, not pictures of rows, of which every product would make rows; a view, as only whole pictures are several
+        rows = [condition[:, tokens].flatten(0, 1)]
+        del condition  # whoever embeds it lets it go
         x, velocity, dt = follow(
             head.net,
             noise.flatten(0, 1),
-            condition[:, tokens].flatten(0, 1),
+            rows.pop(),
             self.plan,
             time_scale=head.time_scale,
             ahead=False,

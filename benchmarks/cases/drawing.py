@@ -9,8 +9,9 @@ from benchmarks import reference
 from benchmarks.case import Case, Problem, Size, Work, at, linear_flops, randomised
 from uniflow.unifluid.config import UniFluidConfig
 from uniflow.unifluid.drawing import draw_tokens
-from uniflow.unifluid.model import Earlier, UniFluid
+from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
+from uniflow.unifluid.steps import Steps
 from uniflow.unifluid.texts import make_text_tokenizer
 
 _CFG = 2.0
@@ -25,26 +26,25 @@ def ours(model: UniFluid, ids: Tensor, real: Tensor, order: Tensor, steps: int) 
 
 def plain(model: UniFluid, ids: Tensor, real: Tensor, order: Tensor, steps: int) -> Tensor:
     """The same steps of the transformer, cache and all; under each the head as the loop of modules that MAR has."""
-    from transformers import DynamicCache
-
-    generator, cache, first = _seeded(ids), DynamicCache(), 0
+    generator, first = _seeded(ids), 0
     alone = torch.zeros_like(real)
     alone[:, -1:] = True
     bos = torch.full_like(ids, model.text_tokenizer.bos_token_id)
     ids, real, both = torch.cat([ids, bos]), torch.cat([real, alone]), order.repeat(2, 1)
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
-    slots, earlier, tokens = [model.text_slots(ids, real)], None, []
-    for step, size in enumerate(group_sizes(model.config.tokens, steps)):
+    sizes = group_sizes(model.config.tokens, steps)
+    transformer = Steps(model, 2, text + model.config.tokens, max(sizes))
+    slots, tokens = model.text_slots(ids, real), []
+    for step, size in enumerate(sizes):
         places = both[:, first : first + size]
         group = torch.full_like(places, step)
-        states = model.states([*slots, model.query_slots(places, group, begin, text)], cache, earlier)[:, -size:]
-        cache.crop(-size)
+        states = transformer(slots, model.query_slots(places, group, begin, text))
         noise = torch.randn(size, model.config.token_channels, device=ids.device, generator=generator)
         new = reference.sample(model.head, noise.to(states.dtype), states[0], _HEAD_STEPS, _CFG, null=states[1])
         tokens.append(new)
-        earlier = Earlier.of(slots, earlier)
-        slots = [model.content_slots(new.expand(2, -1, -1), places, group, begin, text)]
+        slots = model.content_slots(new.expand(2, -1, -1), places, group, begin, text)
         first += size
+    transformer.end()
     drawn = torch.cat(tokens).unsqueeze(0)
     return torch.empty_like(drawn).scatter_(1, order.unsqueeze(-1).expand_as(drawn), drawn)
 

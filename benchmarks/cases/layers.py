@@ -1,4 +1,7 @@
-"""Which path of transformer layers is the fastest in inference: two layers, so that one ends where the next begins."""
+"""Which path of transformer layers is the fastest: in inference of two, as one ends where the next begins.
+
+And of the MLP in training.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks.case import Case, Problem, Work, at, attention_flops, linear_flops, randomised
 from uniflow.flow_decoder import ChannelProjection
-from uniflow.transformer import TransformerLayer, kernel_states, last_of
+from uniflow.transformer import MLP, TransformerLayer, kernel_states, last_of
 from uniflow_kernels import backend
 from uniflow_kernels.modules.flow_layers import affine_of
 from uniflow_kernels.ops.mlp import mlp
+from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 
 LENGTH = 1025
 
@@ -85,6 +89,32 @@ def _as_modules(mlps: nn.ModuleList, x: Tensor, position: Tensor) -> Tensor:
         return second(first(x), position)
 
 
+def build_mlp(tokens: int, width: int, dtype: str) -> Problem:
+    """Of a layer of the base preset: x and what fc1 makes are kept, the activation's gradient is in a product."""
+    precision = getattr(torch, dtype)
+    mlp = randomised(MLP(width, 4 * width, "gelu"), precision)
+    x = torch.randn(tokens, width, dtype=precision).requires_grad_()
+    flops = linear_flops(tokens, mlp)
+    return Problem(
+        inputs=(mlp, x),
+        ours=partial(_mlp_on_path, path="products"),
+        plain=_plain_mlp,
+        tokens=tokens,
+        forward=Work.of(flops, mlp, x, x),
+        backward=Work.of(2 * flops, mlp, mlp, x, x, x, x),
+        libraries={"small products": lambda: partial(_mlp_on_path, path="small products")},
+    )
+
+
+def _mlp_on_path(mlp: MLP, x: Tensor, path: str) -> Tensor:
+    with backend("triton"):
+        return transformer_mlp(x, affine_of(mlp.fc1), affine_of(mlp.fc2), mlp.activation, path)
+
+
+def _plain_mlp(mlp: MLP, x: Tensor) -> Tensor:
+    return mlp.fc2(mlp.act(mlp.fc1(x)))
+
+
 CASES = (
     Case(
         "layer_paths",
@@ -123,5 +153,17 @@ CASES = (
         ),
         cpu=(),  # no products of ours
         check_at_most={"tokens": 2048},
+    ),
+    Case(
+        "mlp_paths",
+        "Is GELU's gradient in a product faster in the MLP of a training layer than beside the library's?",
+        build_mlp,
+        cuda=tuple(
+            at(tokens=batch * LENGTH, width=width, dtype=dtype, quick=width == 1024, compile=batch == 32)
+            for batch in (1, 8, 32, 128)
+            for width, dtype in ((1024, "bfloat16"), (768, "bfloat16"), (1024, "float16"))
+        ),
+        cpu=(),  # there is but one
+        check_at_most={"tokens": 2 * LENGTH},
     ),
 )

@@ -1,5 +1,7 @@
 """UniFluid on a GPU: the numbers of the CPU, the head's graphs, and no waiting for the device."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from tests.uniflow.unifluid.conftest import asked, texts
 from uniflow.unifluid import UniFluid, UniFluidConfig, UniFluidObjective, draw_tokens
 from uniflow.unifluid.captions import Drawings, Readings
 from uniflow.unifluid.orders import draw_groups, draw_orders
+from uniflow.unifluid.steps import Steps
 from uniflow.unifluid.texts import make_text_tokenizer
 from uniflow_kernels.modules import sampling
 
@@ -59,6 +62,27 @@ def model():
 
 def seeded():
     return torch.Generator().manual_seed(1)
+
+
+def test_steps_of_the_transformer_are_one_graph(model, texts, monkeypatch):
+    """Captured once a drawing, in inference mode too; the numbers are those without a graph."""
+    model = model.cuda()
+    on_device = [part.cuda() for part in texts]
+    order = draw_orders(2, N, "random", torch.device("cpu"), seeded()).cuda()
+    kept = []
+    end = Steps.end
+    monkeypatch.setattr(Steps, "end", lambda self: kept.append(len(self._graphs)) or end(self))
+
+    def drawn():
+        return draw_tokens(model, *on_device, 6, head_steps=4, cfg=2.0, order=order, generator=seeded())
+
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("error", UserWarning)  # a graph that could not be
+        first, second = drawn(), drawn()
+    model.layers()[0].register_forward_hook(lambda *_: None)  # has the steps run one by one
+    assert torch.equal(first, second)
+    torch.testing.assert_close(drawn(), first, rtol=1e-4, atol=1e-4)
+    assert kept == [1, 1, 0]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])

@@ -4,14 +4,17 @@ import copy
 import os
 import pickle
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import reference
+from tests.conftest import randomize
 from tests.live_bytes import LiveBytes
 from tests.uniflow_kernels.test_graphs import StandIn, stand_in
-from uniflow import sampler
+from uniflow import UniFlow, UniFlowConfig, sampler
 from uniflow.encoder import encoding_bytes_per_token
 from uniflow.normalization import denormalize, normalize, to_uint8
 from uniflow.sampler import decoding_bytes_per_token, noise_of
@@ -63,6 +66,22 @@ def test_pictures_are_those_of_decode(tiny, options):
     floats = model.compile_decoder(3, temperature=0.9, dtype=torch.float32, **options)(latents, noise=noise)
     assert torch.allclose(floats, denormalize(images).clamp(0, 1), atol=1e-5)
     assert not floats.requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("steps", "cfg"), [(1, 1.0), (4, 2.0)])
+def test_decoding_holds_no_more_than_the_releases_code(steps, cfg):
+    """But for the times, which are embedded beforehand, and the null condition, each a row of the head's width."""
+    model = randomize(UniFlow(UniFlowConfig.preset("tiny")))
+    config, peaks = model.config, []
+    latents, noise = torch.randn(1, config.tokens, config.latent_ch), torch.randn(1, config.tokens, config.patch_values)
+    plain = partial(reference.decode, model, latents, noise, steps, cfg)
+    for decode in (partial(model.decode, latents, steps, cfg=cfg, noise=noise), plain):
+        decode()
+        with LiveBytes() as live:
+            decode()
+        peaks.append(live.peak)
+    assert peaks[0] <= peaks[1] + (steps + 1) * config.head_width * 4
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 24), (32, 8)])

@@ -1,7 +1,7 @@
 """Which slot of a sequence sees which, and the transformer's attention under it.
 
 What a layer is told has one of two forms: a mask of all pairs, or where a model trains on a GPU blocks of 128 x 128
-pairs, of which FlexAttention skips those that nothing sees. Both are made of one rule, `Sight.sees`.
+pairs, of which FlexAttention skips those that nothing sees. Both are made of one rule, `_seen`.
 """
 
 from __future__ import annotations
@@ -46,26 +46,31 @@ class Sight(NamedTuple):
         """
         position, sees, own, visible, others = self
 
-        def seen(row: Tensor, _head: Tensor | None, slot: Tensor, column: Tensor) -> Tensor:
-            allowed = (visible[row, column] <= sees[row, slot]) | (column == own[slot])
-            if window is None:
-                return allowed
-            return allowed & ((position[row, slot] - others[row, column]).abs() < window)
+        def seen(row: Tensor, _head: Tensor, slot: Tensor, column: Tensor) -> Tensor:
+            there, at = position[row, slot], others[row, column]
+            return _seen(there, sees[row, slot], own[slot], visible[row, column], at, column, window)
 
         return seen
 
     def dense(self, window: int | None = None) -> Tensor:
         """Of all pairs, bool [B, 1, S, K]."""
-        rows, slots, columns = (torch.arange(extent, device=self.own.device) for extent in self._extents())
-        return self.rule(window)(rows.view(-1, 1, 1, 1), None, slots.unsqueeze(1), columns)
+        columns = torch.arange(self.visible.shape[1], device=self.own.device)
+        position, sees, own = (part.unsqueeze(-1) for part in (self.position, self.sees, self.own))
+        visible, others = self.visible.unsqueeze(1), self.others.unsqueeze(1)
+        return _seen(position, sees, own, visible, others, columns, window).unsqueeze(1)
 
     def blocks(self, window: int | None = None) -> BlockMask:
         """Which blocks of pairs a slot sees anything in, and the rule inside them; nothing here waits for a GPU."""
-        rows, slots, columns = self._extents()
+        rows, slots, columns = len(self.sees), len(self.own), self.visible.shape[1]
         return create_block_mask(self.rule(window), rows, None, slots, columns, self.own.device)
 
-    def _extents(self) -> tuple[int, int, int]:
-        return len(self.sees), len(self.own), self.visible.shape[1]
+
+def _seen(
+    position: Tensor, sees: Tensor, own: Tensor, visible: Tensor, others: Tensor, column: Tensor, window: int | None
+) -> Tensor:
+    """The rule, of a slot's numbers and a column's."""
+    allowed = (visible <= sees) | (column == own)
+    return allowed if window is None else allowed & ((position - others).abs() < window)
 
 
 def attention_of(config: Any) -> str:

@@ -180,8 +180,8 @@ def attend(backbone: Any, embedded: Tensor, sight: Sight, cache: Cache | None = 
     Args:
         backbone: see `check_backbone`.
         embedded: [B, S, D].
-        sight: of S slots and K columns, the last S of which are the slots.
-        cache: keys and values of the first K - S; those of the slots are added.
+        sight: of S slots and K columns; without a cache these are the slots.
+        cache: takes the slots' keys and values, and gives those of the columns.
     """
     config, decoder = backbone.config, backbone.get_decoder()
     windows = {kind: config.sliding_window if kind == _SLIDING else None for kind in _layer_kinds(config)}

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from uniflow.diffusion import Diffusion
 from uniflow.diffusion import sample as sample_noise_predictor
-from uniflow.foreign import transformers_package
 from uniflow.normalization import normalize, to_uint8
 from uniflow.unifluid.guidance import guidance_scales
-from uniflow.unifluid.model import Earlier, UniFluid
+from uniflow.unifluid.model import UniFluid
 from uniflow.unifluid.orders import draw_orders, group_sizes
 from uniflow.unifluid.places import Grid
 from uniflow.unifluid.slots import picture_slots
+from uniflow.unifluid.steps import Steps
 from uniflow.unifluid.texts import no_text, padded, prompt_ids
 from uniflow_kernels.modules.sampling import Conditioned, normal, replayed
 from uniflow_kernels.solvers import Plan, guide, integrate
@@ -180,22 +180,19 @@ def draw_tokens(
     ids, real = (torch.cat(parts) for parts in zip(*prompts, strict=True))
     order = order.repeat(branches, 1)
     how = _Head(branches, head_steps, temperature, schedule, solver, generator)
-    cache = transformers_package().DynamicCache()
     text, begin = ids.shape[1], real.sum(1, keepdim=True)
-    slots = [model.text_slots(ids, real, features, clean, grid)]
-    earlier, tokens = None, []
-    first = 0
+    transformer = Steps(model, len(ids), text + count, max(sizes))
+    slots = model.text_slots(ids, real, features, clean, grid)
+    tokens, first = [], 0
     for step, size in enumerate(sizes):
         places = order[:, first : first + size]
         group = torch.full_like(places, step)
         queries = model.query_slots(places, group, begin, text, grid)
-        states = model.states([*slots, queries], cache, earlier)[:, -size:]
-        cache.crop(-size)  # no later step sees the queries
-        new = how.draw(model, states, of_text[step], of_sources[step])
+        new = how.draw(model, transformer(slots, queries), of_text[step], of_sources[step])
         tokens.append(new)
-        earlier = Earlier.of(slots, earlier)
-        slots = [model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text, grid)]
+        slots = model.content_slots(new.repeat(branches, 1, 1), places, group, begin, text, grid)
         first += size
+    transformer.end()
     drawn = torch.cat(tokens, dim=1)
     places = order[:batch].unsqueeze(-1).expand_as(drawn)
     return model.denormalized(torch.empty_like(drawn).scatter_(1, places, drawn))

@@ -38,7 +38,7 @@ from uniflow.unifluid.texts import ids_fingerprint, read_text_tokenizer
 from uniflow_kernels import FlowHead
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TEXT_TOKENIZER = "text_tokenizer"  # folder in a checkpoint
 
@@ -57,19 +57,6 @@ class Slots(NamedTuple):
     position: Tensor
     visible: Tensor
     sees: Tensor
-
-
-class Earlier(NamedTuple):
-    """Slots whose keys and values are kept; `visible` and `position` as of `Slots`, int64 [B, K]."""
-
-    visible: Tensor
-    position: Tensor
-
-    @classmethod
-    def of(cls, parts: list[Slots], before: Earlier | None = None) -> Earlier:
-        """Those of the parts, behind those of before."""
-        several = [*([] if before is None else [before]), *parts]
-        return cls(*(torch.cat([getattr(part, name) for part in several], dim=1) for name in cls._fields))
 
 
 class UniFluid(Float32Buffers):
@@ -412,20 +399,11 @@ class UniFluid(Float32Buffers):
             return self.place_embedding[places]
         return self.place_embedding(places, self.config.known_grid(grid))
 
-    def states(self, parts: list[Slots], cache: Cache | None = None, earlier: Earlier | None = None) -> Tensor:
-        """The transformer's last states [B, S, D] of all slots of the parts.
-
-        Args:
-            parts: one after the other, which makes no difference but to the result's order.
-            cache: keys and values of earlier slots; those of the parts are added.
-            earlier: which slots these are.
-        """
+    def states(self, parts: list[Slots]) -> Tensor:
+        """The transformer's last states [B, S, D] of all slots of the parts, whose order makes no other difference."""
         embedded, position, visible, sees = map(torch.cat, zip(*parts, strict=True), [1] * len(Slots._fields))
-        own, others = torch.arange(visible.shape[1], device=visible.device), position
-        if earlier is not None:
-            own = own + earlier.visible.shape[1]
-            visible, others = torch.cat([earlier.visible, visible], 1), torch.cat([earlier.position, position], 1)
-        return attend(self.backbone, embedded, Sight(position, sees, own, visible, others), cache)
+        own = torch.arange(visible.shape[1], device=visible.device)
+        return attend(self.backbone, embedded, Sight(position, sees, own, visible, position))
 
     def _embed(
         self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None, grid: Grid | None = None

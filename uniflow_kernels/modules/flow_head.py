@@ -7,7 +7,7 @@ many rows (the time embedding of a shared t, the modulation of a shared conditio
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain, repeat
 from operator import contains, itemgetter
@@ -329,7 +329,7 @@ class FlowHead(nn.Module):
         return self._from_projection(self._projected(x), y, quantized, x.shape[-1] > self.in_channels)
 
     def from_embeddings(
-        self, x: Tensor, ys: Sequence[Tensor], quantized: QuantizedLayers | None = None
+        self, x: Tensor, ys: Iterable[Tensor], quantized: QuantizedLayers | None = None
     ) -> list[Tensor]:
         """The head at the same x for several conditions, as guidance needs it: x is projected once.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -56,7 +56,7 @@ class Head(Protocol):
         ...
 
     def from_embeddings(
-        self, x: Tensor, ys: Sequence[Tensor], quantized: QuantizedLayers | None = None
+        self, x: Tensor, ys: Iterable[Tensor], quantized: QuantizedLayers | None = None
     ) -> list[Tensor]:
         """The same for several conditions at one x."""
         ...
@@ -124,7 +124,7 @@ class Conditioned:
         x, i = x.to(self.c.dtype), self.index[time]
         if self.ahead is not None and self.ahead.serves(x):
             return self.ahead.both(x, i)
-        ys = [self.embedded[i] + self.c, self.embedded[i] + self.null]
+        ys = (self.embedded[i] + c for c in (self.c, self.null))  # each when it is needed
         return self.head.from_embeddings(x, ys, self.quantized)
 
 
@@ -304,6 +304,7 @@ def follow(
     if head.times == 2:
         times = {t: (time_scale * t, time_scale * (t + dt)) for t, dt in schedule_steps(plan.steps, plan.schedule)}
     conditioned = Conditioned(head, condition, list(times.values()), null_condition, ahead)
+    del condition, null_condition  # it has embedded them
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if not plan.guides_at(t):

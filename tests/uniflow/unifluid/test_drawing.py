@@ -1,14 +1,16 @@
 import math
+import warnings
 
 import pytest
 import torch
 
-from uniflow.unifluid import drawing
+from tests.uniflow_kernels.test_graphs import Nowhere, StandIn
+from uniflow.unifluid import drawing, steps
 from uniflow.unifluid.asking import answer
 from uniflow.unifluid.drawing import draw_pictures, draw_tokens, see_sources
 from uniflow.unifluid.guidance import SCHEDULES, guidance_scales
 from uniflow.unifluid.orders import draw_orders, group_sizes
-from uniflow_kernels import FlowHead
+from uniflow_kernels import FlowHead, graphs
 
 N = 12
 
@@ -17,15 +19,28 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def as_on_a_gpu(monkeypatch):
+    """All steps of the transformer have the same shapes, and are replayed by the stand-in for a graph."""
+    monkeypatch.setattr(StandIn, "captures", 0)
+    monkeypatch.setattr(graphs, "Graph", StandIn)
+    monkeypatch.setattr(graphs, "Place", Nowhere)
+    monkeypatch.setattr(steps, "all_alike", lambda device: True)
+    monkeypatch.setattr(steps, "why_not_graph", lambda device, read: None)
+
+
 @pytest.mark.parametrize(
     "backbone",
     [{}, {"model_type": "gpt2"}, *({"model_type": kind, "sliding_window": 4} for kind in ("gemma3_text", "mistral"))],
     ids=["llama", "gpt2", "gemma3", "mistral"],
 )
+@pytest.mark.parametrize("alike", [False, True], ids=["growing", "alike"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg):
+def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg, alike):
     # every state that a token was drawn under is that of the whole sequence without a cache
     model = make_model(backbone)
+    if alike:
+        as_on_a_gpu(monkeypatch)
+    before = StandIn.captures
     seen = []
     draw = drawing._Head.draw
     monkeypatch.setattr(
@@ -43,6 +58,34 @@ def test_the_cache_changes_nothing(make_model, texts, monkeypatch, backbone, cfg
             bos = torch.full((2, 1), model.text_tokenizer.bos_token_id)
             null = model.draw_states(tokens, bos, torch.ones_like(bos, dtype=torch.bool), order, groups)
             torch.testing.assert_close(states[2:], null, rtol=1e-5, atol=1e-5)
+    assert StandIn.captures - before == alike  # steps of 1 to 4 tokens, and one graph
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backbone", [{}, {"model_type": "gemma2", "sliding_window": 4}], ids=["llama", "gemma2"])
+def test_steps_that_are_alike_draw_the_same(make_model, edits, monkeypatch, backbone):
+    """From sources too, in float64; each drawing has graphs of its own."""
+    model = make_model(backbone, sources="both").double()
+    *prompts, sources = edits
+    how = {"sources": sources, "cfg": 2.0, "cfg_source": 1.5, "head_steps": 2}
+    expected = draw_tokens(model, *prompts, 6, generator=seeded(), **how)
+    as_on_a_gpu(monkeypatch)
+    found = [draw_tokens(model, *prompts, 6, generator=seeded(), **how) for _ in range(2)]
+    assert torch.equal(*found)
+    assert StandIn.captures == 2
+    assert (found[0] - expected).abs().max() < 1e-6 * expected.abs().max()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a kind of step that does not come back would be one of too many
+        draw_tokens(model, *prompts, 12, generator=seeded(), **how)
+
+
+def test_hooks_of_the_transformer_keep_their_calls(make_model, texts, monkeypatch):
+    model = make_model()
+    as_on_a_gpu(monkeypatch)
+    calls = []
+    model.layers()[0].register_forward_hook(lambda *_: calls.append(1))
+    draw_tokens(model, *texts, 5, head_steps=2, generator=seeded())
+    assert (len(calls), StandIn.captures) == (5, 0)
 
 
 def test_guidance_scales():
