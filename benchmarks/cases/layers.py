@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Case, Problem, Work, at, attention_flops, linear_flops, randomised
+from uniflow.flow_decoder import ChannelProjection
 from uniflow.transformer import MLP, TransformerLayer, kernel_states, last_of
 from uniflow_kernels import backend
 from uniflow_kernels.modules.flow_layers import affine_of
+from uniflow_kernels.ops.mlp import mlp
 from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 
 LENGTH = 1025
@@ -56,6 +58,35 @@ def _own(layers: nn.ModuleList, x: Tensor) -> Tensor:
 def _plain(layers: nn.ModuleList, x: Tensor) -> Tensor:
     with backend("eager"):
         return _own(layers, x)
+
+
+def build_mlps(tokens: int, length: int, width: int, latent: int, dtype: str) -> Problem:
+    """The two MLPs around the latent, and the position behind them."""
+    precision = getattr(torch, dtype)
+    made = (ChannelProjection(width, width, latent), ChannelProjection(latent, width, width))
+    mlps = randomised(nn.ModuleList(made), precision).requires_grad_(False).eval()
+    x = torch.randn(tokens // length, length, width, dtype=precision)
+    position = torch.randn(1, length, width, dtype=precision)
+    return Problem(
+        inputs=(mlps, x, position),
+        ours=partial(_by_path, path="products"),
+        plain=_as_modules,
+        tokens=tokens,
+        forward=Work.of(linear_flops(tokens, mlps), mlps, x, x, position),
+        libraries={"small products": lambda: partial(_by_path, path="small products")},
+    )
+
+
+def _by_path(mlps: nn.ModuleList, x: Tensor, position: Tensor, path: str) -> Tensor:
+    into, out, back, last = (affine_of(layer) for layer in mlps.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad(), backend("triton"):
+        return mlp(mlp(x, into, out, path=path), back, last, position=position, path=path)
+
+
+def _as_modules(mlps: nn.ModuleList, x: Tensor, position: Tensor) -> Tensor:
+    first, second = mlps
+    with backend("eager"):
+        return second(first(x), position)
 
 
 def build_mlp(tokens: int, width: int, dtype: str) -> Problem:
@@ -103,6 +134,25 @@ CASES = (
         ),
         cpu=(),  # there is but one
         check_at_most={"tokens": 2 * LENGTH},
+    ),
+    Case(
+        "latent_mlps",
+        "How fast are the MLPs around the latent in inference, GELU and position in their products?",
+        build_mlps,
+        cuda=tuple(
+            at(
+                tokens=batch * 1024,
+                length=1024,
+                width=1024,
+                latent=64,
+                dtype="bfloat16",
+                quick=True,
+                compile=batch == 32,
+            )
+            for batch in (1, 32)
+        ),
+        cpu=(),  # no products of ours
+        check_at_most={"tokens": 2048},
     ),
     Case(
         "mlp_paths",
