@@ -27,6 +27,7 @@ _KERNELS = {"ours": "rows", "products": "products", "small products": "small pro
 OPS = {
     "flow_head": Paths("flow_head_paths", {**_KERNELS, "plain": "eager"}),
     "transformer_layers": Paths("layer_paths", {**_KERNELS, "own": "eager"}),
+    "transformer_mlp": Paths("mlp_paths", {"ours": "products", "small products": "small products", "plain": "eager"}),
     "attention": Paths("attention_paths", {"ours": OWN, **{path: path for path in (*BACKENDS, *PACKAGES)}}),
 }
 

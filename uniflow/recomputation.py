@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from uniflow_kernels.ops import transformer_mlp  # noqa: F401 - which registers the op
 from uniflow_kernels.torch_private import children_of, parameters_of, replica_of
 
 # from most bytes to least, and from least work to most
 KEEPS = ("everything", "products", "attention", "nothing")
 _SAID = ("everything", "products and attention", "attention", "their input alone")
 
-_aten = torch.ops.aten
+_aten, _ours = torch.ops.aten, torch.ops.uniflow_kernels
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -34,7 +35,13 @@ _ATTENTION = {
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
 }
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+_PRODUCTS = {
+    _ours.transformer_mlp.default,
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+}
 
 
 def _saves(keeps: str, op: Any) -> bool:

@@ -25,6 +25,8 @@ from uniflow_kernels.ops.transformer_layers import (
     may_have_kernels,
     transformer_layers,
 )
+from uniflow_kernels.ops.transformer_mlp import may_have_kernels as may_have_kernels_of_mlp
+from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 from uniflow_kernels.torch_private import is_compiled, plain_parts
 
 
@@ -130,6 +132,9 @@ class Attention(nn.Module):
         return attention(q, k, v, dropout, self.allow_flash_attn).flatten(2)
 
 
+_LINEAR = frozenset({nn.Linear})
+
+
 class MLP(nn.Module):
     """fc2(act(fc1(x)))."""
 
@@ -142,6 +147,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., W] -> [..., W]."""
+        if may_have_kernels_of_mlp(x) and plain_parts([self.fc1, self.fc2], _LINEAR) is not None:
+            return transformer_mlp(x, affine_of(self.fc1), affine_of(self.fc2), self.activation)
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -229,6 +236,13 @@ class TransformerLayer(RecomputingLayer):
 _PARTS = frozenset({TransformerLayer, Attention, MLP, DropPath, nn.Linear, nn.Dropout, *_NORMS})
 
 
+def _do_their_own(layers: nn.ModuleList) -> bool:
+    """Whether calling them does what their class's forward does and nothing else, and they are not compiled."""
+    if any(type(layer) is not TransformerLayer or is_compiled(layer) for layer in layers):
+        return False
+    return plain_parts(list(layers), _PARTS) is not None
+
+
 def kernel_states(layers: nn.ModuleList, x: Tensor, path: str = "auto") -> Iterator[Tensor] | None:
     """The output of every layer, each computed when it is asked for, by kernels; None where layers' own forwards serve.
 
@@ -242,9 +256,7 @@ def kernel_states(layers: nn.ModuleList, x: Tensor, path: str = "auto") -> Itera
     """
     if len(layers) == 0 or (path == "auto" and not may_have_kernels(x)):
         return None
-    if any(type(layer) is not TransformerLayer or is_compiled(layer) for layer in layers):
-        return None
-    if plain_parts(list(layers), _PARTS) is None:
+    if not _do_their_own(layers):
         return None
     own: Any = layers
     form = own[0].form
@@ -275,9 +287,7 @@ def compared_states(
     """
     if not torch.is_grad_enabled() or not norm_has_kernels(x):
         return None
-    if any(type(layer) is not TransformerLayer or is_compiled(layer) for layer in layers):
-        return None
-    if plain_parts(list(layers), _PARTS) is None:
+    if not _do_their_own(layers):
         return None
     own: Any = layers
     if any(layer.drop_path1.leaves_out() or layer.drop_path2.leaves_out() for layer in own):

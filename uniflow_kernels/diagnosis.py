@@ -15,6 +15,8 @@ from uniflow_kernels.ops.attention import explain_attention
 from uniflow_kernels.ops.flow_choice import RUNS, UNMEASURED, Call, explain
 from uniflow_kernels.ops.fp8_linear import explain_fp8
 from uniflow_kernels.ops.transformer_layers import OP, explain_layers
+from uniflow_kernels.ops.transformer_mlp import OP as MLP
+from uniflow_kernels.ops.transformer_mlp import explain_mlp
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def doctor() -> DoctorReport:
     losses = [_loss(name, cuda) for name in names]
     triton_only = [_triton_only(name, cuda) for name in _TRITON_ONLY]
     return DoctorReport(
-        environment, [_flow_head(cuda), _fp8(cuda), _layers(cuda), *losses, *triton_only, _attention(cuda)]
+        environment, [_flow_head(cuda), _fp8(cuda), _layers(cuda), _mlp(cuda), *losses, *triton_only, _attention(cuda)]
     )
 
 
@@ -90,6 +92,11 @@ def _flow_head(cuda: bool) -> OpReport:
 def _layers(cuda: bool) -> OpReport:
     device = torch.device("cuda" if cuda else "cpu")
     return OpReport(OP, *explain_layers(device, torch.bfloat16, 1024))
+
+
+def _mlp(cuda: bool) -> OpReport:
+    device = torch.device("cuda" if cuda else "cpu")
+    return OpReport(MLP, *explain_mlp(device, torch.bfloat16, 1024))
 
 
 def _fp8(cuda: bool) -> OpReport:

@@ -135,6 +135,7 @@ def _products(device: torch.device) -> Iterator[Timed]:
         "down, gate and q kept", partial(flow_products.down, x, a, layer, u, square, total, gate, q, False, made)
     )
     yield Timed("down_backward", partial(flow_products.down_backward, dq, square[0], p))
+    yield Timed("down_backward, GELU", partial(flow_products.down_backward, dq, square[0], p, activation="gelu"))
     yield Timed("fold_norm", partial(layer_products.fold_norm, norm, square))
     sums = torch.zeros(WIDTH, device=device)
     folded = partial(layer_products.folded_norm, x, made, square[0], sums, sums)

@@ -5,7 +5,7 @@ import torch
 from benchmarks import choices
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
-from uniflow_kernels.ops import attention, transformer_layers
+from uniflow_kernels.ops import attention, transformer_layers, transformer_mlp
 from uniflow_kernels.ops.flow_choice import PATHS
 from uniflow_kernels.ops.flow_passes import Pass
 
@@ -62,7 +62,7 @@ def test_the_table_has_the_paths_by_their_times(results_file, tmp_path):
         known | orders(["eager", "rows"], ["rows", "eager"]) | {"rows": 64},
         known | orders(["eager", "rows", "products"], ["products", "rows", "eager"]) | {"rows": 512},
     ]
-    assert len(out.read_text().splitlines()) == 2 + 6  # one size a line
+    assert len(out.read_text().splitlines()) == 2 + 7  # one size a line
 
 
 def test_the_later_of_two_measurements_counts(results_file, tmp_path):
@@ -111,7 +111,7 @@ def test_the_case_of_layers_holds_every_form_to_its_path(monkeypatch):
     problem = CASES[paths.case].problem("cpu", size)
     for name in ("_by_rows", "_by_products"):
         run = getattr(transformer_layers, name)
-        note = lambda *given, name=name, run=run: taken.append((name, *given[3:])) or run(*given)  # noqa: E731
+        note = lambda *given, name=name, run=run: taken.append((name, *given[3:4])) or run(*given)  # noqa: E731
         monkeypatch.setattr(transformer_layers, name, note)
     expected = {"ours": ("_by_rows",), "products": ("_by_products", False), "small products": ("_by_products", True)}
     libraries = {label: load() for label, load in problem.libraries.items()}
@@ -123,6 +123,20 @@ def test_the_case_of_layers_holds_every_form_to_its_path(monkeypatch):
     assert set(paths.of_forms.values()) == {"eager", *transformer_layers.KERNELS}
 
 
+def test_the_case_of_the_mlp_holds_every_form_to_its_path(monkeypatch):
+    paths, taken, run = choices.OPS["transformer_mlp"], [], transformer_mlp.mlp_backward_op
+    monkeypatch.setattr(transformer_mlp, "mlp_backward_op", lambda *given: taken.append(given[-1]) or run(*given))
+    problem = CASES[paths.case].problem("cpu", {"tokens": 5, "width": 16, "dtype": "float32"})
+    expected = {"ours": ["products"], "small products": ["small products"], "plain": []}
+    libraries = {label: load() for label, load in problem.libraries.items()}
+    for label, form in {"ours": problem.ours, "plain": problem.plain, **libraries}.items():
+        form(*problem.inputs).sum().backward()
+        assert taken == expected[label]
+        taken.clear()
+    assert paths.of_forms.keys() == expected.keys()
+    assert set(paths.of_forms.values()) == {"eager", *transformer_mlp.KERNELS}
+
+
 def test_tables_of_several_ops_are_written(results_file, tmp_path):
     of_layers = entry(512, ours=(2, 3), own=(3, 4), products=(1, 2), plain=(9, 9)) | {"case": "layer_paths"}
     out = tmp_path / "table.json"
@@ -130,7 +144,7 @@ def test_tables_of_several_ops_are_written(results_file, tmp_path):
         main(["choices", str(results_file(entries=[entry(64, ours=(1, 1)), of_layers], **GPU)), "--out", str(out)]) == 0
     )
     table = json.loads(out.read_text())
-    assert [len(entries) for entries in table.values()] == [1, 1, 0]
+    assert [len(entries) for entries in table.values()] == [1, 1, 0, 0]
     assert table["transformer_layers"][0]["inference"] == ["products", "rows", "eager"]
 
 

@@ -323,6 +323,7 @@ def _products(rows: int, width: int, dtype: torch.dtype, extra: int) -> None:
             flow_products.down(x, a, layer, u, square, total, kept, None if kept is None else gate, True)
     for p in (matrix(rows, width), matrix(rows, 2 * width)):
         flow_products.down_backward(dq, matrix(width, width), p)
+    flow_products.down_backward(dq, matrix(width, width), matrix(rows, width), activation="gelu")
     for sums, side in ((torch.zeros(width), torch.zeros(width)), (None, None)):
         rms = sums is None
         layer_products.fold_norm((vector, None if rms else vector), (matrix(width, width), None if rms else vector))

@@ -23,9 +23,13 @@ REGISTERS = {
     "down": 236,
     "down backward": 240,
     "gated down backward": 244,
+    "layer's down backward": 244,
 }
 # on sm_90, with a sigmoid by tanh that is made once; by exp 2968, 2112, 5672 and 4056, and with GELU by erf 5552
-INSTRUCTIONS = {"folded": 2320, "up": 1824, "gated up": 1552, "down backward": 2920, "gated down backward": 2584}
+INSTRUCTIONS = {
+    **{"folded": 2320, "up": 1824, "gated up": 1552, "down backward": 2920, "gated down backward": 2584},
+    "layer's down backward": 3800,  # with the derivative of GELU's polynomial, made once
+}
 PAIRS = ("modulated", "gated up")
 
 
@@ -41,7 +45,7 @@ def request(name, arch, small=False, of_mlp=False):
     made = products.ARCHITECTURES[arch]
     tma, tiles = made.tma, made.small if small else made.tiles
     tile = tiles[name]
-    gated = name.startswith("gated")
+    gated, of_layer = name.startswith("gated"), name.startswith("layer's")
     left, rows = (tile.rows, tile.depth), (tile.rows, tile.piece)
     weight = (2,) * (name in PAIRS) + (tile.columns, tile.depth)
     ups = ("up_p", "dup_p") if gated else ()
@@ -83,9 +87,9 @@ def request(name, arch, small=False, of_mlp=False):
             "down_backward_kernel",
             {"dq_p": left, "w_p": (tile.depth, tile.columns), **dict.fromkeys(("p_p", "dp_p", "u_p", *ups), rows)},
             {"partial_p": "*fp32"},
-            {"up_p": None, "dup_p": None, "H": H, "K": W, "GATED": gated},
+            {"up_p": None, "dup_p": None, "H": H, "K": W, "GATED": gated, "ACT": "gelu" if of_layer else "silu"},
         ),
-    }[name.removeprefix("gated ")]
+    }[name.removeprefix("gated ").removeprefix("layer's ")]
     if of_mlp:
         operands.pop("x_p" if name == "residual" else "", None)
         constants |= OF_MLP[name]

@@ -7,9 +7,11 @@ from torch import nn
 from tests.conftest import randomize
 from tests.uniflow_kernels import test_mlp
 from tests.uniflow_kernels import test_transformer_layers as on_cpu
+from tests.uniflow_kernels import test_transformer_mlp as mlp_on_cpu
 from uniflow.transformer import TransformerLayer, kernel_states, last_of
 from uniflow_kernels import backend
 from uniflow_kernels.ops.transformer_layers import KERNELS, LayerForm
+from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 from uniflow_kernels.triton_kernels.products import ARCHITECTURES, architecture
 
 pytestmark = [
@@ -35,6 +37,17 @@ def test_numbers(within_twice, path, name, shape, hidden):
     _, _, form, there = on_cpu.FORMS[name]
     layers = on_cpu.make(shape[-1], hidden, torch.bfloat16, device="cuda", **there)
     on_cpu.against_definition(within_twice, layers, on_cpu.tokens(shape, torch.bfloat16, "cuda"), form, path, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "hidden"), [((2, 1025, 1024), 4096), ((67, 136), 264)])
+def test_the_mlp_in_training(within_twice, path, dtype, shape, hidden):
+    if path == "rows":
+        pytest.skip("it has no row kernels")
+    given = mlp_on_cpu.make(dtype, shape=shape, hidden=hidden, device="cuda")
+    found = mlp_on_cpu.against_definition(within_twice, given, "gelu", path, 1e-3)
+    with backend("triton"):
+        assert all(map(torch.equal, found, mlp_on_cpu.results(transformer_mlp, *given, "gelu", path)))
 
 
 @pytest.mark.parametrize("sizes", [(1024, 1024, 64), (64, 1024, 1024), (40, 136, 24)])

@@ -73,12 +73,16 @@ def flow() -> None:
 def layers() -> None:
     """Launch the products of transformer layers."""
     from tests.uniflow_kernels.test_transformer_layers import make, run, tokens
+    from tests.uniflow_kernels.test_transformer_mlp import make as of_mlp
+    from tests.uniflow_kernels.test_transformer_mlp import results
     from uniflow_kernels import backend
     from uniflow_kernels.ops.transformer_layers import LayerForm
+    from uniflow_kernels.ops.transformer_mlp import transformer_mlp
 
     rows, width, half = SIZES["rows"], SIZES["width"], torch.bfloat16
     with backend("triton"):
         run(tokens((2, rows // 2, width), half), make(width, 4 * width, half, layers=1), LayerForm(), "products")
+        results(transformer_mlp, *of_mlp(half, shape=(rows, width), hidden=4 * width), "gelu", "products")
 
 
 def distillation() -> None:

@@ -10,6 +10,7 @@ from tests.uniflow_kernels import (
     test_mlp,
     test_modulated_norm,
     test_transformer_layers,
+    test_transformer_mlp,
 )
 from tests.uniflow_kernels.test_flow_blocks import OPTIONS, against_definition, make_head
 from uniflow_kernels import backend
@@ -60,6 +61,22 @@ def test_layers(within_twice, name, width, hidden):
     x = test_transformer_layers.tokens((2, 65, width), torch.bfloat16)
     with unwritten_is_nan():
         test_transformer_layers.against_definition(within_twice, layers, x, form, "products", 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "width", "hidden"),
+    [
+        ("gelu", torch.bfloat16, 144, 272),
+        pytest.param("gelu", torch.float16, 136, 264, marks=pytest.mark.slow),
+        pytest.param("gelu_pytorch_tanh", torch.bfloat16, 136, 136, marks=pytest.mark.slow),
+    ],
+)
+def test_the_mlp_in_training(within_twice, activation, dtype, width, hidden):
+    """The activation's gradient in the backward product."""
+    given = test_transformer_mlp.make(dtype, shape=(130, width), hidden=hidden)
+    floor = 1e-2 if dtype == torch.bfloat16 else 1e-3
+    with unwritten_is_nan():
+        test_transformer_mlp.against_definition(within_twice, given, activation, "products", floor)
 
 
 def test_an_mlp(within_twice):

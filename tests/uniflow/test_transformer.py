@@ -138,7 +138,7 @@ def test_samples_that_are_dropped_are_left_out_with_the_same_numbers_and_gradien
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["encoder", "global block", "rms"])
 def test_residual_and_norm_are_one_kernel_where_there_are_any(within_twice, name, autocast):
-    """Of a norm that somebody hooks they are not; and where the kernels cannot serve, nothing is raised."""
+    """Of a norm that somebody hooks they are not, nor is the MLP; where kernels cannot serve, nothing is raised."""
     pytest.importorskip("triton")
     layer, options = layer_of(**VARIANTS[name]), VARIANTS[name]
     x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
@@ -147,11 +147,14 @@ def test_residual_and_norm_are_one_kernel_where_there_are_any(within_twice, name
         x = x.detach().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, autocast and x.dtype == torch.float32):
             calls = []
-            hook = None if served else layer.norm2.register_forward_hook(lambda *_: calls.append(1))
+            hooks = [
+                part.register_forward_hook(lambda *_: calls.append(1))
+                for part in (() if served else (layer.norm2, layer.mlp.fc1))
+            ]
             out = layer(x)
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
-                assert calls == [1]
+            assert len(calls) == len(hooks)
         assert out.dtype == x.dtype
         assert ("_ModulatedNorm" in graph(out)) == served
         return [out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])]

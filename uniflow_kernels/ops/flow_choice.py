@@ -336,7 +336,7 @@ def measured(gpu: str, arch: int, dtype: str, width: int, op: str = "flow_head")
         arch: compute capability times ten.
         dtype: of the products, such as "bfloat16".
         width: of a row; of "attention" that of a head, and its rows are the tokens of a sample.
-        op: of which paths: "flow_head", "transformer_layers" or "attention".
+        op: of which paths: "flow_head", "transformer_layers", "transformer_mlp" or "attention".
     """
     entries = [entry for entry in _table(op) if (entry["arch"], entry["dtype"], entry["width"]) == (arch, dtype, width)]
     names = sorted({entry["gpu"] for entry in entries})

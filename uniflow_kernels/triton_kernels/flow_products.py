@@ -1,4 +1,7 @@
-"""The products of the flow head: what makes the modulations, and both layers of the MLP, with all around them."""
+"""The products of the flow head: what makes the modulations, and both layers of the MLP, with all around them.
+
+The backward product of the MLP's second layer serves transformer layers too, with their activation.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniflow_kernels.triton_kernels.activation import sigmoid
+from uniflow_kernels.triton_kernels.activation import activation_and_slope, sigmoid
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 from uniflow_kernels.triton_kernels.products import (
     Moments,
@@ -200,13 +203,17 @@ def down_backward_kernel(
     H: tl.constexpr,
     K: tl.constexpr,
     GATED: tl.constexpr,
+    ACT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BP: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """dp (and dup) from du = dq @ w [K, H], u once more, and the tile's sums over rows, [row tiles, H or 2H]."""
+    """dp (and dup) from du = dq @ w [K, H], u once more, and the tile's sums over rows, [row tiles, H or 2H].
+
+    u is ACT(p), times up where it is GATED.
+    """
     row, col = place(M, H, BM, BN)
     dus = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, K, BK):
@@ -219,9 +226,8 @@ def down_backward_kernel(
         columns = c + tl.arange(0, BP)
         du = piece_of(dus, i, BN // BP)  # [BM, BP]
         p = read(p_p, p_s, row, c, M, H, BM, BP, TMA)
-        s = sigmoid(p, du)
-        u = p.to(tl.float32) * s
-        dp = du * (s + u * (1 - s))
+        u, slope = activation_and_slope(p, du, rounded(du, u_p, TMA).dtype, ACT)
+        dp = du * slope
         if GATED:
             up = read(up_p, p_s, row, c, M, H, BM, BP, TMA).to(tl.float32)
             dup = du * u
@@ -406,7 +412,12 @@ def down(
 
 
 def down_backward(
-    dq: Tensor, weight: Tensor, p: Tensor, small: bool = False, sums: ProgramSums | None = None
+    dq: Tensor,
+    weight: Tensor,
+    p: Tensor,
+    small: bool = False,
+    sums: ProgramSums | None = None,
+    activation: str = "silu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch `down_backward_kernel`.
 
@@ -416,13 +427,15 @@ def down_backward(
         p: what its first layer made, [R, H or 2H].
         small: as above.
         sums: where dp's are added up together with those of other launches.
+        activation: between the layers; one of ACTIVATIONS where p is [R, H].
 
     Returns:
         dp like p, u [R, H], and dp's sums over rows [H or 2H] in float32; these are there when `sums` are added up.
     """
     rows, hidden = dq.shape[0], weight.shape[1]
     gated = p.shape[1] != hidden
-    plan = plan_of("gated down backward" if gated else "down backward", dq, small)
+    name = "gated down backward" if gated else "down backward" if activation == "silu" else "layer's down backward"
+    plan = plan_of(name, dq, small)
     dp, u = torch.empty_like(p), torch.empty(rows, hidden, dtype=p.dtype, device=p.device)
     programs = cdiv(rows, plan.tile.rows)
     partial, total = of_launch(sums, programs, p.shape[1:], p.device)
@@ -447,6 +460,7 @@ def down_backward(
         H=hidden,
         K=dq.shape[1],
         GATED=gated,
+        ACT=activation,
         **plan.constants,
     )
     return dp, u, partial.sum(0) if total is None else total

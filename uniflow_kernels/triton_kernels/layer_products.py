@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uniflow_kernels.triton_kernels.activation import sigmoid_for
+from uniflow_kernels.triton_kernels.activation import gelu_share, sigmoid_for
 from uniflow_kernels.triton_kernels.flow_head import FORWARD_TILE, tile
 from uniflow_kernels.triton_kernels.launch import Launch, cdiv
 from uniflow_kernels.triton_kernels.products import (
@@ -34,13 +34,8 @@ from uniflow_kernels.triton_kernels.products import (
 @triton.jit
 def _activated(p, dtype: tl.constexpr, ACT: tl.constexpr):
     """An activation of p in float32, for results that are rounded to a dtype."""
-    if ACT == "gelu" and dtype == tl.bfloat16:
-        # p Phi(p), with an odd polynomial for the logit of Phi: fitted, wrong by 2.6e-5 at most. By erf the kernel has
-        # 2.4 times as many instructions
-        square = tl.minimum(p * p, 36.0)  # beyond it Phi is 0 or 1, and the polynomial would turn
-        return p * sigmoid_for(p * (1.59501317 + square * (0.0740136542 - 0.000703417275 * square)), p, dtype)
-    elif ACT == "gelu":
-        return 0.5 * p * (1 + tl.erf(p * 0.7071067811865476))
+    if ACT == "gelu":
+        return p * gelu_share(p, p, dtype)
     elif ACT == "gelu_pytorch_tanh":
         return p * sigmoid_for(1.5957691216057308 * (p + 0.044715 * p * p * p), p, dtype)
     elif ACT == "silu":

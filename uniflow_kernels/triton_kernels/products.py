@@ -59,6 +59,7 @@ _HOPPER = {
     "down": Tile(128, 128, 64, 8, 4),
     "down backward": Tile(128, 256, 64, 8, 3),
     "gated down backward": Tile(128, 128, 64, 8, 4),
+    "layer's down backward": Tile(128, 256, 64, 8, 3),
 }
 # one block's product runs while the other's epilogue does: at most 113 KiB of shared memory and half the registers
 _HALF_OF_HOPPER = {
@@ -70,6 +71,7 @@ _HALF_OF_HOPPER = {
     "down": Tile(128, 64, 64, 4, 4),
     "down backward": Tile(128, 128, 64, 8, 3),
     "gated down backward": Tile(128, 64, 64, 8, 3),
+    "layer's down backward": Tile(128, 64, 64, 8, 3),
 }
 _SHALLOW = {name: tile._replace(depth=32) for name, tile in _HOPPER.items()}  # at most 99 KiB of shared memory
 # by compute capability, times ten; 0 is Triton's interpreter. Chosen by what ptxas makes of them: tests/compile
@@ -343,6 +345,7 @@ KINDS = {
     "down": {**_ROWS, "a_p": "left", "g_p": "weight", "u_p": "left", "w_p": "weight"},
     "down backward": _DOWN_BACKWARD,
     "gated down backward": _DOWN_BACKWARD,
+    "layer's down backward": _DOWN_BACKWARD,
 }
 
 
