@@ -32,11 +32,11 @@ def text_tokenizer():
 def make_model(text_tokenizer):
     """A small model, all of whose parameters matter (a new head's output is zero)."""
 
-    def make(backbone=None, seed=0, vision=None, **changes):
+    def make(backbone=None, seed=0, encoder=None, **changes):
         values = {"token_channels": 5, "grid": (3, 4), "head_width": 32, "head_depth": 2, "vision_channels": 7}
         torch.manual_seed(seed)
         config = UniFluidConfig({**LLAMA, **(backbone or {})}, **{**values, **changes})
-        model = UniFluid(config, text_tokenizer, vision=vision).eval()
+        model = UniFluid(config, text_tokenizer, vision=encoder).eval()
         for parameter in model.head.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         return model

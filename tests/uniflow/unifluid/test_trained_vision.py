@@ -39,7 +39,7 @@ def owning(make_model, tiny):
     def make(kind="uniflow", **changes):
         vision = encoder(kind, tiny)
         own = {"vision_channels": vision.width, "vision_merge": 2, "vision_encoder": vision.fields}
-        return make_model(vision=vision, **{"token_channels": 8, "grid": (2, 2), **own, **changes})
+        return make_model(encoder=vision, **{"token_channels": 8, "grid": (2, 2), **own, **changes})
 
     return make
 
@@ -155,7 +155,7 @@ def test_what_cannot_be(owning, make_model, samples, tiny):
     with pytest.raises(ValueError, match="vision: expected the encoder, as the config's vision_encoder says"):
         make_model(vision_channels=vision.width, vision_encoder=vision.fields)
     with pytest.raises(ValueError, match="vision: expected no encoder, as the config's vision_encoder says"):
-        make_model(vision=vision)
+        make_model(encoder=vision)
     with pytest.raises(ValueError, match="vision: expected features of 9 channels, of 2 patches a side, got 256 and 2"):
         owning(vision_channels=9)
     with pytest.raises(ValueError, match="vision_encoder: what it sees needs vision_channels"):
