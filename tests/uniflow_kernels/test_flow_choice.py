@@ -11,7 +11,7 @@ import torch
 from tests.conftest import randomize
 from uniflow_kernels import FlowHead, backend, doctor, graphs
 from uniflow_kernels.choice import in_graph, is_in_graph
-from uniflow_kernels.ops import flow_choice, transformer_layers
+from uniflow_kernels.ops import attention, flow_choice, transformer_layers, transformer_mlp
 from uniflow_kernels.ops.flow_choice import PATHS, RUNS, UNMEASURED, Call, call_of, choose_path, explain
 from uniflow_kernels.ops.flow_head import ModulatedBlocks
 
@@ -305,13 +305,19 @@ def test_doctor_says_it(gpu, monkeypatch):
     monkeypatch.setattr("uniflow_kernels.diagnosis._gpus", lambda: "some H100")
     monkeypatch.setattr("uniflow_kernels.diagnosis._loss", lambda name, cuda: None)
     monkeypatch.setattr("uniflow_kernels.diagnosis._attention", lambda cuda: None)
+    monkeypatch.setattr("uniflow_kernels.diagnosis._mlp", lambda cuda: None)
     (line,) = (op for op in doctor().ops if op is not None and op.op == "flow_head")
     assert (line.runs, line.why) == explain(call(1))
 
 
 def test_the_shipped_table():
     table = json.loads(files("uniflow_kernels").joinpath(flow_choice.FILE).read_text())
-    paths = {"flow_head": PATHS, "transformer_layers": ("eager", *transformer_layers.KERNELS)}
+    paths = {
+        "flow_head": PATHS,
+        "transformer_layers": ("eager", *transformer_layers.KERNELS),
+        "transformer_mlp": ("eager", *transformer_mlp.KERNELS),
+        "attention": (attention.OWN, *attention.BACKENDS, *attention.PACKAGES),
+    }
     assert table.keys() == paths.keys()
     for op, entry in ((op, entry) for op, entries in table.items() for entry in entries):
         assert entry.keys() == {
