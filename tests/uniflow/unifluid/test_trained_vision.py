@@ -166,7 +166,7 @@ def test_what_cannot_be(owning, make_model, samples, tiny):
     with pytest.raises(ValueError, match="vision: the student's encoder is a part of the tokenizer too"):
         UniFluidObjective(
             make_model(
-                vision=VisionFeatures(shared), token_channels=8, grid=(2, 2), vision_channels=64,
+                encoder=VisionFeatures(shared), token_channels=8, grid=(2, 2), vision_channels=64,
                 vision_encoder=VisionFeatures(shared).fields,
             ),
             UniFlowTokens(shared),
