@@ -136,8 +136,10 @@ class VisionFeatures(nn.Module):
         """
         if tuple(images.shape[1:]) != (3, *self.image_size):
             raise ValueError(f"images: expected shape {['B', 3, *self.image_size]}, got {list(images.shape)}")
-        if not len(images):  # layers of the transformers package need some
-            return images.new_empty(0, self.tokens, self.width, dtype=torch.float32)
+        if not len(images):  # layers of the transformers package need some, and what is trained needs a gradient
+            if self.frozen:
+                return images.new_empty(0, self.tokens, self.width, dtype=torch.float32)
+            return self(images.new_zeros(1, *images.shape[1:]))[:0]
         parameter = next(self.parameters())
         own = torch.autocast(images.device.type, enabled=False) if self.frozen else nullcontext()
         with own, torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniflow.checkpoint import as_dtype, assign_state, chosen_weights, outline, read_state, write_state
@@ -408,12 +409,15 @@ class UniFluid(Float32Buffers):
     def _embed(
         self, ids: Tensor, features: Tensor | None = None, clean: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        """The embeddings of ids, and in the slots of pictures of what is seen of them."""
+        """The embeddings of ids, and in the slots of pictures of what is seen of them.
+
+        Where no picture is given, what would see it has a gradient of zeros: each process of a training needs one.
+        """
         embedded = self.backbone.get_input_embeddings()(ids.clamp(min=0))
-        if features is not None and features.numel() and self.vision_proj is not None:
+        if features is not None and self.vision_proj is not None:
             projected = self.vision_proj(features.to(self.token_proj.weight.dtype))
             embedded = _placed(embedded, ids == FEATURES, projected)
-        if clean is not None and clean.numel() and self.source_embedding is not None:
+        if clean is not None and self.source_embedding is not None:
             projected = self.token_proj(clean.to(self.token_proj.weight.dtype))
             places = self.placed(torch.arange(clean.shape[1], device=clean.device), grid)
             embedded = _placed(embedded, ids == TOKENS, projected + places + self.source_embedding)
@@ -539,7 +543,8 @@ def _projection(config: UniFluidConfig, width: int) -> nn.Module | None:
 def _placed(embedded: Tensor, where: Tensor, rows: Tensor) -> Tensor:
     """Rows [P, M, D], one after the other, in those of the slots [B, T, D] that `where`, bool [B, T], marks."""
     number = (where.flatten().cumsum(0) - 1).clamp(min=0).view(where.shape)
-    return torch.where(where.unsqueeze(-1), rows.flatten(0, 1)[number].to(embedded.dtype), embedded)
+    rows = F.pad(rows.flatten(0, 1), (0, 0, 0, 1))  # one more, for what is marked nowhere
+    return torch.where(where.unsqueeze(-1), rows[number].to(embedded.dtype), embedded)
 
 
 # a tied head is the text embedding under a second name, which no file needs twice

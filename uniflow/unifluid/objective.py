@@ -144,15 +144,23 @@ class UniFluidObjective(nn.Module):
         return self.tokenizer.at_size((pictures.shape[-2], pictures.shape[-1]))
 
     def looked_at(self, sources: Tensor | None, seen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Features and clean tokens of the pictures that are drawn from, as far as the student sees them."""
-        wanted = self.student.config.sources
+        """Features and clean tokens of the pictures that are drawn from, as far as the student sees them.
+
+        Of a batch without such pictures they are those of none, through which all parameters have a gradient: processes
+        that exchange gradients must have them of the same parameters.
+        """
+        config = self.student.config
         features = clean = None
-        if seen is not None and len(seen) and wanted in ("features", "both"):
-            if self.vision is None:
+        if seen is not None and config.sources in ("features", "both"):
+            if self.vision is not None:
+                features = self.vision(normalize(seen))
+            elif len(seen):
                 raise ValueError("drawings: the objective was made without vision, expected no sources")
-            features = self.vision(normalize(seen))
-        if sources is not None and len(sources) and wanted in ("tokens", "both"):
-            clean = self.student.normalized(image_tokens(self.tokenizer_for(sources), sources))
+        if sources is not None and config.sources in ("tokens", "both"):
+            if len(sources):
+                clean = self.student.normalized(image_tokens(self.tokenizer_for(sources), sources))
+            else:
+                clean = self.student.token_mean.new_empty(0, 1, config.token_channels)
         return features, clean
 
     @property

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from uniflow.flow import sample_t
@@ -33,7 +34,7 @@ class Vision(nn.Module):
     width, image_size, merge = 7, (6, 8), 1
 
     def forward(self, images):
-        return F.pixel_unshuffle(images, 2).flatten(2).transpose(1, 2)[..., 5:]
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)[..., 5:]
 
     def fingerprint(self):
         return "vision"
@@ -118,6 +119,30 @@ def test_drawings_see_their_sources(make_model, batch):
     torch.testing.assert_close(loss, expected)
     with pytest.raises(ValueError, match="drawings: the objective was made without vision, expected no sources"):
         UniFluidObjective(model, Tokens())(Drawings(images, ids, real, images, images), no_readings(batch[1]))
+
+
+@pytest.mark.parametrize("sources", ["features", "tokens", "both"])
+def test_without_sources_the_same_parameters_have_a_gradient(make_model, batch, sources):
+    # else processes of which one has a source and the other has none would wait for each other
+    model = make_model(sources=sources, backbone={"max_position_embeddings": 128})
+    objective = UniFluidObjective(model, Tokens(), Vision())
+    images, ids, real = batch[0][:3]
+    marks = [FEATURES] * (N * (sources != "tokens")) + [TOKENS] * (N * (sources != "features"))
+    before = torch.tensor([marks] * 2)
+    with_sources = Drawings(
+        images, torch.cat([before, ids], 1), torch.cat([before < 0, real], 1), images.flip(0), images.flip(1)
+    )
+    found = []
+    for drawings in (with_sources, Drawings(images, ids, real, images[:0], images[:0])):
+        model.zero_grad()
+        objective(drawings, no_readings(batch[1])).total.backward()
+        found.append({name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    only_of_sources = {name for name, largest in found[1].items() if largest == 0 < found[0][name]}
+    assert {name.split(".")[0] for name in only_of_sources} - {"backbone"} == {
+        *({"vision_proj"} if sources != "tokens" else ()),
+        *({"source_embedding"} if sources != "features" else ()),
+    }
 
 
 def test_either_part_may_be_empty(make_model, batch):

@@ -66,6 +66,12 @@ def test_an_encoder_of_its_own_sees_the_same(kind, owning, tiny):
     assert torch.equal(model.vision(images), vision(images))
     assert model.vision(images).requires_grad
     assert not vision(images).requires_grad
+    assert vision(images[:0]).shape == model.vision(images[:0]).shape == (0, *vision(images).shape[1:])
+    model.vision(images).sum().backward()
+    reached = {name for name, parameter in model.vision.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    model.vision(images[:0]).sum().backward()  # of no pictures the same parameters have one, of zeros
+    assert reached == {name for name, p in model.vision.named_parameters() if p.grad is not None and not p.grad.any()}
     assert not any(module.training for module in model.train().vision.modules())
     with torch.autocast("cpu", torch.bfloat16):  # as the rest of the model, which a frozen one beside it is not
         lower = model.vision(images)
