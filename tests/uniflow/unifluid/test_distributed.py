@@ -26,9 +26,11 @@ KINDS = {
     "drawing": {"caption": "a {} square"},
     "reading": {"question": "which colour?", "answer": "{}"},
     "adapters": BOTH,
+    "edits": {"caption": "a {} square"},  # and the first from another picture
 }
 # data of one kind leave parameters without a gradient, which each way of spreading has its own trouble with
 TOGETHER = [("both", "ddp"), ("both", "fsdp"), ("drawing", "fsdp"), ("reading", "ddp"), ("adapters", "fsdp")]
+TOGETHER += [("edits", "ddp"), ("edits", "fsdp")]
 TINY = {"image_size": 8, "patch_size": 4, "hidden_size": 64, "vit_hidden_size": 64, "intermediate_size": 96}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 4, "latent_ch": 8}
 TINY |= {"global_blocks_depth": 1, "num_decoder_layers": 2}
@@ -41,6 +43,8 @@ def write(folder, kind, parallel="ddp"):
     around = f"config: {CONFIG}, vocabulary: 300"
     if kind == "adapters":
         around = f"backbone: {folder / 'language'}, lora: {{rank: 4}}"
+    if kind == "edits":
+        around += ", sources: both"
     recipe = RECIPE.replace("save_every: 1", "save_every: 2")
     if kind != "drawing":  # which sees nothing
         recipe = recipe.replace("{steps: 4,", "{steps: 4, vision_learning_rate: 1.0e-3,")
@@ -74,7 +78,8 @@ def folder(tmp_path_factory):
     texts_of.save_pretrained(folder / "language")
     together = []
     for kind, texts in KINDS.items():
-        write_folder(folder / kind, [texts] * 8)
+        first = {**texts, "source": "1.png"} if kind == "edits" else texts
+        write_folder(folder / kind, [first, *[texts] * 7])
         assert run([*write(folder, kind), "--out", str(folder / f"{kind}-alone")]) == 0
         together += [
             [*write(folder, kind, parallel), "--out", str(folder / f"{kind}-{parallel}")]
