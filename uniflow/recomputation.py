@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from uniflow_kernels.ops import transformer_mlp  # noqa: F401 - which registers the op
-from uniflow_kernels.torch_private import children_of, parameters_of, replica_of
+from uniflow_kernels.torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    children_of,
+    parameters_of,
+    replica_of,
+    storage_of,
+    tree_leaves,
+)
 
 # from most bytes to least, and from least work to most
 KEEPS = ("everything", "products", "attention", "nothing")
@@ -245,8 +250,7 @@ class _Given(TorchDispatchMode):
 
 def _size_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of the storages, each counted once."""
-    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storages.values())
+    return sum({storage_of(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def _without_memory(module: Any, device: torch.device) -> Any:

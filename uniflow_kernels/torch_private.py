@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-__all__ = ["TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]  # used as they are
+__all__ = ["FakeTensorMode", "TorchDispatchMode", "tree_leaves", "tree_map", "tree_map_only"]  # used as they are
 
 Marked = TypeVar("Marked", bound=Callable[..., Any])
 
