@@ -92,7 +92,6 @@ def test_the_path_of_layers_of_its_width(monkeypatch):
     orders = {10: ["rows", "products"], 100: ["small products", "rows"], 1000: ["products"]}
     entries = [{**entry, "rows": rows, "inference": order, "graph_inference": []} for rows, order in orders.items()]
     Asked(monkeypatch, entries)
-    monkeypatch.setattr(module, "architecture", lambda device: 90, raising=False)
 
     def of(rows, width=64):
         return chosen(make(32, width, 16, torch.bfloat16, shape=(1, rows)))

@@ -233,11 +233,10 @@ class Asked:
     """What `choose_layers_path` says of layers that are on a GPU of sm_90, as far as anybody can tell."""
 
     def __init__(self, monkeypatch, entries):
-        for module in ("flow_choice", "transformer_layers"):
-            monkeypatch.setattr(f"uniflow_kernels.ops.{module}.architecture", lambda device: 90)
-        for name in ("is_plain", "why_not_on", "gpu_name"):
-            answer = {"is_plain": False, "why_not_on": None, "gpu_name": "some H100"}[name]
-            monkeypatch.setattr(f"uniflow_kernels.ops.transformer_layers.{name}", lambda *_, answer=answer: answer)
+        monkeypatch.setattr(flow_choice, "architecture", lambda device: 90)
+        monkeypatch.setattr(flow_choice, "gpu_name", lambda device: "some H100")
+        monkeypatch.setattr("uniflow_kernels.ops.transformer_layers.is_plain", lambda on_cuda: False)
+        monkeypatch.setattr("uniflow_kernels.ops.transformer_layers.why_not_on", lambda *_: None)
         monkeypatch.setattr(products, "architecture", lambda device: 90)
         monkeypatch.setattr(flow_choice, "_table", lambda op: entries if op == "transformer_layers" else [])
         flow_choice.measured.cache_clear()

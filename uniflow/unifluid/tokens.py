@@ -235,7 +235,8 @@ class AutoencoderTokens(ImageTokenizer):
             "shift_factor": self.shift,
             "scaling_factor": self.scale,
         }
-        return Maker(meaning, self.fingerprint(), self.fingerprint())
+        weights = self.fingerprint()
+        return Maker(meaning, weights, weights)
 
     def _encode(self, images: Tensor) -> Tensor:
         encoded = self.model.encode(2 * denormalize(images) - 1)

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uniflow_kernels.choice import is_in_graph
-from uniflow_kernels.ops.flow_choice import UNMEASURED, Measured, fastest_first, gpu_name, measured
+from uniflow_kernels.ops.flow_choice import UNMEASURED, fastest_first, measured_on
 from uniflow_kernels.ops.registration import wants_gradient
 from uniflow_kernels.torch_private import constant, is_forward_mode
-from uniflow_kernels.triton_kernels import architecture
 
 OP = "attention"
 OWN = "own choice"
@@ -125,7 +124,7 @@ def choose_attention(
         drops: whether attention weights are dropped.
         allow_flash_attn: False for none of the packages.
     """
-    known = _known(device, dtype, head_dim)
+    known = measured_on(device, dtype, head_dim, OP)
     rows = known[-1].rows if known and tokens is None else tokens
     order = fastest_first(known, rows or 0, training, is_in_graph())
     return next((path for path in order if _why_not(path, dtype, head_dim, drops, allow_flash_attn) is None), OWN)
@@ -137,7 +136,7 @@ def explain_attention(
     """What serves attention by its tokens, and why: where that was measured, or what speaks against it."""
     if device.type != "cuda":
         return _SDPA, f"its backends and flash-attn are for CUDA, not for {device.type}"
-    known = _known(device, dtype, head_dim)
+    known = measured_on(device, dtype, head_dim, OP)
     if not known:
         there = [name for name, installed in _INSTALLED.items() if installed]
         return _RUNS[OWN], f"its backends{''.join(f' and {name}' for name in there)} are {UNMEASURED}"
@@ -153,10 +152,6 @@ def explain_attention(
     faster = fastest_first(known, known[-1].rows, False, False)[0]
     reason = _why_not(faster, dtype, head_dim, False, allow_flash_attn)
     return "; ".join(served), f"measured on {known[-1].gpu}" + (f"; {faster}, the fastest: {reason}" if reason else "")
-
-
-def _known(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Measured, ...]:
-    return measured(gpu_name(device), architecture(device), str(dtype).removeprefix("torch."), head_dim, OP)
 
 
 def _why_not(path: str, dtype: torch.dtype, head_dim: int, drops: bool, allow_flash_attn: bool) -> str | None:

@@ -174,7 +174,7 @@ def explain(call: Call) -> tuple[str, str]:
     if (reason := _why_not_backend()) is not None:
         return RUNS["eager"] if requested() == "eager" else "nothing", reason
     gpu = gpu_name(call.device)
-    known = measured(gpu, architecture(call.device), _name(call.dtype), call.width)
+    known = measured_on(call.device, call.dtype, call.width)
     served = ""
     last = None
     for rows in sorted({1, _PRODUCTS_FROM, *(entry.rows for entry in known)}):
@@ -298,7 +298,7 @@ def _order(call: Call) -> tuple[str, ...]:
     """
     assert call.rows is not None
     arch = architecture(call.device)
-    known = measured(gpu_name(call.device), arch, _name(call.dtype), call.width)
+    known = measured_on(call.device, call.dtype, call.width)
     found = fastest_first(known, call.rows, call.training, is_in_graph())
     counted = arch == 90 and call.dtype.itemsize == 2 and call.width >= 256 and call.rows >= _PRODUCTS_FROM
     return (*found, *(("products", "rows") if counted else ("rows",)))
@@ -322,6 +322,11 @@ class Measured(NamedTuple):
         if graph:
             return self.graph_training if training else self.graph_inference
         return self.training if training else self.inference
+
+
+def measured_on(device: torch.device, dtype: torch.dtype, width: int, op: str = "flow_head") -> tuple[Measured, ...]:
+    """What `measured` has of a device, for products of a dtype; the rest as there."""
+    return measured(gpu_name(device), architecture(device), _name(dtype), width, op)
 
 
 @lru_cache

@@ -31,11 +31,9 @@ from uniflow_kernels.ops.flow_choice import (
     RUNS,
     SMALL,
     UNMEASURED,
-    Measured,
     fastest_first,
-    gpu_name,
     is_plain,
-    measured,
+    measured_on,
 )
 from uniflow_kernels.ops.modulated_norm import residual_norm
 from uniflow_kernels.ops.registration import wants_gradient
@@ -49,7 +47,7 @@ from uniflow_kernels.torch_private import (
     one_dnn_linear,
     version_of,
 )
-from uniflow_kernels.triton_kernels import architecture, why_not_on
+from uniflow_kernels.triton_kernels import why_not_on
 
 if TYPE_CHECKING:
     from uniflow_kernels.triton_kernels.products import Moments
@@ -337,7 +335,7 @@ def may_have_kernels(x: Tensor, width: int | None = None) -> bool:
         return not torch.is_grad_enabled()
     if is_plain(x.is_cuda) or requested() not in ("auto", "triton"):
         return False
-    return requested() == "triton" or bool(_known(x.device, x.dtype, width or x.shape[-1]))
+    return requested() == "triton" or bool(measured_on(x.device, x.dtype, width or x.shape[-1], OP))
 
 
 def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tuple[str, str]:
@@ -347,7 +345,7 @@ def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tupl
         return RUNS[ONE_DNN], f"measured in docs/layers.md; Triton: {reason}"
     if reason is not None:
         return RUNS["eager"], f"Triton: {reason}" + (f"; oneDNN: {why}" if device.type == "cpu" else "")
-    known = _known(device, dtype, width)
+    known = measured_on(device, dtype, width, OP)
     if not known:
         return RUNS["eager"], f"Triton, on request: {UNMEASURED}"
     served = "; ".join(
@@ -356,13 +354,9 @@ def explain_layers(device: torch.device, dtype: torch.dtype, width: int) -> tupl
     return served, f"measured on {known[0].gpu}"
 
 
-def _known(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Measured, ...]:
-    return measured(gpu_name(device), architecture(device), str(dtype).removeprefix("torch."), width, OP)
-
-
 def _order(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
     """The paths, the fastest first; the last serves wherever kernels do. "eager" alone where nothing was measured."""
-    found = fastest_first(_known(device, dtype, width), rows, training=False, graph=is_in_graph())
+    found = fastest_first(measured_on(device, dtype, width, OP), rows, training=False, graph=is_in_graph())
     return (*found, "rows") if found or requested() == "triton" else ("eager",)
 
 

@@ -27,14 +27,13 @@ from uniflow_kernels.ops.flow_choice import (
     Measured,
     dtype_of_products,
     fastest_first,
-    gpu_name,
     is_plain,
-    measured,
+    measured_on,
 )
 from uniflow_kernels.ops.registration import register, wants_gradient
 from uniflow_kernels.ops.transformer_layers import ACTIVATIONS
 from uniflow_kernels.torch_private import is_forward_mode, is_transforming
-from uniflow_kernels.triton_kernels import architecture, why_not_on
+from uniflow_kernels.triton_kernels import why_not_on
 
 OP = "transformer_mlp"
 KERNELS = ("products", "small products")
@@ -110,8 +109,7 @@ def explain_mlp(device: torch.device, dtype: torch.dtype, width: int) -> tuple[s
 
 
 def _known(x: Tensor) -> tuple[Measured, ...]:
-    dtype = str(dtype_of_products(x)).removeprefix("torch.")
-    return measured(gpu_name(x.device), architecture(x.device), dtype, x.shape[-1], OP)
+    return measured_on(x.device, dtype_of_products(x), x.shape[-1], OP)
 
 
 def _why_not(x: Tensor, fc1: Affine, fc2: Affine) -> str | None:
